@@ -1,0 +1,797 @@
+#!/bin/sh
+# From a fresh clone to a running system, in one command:
+#
+#   sh deploy/bootstrap.sh demo     stream a call through two workers and watch it being transcribed
+#   sh deploy/bootstrap.sh test     build and run every test
+#
+# Fetches what cargo cannot (nats-server, the nats CLI, cmake, ONNX Runtime, the Silero VAD model) into a user cache,
+# never system-wide, then builds and runs. Safe to repeat and to run twice at once. POSIX sh; see `help` below.
+#
+# Invariants: a file appears in the cache only when it is whole and checked (staged beside it, then renamed); what comes
+# with a known checksum is refused when it differs; every fall-back says what it does. Steps go to standard error, so
+# that `demo --json` keeps standard output to itself.
+set -eu
+
+# Pinned versions. nats-server and the CLI must agree with deploy/tools/go.mod (checked below).
+NATS_SERVER_VERSION=2.15.2
+NATS_SERVER_MIN=2.12.0      # oldest server that has every stream feature we use
+NATS_CLI_VERSION=0.4.0
+GO_MIN=1.26                 # what deploy/tools/go.mod asks for
+CMAKE_VERSION=3.31.10       # the last 3.x: builds old CMakeLists that 4.x refuses
+CMAKE_MIN=3.20
+ORT_VERSION=1.31.1
+ORT_MIN=1.20                # the API level that the `ort` crate is built for (Cargo.toml: api-20)
+SILERO_VERSION=6.2.3
+SILERO_SHA256=1a153a22f4509e292a94e67d6f9b85e8deb25b4988682b7e174c65279d8788e3
+SILERO_WHEEL_SHA256=7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8
+
+ROOT=$(cd -- "$(dirname -- "$0")/.." && pwd -P)
+
+usage() {
+    cat <<'USAGE'
+usage: sh deploy/bootstrap.sh <verb> [arguments]
+
+  demo [args]    build, then transcribe a test call live with two workers   (voxfleet demo --help)
+  test [args]    build and run every test; arguments go to `cargo test`
+  bench [args]   release build, then `voxfleet bench [args]`
+  lint           cargo fmt --check and cargo clippy with warnings as errors
+  deps           only fetch what cargo cannot: nats-server, nats, cmake, ONNX Runtime, Silero VAD
+  env            print `export` lines for a shell: eval "$(sh deploy/bootstrap.sh env)"
+  help           this text
+
+Needed beforehand: Linux, a C/C++ compiler with make, cargo, POSIX tools, and Python 3 (with pip), Go or curl.
+
+environment:
+  XDG_CACHE_HOME      the cache is $XDG_CACHE_HOME/voxfleet, else ~/.cache/voxfleet
+  VOXFLEET_CACHE      the cache folder itself; wins over XDG_CACHE_HOME
+  VOXFLEET_OFFLINE=1  fetch nothing: use what is here and say what is missing
+  ORT_DYLIB_PATH      an ONNX Runtime library to use instead (1.20 or newer)
+  CARGO_TARGET_DIR    as cargo knows it
+USAGE
+}
+
+# ---------------------------------------------------------------------------------------------- telling
+
+# Hundredths of a second since some fixed point.
+now_cs() {
+    if read -r up_ _ 2>/dev/null </proc/uptime; then
+        frac_=${up_#*.}
+        echo "${up_%.*}${frac_%"${frac_#??}"}" | sed 's/^0*\(.\)/\1/'
+    else
+        echo "$(date +%s)00"
+    fi
+}
+
+step_begin() { STEP_START=$(now_cs); }
+
+# One line per step: the seconds since step_begin, then what happened.
+step() {
+    cs_=$(( $(now_cs) - STEP_START ))
+    printf '[%4d.%d s] %s\n' $(( cs_ / 100 )) $(( cs_ % 100 / 10 )) "$*" >&2
+    STEP_START=$(now_cs)
+}
+
+# What belongs to the step that is still going on: fall-backs and waits.
+note() { printf '           %s\n' "$*" >&2; }
+
+die() {
+    printf 'bootstrap: %s\n' "$*" >&2
+    exit 1
+}
+
+# Runs a command into the log.
+logged() {
+    printf '\n$ %s\n' "$*" >>"$LOG"
+    LOG_MARK=$(wc -c <"$LOG")
+    "$@" >>"$LOG" 2>&1
+}
+
+# The end of what the last logged command said.
+show_log() {
+    tail -c "+$(( LOG_MARK + 1 ))" "$LOG" | tail -n "${1:-12}" | sed 's/^/           | /' >&2
+    note "whole log: $LOG"
+}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# version_ge A B: A >= B, as dotted numbers.
+version_ge() {
+    awk -v a="$1" -v b="$2" 'BEGIN {
+        n = split(a, x, /[^0-9]+/); m = split(b, y, /[^0-9]+/)
+        for (i = 1; i <= (n > m ? n : m); i++) { if (x[i]+0 > y[i]+0) exit 0; if (x[i]+0 < y[i]+0) exit 1 }
+        exit 0 }'
+}
+
+# First dotted number in the input.
+first_version() { sed -n 's/^[^0-9]*\([0-9][0-9]*\(\.[0-9][0-9]*\)\{1,3\}\).*/\1/p' | head -n 1; }
+
+offline() { [ "${VOXFLEET_OFFLINE:-0}" = 1 ]; }
+
+# ---------------------------------------------------------------------------------------------- cache, lock, clean-up
+
+STAGE=
+LOCKED=
+
+open_cache() {
+    if [ -z "${HOME:-}" ]; then
+        HOME=$( (getent passwd "$(id -u)" || awk -F: -v u="$(id -u)" '$3 == u' /etc/passwd) 2>/dev/null | cut -d: -f6 | head -n 1)
+        [ -d "${HOME:-/nonexistent}" ] || die "HOME is not set and no home folder is known; set HOME"
+        export HOME
+        note "HOME is not set; using $HOME"
+    fi
+    case ${XDG_CACHE_HOME:-} in
+        /*) base_=$XDG_CACHE_HOME ;;
+        *) base_=$HOME/.cache ;;
+    esac
+    VOXFLEET_CACHE=${VOXFLEET_CACHE:-$base_/voxfleet}
+    case $VOXFLEET_CACHE in
+        /*) ;;
+        *) VOXFLEET_CACHE=$PWD/$VOXFLEET_CACHE ;;
+    esac
+    CACHE=$VOXFLEET_CACHE
+    export VOXFLEET_CACHE
+    err_=$(mkdir -p "$CACHE/bin" "$CACHE/lib" "$CACHE/models" "$CACHE/log" 2>&1) ||
+        die "the cache cannot be made: $err_ (set XDG_CACHE_HOME to a folder you can write to)"
+    for dir_ in "$CACHE" "$CACHE/bin" "$CACHE/lib" "$CACHE/models" "$CACHE/log"; do
+        [ -w "$dir_" ] || die "the cache is not writable: $dir_ (set XDG_CACHE_HOME to a folder you can write to)"
+    done
+    find "$CACHE/log" -name 'bootstrap-*.log' -mtime +7 -exec rm -f {} + 2>/dev/null || :
+    LOG=$CACHE/log/bootstrap-$VERB-$$.log
+    : >"$LOG" || die "cannot write $LOG"
+    LOG_MARK=0
+}
+
+clean_up() {
+    [ -z "$STAGE" ] || rm -rf "$STAGE"
+    STAGE=
+    unlock
+}
+
+trap clean_up EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# Who a process is: its number and, where /proc tells, its start time, so that a reused number is not mistaken for it.
+process_id() { echo "$1 $(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20)"; }
+
+# Serialises installs. It only saves double work: installs are atomic, so a lock that is broken by mistake breaks nothing.
+lock() {
+    [ -z "$LOCKED" ] || return 0
+    waited_=0
+    until mkdir "$CACHE/.lock" 2>/dev/null; do
+        [ -d "$CACHE/.lock" ] || [ -w "$CACHE" ] || die "the cache is not writable: $CACHE"
+        owner_=$(cat "$CACHE/.lock/owner" 2>/dev/null || :)
+        pid_=${owner_%% *}
+        if [ -n "$owner_" ]; then
+            if ! kill -0 "$pid_" 2>/dev/null || [ "$(process_id "$pid_")" != "$owner_" ]; then
+                note "removing the lock of bootstrap $pid_, which is gone"
+                break_lock
+                continue
+            fi
+        elif [ "$waited_" -ge 5 ]; then
+            break_lock # its maker died between making and signing it
+            continue
+        fi
+        [ "$waited_" -ne 1 ] || note "waiting for another bootstrap (process ${pid_:-unknown}) to finish installing"
+        waited_=$(( waited_ + 1 ))
+        sleep 1
+    done
+    LOCKED=1
+    process_id $$ >"$CACHE/.lock/owner"
+    # Left by a bootstrap that was killed; a young one may belong to someone whose lock was broken by mistake.
+    find "$CACHE"/.stage.* -prune -mtime +0 -exec rm -rf {} + 2>/dev/null || :
+}
+
+break_lock() {
+    if mv "$CACHE/.lock" "$CACHE/.stage.lock.$$" 2>/dev/null; then
+        rm -rf "$CACHE/.stage.lock.$$"
+    fi
+}
+
+unlock() {
+    [ -z "$LOCKED" ] || rm -rf "$CACHE/.lock"
+    LOCKED=
+}
+
+# An empty folder on the cache's file system, so that moving out of it is a rename.
+new_stage() {
+    [ -z "$STAGE" ] || rm -rf "$STAGE"
+    STAGE=$(mktemp -d "$CACHE/.stage.XXXXXX")
+}
+
+# install_file FROM TO [MODE]
+install_file() {
+    chmod "${3:-644}" "$1"
+    mv -f "$1" "$2"
+}
+
+# ---------------------------------------------------------------------------------------------- fetching
+
+sha256_of() {
+    if have sha256sum; then sha256sum "$1" | cut -d' ' -f1
+    elif have shasum; then shasum -a 256 "$1" | cut -d' ' -f1
+    elif have openssl; then openssl dgst -sha256 "$1" | sed 's/.*= *//'
+    else python3 -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1"
+    fi
+}
+
+# download URL FILE
+download() {
+    if have curl; then
+        logged curl -fsSL --retry 2 --connect-timeout 15 --max-time 600 -o "$2" "$1"
+    elif have python3; then
+        logged python3 -c '
+import shutil, sys, urllib.request
+with urllib.request.urlopen(sys.argv[1], timeout=30) as r, open(sys.argv[2], "wb") as f:
+    shutil.copyfileobj(r, f)' "$1" "$2"
+    elif have wget; then
+        logged wget -q -T 30 -O "$2" "$1"
+    else
+        echo "no curl, python3 or wget" >>"$LOG"
+        return 1
+    fi
+}
+
+# unpack ARCHIVE FOLDER [PATTERN...]: zip files and wheels (keeps the executable bit), or tar.gz.
+unpack() {
+    archive_=$1 folder_=$2
+    shift 2
+    case $archive_ in
+        *.tar.gz | *.tgz) logged tar -xzf "$archive_" -C "$folder_" ;;
+        *)
+            if have python3; then
+                logged python3 -c '
+import fnmatch, os, sys, zipfile
+archive, folder, patterns = sys.argv[1], sys.argv[2], sys.argv[3:] or ["*"]
+with zipfile.ZipFile(archive) as z:
+    for i in z.infolist():
+        if any(fnmatch.fnmatchcase(i.filename, p) for p in patterns):
+            path = z.extract(i, folder)
+            if not i.is_dir() and i.external_attr >> 16 & 0o111:
+                os.chmod(path, 0o755)' "$archive_" "$folder_" "$@"
+            else
+                logged unzip -q -o "$archive_" "$@" -d "$folder_"
+            fi
+            ;;
+    esac
+}
+
+# A pip that can download: found, or in a throw-away virtual environment. Sets PIP.
+find_pip() {
+    [ -z "${PIP:-}" ] || return 0
+    if have python3 && python3 -m pip --version >>"$LOG" 2>&1; then PIP='python3 -m pip'
+    elif have pip3 && pip3 --version >>"$LOG" 2>&1; then PIP=pip3
+    elif have python3 && logged python3 -m venv "$STAGE/venv" && "$STAGE/venv/bin/pip" --version >>"$LOG" 2>&1; then
+        PIP=venv
+    else
+        return 1
+    fi
+}
+
+# wheel NAME VERSION SHA256-or-empty: downloads one wheel for CPython 3.12 on this machine's kind of Linux, whatever
+# Python runs here (nothing of it is run). Sets WHEEL.
+wheel() {
+    if ! find_pip; then
+        PIP_WHY="no Python 3 with pip here (apt-get install python3-pip)"
+        return 1
+    fi
+    PIP_WHY="pip could not get $1 $2 for $ARCH"
+    pip_=$PIP
+    if [ "$PIP" = venv ]; then
+        pip_=
+        [ -x "$STAGE/venv/bin/pip" ] || logged python3 -m venv "$STAGE/venv" || return 1
+    fi
+    mkdir -p "$STAGE/wheel"
+    printf '%s==%s%s\n' "$1" "$2" "${3:+ --hash=sha256:$3}" >"$STAGE/wheel.txt"
+    # shellcheck disable=SC2086 # PIP is a command with its arguments
+    PIP_REQUIRE_VIRTUALENV=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+        logged ${pip_:-"$STAGE/venv/bin/pip"} download --no-deps --only-binary=:all: --retries 2 \
+        --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none \
+        --platform "manylinux_2_28_$ARCH" --platform "manylinux_2_27_$ARCH" --platform "manylinux_2_17_$ARCH" \
+        --platform "manylinux2014_$ARCH" --platform any \
+        -d "$STAGE/wheel" -r "$STAGE/wheel.txt" || return 1
+    WHEEL=$(ls "$STAGE"/wheel/*.whl)
+    PINNED=${3:+"checksum verified"}
+    PINNED=${PINNED:-"checksum not pinned"}
+}
+
+# ---------------------------------------------------------------------------------------------- what must be there
+
+# Lists everything that is missing at once, with the way to get it.
+check_machine() {
+    lacks_=
+    lack() { lacks_="$lacks_
+  - $*"; }
+    if have apt-get; then install_='apt-get install'; cxx_=build-essential; py_='python3 python3-pip'
+    elif have dnf; then install_='dnf install'; cxx_='gcc-c++ make'; py_='python3 python3-pip'
+    elif have apk; then install_='apk add'; cxx_=build-base; py_='python3 py3-pip'
+    elif have pacman; then install_='pacman -S'; cxx_=base-devel; py_='python python-pip'
+    elif have zypper; then install_='zypper install'; cxx_='gcc-c++ make'; py_='python3 python3-pip'
+    else install_='your package manager:'; cxx_='gcc g++ make'; py_='python3 with pip'
+    fi
+    [ "$(uname -s)" = Linux ] || lack "Linux: workers are bound to their supervisor with prctl; this is $(uname -s)"
+    for tool_ in awk sed grep cut tail head find mktemp tr wc tar gzip; do
+        have "$tool_" || lack "$tool_ (a POSIX tool): $install_ coreutils findutils gawk sed grep tar gzip"
+    done
+    if [ "$1" = build ]; then
+        have "${CC:-cc}" || lack "a C compiler (${CC:-cc}): $install_ $cxx_"
+        have "${CXX:-c++}" || lack "a C++ compiler (${CXX:-c++}): $install_ $cxx_"
+        have make || have ninja || lack "make: $install_ $cxx_"
+        rust_min_=$(sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$ROOT/Cargo.toml" | head -n 1)
+        if ! have cargo; then
+            lack "cargo ${rust_min_:-} or newer: https://rustup.rs"
+        elif rust_=$(cd "$ROOT" && cargo --version 2>/dev/null | first_version) && [ -n "$rust_" ]; then
+            version_ge "$rust_" "${rust_min_:-0}" ||
+                lack "cargo $rust_min_ or newer (this is $rust_): rustup update, or https://rustup.rs"
+        else
+            lack "a cargo that runs (cargo --version fails): rustup default stable, or https://rustup.rs"
+        fi
+    fi
+    have python3 || have go || have curl ||
+        lack "Python 3 with pip (best), Go or curl, to fetch the parts that cargo cannot: $install_ $py_"
+    [ -z "$lacks_" ] || die "this machine lacks:$lacks_"
+}
+
+# ---------------------------------------------------------------------------------------------- NATS, cmake
+
+nats_server_version() { "$1" --version 2>/dev/null | first_version; }
+cmake_version() { "$1" --version 2>/dev/null | first_version; }
+nats_version() {
+    version_=$("$1" --version 2>/dev/null | first_version)
+    echo "${version_:-of unknown version}"
+}
+
+# good TOOL PATH: new enough; what we installed ourselves must be what is pinned today.
+good() {
+    case $1 in
+        nats-server) found_=$(nats_server_version "$2") min_=$NATS_SERVER_MIN pin_=$NATS_SERVER_VERSION ;;
+        nats) found_=$(nats_version "$2") min_=0 pin_=$NATS_CLI_VERSION ;;
+        cmake) found_=$(cmake_version "$2") min_=$CMAKE_MIN pin_=$CMAKE_VERSION ;;
+    esac
+    [ -n "$found_" ] || return 1
+    if [ "$2" = "$CACHE/bin/$1" ]; then
+        [ "$found_" = "$pin_" ]
+    elif [ "$1" = nats ]; then
+        # Asked for by what it can do: raw audio from standard input into JetStream, unchanged.
+        help_=$("$2" pub --help 2>&1) || return 1
+        for flag_ in --force-stdin --jetstream 'no-]*templates'; do
+            echo "$help_" | grep -q -e "$flag_" || return 1
+        done
+    else
+        version_ge "$found_" "$min_"
+    fi
+}
+
+usable() { where_=$(command -v "$1" 2>/dev/null) && [ -n "$where_" ] && good "$1" "$where_"; }
+
+# The cache goes first on PATH, but only when something from it is needed.
+settle_path() {
+    rest_=$(printf '%s' "$PATH" | awk -v RS=: -v skip="$CACHE/bin" '{ sub(/\n$/, "") } $0 != skip { printf "%s%s", s, $0; s = ":" }')
+    PATH=$rest_
+    if ! { usable nats-server && usable nats && usable cmake; }; then
+        PATH=$CACHE/bin:$rest_
+    fi
+    export PATH
+}
+
+# tool NAME: says where it comes from, or installs it with install_NAME.
+tool() {
+    step_begin
+    if usable "$1"; then
+        report_tool "$1"
+        return
+    fi
+    if [ -n "${where_:-}" ]; then
+        note "$1: $where_ is ${found_:-of unknown version}, not what is needed${min_:+ ($min_ or newer)}"
+    fi
+    lock
+    hash -r
+    if usable "$1"; then # another bootstrap was here
+        report_tool "$1"
+        return
+    fi
+    new_stage
+    if "$2" "$1" && hash -r && usable "$1"; then
+        step "$1 $found_: $SOURCE"
+    else
+        ABSENT="$ABSENT
+  - $1: $WHY"
+        step "$1: not to be had here"
+    fi
+}
+
+report_tool() {
+    case $where_ in
+        "$CACHE"/*) step "$1 $found_: in the cache" ;;
+        *) step "$1 $found_: $where_" ;;
+    esac
+}
+
+install_nats() {
+    case $1 in
+        nats-server) module_=github.com/nats-io/nats-server/v2; version_=$NATS_SERVER_VERSION ;;
+        nats) module_=github.com/nats-io/natscli/nats; version_=$NATS_CLI_VERSION ;;
+    esac
+    WHY="install Go $GO_MIN or newer (https://go.dev/dl) and run this again"
+    install_nats_with_go "$@" && return 0
+    if offline; then
+        note "$1: VOXFLEET_OFFLINE=1, so no download"
+        return 1
+    fi
+    case $1 in
+        nats-server)
+            name_=nats-server-v$version_-linux-$GOARCH_NAME.tar.gz
+            url_=https://github.com/nats-io/nats-server/releases/download/v$version_/$name_
+            ;;
+        nats)
+            name_=nats-$version_-linux-$GOARCH_NAME.zip
+            url_=https://github.com/nats-io/natscli/releases/download/v$version_/$name_
+            ;;
+    esac
+    note "$1: trying the release archive $url_"
+    if ! download "$url_" "$STAGE/$name_" || ! unpack "$STAGE/$name_" "$STAGE"; then
+        show_log 4
+        return 1
+    fi
+    binary_=$(find "$STAGE" -type f -name "$1" | head -n 1)
+    [ -n "$binary_" ] || return 1
+    install_file "$binary_" "$CACHE/bin/$1" 755
+    SOURCE="from its release archive (checksum not pinned)"
+}
+
+install_nats_with_go() {
+    if ! have go; then
+        note "$1: no go here"
+        return 1
+    fi
+    go_=$(cd / && GOTOOLCHAIN=local go version 2>/dev/null | first_version)
+    if ! version_ge "${go_:-0}" 1.21; then
+        note "$1: go ${go_:-of unknown version} is too old ($GO_MIN is needed)"
+        return 1
+    fi
+    if ! version_ge "$go_" "$GO_MIN"; then
+        note "$1: go $go_ is older than $GO_MIN; it fetches the newer toolchain itself unless GOTOOLCHAIN=local"
+    fi
+    grep -q "${module_%/nats} v$version_" "$ROOT/deploy/tools/go.mod" ||
+        die "deploy/tools/go.mod and deploy/bootstrap.sh pin different versions of $1"
+    note "$1: building it with go $go_ (about a minute)"
+    # GOBIN refuses foreign targets and -mod=readonly keeps go.mod and go.sum as they are.
+    if ! (
+        cd "$ROOT/deploy/tools"
+        if offline; then export GOPROXY=off GOTOOLCHAIN=local; fi
+        export GOBIN="$STAGE/bin" GOFLAGS=-mod=readonly GOWORK=off GOOS='' GOARCH='' CGO_ENABLED=0
+        logged go install -trimpath -ldflags '-s -w' "$module_"
+    ); then
+        note "$1: go could not build it:"
+        show_log 6
+        return 1
+    fi
+    install_file "$STAGE/bin/$1" "$CACHE/bin/$1" 755
+    SOURCE="built from deploy/tools/go.mod"
+}
+
+install_cmake() {
+    WHY="install cmake $CMAKE_MIN or newer (${install_:-your package manager:} cmake) and run this again"
+    if offline; then
+        note "cmake: VOXFLEET_OFFLINE=1, so no download"
+        return 1
+    fi
+    case $ARCH in
+        x86_64) sum_=2f766bb46367e5e0559fa33184653754bce044583a06014dcaebf8e6dff8a1f1 ;;
+        aarch64) sum_=a4a5615f31f692c9b9aa8b365704e4b76172348af6fa40e16fea3f118bb01194 ;;
+        *) sum_= ;;
+    esac
+    note "cmake: taking it from the PyPI wheel cmake $CMAKE_VERSION"
+    if wheel cmake "$CMAKE_VERSION" "$sum_" &&
+        unpack "$WHEEL" "$STAGE" 'cmake/data/bin/*' 'cmake/data/share/*' '*/licenses/*'; then
+        tree_=$STAGE/cmake/data
+        SOURCE="from the PyPI wheel cmake ($PINNED)"
+    else
+        note "cmake: $PIP_WHY:"
+        show_log 4
+        name_=cmake-$CMAKE_VERSION-linux-$ARCH
+        url_=https://github.com/Kitware/CMake/releases/download/v$CMAKE_VERSION/$name_.tar.gz
+        note "cmake: trying the release archive $url_"
+        if ! download "$url_" "$STAGE/$name_.tar.gz" || ! unpack "$STAGE/$name_.tar.gz" "$STAGE"; then
+            show_log 4
+            return 1
+        fi
+        tree_=$STAGE/$name_
+        SOURCE="from its release archive (checksum not pinned)"
+    fi
+    mkdir -p "$CACHE/opt"
+    rm -rf "$CACHE/opt/cmake-$CMAKE_VERSION"
+    mv "$tree_" "$CACHE/opt/cmake-$CMAKE_VERSION"
+    ln -s "../opt/cmake-$CMAKE_VERSION/bin/cmake" "$STAGE/cmake.link"
+    mv -f "$STAGE/cmake.link" "$CACHE/bin/cmake"
+}
+
+# ---------------------------------------------------------------------------------------------- ONNX Runtime, Silero
+
+# The version of a library file: its real name carries it, else the text inside.
+ort_version() {
+    real_=$(readlink -f "$1" 2>/dev/null || echo "$1")
+    case $real_ in
+        *.so.[0-9]*.[0-9]*) echo "${real_##*.so.}" ;;
+        *) LC_ALL=C tr -c '0-9A-Za-z.' '\n' <"$real_" 2>/dev/null | LC_ALL=C sed -n 's/^VERS_\(1\.[0-9]*\.[0-9]*\)$/\1/p' | head -n 1 ;;
+    esac
+}
+
+system_ort() {
+    {
+        { ldconfig -p || /sbin/ldconfig -p; } 2>/dev/null | sed -n 's/.*libonnxruntime\.so.* => //p'
+        for dir_ in /usr/local/lib /usr/lib /usr/lib64 "/usr/lib/$ARCH-linux-gnu" /opt/onnxruntime/lib; do
+            for lib_ in "$dir_"/libonnxruntime.so*; do [ ! -f "$lib_" ] || echo "$lib_"; done
+        done
+    } | while IFS= read -r lib_; do
+        found_=$(ort_version "$lib_")
+        if [ -n "$found_" ] && version_ge "$found_" "$ORT_MIN"; then
+            echo "$lib_"
+            break
+        fi
+        note "ONNX Runtime: $lib_ is ${found_:-of unknown version}; $ORT_MIN or newer is needed"
+    done
+}
+
+onnxruntime() {
+    step_begin
+    if [ -n "${ORT_DYLIB_PATH:-}" ]; then
+        if [ -f "$ORT_DYLIB_PATH" ]; then
+            found_=$(ort_version "$ORT_DYLIB_PATH")
+            version_ge "${found_:-0}" "$ORT_MIN" ||
+                note "ONNX Runtime: this one is ${found_:-of unknown version}; $ORT_MIN or newer is needed"
+            step "ONNX Runtime ${found_:-of unknown version}: ORT_DYLIB_PATH=$ORT_DYLIB_PATH"
+            return
+        fi
+        note "ONNX Runtime: ORT_DYLIB_PATH=$ORT_DYLIB_PATH is no file; looking elsewhere"
+        unset ORT_DYLIB_PATH
+    fi
+    found_=$(system_ort)
+    if [ -n "$found_" ]; then
+        ORT_DYLIB_PATH=$found_
+        step "ONNX Runtime $(ort_version "$found_"): $found_"
+    else
+        library_=$CACHE/lib/libonnxruntime.so
+        if [ -f "$library_" ] && [ "$(ort_version "$library_")" = "$ORT_VERSION" ]; then
+            step "ONNX Runtime $ORT_VERSION: in the cache"
+        else
+            lock
+            new_stage
+            if install_onnxruntime; then
+                step "ONNX Runtime $ORT_VERSION: $SOURCE"
+            else
+                step "ONNX Runtime: not to be had here; Silero VAD needs it, so the built-in energy VAD serves and every final says so"
+                return
+            fi
+        fi
+        ORT_DYLIB_PATH=$library_
+    fi
+    export ORT_DYLIB_PATH
+}
+
+install_onnxruntime() {
+    if [ -f "$CACHE/lib/libonnxruntime.so" ] && [ "$(ort_version "$CACHE/lib/libonnxruntime.so")" = "$ORT_VERSION" ]; then
+        SOURCE="in the cache" # another bootstrap was here
+        return 0
+    fi
+    glibc_=$(getconf GNU_LIBC_VERSION 2>/dev/null | first_version)
+    if ! version_ge "${glibc_:-0}" 2.28; then
+        note "ONNX Runtime: its library needs glibc 2.28 or newer, this system has ${glibc_:-none}"
+        return 1
+    fi
+    if offline; then
+        note "ONNX Runtime: VOXFLEET_OFFLINE=1, so no download"
+        return 1
+    fi
+    case $ARCH in
+        x86_64) sum_=1f3dea47f2f0e5117c2404cea7d21fd253ae7836a3bf167a501cdfbb2600d536; release_=linux-x64 ;;
+        aarch64) sum_=dcaedc50333876f3829ab966b242147f0e548229e29c36fe44622ecf748c25ee; release_=linux-aarch64 ;;
+        *) sum_=; release_=linux-$ARCH ;;
+    esac
+    note "ONNX Runtime: taking its library from the PyPI wheel onnxruntime $ORT_VERSION"
+    if wheel onnxruntime "$ORT_VERSION" "$sum_" &&
+        unpack "$WHEEL" "$STAGE" 'onnxruntime/capi/libonnxruntime.so*' onnxruntime/LICENSE onnxruntime/ThirdPartyNotices.txt; then
+        tree_=$STAGE/onnxruntime
+        SOURCE="from the PyPI wheel onnxruntime ($PINNED)"
+    else
+        note "ONNX Runtime: $PIP_WHY:"
+        show_log 4
+        name_=onnxruntime-$release_-$ORT_VERSION
+        url_=https://github.com/microsoft/onnxruntime/releases/download/v$ORT_VERSION/$name_.tgz
+        note "ONNX Runtime: trying the release archive $url_"
+        if ! download "$url_" "$STAGE/$name_.tgz" || ! unpack "$STAGE/$name_.tgz" "$STAGE"; then
+            show_log 4
+            return 1
+        fi
+        tree_=$STAGE/$name_
+        SOURCE="from its release archive (checksum not pinned)"
+    fi
+    file_=libonnxruntime.so.$ORT_VERSION
+    path_=$(find "$tree_" -type f -name "$file_" | head -n 1)
+    [ -n "$path_" ] || return 1
+    for notice_ in LICENSE ThirdPartyNotices.txt; do
+        [ ! -f "$tree_/$notice_" ] || install_file "$tree_/$notice_" "$CACHE/lib/onnxruntime-$notice_"
+    done
+    install_file "$path_" "$CACHE/lib/$file_" 755
+    ln -s "$file_" "$STAGE/link"
+    mv -f "$STAGE/link" "$CACHE/lib/libonnxruntime.so"
+}
+
+silero_ok() { [ -f "$1" ] && [ "$(sha256_of "$1")" = "$SILERO_SHA256" ]; }
+
+silero() {
+    step_begin
+    model_=$CACHE/models/silero_vad.onnx
+    if silero_ok "$model_"; then
+        step "Silero VAD $SILERO_VERSION: in the cache (checksum verified)"
+        return
+    fi
+    lock
+    new_stage
+    if install_silero; then
+        step "Silero VAD $SILERO_VERSION: $SOURCE"
+    else
+        step "Silero VAD: not to be had here; the built-in energy VAD serves and every final says so"
+    fi
+}
+
+install_silero() {
+    if silero_ok "$model_"; then
+        SOURCE="in the cache" # another bootstrap was here
+        return 0
+    fi
+    if offline; then
+        note "Silero VAD: VOXFLEET_OFFLINE=1, so no download"
+        return 1
+    fi
+    note "Silero VAD: taking its model from the PyPI wheel silero-vad $SILERO_VERSION"
+    file_=$STAGE/silero_vad/data/silero_vad.onnx
+    if wheel silero-vad "$SILERO_VERSION" "$SILERO_WHEEL_SHA256" &&
+        unpack "$WHEEL" "$STAGE" silero_vad/data/silero_vad.onnx '*/licenses/LICENSE' && silero_ok "$file_"; then
+        licence_=$(find "$STAGE" -type f -name LICENSE -path '*silero*' | head -n 1)
+        [ -z "$licence_" ] || install_file "$licence_" "$CACHE/models/silero_vad.LICENSE"
+        SOURCE="from the PyPI wheel silero-vad (checksum verified)"
+    else
+        note "Silero VAD: ${PIP_WHY:-the wheel does not hold the expected file}:"
+        show_log 4
+        file_=$STAGE/silero_vad.onnx
+        url_=https://github.com/snakers4/silero-vad/raw/v$SILERO_VERSION/src/silero_vad/data/silero_vad.onnx
+        note "Silero VAD: trying $url_"
+        if ! download "$url_" "$file_"; then
+            show_log 4
+            return 1
+        fi
+        if ! silero_ok "$file_"; then
+            note "Silero VAD: that file has another checksum and is not used"
+            return 1
+        fi
+        SOURCE="from its home on GitHub (checksum verified)"
+    fi
+    install_file "$file_" "$model_"
+}
+
+# ---------------------------------------------------------------------------------------------- verbs
+
+# Everything that cargo cannot bring; leaves the environment ready for it.
+prepare() {
+    ARCH=$(uname -m)
+    case $ARCH in
+        x86_64 | amd64) ARCH=x86_64; GOARCH_NAME=amd64 ;;
+        aarch64 | arm64) ARCH=aarch64; GOARCH_NAME=arm64 ;;
+        *) GOARCH_NAME=$ARCH ;;
+    esac
+    PIP=
+    PIP_WHY=
+    ABSENT=
+    settle_path
+    tool nats-server install_nats
+    tool nats install_nats
+    tool cmake install_cmake
+    onnxruntime
+    silero
+    clean_up
+    if [ -n "$ABSENT" ]; then
+        die "these parts are needed and could not be had:$ABSENT"
+    fi
+    # whisper.cpp's bindings come ready-made with its crate; without this it would want libclang.
+    export WHISPER_DONT_GENERATE_BINDINGS=1
+    if offline; then export CARGO_NET_OFFLINE=true; fi
+}
+
+# build WHAT COMMAND...: shows cargo's own progress on a terminal, else only its end when it fails.
+build() {
+    what_=$1
+    shift
+    step_begin
+    if [ -t 2 ]; then
+        "$@" || die "$what_: failed"
+    else
+        note "$what_ (minutes when it is the first time): $*"
+        if ! logged "$@"; then
+            show_log 40
+            die "$what_: failed"
+        fi
+    fi
+    step "$what_"
+}
+
+# Where cargo puts its work; configuration files count too.
+target_dir() {
+    cargo metadata --no-deps --format-version 1 --offline 2>/dev/null |
+        sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p'
+}
+
+binary() {
+    dir_=$(target_dir)
+    echo "${dir_:-${CARGO_TARGET_DIR:-$ROOT/target}}/$1/voxfleet"
+}
+
+print_env() {
+    quote() { printf "export %s='%s'\n" "$1" "$(printf '%s' "$2" | sed "s/'/'\\\\''/g")"; }
+    quote PATH "$PATH"
+    quote VOXFLEET_CACHE "$VOXFLEET_CACHE"
+    [ -z "${ORT_DYLIB_PATH:-}" ] || quote ORT_DYLIB_PATH "$ORT_DYLIB_PATH"
+    quote WHISPER_DONT_GENERATE_BINDINGS 1
+    if offline; then quote CARGO_NET_OFFLINE true; fi
+}
+
+VERB=${1:-help}
+[ $# -eq 0 ] || shift
+
+case $VERB in
+    demo | test | bench | lint) check_machine build ;;
+    deps | env) check_machine fetch ;;
+    help | -h | --help)
+        usage
+        exit 0
+        ;;
+    *)
+        printf 'bootstrap: no such verb: %s\n\n' "$VERB" >&2
+        usage >&2
+        exit 64
+        ;;
+esac
+
+open_cache
+prepare
+
+case $VERB in
+    deps) ;;
+    env) print_env ;;
+    demo)
+        cd "$ROOT"
+        build "voxfleet is built" cargo build -p voxfleet --features bench
+        program=$(binary debug)
+        exec "$program" demo "$@"
+        ;;
+    bench)
+        cd "$ROOT"
+        build "voxfleet is built, release" cargo build --release -p voxfleet --features bench
+        program=$(binary release)
+        exec "$program" bench "$@"
+        ;;
+    test)
+        cd "$ROOT"
+        build "the tests are built" cargo test --workspace --features voxfleet/bench --no-run
+        step_begin
+        # Standard output is cargo's own, so that whoever runs this can read its closing lines.
+        if cargo test --workspace --features voxfleet/bench --no-fail-fast "$@"; then
+            step "the tests passed"
+        else
+            step "the tests failed"
+            exit 1
+        fi
+        ;;
+    lint)
+        cd "$ROOT"
+        for part in fmt clippy; do
+            cargo "$part" --version >/dev/null 2>&1 ||
+                die "cargo $part is not installed: rustup component add rustfmt clippy"
+        done
+        step_begin
+        cargo fmt --all --check || die "cargo fmt --check: run cargo fmt"
+        step "cargo fmt --check"
+        build "cargo clippy" cargo clippy --workspace --all-targets --features voxfleet/bench -- -D warnings
+        ;;
+esac

@@ -1,0 +1,229 @@
+//! What workers tell the fleet, and what the fleet tells workers.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    failure::Failure,
+    id::{GpuId, Incarnation, Kind, StreamId, WorkerName},
+    session::SessionOptions,
+    transcript::VadKind,
+};
+
+/// Where a worker is rented.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Provider {
+    VastAi,
+    #[serde(rename = "runpod")]
+    RunPod,
+    Lambda,
+    Local,
+    #[serde(other)]
+    Unknown,
+}
+
+/// The device a worker is pinned to. Memory in MB (10^6 bytes would mislead next to NVML tools: 2^20 bytes).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Device {
+    /// None on a CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<u32>,
+    pub name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<String>,
+    pub total_mb: u64,
+    pub free_mb: u64,
+    /// Used by this worker: device memory, or resident memory of supervisor and engine on a CPU.
+    pub used_mb: u64,
+    pub used_by_others_mb: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature_c: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub power_w: Option<f32>,
+    /// 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub utilization: Option<f32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slots {
+    pub total: u32,
+    pub used: u32,
+}
+
+/// One session or job this incarnation works on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    pub kind: Kind,
+    pub id: StreamId,
+    pub epoch: u64,
+    /// Last log entry handed to the engine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_audio_seq: Option<u64>,
+    /// Last final stored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub final_index: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Residency {
+    /// Its file is here.
+    Available,
+    Loading,
+    Loaded,
+    Failed,
+    #[serde(other)]
+    Unknown,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelState {
+    pub name: String,
+    pub state: Residency,
+    /// Measured after load; 0 when not loaded.
+    pub resident_mb: u64,
+    /// What loading it will take, measured or from its file.
+    #[serde(default)]
+    pub expected_mb: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EngineRunState {
+    /// No child process: nothing loaded, 0 MB on the device.
+    Down,
+    Starting,
+    Ready,
+    /// It died and is being started again.
+    Restarting,
+    /// It cannot be started.
+    Failed,
+    #[serde(other)]
+    Unknown,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EngineState {
+    pub state: EngineRunState,
+    /// `whisper_cpp`, `simulated`.
+    pub kind: String,
+    /// The device it really runs on: `cpu` or `cuda:<name>`.
+    pub effective_device: String,
+    pub vad: VadKind,
+    /// Since it last moved forward; 0 when it has no work.
+    pub ms_since_progress: u64,
+    pub restarts: u32,
+    /// Audio seconds decoded per second of decoding, sustained; none before the first decode.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decode_rate: Option<f32>,
+    /// Age of that figure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decode_rate_age_ms: Option<u64>,
+}
+
+/// Sent each second on `asr.v1.heartbeat.<gpu_id>`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    pub gpu_id: GpuId,
+    pub incarnation: Incarnation,
+    /// Counts from 0 within an incarnation.
+    pub seq: u64,
+    /// Unix time in ms, by the worker's clock.
+    pub sent_ms: u64,
+    pub host: String,
+    pub pid: u32,
+    pub provider: Provider,
+    pub device: Device,
+    pub slots: Slots,
+    /// Job slots: `max_ack_pending` of its `ASR_WORK` consumer.
+    pub job_slots: Slots,
+    pub held: Vec<Held>,
+    pub models: Vec<ModelState>,
+    pub engine: EngineState,
+    pub draining: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub price_per_hour: Option<f64>,
+    pub version: String,
+}
+
+impl Heartbeat {
+    pub fn worker(&self) -> WorkerName {
+        WorkerName { gpu_id: self.gpu_id.clone(), incarnation: self.incarnation.clone() }
+    }
+}
+
+/// Requests on `asr.v1.control.<gpu_id>.<incarnation>`. JSON, `{"do":"assign",...}`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "snake_case")]
+pub enum ControlRequest {
+    /// Take this session or job. Idempotent by (id, epoch).
+    Assign(Assignment),
+    /// Let go; the chain goes on elsewhere or has ended.
+    Release {
+        kind: Kind,
+        id: StreamId,
+        epoch: u64,
+    },
+    Cancel {
+        kind: Kind,
+        id: StreamId,
+    },
+    Prewarm {
+        model: String,
+    },
+    Drain {
+        deadline_ms: u64,
+    },
+    /// Your incarnation was declared dead: take a new name.
+    Renew,
+    #[serde(other)]
+    Unknown,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Assignment {
+    pub kind: Kind,
+    pub id: StreamId,
+    pub epoch: u64,
+    pub options: SessionOptions,
+}
+
+/// A worker's answer. It has the last word on what it takes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ControlReply {
+    Done,
+    Refused(Failure),
+    #[serde(other)]
+    Unknown,
+}
+
+/// Answer to `fleet.status`: what the dispatcher believes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FleetStatus {
+    pub dispatcher: String,
+    pub workers: Vec<WorkerStatus>,
+    pub sessions_waiting: u32,
+    pub sessions_assigned: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkerHealth {
+    Joining,
+    Alive,
+    Suspect,
+    Dead,
+    Draining,
+    Unhealthy,
+    #[serde(other)]
+    Unknown,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    pub health: WorkerHealth,
+    pub ms_since_heartbeat: u64,
+    pub heartbeat: Heartbeat,
+}

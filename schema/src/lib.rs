@@ -1,0 +1,34 @@
+//! Wire types of voxfleet: what producers, dispatcher, workers and viewers say to each other.
+//!
+//! This is the lowest floor: no IO, no runtime, no NATS. Everything above builds on these types, so a change here is
+//! a change of the contract; `tests/golden.rs` pins the bytes.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`id`] | validated names: sessions, jobs, GPUs, incarnations, sources |
+//! | [`audio`] | chunk headers, sample formats, the frame -> sample clock |
+//! | [`source`] | the producer state machine: duplicates, gaps, stale sources, ends |
+//! | [`session`] | session options, API requests and answers, the stored session record |
+//! | [`transcript`] | finals, partials, revisions, checkpoints: the chain |
+//! | [`fleet`] | heartbeats, control requests, device figures |
+//! | [`event`] | what happened, for people and tests |
+//! | [`failure`] | the closed set of failure classes |
+//! | [`codec`] | JSON for what people may read, MessagePack for what only machines exchange |
+//!
+//! Readers tolerate unknown fields and unknown enum values; writers never send them.
+
+pub mod audio;
+pub mod codec;
+pub mod event;
+pub mod failure;
+pub mod fleet;
+pub mod id;
+pub mod session;
+pub mod source;
+pub mod transcript;
+
+/// Sample rate of every sample position on the wire and of everything an engine sees, in Hz.
+pub const SAMPLE_RATE_HZ: u32 = 16_000;
+
+/// How far before a final's end everything with a memory (resampler, VAD, endpointer) restarts, in samples (0.5 s).
+pub const PREROLL_SAMPLES: u64 = 8_000;

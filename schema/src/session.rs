@@ -1,0 +1,448 @@
+//! Live sessions: options, API requests and answers, and the record kept in the `asr_sessions` bucket.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    failure::{Failure, FailureClass},
+    id::{Kind, StreamId, WorkerName},
+};
+
+/// Which models and devices may stand in for the ones asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    ExactModel,
+    AllowSmaller,
+    /// Includes smaller models.
+    #[default]
+    AllowCpu,
+    ForceCpu,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Task {
+    #[default]
+    Transcribe,
+    /// Into English; the model must be multilingual.
+    Translate,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Priority {
+    High,
+    #[default]
+    Normal,
+    Low,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Channels {
+    #[default]
+    Mix,
+    /// Each channel transcribed by itself.
+    Split,
+}
+
+/// What a session asks for. Requests are strict (an unknown option or value is an error to its sender); stored records
+/// are read with [`SessionOptions`]' defaults for what an older writer did not know.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SessionOptions {
+    /// Catalog name or file stem; none = the fleet's default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// ISO 639-1 code; none = detected on the first speech and locked by a final.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub language: Option<String>,
+    pub task: Task,
+    /// Text the model is told came before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<String>,
+    /// Feed the tail of each final's text to the next window.
+    pub carry_prompt: bool,
+    /// Words to expect; they go in front of the prompt.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub hotwords: Vec<String>,
+    pub diarize: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_speakers: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_speakers: Option<u16>,
+    pub channels: Channels,
+    /// Publish partials.
+    pub interim: bool,
+    /// Silence that ends an utterance, in ms. 100 to 5000; 500 keeps sentences whole and adds half a second to a final.
+    pub endpoint_ms: u32,
+    pub policy: Policy,
+    pub priority: Priority,
+    /// Silence on the wire after which the session is ended, in s. At most 1800, half of the audio's retention.
+    pub idle_timeout_s: u32,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self {
+            model: None,
+            language: None,
+            task: Task::Transcribe,
+            prompt: None,
+            carry_prompt: false,
+            hotwords: Vec::new(),
+            diarize: false,
+            min_speakers: None,
+            max_speakers: None,
+            channels: Channels::Mix,
+            interim: true,
+            endpoint_ms: 500,
+            policy: Policy::AllowCpu,
+            priority: Priority::Normal,
+            idle_timeout_s: 60,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OptionError {
+    #[error("unknown option {0:?}")]
+    UnknownName(String),
+    #[error("{name}: {value:?} is not {expected}")]
+    BadValue { name: &'static str, value: String, expected: &'static str },
+    #[error("{0}")]
+    Contradiction(&'static str),
+    #[error("{0} is not available in this version")]
+    NotAvailable(&'static str),
+}
+
+/// Longest prompt, in bytes: Whisper looks at its last 224 tokens only.
+pub const MAX_PROMPT_BYTES: usize = 4_096;
+pub const MAX_HOTWORDS: usize = 100;
+const MAX_WORD_BYTES: usize = 64;
+
+impl SessionOptions {
+    /// Names of all options, as in JSON and (with `Asr-Opt-` and dashes) in headers.
+    pub const NAMES: [&'static str; 15] = [
+        "model",
+        "language",
+        "task",
+        "prompt",
+        "carry_prompt",
+        "hotwords",
+        "diarize",
+        "min_speakers",
+        "max_speakers",
+        "channels",
+        "interim",
+        "endpoint_ms",
+        "policy",
+        "priority",
+        "idle_timeout_s",
+    ];
+
+    /// Sets one option from text, as a header carries it. Hotwords are separated by commas.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<(), OptionError> {
+        let Some(name) = Self::NAMES.iter().find(|n| **n == name) else {
+            return Err(OptionError::UnknownName(short(name)));
+        };
+        let name: &'static str = name;
+        match name {
+            "model" => self.model = Some(value.to_owned()),
+            "language" => self.language = (value != "auto").then(|| value.to_owned()),
+            "task" => self.task = word(name, value, "transcribe or translate")?,
+            "prompt" => self.prompt = Some(value.to_owned()),
+            "carry_prompt" => self.carry_prompt = boolean(name, value)?,
+            "hotwords" => {
+                self.hotwords = value.split(',').map(|w| w.trim().to_owned()).filter(|w| !w.is_empty()).collect();
+            }
+            "diarize" => self.diarize = boolean(name, value)?,
+            "min_speakers" => self.min_speakers = Some(number(name, value)?),
+            "max_speakers" => self.max_speakers = Some(number(name, value)?),
+            "channels" => self.channels = word(name, value, "mix or split")?,
+            "interim" => self.interim = boolean(name, value)?,
+            "endpoint_ms" => self.endpoint_ms = number(name, value)?,
+            "policy" => self.policy = word(name, value, "exact_model, allow_smaller, allow_cpu or force_cpu")?,
+            "priority" => self.priority = word(name, value, "high, normal or low")?,
+            "idle_timeout_s" => self.idle_timeout_s = number(name, value)?,
+            _ => return Err(OptionError::UnknownName(short(name))),
+        }
+        Ok(())
+    }
+
+    /// Checks ranges and contradictions.
+    pub fn validate(&self) -> Result<(), OptionError> {
+        let bad = |name, value: &dyn std::fmt::Display, expected| {
+            Err(OptionError::BadValue { name, value: short(&value.to_string()), expected })
+        };
+        if let Some(model) = &self.model
+            && (model.is_empty() || model.len() > 128 || model.contains(['/', '\\', '\0']) || model.starts_with('.'))
+        {
+            return bad("model", model, "the name of a model");
+        }
+        if let Some(language) = &self.language
+            && !((2..=3).contains(&language.len()) && language.bytes().all(|b| b.is_ascii_lowercase()))
+        {
+            return bad("language", language, "a language code such as en");
+        }
+        if self.prompt.as_ref().is_some_and(|p| p.len() > MAX_PROMPT_BYTES || p.contains('\0')) {
+            return bad("prompt", &"...", "at most 4096 bytes of text");
+        }
+        if self.hotwords.len() > MAX_HOTWORDS
+            || self.hotwords.iter().any(|w| w.is_empty() || w.len() > MAX_WORD_BYTES || w.contains('\0'))
+        {
+            return bad("hotwords", &self.hotwords.len(), "at most 100 words of 1 to 64 bytes");
+        }
+        if !(100..=5_000).contains(&self.endpoint_ms) {
+            return bad("endpoint_ms", &self.endpoint_ms, "100 to 5000");
+        }
+        if !(1..=1_800).contains(&self.idle_timeout_s) {
+            return bad("idle_timeout_s", &self.idle_timeout_s, "1 to 1800");
+        }
+        if !self.diarize && (self.min_speakers.is_some() || self.max_speakers.is_some()) {
+            return Err(OptionError::Contradiction("min_speakers and max_speakers need diarize"));
+        }
+        if self.min_speakers == Some(0) || self.max_speakers == Some(0) {
+            return Err(OptionError::Contradiction("a session has at least one speaker"));
+        }
+        if let (Some(min), Some(max)) = (self.min_speakers, self.max_speakers)
+            && min > max
+        {
+            return Err(OptionError::Contradiction("min_speakers is above max_speakers"));
+        }
+        if self.diarize && self.channels == Channels::Split {
+            return Err(OptionError::Contradiction("channels=split names who speaks already, diarize contradicts it"));
+        }
+        // Honest refusals: silently transcribing without speakers would look like success.
+        if self.diarize {
+            return Err(OptionError::NotAvailable("diarize"));
+        }
+        if self.channels == Channels::Split {
+            return Err(OptionError::NotAvailable("channels=split"));
+        }
+        Ok(())
+    }
+}
+
+fn short(text: &str) -> String {
+    text.chars().take(64).collect()
+}
+
+fn number<T: std::str::FromStr>(name: &'static str, value: &str) -> Result<T, OptionError> {
+    value.parse().map_err(|_| OptionError::BadValue { name, value: short(value), expected: "a whole number" })
+}
+
+fn boolean(name: &'static str, value: &str) -> Result<bool, OptionError> {
+    match value {
+        "1" | "true" | "on" => Ok(true),
+        "0" | "false" | "off" => Ok(false),
+        _ => Err(OptionError::BadValue { name, value: short(value), expected: "true or false" }),
+    }
+}
+
+fn word<T: serde::de::DeserializeOwned>(
+    name: &'static str,
+    value: &str,
+    expected: &'static str,
+) -> Result<T, OptionError> {
+    serde_json::from_value(serde_json::Value::String(value.to_owned())).map_err(|_| OptionError::BadValue {
+        name,
+        value: short(value),
+        expected,
+    })
+}
+
+/// `session.open`. Idempotent by id.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OpenRequest {
+    pub session: StreamId,
+    #[serde(default, deserialize_with = "strict_options")]
+    pub options: SessionOptions,
+}
+
+/// In a request an unknown option is the sender's mistake and he is told, unlike in records of a newer version.
+fn strict_options<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SessionOptions, D::Error> {
+    let value = serde_json::Value::deserialize(deserializer)?;
+    if let serde_json::Value::Object(map) = &value
+        && let Some(name) = map.keys().find(|k| !SessionOptions::NAMES.contains(&k.as_str()))
+    {
+        return Err(serde::de::Error::custom(OptionError::UnknownName(short(name))));
+    }
+    serde_json::from_value(value).map_err(serde::de::Error::custom)
+}
+
+/// `session.status` and `session.close` name a session only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionRequest {
+    pub session: StreamId,
+}
+
+/// Subjects a client of this session needs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionSubjects {
+    pub audio: String,
+    pub finals: String,
+    pub partials: String,
+    pub events: String,
+}
+
+/// Answer to every API request: either what was asked for or a typed failure. `{"ok":{...}}` or `{"error":{...}}`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply<T> {
+    Ok(T),
+    Error(Failure),
+}
+
+impl<T> Reply<T> {
+    pub fn refuse(class: FailureClass, message: impl Into<String>) -> Self {
+        Reply::Error(Failure::new(class, message))
+    }
+
+    pub fn into_result(self) -> Result<T, Failure> {
+        match self {
+            Reply::Ok(value) => Ok(value),
+            Reply::Error(failure) => Err(failure),
+        }
+    }
+}
+
+/// Answer to `session.open`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Opened {
+    pub session: StreamId,
+    pub worker: WorkerName,
+    pub epoch: u64,
+    pub subjects: SessionSubjects,
+}
+
+/// Answer to `session.close`: where the end entry stands in the log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Closed {
+    pub session: StreamId,
+    pub end_seq: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SessionState {
+    /// Admitted, nobody has it yet.
+    Waiting,
+    Assigned,
+    /// Its end final stands in the chain and nothing above it has been read.
+    Ended,
+    #[serde(other)]
+    Unknown,
+}
+
+/// Value of key `<session>` in `asr_sessions`; written by compare-and-set only.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SessionRecord {
+    pub kind: Kind,
+    pub id: StreamId,
+    pub state: SessionState,
+    pub options: SessionOptions,
+    /// Grows with each assignment, never below the epoch of the last final.
+    pub epoch: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<WorkerName>,
+    /// Opened by request, or by audio alone.
+    #[serde(default)]
+    pub implicit: bool,
+    /// Unix time in ms.
+    pub opened_ms: u64,
+    /// Unix time in ms of the last change of this record.
+    pub changed_ms: u64,
+    /// `audio.to_seq` of the end final, once ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_seq: Option<u64>,
+}
+
+/// Answer to `session.status`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SessionStatus {
+    pub record: SessionRecord,
+    /// Index of the last final known to the dispatcher.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_final: Option<u64>,
+    /// Sequence of the last log entry known to the dispatcher.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_audio_seq: Option<u64>,
+    /// Why it waits, per GPU or as a whole.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub why: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_strict_and_records_are_not() {
+        let open = |json: &str| serde_json::from_str::<OpenRequest>(json);
+        assert_eq!(open(r#"{"session":"a"}"#).expect("defaults").options, SessionOptions::default());
+        assert!(open(r#"{"session":"a","options":{"endpoint_mss":300}}"#).is_err());
+        assert!(open(r#"{"session":"a","options":{"policy":"never"}}"#).is_err());
+        assert!(open(r#"{"session":"a b"}"#).is_err());
+        assert!(open(r#"{"options":{}}"#).is_err());
+        let stored: SessionOptions = serde_json::from_str(r#"{"endpoint_ms":300,"from_tomorrow":1}"#).expect("record");
+        assert_eq!(stored.endpoint_ms, 300);
+    }
+
+    #[test]
+    fn every_option_can_be_set_by_header() {
+        let values = [
+            "micro.en",
+            "en",
+            "translate",
+            "hello",
+            "true",
+            "oslo,paris",
+            "false",
+            "1",
+            "2",
+            "mix",
+            "false",
+            "300",
+            "exact_model",
+            "high",
+            "30",
+        ];
+        let mut options = SessionOptions::default();
+        for (name, value) in SessionOptions::NAMES.iter().zip(values) {
+            options.set(name, value).expect(name);
+        }
+        assert_eq!(options.hotwords, ["oslo", "paris"]);
+        assert_eq!((options.policy, options.priority), (Policy::ExactModel, Priority::High));
+        let json = serde_json::to_value(&options).expect("json");
+        for name in SessionOptions::NAMES {
+            assert!(json.get(name).is_some(), "{name} is missing in JSON");
+        }
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        let with = |change: fn(&mut SessionOptions)| {
+            let mut options = SessionOptions::default();
+            change(&mut options);
+            options.validate()
+        };
+        assert_eq!(with(|_| ()), Ok(()));
+        assert!(matches!(with(|o| o.min_speakers = Some(2)), Err(OptionError::Contradiction(_))));
+        assert!(matches!(
+            with(|o| (o.diarize, o.min_speakers, o.max_speakers) = (true, Some(3), Some(2))),
+            Err(OptionError::Contradiction(_))
+        ));
+        assert!(matches!(with(|o| o.diarize = true), Err(OptionError::NotAvailable(_))));
+        for change in [
+            (|o: &mut SessionOptions| o.endpoint_ms = 0) as fn(&mut SessionOptions),
+            |o| o.idle_timeout_s = 1_801,
+            |o| o.model = Some("../../etc/passwd".into()),
+            |o| o.language = Some("English".into()),
+            |o| o.prompt = Some("x".repeat(10_000)),
+            |o| o.hotwords = vec!["x".into(); 101],
+        ] {
+            assert!(matches!(with(change), Err(OptionError::BadValue { .. })));
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! What supervisor and engine child say to each other over their socketpair, never stdout.
+//!
+//! Frames are a `u32` length (little endian) and that many bytes of MessagePack with named fields. Audio is [`Bytes`]
+//! inside a struct, never inside a tagged enum (that costs 13 ms for 10 s of PCM, a struct 8 us).
+//!
+//! Every answer carries the `handle` it was computed for; handles are never used twice, so text of a session that was
+//! closed, or rebuilt from another worker's final, can not reach its successor.
+
+use serde::{Deserialize, Serialize};
+use voxfleet_schema::{
+    audio::RawEntry,
+    event::What,
+    failure::Failure,
+    fleet::ModelState,
+    session::SessionOptions,
+    transcript::{AudioRange, Checkpoint, Final, Lost, Resume, Segment, Timings, VadKind},
+};
+
+/// Where a session starts: at its beginning, or behind a final.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StartPoint {
+    /// None = at the first entry of the log.
+    pub after: Option<Box<AfterFinal>>,
+    /// Log entries are gone: the session goes on at `after.to_sample` with the first entry above `after.to_seq`, and the next
+    /// final says so if `lost` is set.
+    #[serde(default)]
+    pub expired: bool,
+    #[serde(default)]
+    pub lost: Option<Lost>,
+    /// Of the last final; default when there is none.
+    #[serde(default)]
+    pub checkpoint: Checkpoint,
+    /// It was named by the final and could not be found.
+    #[serde(default)]
+    pub checkpoint_missing: bool,
+}
+
+/// What of the last final decides how to go on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AfterFinal {
+    pub index: u64,
+    pub to_sample: u64,
+    pub to_seq: u64,
+    pub end: bool,
+    pub resume: Resume,
+}
+
+impl From<&Final> for AfterFinal {
+    fn from(f: &Final) -> Self {
+        Self { index: f.index, to_sample: f.to_sample, to_seq: f.audio.to_seq, end: f.end, resume: f.resume.clone() }
+    }
+}
+
+impl StartPoint {
+    pub fn beginning() -> Self {
+        Self { after: None, expired: false, lost: None, checkpoint: Checkpoint::default(), checkpoint_missing: false }
+    }
+
+    /// First log sequence to feed.
+    pub fn first_seq(&self) -> u64 {
+        match &self.after {
+            None => 1,
+            Some(after) if self.expired => after.to_seq + 1,
+            Some(after) => after.resume.seq,
+        }
+    }
+}
+
+/// First frame to the child: everything it needs to know. It reads no configuration and no environment of its own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EngineConfig {
+    pub engine: EngineKind,
+    /// Model file of each model name that may be asked for.
+    pub models: Vec<ModelFile>,
+    pub default_model: String,
+    /// Silero's ONNX file; none = the energy-based detector.
+    pub silero_model: Option<std::path::PathBuf>,
+    /// ONNX Runtime's shared library.
+    pub onnxruntime: Option<std::path::PathBuf>,
+    /// Decode states and threads of each; states x threads never exceed the cores.
+    pub decode_states: usize,
+    pub decode_threads: usize,
+    pub use_gpu: bool,
+    pub simulated: SimulatedConfig,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EngineKind {
+    #[default]
+    WhisperCpp,
+    Simulated,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelFile {
+    pub name: String,
+    pub path: std::path::PathBuf,
+}
+
+/// How the simulated engine behaves.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SimulatedConfig {
+    /// Audio seconds decoded per second; 0 = no delay at all.
+    pub speed: f64,
+    /// Memory it really allocates for weights and for each state, in MB.
+    pub weights_mb: u64,
+    pub state_mb: u64,
+    /// Every n-th decode fails; 0 = never.
+    pub fail_every: u64,
+    /// The process aborts at the n-th decode, as whisper.cpp does when CUDA runs out of memory; 0 = never.
+    pub abort_at: u64,
+    /// Decodes after the n-th never return; 0 = never.
+    pub hang_at: u64,
+    pub load_ms: u64,
+}
+
+impl Default for SimulatedConfig {
+    fn default() -> Self {
+        Self { speed: 20.0, weights_mb: 0, state_mb: 0, fail_every: 0, abort_at: 0, hang_at: 0, load_ms: 0 }
+    }
+}
+
+/// Supervisor -> child.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum ToEngine {
+    Configure(Box<EngineConfig>),
+    /// Load a model before its first use.
+    Load { model: String },
+    Open { handle: u64, options: Box<SessionOptions>, start: Box<StartPoint> },
+    Entry(EntryFor),
+    /// Forget it; running decodes of it are cancelled.
+    Close { handle: u64 },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EntryFor {
+    pub handle: u64,
+    pub entry: RawEntry,
+}
+
+/// Child -> supervisor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum FromEngine {
+    /// It is up; nothing is loaded yet.
+    Ready { vad: VadKind, device: String, engine: String, notes: Vec<String> },
+    Models(Vec<ModelState>),
+    /// Bytes of audio that are no longer kept for this session: their permits are free.
+    Consumed { handle: u64, bytes: u64 },
+    /// Worth an event.
+    Note { handle: u64, note: StreamNote },
+    Partial { handle: u64, partial: Box<PartialDraft> },
+    Final { handle: u64, draft: Box<FinalDraft> },
+    /// The session cannot go on here (model missing, options the model cannot follow).
+    Failed { handle: u64, failure: Failure },
+    /// Sent each 200 ms while there is work and it moves: decodes finished, audio decoded, time spent.
+    Progress { decodes: u64, audio_ms: u64, busy_ms: u64, working: bool },
+}
+
+/// Something about a log entry that its sender should know.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StreamNote {
+    pub what: What,
+    pub seq: u64,
+    pub failure: Option<Failure>,
+    pub detail: String,
+}
+
+/// A partial as the engine knows it; the supervisor adds names.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PartialDraft {
+    pub from_sample: u64,
+    pub to_sample: u64,
+    pub committed: String,
+    pub tentative: String,
+    /// Handed to the engine minus decoded.
+    pub lag_ms: u64,
+}
+
+/// A final as the engine knows it; the supervisor adds names, index, ids and the checkpoint's sequence.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FinalDraft {
+    pub from_sample: u64,
+    pub to_sample: u64,
+    pub audio: AudioRange,
+    pub resume: Resume,
+    pub segments: Vec<Segment>,
+    pub speech_final: bool,
+    pub end: bool,
+    pub lost: Option<Lost>,
+    pub error: Option<Failure>,
+    pub guards: Vec<String>,
+    pub checkpoint_missing: bool,
+    /// To be written before the final; none when nothing goes beyond it.
+    pub checkpoint: Option<Checkpoint>,
+    pub model: String,
+    pub device: String,
+    pub engine: String,
+    pub vad: VadKind,
+    pub timings: Timings,
+}

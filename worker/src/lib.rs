@@ -1,0 +1,8 @@
+//! A worker: one supervisor process per GPU, and the engine child it starts.
+//!
+//! The supervisor speaks NATS, beats, counts permits and never blocks; the engine child owns device, models and decode
+//! states. They speak [`ipc`] over a socketpair. What becomes of a log is decided in [`engine::stream`] alone, which is a
+//! pure state machine; everything else here moves bytes.
+
+pub mod engine;
+pub mod ipc;
