@@ -88,8 +88,7 @@ logged() {
 
 # The end of what the last logged command said.
 show_log() {
-    tail -c "+$(( LOG_MARK + 1 ))" "$LOG" | tail -n "${1:-12}" | sed 's/^/           | /' >&2
-    note "whole log: $LOG"
+    tail -c "+$(( LOG_MARK + 1 ))" "$LOG" | tail -n "$1" | sed 's/^/           | /' >&2
 }
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -103,7 +102,7 @@ version_ge() {
 }
 
 # First dotted number in the input.
-first_version() { sed -n 's/^[^0-9]*\([0-9][0-9]*\(\.[0-9][0-9]*\)\{1,3\}\).*/\1/p' | head -n 1; }
+first_version() { sed -n '/[0-9]\.[0-9]/{ s/^[^0-9]*\([0-9][0-9]*\(\.[0-9][0-9]*\)\{1,3\}\).*/\1/p; q; }'; }
 
 offline() { [ "${VOXFLEET_OFFLINE:-0}" = 1 ]; }
 
@@ -130,7 +129,7 @@ open_cache() {
     esac
     CACHE=$VOXFLEET_CACHE
     export VOXFLEET_CACHE
-    err_=$(mkdir -p "$CACHE/bin" "$CACHE/lib" "$CACHE/models" "$CACHE/log" 2>&1) ||
+    err_=$(mkdir -p "$CACHE" 2>&1 && mkdir -p "$CACHE/bin" "$CACHE/lib" "$CACHE/models" "$CACHE/log" 2>&1) ||
         die "the cache cannot be made: $err_ (set XDG_CACHE_HOME to a folder you can write to)"
     for dir_ in "$CACHE" "$CACHE/bin" "$CACHE/lib" "$CACHE/models" "$CACHE/log"; do
         [ -w "$dir_" ] || die "the cache is not writable: $dir_ (set XDG_CACHE_HOME to a folder you can write to)"
@@ -273,7 +272,7 @@ find_pip() {
 # Python runs here (nothing of it is run). Sets WHEEL.
 wheel() {
     if ! find_pip; then
-        PIP_WHY="no Python 3 with pip here (apt-get install python3-pip)"
+        PIP_WHY="no Python 3 with pip here ($install_ $py_)"
         return 1
     fi
     PIP_WHY="pip could not get $1 $2 for $ARCH"
@@ -284,9 +283,10 @@ wheel() {
     fi
     mkdir -p "$STAGE/wheel"
     printf '%s==%s%s\n' "$1" "$2" "${3:+ --hash=sha256:$3}" >"$STAGE/wheel.txt"
+    PIP_REQUIRE_VIRTUALENV=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+    export PIP_REQUIRE_VIRTUALENV PIP_NO_INPUT PIP_DISABLE_PIP_VERSION_CHECK
     # shellcheck disable=SC2086 # PIP is a command with its arguments
-    PIP_REQUIRE_VIRTUALENV=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
-        logged ${pip_:-"$STAGE/venv/bin/pip"} download --no-deps --only-binary=:all: --retries 2 \
+    logged ${pip_:-"$STAGE/venv/bin/pip"} download --no-deps --only-binary=:all: --retries 2 \
         --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none \
         --platform "manylinux_2_28_$ARCH" --platform "manylinux_2_27_$ARCH" --platform "manylinux_2_17_$ARCH" \
         --platform "manylinux2014_$ARCH" --platform any \
@@ -318,11 +318,11 @@ check_machine() {
         have "${CC:-cc}" || lack "a C compiler (${CC:-cc}): $install_ $cxx_"
         have "${CXX:-c++}" || lack "a C++ compiler (${CXX:-c++}): $install_ $cxx_"
         have make || have ninja || lack "make: $install_ $cxx_"
-        rust_min_=$(sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$ROOT/Cargo.toml" | head -n 1)
+        rust_min_=$(sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$ROOT/Cargo.toml")
         if ! have cargo; then
             lack "cargo ${rust_min_:-} or newer: https://rustup.rs"
         elif rust_=$(cd "$ROOT" && cargo --version 2>/dev/null | first_version) && [ -n "$rust_" ]; then
-            version_ge "$rust_" "${rust_min_:-0}" ||
+            ! have awk || version_ge "$rust_" "${rust_min_:-0}" ||
                 lack "cargo $rust_min_ or newer (this is $rust_): rustup update, or https://rustup.rs"
         else
             lack "a cargo that runs (cargo --version fails): rustup default stable, or https://rustup.rs"
@@ -413,7 +413,7 @@ install_nats() {
         nats-server) module_=github.com/nats-io/nats-server/v2; version_=$NATS_SERVER_VERSION ;;
         nats) module_=github.com/nats-io/natscli/nats; version_=$NATS_CLI_VERSION ;;
     esac
-    WHY="install Go $GO_MIN or newer (https://go.dev/dl) and run this again"
+    WHY="install Go $GO_MIN or newer (https://go.dev/dl), or put $1 itself on PATH, and run this again"
     install_nats_with_go "$@" && return 0
     if offline; then
         note "$1: VOXFLEET_OFFLINE=1, so no download"
@@ -692,7 +692,8 @@ prepare() {
     silero
     clean_up
     if [ -n "$ABSENT" ]; then
-        die "these parts are needed and could not be had:$ABSENT"
+        die "these parts are needed and could not be had:$ABSENT
+  the whole story: $LOG"
     fi
     # whisper.cpp's bindings come ready-made with its crate; without this it would want libclang.
     export WHISPER_DONT_GENERATE_BINDINGS=1
@@ -705,12 +706,12 @@ build() {
     shift
     step_begin
     if [ -t 2 ]; then
-        "$@" || die "$what_: failed"
+        "$@" || die "failed: $what_"
     else
         note "$what_ (minutes when it is the first time): $*"
         if ! logged "$@"; then
             show_log 40
-            die "$what_: failed"
+            die "failed: $what_; whole log: $LOG"
         fi
     fi
     step "$what_"
@@ -761,19 +762,19 @@ case $VERB in
     env) print_env ;;
     demo)
         cd "$ROOT"
-        build "voxfleet is built" cargo build -p voxfleet --features bench
+        build "building voxfleet" cargo build -p voxfleet --features bench
         program=$(binary debug)
         exec "$program" demo "$@"
         ;;
     bench)
         cd "$ROOT"
-        build "voxfleet is built, release" cargo build --release -p voxfleet --features bench
+        build "building voxfleet (release)" cargo build --release -p voxfleet --features bench
         program=$(binary release)
         exec "$program" bench "$@"
         ;;
     test)
         cd "$ROOT"
-        build "the tests are built" cargo test --workspace --features voxfleet/bench --no-run
+        build "building the tests" cargo test --workspace --features voxfleet/bench --no-run
         step_begin
         # Standard output is cargo's own, so that whoever runs this can read its closing lines.
         if cargo test --workspace --features voxfleet/bench --no-fail-fast "$@"; then

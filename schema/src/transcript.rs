@@ -98,7 +98,7 @@ pub struct Resume {
     pub at_sample: u64,
     /// Input frame at which it starts, counted since the format began.
     pub at_frame: u64,
-    /// The format in force before that chunk.
+    /// The format of that chunk's audio.
     pub format: AudioFormat,
     /// Sample at which that format began.
     pub format_sample: u64,

@@ -7,6 +7,7 @@
 //! [`Recognizer`] and [`Vad`] are the two interfaces that real and simulated engines implement; one conformance suite
 //! runs over all of them.
 
+pub mod resample;
 pub mod stream;
 
 use std::sync::{
@@ -130,6 +131,13 @@ pub struct RecognizerInfo {
     /// `cpu` or `cuda:<name>`.
     pub device: String,
     pub multilingual: bool,
+}
+
+impl RecognizerInfo {
+    /// For finals that needed no recognizer: nothing was said.
+    pub fn none() -> Self {
+        Self { engine: "none".to_owned(), model: "none".to_owned(), device: "none".to_owned(), multilingual: false }
+    }
 }
 
 /// A decode state: decodes windows, possibly of different sessions, as one batch. whisper.cpp takes them one by one.

@@ -1,0 +1,311 @@
+//! Log entries -> pieces of mono audio on the session's clock. Each entry is judged once, in log order.
+
+use voxfleet_schema::{
+    audio::{AudioFormat, BadChunk, ChunkHeaders, Encoding, RawEntry, sniff_container},
+    event::What,
+    failure::{Failure, FailureClass},
+    source::{Note, SourceState, Verdict},
+};
+
+use crate::ipc::{AfterFinal, StreamNote};
+
+/// What ends a stretch of audio because the log says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Barrier {
+    Flush,
+    End,
+}
+
+/// One used log entry.
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub(super) seq: u64,
+    /// Session sample of its first frame.
+    pub(super) at_sample: u64,
+    /// Its first frame, counted since its format began at `format_sample`.
+    pub(super) at_frame: u64,
+    pub(super) format: AudioFormat,
+    pub(super) format_sample: u64,
+    pub(super) producers_before: SourceState,
+    /// One value per frame: the mean of its channels.
+    pub(super) mono: Vec<f32>,
+    /// Stands behind the audio.
+    pub(super) barrier: Option<Barrier>,
+    /// Bytes whose permits go free when this piece is dropped.
+    pub(super) permit_bytes: u64,
+}
+
+impl Piece {
+    pub(super) fn sample_of(&self, frame: u64) -> u64 {
+        self.format_sample + self.format.sample_of_frame(frame)
+    }
+
+    /// Session sample behind its last frame.
+    pub(super) fn end_sample(&self) -> u64 {
+        self.sample_of(self.at_frame + self.mono.len() as u64)
+    }
+
+    /// Whether it holds `sample` or a later one. Over 16 kHz several frames share a sample, and a chunk may end between
+    /// them: then its last frame counts, not where the next chunk starts.
+    pub(super) fn reaches(&self, sample: u64) -> bool {
+        let frames = self.mono.len() as u64;
+        self.end_sample() > sample || (frames > 0 && self.sample_of(self.at_frame + frames - 1) >= sample)
+    }
+}
+
+/// What became of an entry.
+#[derive(Debug, Default)]
+pub(super) struct Digested {
+    pub(super) piece: Option<Piece>,
+    pub(super) notes: Vec<StreamNote>,
+    /// Permits that are free at once.
+    pub(super) freed_bytes: u64,
+}
+
+/// The clock and the producers' state, before the next entry.
+#[derive(Debug)]
+pub(super) struct Digest {
+    producers: SourceState,
+    format: AudioFormat,
+    format_sample: u64,
+    frame: u64,
+    /// Entries up to here were reported on by whoever published the last final.
+    noted_seq: u64,
+}
+
+impl Digest {
+    pub(super) fn beginning() -> Self {
+        Self {
+            producers: SourceState::default(),
+            format: AudioFormat::default(),
+            format_sample: 0,
+            frame: 0,
+            noted_seq: 0,
+        }
+    }
+
+    pub(super) fn after(after: &AfterFinal, expired: bool) -> Self {
+        let resume = &after.resume;
+        let (format_sample, frame) =
+            if expired { (after.to_sample, 0) } else { (resume.format_sample, resume.at_frame) };
+        Self {
+            producers: resume.producers.clone(),
+            format: resume.format,
+            format_sample,
+            frame,
+            noted_seq: after.to_seq,
+        }
+    }
+
+    /// Session sample at which the next entry's audio begins.
+    pub(super) fn position(&self) -> u64 {
+        self.format_sample + self.format.sample_of_frame(self.frame)
+    }
+
+    /// A resume point at the next entry.
+    pub(super) fn resume_here(&self) -> (u64, u64, u64, AudioFormat, u64, SourceState) {
+        (self.noted_seq + 1, self.position(), self.frame, self.format, self.format_sample, self.producers.clone())
+    }
+
+    pub(super) fn take(&mut self, entry: RawEntry) -> Digested {
+        let (seq, raw_bytes) = (entry.seq, entry.payload.len() as u64);
+        let mut digested = Digested { freed_bytes: raw_bytes, ..Digested::default() };
+        let headers = match ChunkHeaders::of(&entry) {
+            Ok(headers) => headers,
+            Err(bad) => {
+                self.note_bad(seq, &bad, &mut digested.notes);
+                return digested;
+            }
+        };
+        let producers_before = self.producers.clone();
+        match self.producers.judge(&headers, !entry.payload.is_empty()) {
+            Verdict::Use(note) => self.note_used(seq, note, &mut digested.notes),
+            Verdict::DropDuplicate => {
+                self.note(seq, What::Duplicate, None, "number was taken before", &mut digested.notes);
+                return digested;
+            }
+            Verdict::DropStaleSource => {
+                let failure = Failure::new(FailureClass::StaleSource, "a newer source has replaced this one");
+                self.note(seq, What::StaleSource, Some(failure), "", &mut digested.notes);
+                return digested;
+            }
+            Verdict::DropAfterEnd => {
+                let failure = Failure::new(FailureClass::AudioAfterEnd, "this source has ended its audio");
+                self.note(seq, What::AudioAfterEnd, Some(failure), "", &mut digested.notes);
+                return digested;
+            }
+        }
+        if let Some(format) = headers.format {
+            // Naming a format is how a producer says that what follows is no longer a slice of a container.
+            self.producers.container = false;
+            if format != self.format {
+                self.format_sample = self.position();
+                self.frame = 0;
+                self.format = format;
+            }
+        }
+        let mono = match self.decode(&entry.payload) {
+            Ok(mono) => mono,
+            Err(bad) => {
+                self.note_bad(seq, &bad, &mut digested.notes);
+                Vec::new()
+            }
+        };
+        let barrier = match (headers.end, headers.flush) {
+            (true, _) => Some(Barrier::End),
+            (false, true) => Some(Barrier::Flush),
+            (false, false) => None,
+        };
+        if mono.is_empty() && barrier.is_none() {
+            return digested;
+        }
+        let permit_bytes = raw_bytes.min(size_of_val(mono.as_slice()) as u64);
+        digested.freed_bytes = raw_bytes - permit_bytes;
+        let piece = Piece {
+            seq,
+            at_sample: self.position(),
+            at_frame: self.frame,
+            format: self.format,
+            format_sample: self.format_sample,
+            producers_before,
+            mono,
+            barrier,
+            permit_bytes,
+        };
+        self.frame += piece.mono.len() as u64;
+        digested.piece = Some(piece);
+        digested
+    }
+
+    fn decode(&mut self, payload: &[u8]) -> Result<Vec<f32>, BadChunk> {
+        if let Some(name) = sniff_container(payload) {
+            self.producers.container = true;
+            return Err(BadChunk::Container(name));
+        }
+        if self.producers.container && !payload.is_empty() {
+            return Err(BadChunk::Container("a slice of a container"));
+        }
+        to_mono(payload, self.format)
+    }
+
+    fn note_bad(&self, seq: u64, bad: &BadChunk, notes: &mut Vec<StreamNote>) {
+        self.note(seq, What::Rejected, Some(bad.failure()), "", notes);
+    }
+
+    fn note_used(&self, seq: u64, note: Note, notes: &mut Vec<StreamNote>) {
+        match note {
+            Note::Plain => {}
+            Note::Gap { from, to } => {
+                let detail = format!("numbers {from} to {} are missing", to - 1);
+                self.note(seq, What::Gap, None, &detail, notes);
+            }
+            Note::Reordered { seq: number } => {
+                self.note(seq, What::Reordered, None, &format!("number {number} came late"), notes);
+            }
+        }
+    }
+
+    fn note(&self, seq: u64, what: What, failure: Option<Failure>, detail: &str, notes: &mut Vec<StreamNote>) {
+        if seq > self.noted_seq {
+            notes.push(StreamNote { what, seq, failure, detail: detail.to_owned() });
+        }
+    }
+}
+
+/// Interleaved PCM -> one value per frame, clamped to -1..1.
+fn to_mono(payload: &[u8], format: AudioFormat) -> Result<Vec<f32>, BadChunk> {
+    let (frame_bytes, channels) = (format.frame_bytes(), usize::from(format.channels));
+    if !payload.len().is_multiple_of(frame_bytes) {
+        return Err(BadChunk::PartialFrame { len: payload.len(), frame_bytes });
+    }
+    let scale = 1.0 / f32::from(format.channels);
+    match format.encoding {
+        Encoding::PcmS16Le => Ok(payload
+            .chunks_exact(frame_bytes)
+            .map(|frame| {
+                let sum: f32 = frame
+                    .chunks_exact(2)
+                    .map(|s| f32::from(i16::from_le_bytes([s[0], s[1]])) / 32_768.0)
+                    .sum();
+                sum * scale
+            })
+            .collect()),
+        Encoding::PcmF32Le => {
+            let mut mono = Vec::with_capacity(payload.len() / frame_bytes);
+            for (n, frame) in payload.chunks_exact(frame_bytes).enumerate() {
+                let mut sum = 0.0;
+                for (channel, s) in frame.chunks_exact(4).enumerate() {
+                    let value = f32::from_le_bytes([s[0], s[1], s[2], s[3]]);
+                    if !value.is_finite() {
+                        return Err(BadChunk::NotFinite { at: n * channels + channel });
+                    }
+                    sum += value.clamp(-1.0, 1.0);
+                }
+                mono.push(sum * scale);
+            }
+            Ok(mono)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(seq: u64, headers: &[(&str, &str)], payload: &[u8]) -> RawEntry {
+        RawEntry {
+            seq,
+            headers: headers.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
+            payload: payload.to_vec().into(),
+        }
+    }
+
+    #[test]
+    fn bad_chunks_are_told_and_take_no_time() {
+        let mut digest = Digest::beginning();
+        let nan = f32::NAN.to_le_bytes();
+        let cases: [(&[(&str, &str)], &[u8], FailureClass); 8] = [
+            (&[], &[], FailureClass::BadRequest),
+            (&[], &[1, 2, 3], FailureClass::BadAudio),
+            (&[("Asr-Seq", "x")], &[0, 0], FailureClass::BadRequest),
+            (&[("Asr-Format", "pcm_s16le;rate=1")], &[0, 0], FailureClass::BadAudio),
+            (&[("Asr-Format", "opus")], &[0, 0], FailureClass::UnsupportedFormat),
+            (&[], b"OggS\0\0", FailureClass::UnsupportedFormat),
+            (&[], &[9, 9], FailureClass::UnsupportedFormat),
+            (&[("Asr-Format", "pcm_f32le")], &nan, FailureClass::BadAudio),
+        ];
+        for (seq, (headers, payload, class)) in cases.into_iter().enumerate() {
+            let digested = digest.take(entry(seq as u64 + 1, headers, payload));
+            assert!(digested.piece.is_none(), "{headers:?}");
+            assert_eq!(digested.freed_bytes, payload.len() as u64);
+            let [note] = digested.notes.as_slice() else { panic!("one note for {headers:?}") };
+            assert_eq!(note.failure.as_ref().map(|f| f.class), Some(class), "{headers:?} {payload:?}");
+        }
+        assert_eq!(digest.position(), 0);
+        let good = digest.take(entry(9, &[("Asr-Format", "pcm_s16le")], &[0; 640]));
+        assert!(good.piece.is_some_and(|p| p.mono.len() == 320) && good.notes.is_empty());
+    }
+
+    #[test]
+    fn channels_are_averaged_and_the_clock_follows_the_format() {
+        let mut digest = Digest::beginning();
+        let stereo: Vec<u8> = [16_384i16, -16_384, 32_767, 32_767].iter().flat_map(|s| s.to_le_bytes()).collect();
+        let format = [("Asr-Format", "pcm_s16le;rate=8000;channels=2")];
+        let piece = digest.take(entry(1, &format, &stereo)).piece.expect("piece");
+        assert_eq!(piece.mono, [0.0, 32_767.0 / 32_768.0]);
+        assert_eq!((piece.at_sample, piece.end_sample()), (0, 4));
+        let piece = digest.take(entry(2, &[("Asr-Format", "pcm_s16le;rate=48000")], &[0; 12])).piece.expect("piece");
+        assert_eq!((piece.at_sample, piece.at_frame, piece.format_sample, piece.end_sample()), (4, 0, 4, 6));
+        let loud: Vec<u8> = [1e30f32, -1e30].iter().flat_map(|s| s.to_le_bytes()).collect();
+        let piece = digest.take(entry(3, &[("Asr-Format", "pcm_f32le")], &loud)).piece.expect("piece");
+        assert_eq!(piece.mono, [1.0, -1.0]);
+    }
+
+    #[test]
+    fn an_end_with_bad_audio_is_still_an_end() {
+        let mut digest = Digest::beginning();
+        let digested = digest.take(entry(1, &[("Asr-End", "1")], &[1, 2, 3]));
+        assert_eq!(digested.notes.len(), 1);
+        assert_eq!(digested.piece.and_then(|p| p.barrier), Some(Barrier::End));
+    }
+}
