@@ -1,1 +1,36 @@
-//! stub
+//! The dispatcher: takes live sessions in, gives each to a worker, passes its audio on as hints, and ends it.
+//!
+//! It stands between `voxfleet-nats` below and the command line above; it never meets a worker's code. The log and the
+//! chain are the truth, so a dispatcher that dies costs latency only: [`run`] of the next one reads what the keys say and
+//! goes on.
+//!
+//! | module | what for |
+//! |---|---|
+//! | [`config`] | settings |
+//! | [`fleet`] | heartbeats -> joining, alive, suspect, dead, draining, unhealthy |
+//! | [`routing`] | filter -> score -> pick, with everybody's reasons |
+//! | [`admission`] | who is placed first |
+//! | [`idle`] | when a flush and when an end is due |
+//! | [`open`] | which entry opens or reopens a session |
+//! | [`reconcile`] | desired against actual -> actions |
+//! | [`sessions`] | the book of sessions in memory |
+//! | [`core`] | all of these as one state machine: inputs -> effects, without IO |
+//! | `active`, `run` | the IO around it: lease, recovery, listeners, effects |
+
+mod active;
+pub mod admission;
+pub mod config;
+pub mod core;
+pub mod fleet;
+pub mod idle;
+pub mod moment;
+pub mod open;
+pub mod reconcile;
+pub mod routing;
+mod run;
+pub mod sessions;
+#[cfg(test)]
+mod testing;
+
+pub use config::DispatcherConfig;
+pub use run::{DispatcherError, run};

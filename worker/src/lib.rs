@@ -4,5 +4,17 @@
 //! states. They speak [`ipc`] over a socketpair. What becomes of a log is decided in [`engine::stream`] alone, which is a
 //! pure state machine; everything else here moves bytes.
 
+mod capacity;
+pub mod config;
+pub mod device;
 pub mod engine;
+mod heartbeat;
 pub mod ipc;
+mod lifecycle;
+mod pull;
+mod session;
+mod shutdown;
+mod supervisor;
+
+pub use config::WorkerConfig;
+pub use supervisor::{WorkerError, run};

@@ -1,1 +1,61 @@
-//! stub
+//! What tests, `demo` and `bench` stand on: real nats-servers, real processes, faults, and a checker that knows nothing
+//! of the product's code.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`find`] | where `nats-server`, `nats` and `voxfleet` are, or the command that brings them |
+//! | [`child`] | one child process: log in a file, killed and reaped on drop, dies with its parent |
+//! | [`server`] | a nats-server of one's own, single or a cluster of three |
+//! | [`relay`] | a TCP relay that pauses, swallows and cuts |
+//! | [`process`] | `voxfleet dispatcher` and `voxfleet worker`, configured through the environment |
+//! | [`fleet`] | all of it together, ready to be spoken to |
+//! | [`producer`] | a stranger's producer: plain publishes |
+//! | [`checker`] | reads log and chain, says everything that does not fit |
+//! | [`audio`] | test calls, made sounds, word error rate |
+//! | [`wait`] | poll with a deadline; nothing here sleeps a fixed time |
+//!
+//! Nothing in here panics: callers decide what a failure means. Only `async-nats` is used to speak to NATS, never the
+//! product's `nats` crate, so that a mistake there can not hide itself.
+
+pub mod audio;
+pub mod checker;
+pub mod child;
+pub mod find;
+pub mod fleet;
+pub mod process;
+pub mod producer;
+pub mod relay;
+pub mod server;
+pub mod wait;
+
+/// What went wrong while something was set up or asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{0}")]
+    Missing(#[from] find::Missing),
+    #[error("{what}: {source}")]
+    Io { what: String, source: std::io::Error },
+    #[error(transparent)]
+    NotInTime(#[from] wait::NotInTime),
+    #[error("{name} ended while it was starting ({status}); its log ends with:\n{log}")]
+    EndedEarly { name: String, status: String, log: String },
+    #[error("{what}: {why}")]
+    Nats { what: String, why: String },
+    #[error("{0}")]
+    Wrong(String),
+}
+
+impl Error {
+    pub fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
+        let what = what.into();
+        move |source| Error::Io { what, source }
+    }
+
+    /// For the many error types of async-nats.
+    pub fn nats<E: std::fmt::Display>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
+        let what = what.into();
+        move |e| Error::Nats { what, why: e.to_string() }
+    }
+}
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;

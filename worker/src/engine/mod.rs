@@ -2,17 +2,32 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`resample`] | any input rate -> 16 kHz, sample-exact |
+//! | [`vad`] | voice activity: Silero through ONNX Runtime, or by energy |
 //! | [`stream`] | log entries -> samples -> VAD -> windows -> finals; pure, boundaries depend on the log alone |
+//! | [`whisper`], [`simulated`] | recognizers: whisper.cpp, and text made from the samples themselves |
+//! | [`models`] | a model file is checked here before the C++ code sees it |
+//! | [`guards`] | holds back text that is not speech; pure |
+//! | [`pool`], [`child`] | decode-state threads, and the child process around streams and pool |
+//! | [`direct`] | the same engine called directly on a log, for tests and measurements |
 //!
 //! [`Recognizer`] and [`Vad`] are the two interfaces that real and simulated engines implement; one conformance suite
 //! runs over all of them.
 
+pub mod child;
+pub mod direct;
+pub mod guards;
+pub mod models;
+pub mod pool;
 pub mod resample;
+pub mod simulated;
 pub mod stream;
+pub mod vad;
+pub mod whisper;
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use serde::{Deserialize, Serialize};
@@ -54,17 +69,29 @@ impl EngineError {
     }
 }
 
-/// Asks a running decode to stop; checked between its steps.
+/// Asks a running decode to stop; checked between its steps, so each look is also a sign of life.
 #[derive(Debug, Clone, Default)]
-pub struct Cancel(Arc<AtomicBool>);
+pub struct Cancel(Arc<CancelState>);
+
+#[derive(Debug, Default)]
+struct CancelState {
+    cancelled: AtomicBool,
+    looks: AtomicU64,
+}
 
 impl Cancel {
     pub fn cancel(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.cancelled.store(true, Ordering::Relaxed);
     }
 
     pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.looks.fetch_add(1, Ordering::Relaxed);
+        self.0.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// How often somebody looked: while this grows, the decode moves.
+    pub fn looks(&self) -> u64 {
+        self.0.looks.load(Ordering::Relaxed)
     }
 }
 

@@ -6,6 +6,8 @@
 //! Every answer carries the `handle` it was computed for; handles are never used twice, so text of a session that was
 //! closed, or rebuilt from another worker's final, can not reach its successor.
 
+pub mod transport;
+
 use serde::{Deserialize, Serialize};
 use voxfleet_schema::{
     audio::RawEntry,

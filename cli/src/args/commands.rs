@@ -1,0 +1,235 @@
+//! Arguments of each command.
+
+#[cfg(feature = "bench")]
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+use voxfleet_schema::{audio::AudioFormat, id::StreamId};
+
+use crate::config::Role;
+
+#[cfg(feature = "dispatcher")]
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  voxfleet dispatcher --url nats://hub:4222
+  voxfleet dispatcher --name a --log-format json")]
+pub(crate) struct DispatcherArgs {
+    /// Name in status and logs [default: made up]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+}
+
+#[cfg(feature = "worker")]
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  voxfleet worker --url nats://hub:4222
+  voxfleet worker --models-dir /models --model small.en --slots 8
+  voxfleet worker --gpu none --engine simulated --gpu-id cpu-test-0")]
+pub(crate) struct WorkerArgs {
+    /// auto, none (the CPU), an NVML index or a UUID
+    #[arg(long, value_name = "GPU")]
+    pub(crate) gpu: Option<String>,
+    /// Stable name of this device [default: from its NVML UUID, or cpu-<host>-0]
+    #[arg(long, value_name = "ID")]
+    pub(crate) gpu_id: Option<String>,
+    /// whisper_cpp or simulated
+    #[arg(long, value_name = "ENGINE")]
+    pub(crate) engine: Option<String>,
+    /// Folder with ggml model files
+    #[arg(long, value_name = "DIR")]
+    pub(crate) models_dir: Option<String>,
+    /// Model of sessions that name none
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+    /// Live sessions held at once
+    #[arg(long, value_name = "N")]
+    pub(crate) slots: Option<u32>,
+}
+
+#[cfg(feature = "worker")]
+#[derive(Debug, Clone, Args)]
+pub(crate) struct EngineArgs {
+    /// The inherited socket
+    #[arg(long)]
+    pub(crate) fd: i32,
+}
+
+#[cfg(feature = "bench")]
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  voxfleet demo
+  voxfleet demo --speed 4 --call 03
+  voxfleet demo --json > demo.json")]
+pub(crate) struct DemoArgs {
+    /// Which test call: tests/audio/call-<CALL>.flac
+    #[arg(long, default_value = "01", value_name = "CALL")]
+    pub(crate) call: String,
+    /// Times real time
+    #[arg(long, default_value_t = 1.0, value_name = "N", value_parser = speed)]
+    pub(crate) speed: f64,
+    /// One object on standard output and nothing else
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Leave the server and the processes running until Ctrl-C, to look around with `nats`
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Folder of the test calls [default: tests/audio of the source tree]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) audio_dir: Option<PathBuf>,
+    /// Folder of the test models [default: tests/models of the source tree]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) models_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  voxfleet stream call.flac --wait
+  voxfleet stream call.wav --session call-7 --speed 4 -o language=en -o endpoint_ms=300
+  arecord -q -f S16_LE -r 16000 -c 1 -t raw | voxfleet stream - --session mic --wait
+  voxfleet stream --open --format 'pcm_s16le;rate=8000' phone.raw")]
+pub(crate) struct StreamArgs {
+    /// A wav, flac or raw PCM file; - is standard input
+    #[arg(value_name = "FILE")]
+    pub(crate) input: String,
+    /// Id of the session: letters, digits, - and _ [default: random]
+    #[arg(long, value_name = "ID")]
+    pub(crate) session: Option<StreamId>,
+    /// Times real time; 0 sends as fast as it is acknowledged [default: 1, for standard input 0]
+    #[arg(long, value_name = "N", value_parser = speed)]
+    pub(crate) speed: Option<f64>,
+    /// Length of a chunk
+    #[arg(long, default_value_t = 200, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=30_000))]
+    pub(crate) chunk_ms: u32,
+    /// Take the input as raw PCM of this format [default for what is no wav or flac: pcm_s16le;rate=16000;channels=1]
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) format: Option<AudioFormat>,
+    /// A session option: model, language, task, prompt, hotwords, interim, endpoint_ms, policy, ...; can be repeated
+    #[arg(short = 'o', long = "option", value_name = "NAME=VALUE", value_parser = super::pair)]
+    pub(crate) options: Vec<(String, String)>,
+    /// Ask the dispatcher for a place first, and fail if there is none; without it the audio waits in the log
+    #[arg(long)]
+    pub(crate) open: bool,
+    /// Do not end the session: more audio will follow under the same id
+    #[arg(long)]
+    pub(crate) no_end: bool,
+    /// Show the transcript and stay until the session's end final
+    #[arg(long, conflicts_with = "no_end")]
+    pub(crate) wait: bool,
+    /// Give up when a chunk was not acknowledged for this long
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) give_up_s: u64,
+    /// One object a line on standard output
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum From {
+    /// What is kept of the past, then what comes
+    Start,
+    /// Only what comes
+    #[default]
+    Now,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  voxfleet watch
+  voxfleet watch call-7 --from start --until-end
+  voxfleet watch --json | jq -r 'select(.type == \"final\") | .final.segments[].text'")]
+pub(crate) struct WatchArgs {
+    /// One session [default: all]
+    #[arg(value_name = "SESSION")]
+    pub(crate) session: Option<StreamId>,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) from: From,
+    /// Leave at the end final (of any session, when none is named)
+    #[arg(long)]
+    pub(crate) until_end: bool,
+    /// Finals only
+    #[arg(long)]
+    pub(crate) no_partials: bool,
+    /// Show the time of each word under its final
+    #[arg(long)]
+    pub(crate) words: bool,
+    /// One object a line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  voxfleet status
+  voxfleet status --json | jq '.workers[].heartbeat.held'")]
+pub(crate) struct StatusArgs {
+    /// Ended sessions too
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// One object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  voxfleet doctor
+  voxfleet doctor --url nats://hub:4222 --json")]
+pub(crate) struct DoctorArgs {
+    /// One object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  nats sub 'asr.v1.>' --translate 'voxfleet decode'
+  nats stream get ASR_CHECKPOINT 1 --translate 'voxfleet decode'
+  voxfleet decode --format 'pcm_s16le;rate=8000' < chunk.raw")]
+pub(crate) struct DecodeArgs {
+    /// What raw audio is taken for
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    pub(crate) format: AudioFormat,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ConfigArgs {
+    #[command(subcommand)]
+    pub(crate) what: ConfigCommand,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Read it as a service would, and name every mistake
+    #[command(after_help = "Examples:
+  voxfleet config check
+  voxfleet config check worker --config deploy/voxfleet.toml --json")]
+    Check(CheckArgs),
+    /// Every setting, its value and where it came from; secrets stay hidden
+    #[command(after_help = "Examples:
+  voxfleet config show
+  VOXFLEET__NATS__URLS=nats://hub:4222 voxfleet config show --json")]
+    Show(OutputArgs),
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct CheckArgs {
+    /// Parts to check whole [default: those that are configured]
+    #[arg(value_enum, value_name = "PART")]
+    pub(crate) roles: Vec<Role>,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct OutputArgs {
+    /// One object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn speed(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(speed) if speed.is_finite() && (0.0..=1000.0).contains(&speed) => Ok(speed),
+        _ => Err("expected a number from 0 to 1000".to_owned()),
+    }
+}

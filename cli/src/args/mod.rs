@@ -1,0 +1,111 @@
+//! What can be typed. Nothing here decides anything: [`crate::invocation`] turns it into what is meant.
+
+mod commands;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+pub(crate) use commands::*;
+
+use crate::{exit::Exit, logging::LogFormat};
+
+/// Speech inference for fleets of GPUs over NATS.
+#[derive(Debug, Parser)]
+#[command(name = "voxfleet", version, propagate_version = true, after_help = Exit::help(), max_term_width = 110)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Flags that every command takes.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Configuration")]
+pub(crate) struct Global {
+    /// Configuration file [default: ./voxfleet.toml, /etc/voxfleet/voxfleet.toml, where there is one]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// NATS servers, separated by commas: the setting nats.urls
+    #[arg(long, global = true, value_name = "URLS")]
+    pub(crate) url: Option<String>,
+    /// NATS credentials file: the setting nats.credentials_file
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) creds: Option<String>,
+    /// Any setting, as `voxfleet config show` names it; can be repeated
+    #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = pair)]
+    pub(crate) set: Vec<(String, String)>,
+    /// How logs are written to standard error: the setting log.format
+    #[arg(long, global = true, value_enum, value_name = "FORMAT")]
+    pub(crate) log_format: Option<LogFormat>,
+    /// Which logs: the setting log.filter, for example info,voxfleet_nats=debug
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Route sessions to workers (one active per account, any number stand by)
+    #[cfg(feature = "dispatcher")]
+    Dispatcher(DispatcherArgs),
+    /// Serve one device: take sessions, transcribe, publish
+    #[cfg(feature = "worker")]
+    Worker(WorkerArgs),
+    /// The child process of a worker that owns the device
+    #[cfg(feature = "worker")]
+    #[command(hide = true)]
+    Engine(EngineArgs),
+    /// Start everything here, stream a call through it, and watch it being transcribed
+    #[cfg(feature = "bench")]
+    Demo(DemoArgs),
+    /// Send audio as a producer: a file at its own pace, or standard input
+    Stream(StreamArgs),
+    /// Follow transcripts: partials turning into finals
+    Watch(WatchArgs),
+    /// Workers and sessions as they are now
+    Status(StatusArgs),
+    /// Check what can be wrong, and name the mend
+    Doctor(DoctorArgs),
+    /// Make a payload on standard input readable
+    Decode(DecodeArgs),
+    /// Check or show the configuration
+    Config(ConfigArgs),
+    /// Measure
+    #[cfg(feature = "bench")]
+    Bench(crate::bench::BenchArgs),
+}
+
+/// `key=value`.
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.trim().is_empty() => Ok((key.trim().to_owned(), value.to_owned())),
+        _ => Err("expected KEY=VALUE".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_visible_command_has_examples() {
+        for command in Cli::command().get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help") {
+            let nested = command.get_subcommands().next().is_some();
+            let help = command.get_after_help().map(|h| h.to_string()).unwrap_or_default();
+            assert!(nested || help.contains("Examples:"), "{} has no examples", command.get_name());
+        }
+    }
+
+    #[test]
+    fn pairs_split_at_the_first_sign() {
+        assert_eq!(pair("a=b=c"), Ok(("a".to_owned(), "b=c".to_owned())));
+        assert!(pair("a").is_err() && pair("=b").is_err());
+    }
+}

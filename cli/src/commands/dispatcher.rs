@@ -1,0 +1,19 @@
+//! `voxfleet dispatcher`.
+
+use crate::{
+    Context,
+    config::Role,
+    exit::{Exit, OrExit as _},
+};
+
+pub(crate) async fn run(context: &Context) -> anyhow::Result<Exit> {
+    let loaded = context.configure(&[Role::Dispatcher], "info")?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), file = ?loaded.file, "dispatcher starts");
+    let settings = loaded.settings;
+    let nats = super::connect(&settings, "voxfleet-dispatcher").await?;
+    let result = voxfleet_dispatcher::run(nats.clone(), settings.dispatcher, context.shutdown.clone()).await;
+    super::close(nats).await;
+    result.or_exit(Exit::Failure)?;
+    tracing::info!("dispatcher stopped");
+    Ok(Exit::Ok)
+}

@@ -1,0 +1,234 @@
+//! `voxfleet stream`: a file at its own pace, or standard input as it comes.
+
+use std::{io::IsTerminal as _, time::Duration};
+
+use bytes::Bytes;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+use tokio::{sync::mpsc, time::Instant};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use voxfleet_nats::{
+    Nats,
+    api::{self, ApiError, Endpoint},
+    transcript::Filter,
+};
+use voxfleet_schema::{
+    failure::FailureClass,
+    id::{Kind, StreamId},
+    session::{OpenRequest, Opened, SessionOptions},
+};
+
+use super::close;
+use crate::{
+    Context,
+    args::StreamArgs,
+    exit::{Exit, OrExit as _, coded},
+    producer::{Producer, ago, due},
+    sound::{Input, Sound, SoundError},
+    transcript::{
+        follow::{Follow, Followed, follow},
+        line::clock,
+        screen::{Detail, Screen, Style, object, out},
+    },
+};
+
+/// Chunks read ahead of the wire: a slow disk shows no gap, a long file takes no memory.
+const READ_AHEAD: usize = 8;
+const OPEN_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What was typed, as it is meant.
+struct Plan {
+    input: Input,
+    id: StreamId,
+    options: SessionOptions,
+    /// None = as fast as it comes and is acknowledged.
+    speed: Option<f64>,
+}
+
+impl Plan {
+    fn of(args: &StreamArgs) -> anyhow::Result<Self> {
+        let input = Input::from(args.input.as_str());
+        let id = match &args.session {
+            Some(id) => id.clone(),
+            None => StreamId::new(format!("s-{}", &Uuid::new_v4().simple().to_string()[..12])).or_exit(Exit::Internal)?,
+        };
+        let mut options = SessionOptions::default();
+        for (name, value) in &args.options {
+            options.set(name, value).or_exit(Exit::Usage)?;
+        }
+        options.validate().or_exit(Exit::Usage)?;
+        // A pipe has its own pace; a file would be over at once.
+        let speed = args.speed.unwrap_or(if input == Input::Stdin { 0.0 } else { 1.0 });
+        Ok(Self { input, id, options, speed: (speed > 0.0).then_some(speed) })
+    }
+}
+
+/// What was sent.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sent {
+    chunks: u64,
+    audio_ms: u64,
+    first_seq: u64,
+    last_seq: u64,
+    cut_short: bool,
+}
+
+pub(crate) async fn run(args: &StreamArgs, context: &Context) -> anyhow::Result<Exit> {
+    let plan = Plan::of(args)?;
+    let (input, format) = (plan.input.clone(), args.format);
+    let opened = tokio::task::spawn_blocking(move || Sound::open(&input, format)).await.or_exit(Exit::Internal)?;
+    let sound = opened.map_err(|e| anyhow::Error::new(e).context(plan.input.to_string())).or_exit(Exit::Input)?;
+    let (nats, _) = context.client("voxfleet-stream").await?;
+    let result = with_nats(args, &plan, sound, &nats, context).await;
+    close(nats).await;
+    result
+}
+
+async fn with_nats(args: &StreamArgs, plan: &Plan, sound: Sound, nats: &Nats, context: &Context) -> anyhow::Result<Exit> {
+    let give_up = Duration::from_secs(args.give_up_s);
+    let mut producer = Producer::new(nats, plan.id.clone(), sound.format(), give_up).or_exit(Exit::Internal)?;
+    if args.open {
+        let opened = open(nats, plan).await?;
+        eprintln!("{} is on {} (epoch {})", opened.session, opened.worker.gpu_id, opened.epoch);
+    } else {
+        producer = producer.with_options(&args.options);
+    }
+    let started = Instant::now();
+    if !args.wait {
+        let sent = send(args, plan, sound, producer, started, context, true).await?;
+        report(args, plan, &sent)?;
+        return Ok(if sent.cut_short { Exit::Interrupted } else { Exit::Ok });
+    }
+    // The reader is there before the first chunk; it outlives the sending, and Ctrl-C ends the sending only.
+    let stop = CancellationToken::new();
+    let style = Style::of_stdout(args.json);
+    let mut screen = Screen::new(style, Detail { names: false, words: false, partials: true });
+    let what = Follow { filter: Filter::One(Kind::Session, plan.id.clone()), from_start: false, until_end: true };
+    let speed = plan.speed;
+    let lag = move |ms: u64| speed.map(|speed| ago(started, ms, speed));
+    let mut ignore = |_: &_| ();
+    let following = follow(nats, &what, &mut screen, &lag, &mut ignore, &stop);
+    let sending = send(args, plan, sound, producer, started, context, false);
+    tokio::pin!(following, sending);
+    let (sent, followed) = tokio::select! {
+        sent = &mut sending => (sent?, following.await?),
+        followed = &mut following => (sending.await?, followed?),
+    };
+    report(args, plan, &sent)?;
+    Ok(match followed {
+        Followed::Ended(end) if end.error.is_some() => Exit::Failure,
+        _ if sent.cut_short => Exit::Interrupted,
+        Followed::Ended(_) => Exit::Ok,
+        Followed::Stopped => Exit::Interrupted,
+    })
+}
+
+async fn open(nats: &Nats, plan: &Plan) -> anyhow::Result<Opened> {
+    let request = OpenRequest { session: plan.id.clone(), options: plan.options.clone() };
+    api::request(nats, Endpoint::SessionOpen, &request, OPEN_DEADLINE).await.map_err(|error| {
+        let exit = match &error {
+            ApiError::Refused(failure) => match failure.class {
+                FailureClass::NoCapacity | FailureClass::NoWorkers => Exit::Refused,
+                _ => Exit::Failure,
+            },
+            ApiError::NoDispatcher | ApiError::Timeout | ApiError::Server(_) => Exit::Unavailable,
+            ApiError::Encode(_) | ApiError::Malformed(_) => Exit::Internal,
+        };
+        coded(exit, anyhow::Error::new(error).context(format!("open {}", plan.id)))
+    })
+}
+
+/// Sends everything and the end. Ctrl-C stops the reading; the session still gets its end, so its last words come.
+async fn send(
+    args: &StreamArgs,
+    plan: &Plan,
+    sound: Sound,
+    mut producer: Producer,
+    started: Instant,
+    context: &Context,
+    draw: bool,
+) -> anyhow::Result<Sent> {
+    let format = sound.format();
+    let frames = (u64::from(format.rate_hz) * u64::from(args.chunk_ms) / 1000).max(1) as usize;
+    let bar = bar(sound.total_ms().filter(|_| draw && !args.json));
+    let mut chunks = read_ahead(sound, frames);
+    // A second Ctrl-C ends the process; nothing else stops the resending of a chunk before its time is up.
+    let never = CancellationToken::new();
+    let (mut sent, mut sent_frames) = (Sent::default(), 0u64);
+    loop {
+        let chunk = tokio::select! {
+            () = context.shutdown.cancelled() => {
+                sent.cut_short = plan.input != Input::Stdin;
+                break;
+            }
+            chunk = chunks.recv() => match chunk {
+                Some(chunk) => chunk.map_err(|e| anyhow::Error::new(e).context(plan.input.to_string())).or_exit(Exit::Input)?,
+                None => break,
+            },
+        };
+        sent_frames += (chunk.len() / format.frame_bytes()) as u64;
+        sent.audio_ms = sent_frames * 1000 / u64::from(format.rate_hz);
+        if let Some(speed) = plan.speed {
+            // A chunk exists once its last sample has been spoken.
+            tokio::select! {
+                () = context.shutdown.cancelled() => {}
+                () = tokio::time::sleep_until(due(started, sent.audio_ms, speed)) => {}
+            }
+        }
+        let seq = producer.send(chunk, false, &never).await.or_exit(Exit::Unavailable)?;
+        sent.first_seq = if sent.chunks == 0 { seq } else { sent.first_seq };
+        (sent.chunks, sent.last_seq) = (sent.chunks + 1, seq);
+        bar.set_position(sent.audio_ms);
+    }
+    if !args.no_end {
+        sent.last_seq = producer.send(Bytes::new(), true, &never).await.or_exit(Exit::Unavailable)?;
+    }
+    bar.finish_and_clear();
+    Ok(sent)
+}
+
+/// Reads on a thread that may block. It ends with its input, or when nobody takes its chunks any more; standard input
+/// that never ends keeps the thread until the process ends, so nobody waits for it.
+fn read_ahead(mut sound: Sound, frames: usize) -> mpsc::Receiver<Result<Bytes, SoundError>> {
+    let (sender, receiver) = mpsc::channel(READ_AHEAD);
+    let _observed_through_the_channel = tokio::task::spawn_blocking(move || {
+        while let Some(chunk) = sound.next(frames).transpose() {
+            let failed = chunk.is_err();
+            if sender.blocking_send(chunk).is_err() || failed {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+fn bar(total_ms: Option<u64>) -> ProgressBar {
+    let bar = match total_ms.filter(|_| std::io::stderr().is_terminal()) {
+        Some(total) => ProgressBar::new(total),
+        None => ProgressBar::hidden(),
+    };
+    let style = ProgressStyle::with_template("sending {wide_bar:.cyan/dim} {percent}%");
+    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+fn report(args: &StreamArgs, plan: &Plan, sent: &Sent) -> anyhow::Result<()> {
+    if args.json {
+        object(&json!({
+            "type": "sent", "session": plan.id, "chunks": sent.chunks, "audio_ms": sent.audio_ms,
+            "first_seq": sent.first_seq, "last_seq": sent.last_seq, "ended": !args.no_end,
+        }))?;
+    } else if args.wait {
+        eprintln!("{}: {} of audio in {} chunks", plan.id, clock(sent.audio_ms), sent.chunks);
+    } else {
+        out(&format!(
+            "{}: {} of audio in {} chunks, log entries {} to {}",
+            plan.id,
+            clock(sent.audio_ms),
+            sent.chunks,
+            sent.first_seq,
+            sent.last_seq
+        ))?;
+    }
+    Ok(())
+}

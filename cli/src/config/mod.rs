@@ -1,0 +1,166 @@
+//! Configuration of every command: defaults, then `voxfleet.toml`, then `VOXFLEET__SECTION__KEY`, then flags.
+//!
+//! Read once, at the start, checked as a whole (every mistake is reported, not only the first), then passed on as a
+//! struct. [`layers`] says what was set where, [`show`] prints it.
+
+mod layers;
+pub(crate) mod show;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use voxfleet_nats::NatsConfig;
+
+use crate::{
+    env::{self, Env},
+    logging::LogConfig,
+};
+pub(crate) use layers::Origin;
+use layers::{Layers, Setting};
+
+/// Looked for in this order when `--config` names none; the first one found is the only one read.
+pub(crate) const SEARCH: [&str; 2] = ["voxfleet.toml", "/etc/voxfleet/voxfleet.toml"];
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Settings {
+    pub(crate) nats: NatsConfig,
+    #[cfg(feature = "dispatcher")]
+    pub(crate) dispatcher: voxfleet_dispatcher::DispatcherConfig,
+    #[cfg(feature = "worker")]
+    pub(crate) worker: voxfleet_worker::WorkerConfig,
+    pub(crate) log: LogConfig,
+    // One file serves a whole fleet: a slim build passes over the sections of parts it does not have.
+    #[cfg(not(feature = "dispatcher"))]
+    #[serde(skip_serializing)]
+    pub(crate) dispatcher: serde_json::Value,
+    #[cfg(not(feature = "worker"))]
+    #[serde(skip_serializing)]
+    pub(crate) worker: serde_json::Value,
+}
+
+/// Parts whose settings can be checked by themselves: what one machine runs says nothing about the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Role {
+    /// The connection, which everything needs; checked always.
+    Nats,
+    #[cfg(feature = "dispatcher")]
+    Dispatcher,
+    #[cfg(feature = "worker")]
+    Worker,
+}
+
+impl Role {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Role::Nats => "nats",
+            #[cfg(feature = "dispatcher")]
+            Role::Dispatcher => "dispatcher",
+            #[cfg(feature = "worker")]
+            Role::Worker => "worker",
+        }
+    }
+}
+
+impl Settings {
+    fn problems(&self, roles: &[Role]) -> Vec<String> {
+        let mut found = self.nats.problems();
+        for role in roles {
+            match role {
+                Role::Nats => {}
+                #[cfg(feature = "dispatcher")]
+                Role::Dispatcher => found.extend(self.dispatcher.problems()),
+                #[cfg(feature = "worker")]
+                Role::Worker => found.extend(self.worker.problems()),
+            }
+        }
+        found.extend(self.log.problems());
+        found
+    }
+}
+
+/// What the command line says about configuration.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Overrides {
+    pub(crate) config: Option<PathBuf>,
+    /// Flag as typed, key, value.
+    pub(crate) flags: Vec<(String, String, String)>,
+}
+
+/// Settings, and where each came from.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) settings: Settings,
+    /// The file that was read.
+    pub(crate) file: Option<PathBuf>,
+    set: Vec<Setting>,
+}
+
+impl Loaded {
+    /// Whether anybody set something in this section, beyond what is inherited from other programs' variables.
+    pub(crate) fn mentions(&self, section: &str) -> bool {
+        let ours = |origin: &Origin| !matches!(origin, Origin::Env(name) if !name.starts_with("VOXFLEET__"));
+        self.set.iter().any(|s| s.path.first().is_some_and(|first| first == section) && ours(&s.origin))
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("bad configuration, {} mistake{}:{}", problems.len(), if problems.len() == 1 { "" } else { "s" }, list(problems))]
+pub(crate) struct ConfigProblems {
+    pub(crate) problems: Vec<String>,
+}
+
+fn list(problems: &[String]) -> String {
+    problems.iter().map(|p| format!("\n  {p}")).collect()
+}
+
+/// Reads every layer. `search` is tried in order when no file is named. Every value's type is checked; what the values
+/// mean together only for `roles`.
+pub(crate) fn load(
+    overrides: &Overrides,
+    env: &impl Env,
+    search: &[&Path],
+    roles: &[Role],
+) -> Result<Loaded, ConfigProblems> {
+    let file = match &overrides.config {
+        Some(named) => Some(named.clone()),
+        None => search.iter().find(|p| p.is_file()).map(|p| p.to_path_buf()),
+    };
+    let mut layers = Layers::new(&Settings::default());
+    inherited(env, &mut layers);
+    if let Some(file) = &file {
+        layers.file(file);
+    }
+    layers.env(env);
+    for (flag, key, value) in &overrides.flags {
+        layers.flag(flag, key, value);
+    }
+    let (set, mut problems) = layers.checked::<Settings>();
+    match layers::assemble::<Settings>(&set) {
+        Ok(settings) => {
+            problems.extend(settings.problems(roles));
+            if problems.is_empty() {
+                return Ok(Loaded { settings, file, set });
+            }
+        }
+        // What one value alone could not show: two that do not go together.
+        Err(e) if problems.is_empty() => problems.push(e),
+        Err(_) => {}
+    }
+    Err(ConfigProblems { problems })
+}
+
+/// Variables that others define and we follow: the lowest layer above the defaults.
+fn inherited(env: &impl Env, layers: &mut Layers) {
+    if cfg!(feature = "worker") {
+        if let Some((dir, name)) = env::cache_dir(env) {
+            layers.inherited(name, "worker.cache_dir", &dir.to_string_lossy());
+        }
+        if let Some(library) = env.var("ORT_DYLIB_PATH").filter(|l| !l.is_empty()) {
+            layers.inherited("ORT_DYLIB_PATH", "worker.onnxruntime", &library);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,139 @@
+//! What the demo found: transcript beside reference, word error rates, lag.
+
+use serde_json::{Value, json};
+use voxfleet_harness::fleet::Fleet;
+
+use super::{Live, call::{Call, Offline}};
+use crate::{
+    transcript::{line::Paint, screen::out},
+    wer::{Beside, WordErrors, beside},
+};
+
+/// Width of the reference column.
+const COLUMN: usize = 52;
+
+pub(crate) fn processes(fleet: &Fleet) -> String {
+    let pids = |pids: Vec<u32>| pids.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+    format!(
+        "nats-server ({}), dispatcher (pid {}), workers (pids {})",
+        fleet.url(),
+        pids(fleet.dispatchers.iter().map(|d| d.pid()).collect()),
+        pids(fleet.workers.iter().map(|w| w.pid()).collect()),
+    )
+}
+
+/// The value at this share of the sorted list.
+fn quantile(values: &[u64], share: f64) -> Option<u64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable();
+    let at = ((sorted.len() as f64 * share).ceil() as usize).saturating_sub(1);
+    sorted.get(at).copied()
+}
+
+pub(crate) fn object(call: &Call, speed: f64, live: &Live, errors: WordErrors, offline: &Offline) -> Value {
+    let gpus: std::collections::BTreeSet<&str> = live.finals.iter().map(|f| f.gpu_id.as_str()).collect();
+    json!({
+        "wer": errors.rate(),
+        "live": {
+            "wer": errors.rate(),
+            "errors": errors,
+            "finals": live.finals.len(),
+            "final_lag_p50_ms": quantile(&live.lags_ms, 0.5),
+            "final_lag_p95_ms": quantile(&live.lags_ms, 0.95),
+            "wall_s": live.wall.as_secs_f64(),
+            "text": live.text(),
+            "gpu_ids": gpus,
+        },
+        "offline": {
+            "wer": offline.errors.rate(),
+            "errors": offline.errors,
+            "wall_s": offline.seconds,
+            "same_text": offline.text == live.text(),
+        },
+        "call": call.name,
+        "audio_s": call.seconds(),
+        "speed": speed,
+        "model": live.finals.first().map(|f| &f.model),
+        "engine": live.finals.first().map(|f| &f.engine),
+        "device": live.finals.first().map(|f| &f.device),
+        "vad": live.finals.first().map(|f| f.vad.as_str()),
+    })
+}
+
+pub(crate) fn print(
+    call: &Call,
+    speed: f64,
+    live: &Live,
+    errors: WordErrors,
+    offline: &Offline,
+    paint: Paint,
+) -> std::io::Result<()> {
+    out("")?;
+    out(&paint.bold(&format!("{:<COLUMN$}  {}", "what was said", "what was heard")))?;
+    for line in beside(&call.lines, &live.text()) {
+        out(&row(&line, paint))?;
+    }
+    out("")?;
+    out(&format!("live:    {}", rate(errors, paint)))?;
+    let same = if offline.text == live.text() { "the same text" } else { "another text" };
+    out(&format!(
+        "offline: {}, the same engine called directly: {same}, {:.1} s for {:.1} s of audio",
+        rate(offline.errors, paint),
+        offline.seconds,
+        call.seconds()
+    ))?;
+    if let (Some(p50), Some(p95)) = (quantile(&live.lags_ms, 0.5), quantile(&live.lags_ms, 0.95)) {
+        out(&format!(
+            "lag:     finals came {:.1} s (median) and {:.1} s (95th percentile) after their last sound, at {speed} x real time",
+            p50 as f64 / 1000.0,
+            p95 as f64 / 1000.0
+        ))?;
+    }
+    if let Some(f) = live.finals.first() {
+        out(&format!("engine:  {} {} on {}, speech found by {}", f.engine, f.model, f.device, f.vad.as_str()))?;
+    }
+    Ok(())
+}
+
+fn rate(errors: WordErrors, paint: Paint) -> String {
+    let text = format!(
+        "word error rate {:.1} % ({} of {} words: {} wrong, {} missed, {} invented)",
+        errors.rate() * 100.0,
+        errors.edits(),
+        errors.reference_words,
+        errors.substituted,
+        errors.deleted,
+        errors.inserted
+    );
+    if errors.rate() <= 0.02 { paint.green(&text) } else { paint.yellow(&text) }
+}
+
+/// Wrong words stand in brackets, so that they show without colour too.
+fn row(line: &Beside, paint: Paint) -> String {
+    let words: Vec<String> = line
+        .heard
+        .iter()
+        .map(|h| if h.right { h.word.clone() } else { paint.red(&format!("[{}]", h.word)) })
+        .collect();
+    let missed = if line.missed == 0 { String::new() } else { paint.red(&format!("  (-{})", line.missed)) };
+    let reference: String = line.reference.chars().take(COLUMN).collect();
+    format!("{reference:<COLUMN$}  {}{missed}", words.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_values_that_occurred() {
+        let values = [40, 10, 30, 20];
+        assert_eq!((quantile(&values, 0.5), quantile(&values, 0.95)), (Some(20), Some(40)));
+        assert_eq!(quantile(&[], 0.5), None);
+    }
+
+    #[test]
+    fn errors_show_without_colour() {
+        let lines = beside(&["good morning anna".to_owned()], "good mourning");
+        assert!(row(&lines[0], Paint { colour: false }).ends_with("good [mourning]  (-1)"));
+    }
+}

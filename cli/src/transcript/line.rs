@@ -1,0 +1,162 @@
+//! Transcripts as lines of text, with or without colour. Pure.
+
+use voxfleet_schema::{
+    event::Event,
+    transcript::{Final, Partial, Word},
+};
+
+/// Colours where they are wanted: on a terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Paint {
+    pub(crate) colour: bool,
+}
+
+impl Paint {
+    fn with(self, code: &str, text: &str) -> String {
+        if self.colour && !text.is_empty() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+
+    pub(crate) fn dim(self, text: &str) -> String {
+        self.with("2", text)
+    }
+
+    pub(crate) fn bold(self, text: &str) -> String {
+        self.with("1", text)
+    }
+
+    pub(crate) fn green(self, text: &str) -> String {
+        self.with("32", text)
+    }
+
+    pub(crate) fn yellow(self, text: &str) -> String {
+        self.with("33", text)
+    }
+
+    pub(crate) fn red(self, text: &str) -> String {
+        self.with("31", text)
+    }
+
+    pub(crate) fn cyan(self, text: &str) -> String {
+        self.with("36", text)
+    }
+}
+
+/// `00:03.8`, with hours from one hour on.
+pub(crate) fn clock(ms: u64) -> String {
+    let (tenths, seconds, minutes, hours) = (ms / 100 % 10, ms / 1000 % 60, ms / 60_000 % 60, ms / 3_600_000);
+    if hours > 0 {
+        format!("{hours}:{minutes:02}:{seconds:02}.{tenths}")
+    } else {
+        format!("{minutes:02}:{seconds:02}.{tenths}")
+    }
+}
+
+fn samples_ms(samples: u64) -> u64 {
+    samples * 1000 / u64::from(voxfleet_schema::SAMPLE_RATE_HZ)
+}
+
+/// A final without text (silence, lost audio) has a line only when it says something.
+pub(crate) fn of_final(f: &Final, paint: Paint, lag_ms: Option<u64>) -> Option<String> {
+    let text = f.text();
+    let mut notes = Vec::new();
+    if let Some(lost) = &f.lost {
+        notes.push(format!("audio {} to {} was gone before anyone could transcribe it", lost.from_seq, lost.to_seq));
+    }
+    if let Some(error) = &f.error {
+        notes.push(error.to_string());
+    }
+    if f.end {
+        notes.push("end".to_owned());
+    }
+    if text.is_empty() && notes.is_empty() {
+        return None;
+    }
+    let range = match (f.segments.first(), f.segments.last()) {
+        (Some(first), Some(last)) => (first.start_ms, last.end_ms),
+        _ => (samples_ms(f.from_sample), samples_ms(f.to_sample)),
+    };
+    let mut line = format!(
+        "{} {}  {}",
+        paint.dim(&format!("{}-{}", clock(range.0), clock(range.1))),
+        paint.cyan(f.gpu_id.as_str()),
+        paint.bold(&text)
+    );
+    if let Some(lag) = lag_ms {
+        line.push_str(&paint.dim(&format!("  +{:.1} s", lag as f64 / 1000.0)));
+    }
+    if !notes.is_empty() {
+        line.push_str(&paint.yellow(&format!("  [{}]", notes.join("; "))));
+    }
+    Some(line)
+}
+
+pub(crate) fn of_partial(p: &Partial, paint: Paint) -> String {
+    let gap = if p.committed.is_empty() || p.tentative.is_empty() { "" } else { " " };
+    format!(
+        "{} {}  {}{gap}{}{}",
+        paint.dim(&format!("{}-{}", clock(samples_ms(p.from_sample)), clock(samples_ms(p.to_sample)))),
+        paint.cyan(p.gpu_id.as_str()),
+        p.committed.trim(),
+        paint.dim(p.tentative.trim()),
+        paint.dim(&format!("  lag {:.1} s", p.lag_ms as f64 / 1000.0))
+    )
+}
+
+/// Each word with its start in seconds: `good 0.53 morning 0.68`.
+pub(crate) fn of_words(f: &Final, paint: Paint) -> Option<String> {
+    let one = |w: &Word| format!("{} {}", w.text.trim(), paint.dim(&format!("{:.2}", w.start_ms as f64 / 1000.0)));
+    let words: Vec<String> = f.segments.iter().flat_map(|s| &s.words).map(one).collect();
+    (!words.is_empty()).then(|| words.join("  "))
+}
+
+pub(crate) fn of_event(e: &Event, paint: Paint) -> String {
+    let mut text = format!("{} {}", e.what.as_str(), e.id);
+    for (name, value) in [
+        ("gpu", e.gpu_id.clone()),
+        ("epoch", e.epoch.map(|n| n.to_string())),
+        ("seq", e.seq.map(|n| n.to_string())),
+    ] {
+        if let Some(value) = value {
+            text.push_str(&format!(" {name}={value}"));
+        }
+    }
+    if let Some(error) = &e.error {
+        text.push_str(&format!(" {error}"));
+    } else if let Some(detail) = e.detail.as_str() {
+        text.push_str(&format!(" {detail}"));
+    }
+    paint.yellow(&text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::view::tests::{a_final, a_partial};
+    use super::*;
+
+    const PLAIN: Paint = Paint { colour: false };
+
+    #[test]
+    fn lines_say_when_who_and_what() {
+        let f = a_final(3, 1, "cpu-h-0", "good morning");
+        assert_eq!(of_final(&f, PLAIN, Some(640)).as_deref(), Some("00:03.0-00:03.9 cpu-h-0  good morning  +0.6 s"));
+        assert_eq!(of_partial(&a_partial(None, 1, "g", 24_000), PLAIN), "00:00.0-00:01.5 g  good morning  lag 0.4 s");
+        assert_eq!(of_words(&f, PLAIN).as_deref(), Some("good morning 3.00"));
+    }
+
+    #[test]
+    fn silence_has_no_line_and_an_end_has_one() {
+        let mut f = a_final(0, 1, "g", "x");
+        f.segments.clear();
+        assert_eq!(of_final(&f, PLAIN, None), None);
+        f.end = true;
+        assert_eq!(of_final(&f, PLAIN, None).as_deref(), Some("00:00.0-00:01.0 g    [end]"));
+    }
+
+    #[test]
+    fn colours_only_where_wanted() {
+        let f = a_final(0, 1, "g", "x");
+        assert!(of_final(&f, Paint { colour: true }, None).is_some_and(|l| l.contains('\x1b')));
+        assert!(of_final(&f, PLAIN, None).is_some_and(|l| !l.contains('\x1b')));
+        assert_eq!(clock(3_723_456), "1:02:03.4");
+    }
+}

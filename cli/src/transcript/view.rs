@@ -1,0 +1,155 @@
+//! What a reader of transcripts may show: drops what is stale or was seen before, notices moves and ends. Pure.
+//!
+//! Finals can be read twice (after a reconnect), partials can come late from an owner that has lost the session; a
+//! reader that shows either would contradict the chain.
+
+use std::collections::BTreeMap;
+
+use voxfleet_schema::{
+    event::{Event, What},
+    id::StreamId,
+    transcript::{Final, Partial},
+};
+
+#[derive(Debug, Default)]
+struct Session {
+    epoch: u64,
+    /// Index of the last final shown.
+    index: Option<u64>,
+    gpu: Option<String>,
+    /// Range of the newest partial since that final.
+    partial_to: u64,
+}
+
+/// State of everything shown so far.
+#[derive(Debug, Default)]
+pub(crate) struct View {
+    sessions: BTreeMap<StreamId, Session>,
+}
+
+/// What to show for one message.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum News<'a> {
+    Final { new: &'a Final, moved_from: Option<String> },
+    Partial { new: &'a Partial, moved_from: Option<String> },
+    Event(&'a Event),
+}
+
+impl View {
+    pub(crate) fn on_final<'a>(&mut self, new: &'a Final) -> Option<News<'a>> {
+        let session = self.sessions.entry(new.id.clone()).or_default();
+        if session.index.is_some_and(|last| new.index <= last) {
+            return None;
+        }
+        let moved_from = session.owner(new.epoch, new.gpu_id.as_str());
+        session.index = Some(new.index);
+        session.partial_to = new.to_sample;
+        Some(News::Final { new, moved_from })
+    }
+
+    pub(crate) fn on_partial<'a>(&mut self, new: &'a Partial) -> Option<News<'a>> {
+        let session = self.sessions.entry(new.id.clone()).or_default();
+        // None sorts below every index: a partial before the first final.
+        if new.epoch < session.epoch || new.after_index < session.index {
+            return None;
+        }
+        // Of one epoch and index the one that heard most is the newest, whatever the order of arrival.
+        if new.epoch == session.epoch && new.to_sample < session.partial_to {
+            return None;
+        }
+        let moved_from = session.owner(new.epoch, new.gpu_id.as_str());
+        session.partial_to = new.to_sample;
+        Some(News::Partial { new, moved_from })
+    }
+
+    pub(crate) fn on_event<'a>(&mut self, new: &'a Event) -> Option<News<'a>> {
+        Some(News::Event(new)).filter(|_| is_news(new.what))
+    }
+}
+
+impl Session {
+    /// Takes note of who speaks; returns the former owner when it changed.
+    fn owner(&mut self, epoch: u64, gpu: &str) -> Option<String> {
+        self.epoch = self.epoch.max(epoch);
+        if self.gpu.as_deref() == Some(gpu) {
+            return None;
+        }
+        self.gpu.replace(gpu.to_owned())
+    }
+}
+
+/// Events that a person following a transcript wants to see; the others are bookkeeping.
+fn is_news(what: What) -> bool {
+    use What::*;
+    match what {
+        Waiting | Rejected | Moved | Lagging | Gap | Reordered | Duplicate | StaleSource | AudioAfterEnd | Degraded
+        | Restored | ChainLost | Ended | Failed => true,
+        Opened | Assigned | Released | Done | Joined | Draining | Dead | Renewed | StreamFilling | Unknown => false,
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use serde_json::json;
+
+    pub(crate) fn a_final(index: u64, epoch: u64, gpu: &str, text: &str) -> Final {
+        serde_json::from_value(json!({
+            "kind": "session", "id": "s", "index": index, "final_id": format!("f{index}"), "epoch": epoch,
+            "gpu_id": gpu, "model": "micro.en", "device": "cpu", "engine": "whisper_cpp", "vad": "silero",
+            "from_sample": index * 16_000, "to_sample": (index + 1) * 16_000,
+            "audio": {"from_seq": 1, "to_seq": 2},
+            "resume": {"seq": 1, "at_sample": 0, "at_frame": 0, "format": "pcm_s16le", "format_sample": 0},
+            "segments": [{"id": 0, "start_ms": index * 1000, "end_ms": index * 1000 + 900, "text": text, "confidence": 0.9,
+                "words": [{"text": text, "start_ms": index * 1000, "end_ms": index * 1000 + 900, "confidence": 0.9}]}],
+            "speech_final": true, "timings": {},
+        }))
+        .expect("a final")
+    }
+
+    pub(crate) fn a_partial(after: Option<u64>, epoch: u64, gpu: &str, to_sample: u64) -> Partial {
+        serde_json::from_value(json!({
+            "kind": "session", "id": "s", "epoch": epoch, "gpu_id": gpu, "after_index": after,
+            "from_sample": 0, "to_sample": to_sample, "committed": "good", "tentative": "morning", "lag_ms": 420,
+        }))
+        .expect("a partial")
+    }
+
+    #[test]
+    fn finals_are_shown_once_and_in_order() {
+        let mut view = View::default();
+        let (zero, one) = (a_final(0, 1, "a", "x"), a_final(1, 1, "a", "y"));
+        assert!(view.on_final(&zero).is_some());
+        assert!(view.on_final(&one).is_some());
+        assert!(view.on_final(&zero).is_none() && view.on_final(&one).is_none());
+    }
+
+    #[test]
+    fn stale_partials_are_dropped() {
+        let mut view = View::default();
+        assert!(view.on_partial(&a_partial(None, 2, "a", 1_000)).is_some());
+        assert!(view.on_partial(&a_partial(None, 1, "b", 9_000)).is_none(), "lower epoch");
+        assert!(view.on_partial(&a_partial(None, 2, "a", 500)).is_none(), "heard less");
+        assert!(view.on_final(&a_final(0, 2, "a", "x")).is_some());
+        assert!(view.on_partial(&a_partial(None, 2, "a", 15_000)).is_none(), "lower index");
+        assert!(view.on_partial(&a_partial(Some(0), 2, "a", 17_000)).is_some());
+        assert!(view.on_partial(&a_partial(Some(0), 3, "b", 16_500)).is_some(), "a new owner starts over");
+    }
+
+    #[test]
+    fn a_move_is_told_once() {
+        let mut view = View::default();
+        view.on_final(&a_final(0, 1, "a", "x"));
+        let (partial, next) = (a_partial(Some(0), 2, "b", 20_000), a_final(1, 2, "b", "y"));
+        assert!(matches!(view.on_partial(&partial), Some(News::Partial { moved_from: Some(from), .. }) if from == "a"));
+        assert!(matches!(view.on_final(&next), Some(News::Final { moved_from: None, .. })));
+    }
+
+    #[test]
+    fn bookkeeping_events_are_not_news() {
+        let mut view = View::default();
+        let event = |what| Event::new(voxfleet_schema::event::Scope::Session, "s", what, 0);
+        assert!(view.on_event(&event(What::Moved)).is_some());
+        assert!(view.on_event(&event(What::Assigned)).is_none());
+    }
+}

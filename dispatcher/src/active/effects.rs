@@ -1,0 +1,338 @@
+//! Carries out what the core decided. Each effect is one task; its answer is one input.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+use voxfleet_nats::{
+    Nats,
+    api::ApiResponder,
+    fleet as workers,
+    kv::{Bucket, KvError, Records},
+    log::{AudioLog, LogError},
+    publish::{HintSent, Publisher},
+    topology,
+    transcript::Chain,
+};
+use voxfleet_schema::{
+    audio::{ASR_CAUSE, ASR_END, ASR_FLUSH, RawEntry},
+    event::Event,
+    fleet::{Assignment, ControlReply, ControlRequest, Heartbeat},
+    id::{Kind, StreamId, WorkerName},
+    session::{Reply, SessionRecord},
+};
+
+use super::{
+    Input,
+    fleet_record::{self, FleetRecord, Verdict},
+    recover,
+};
+use crate::{
+    config::DispatcherConfig,
+    core::{Admission, Answer, AppendError, AskReply, Effect, Mark, SaveError, WalkEnd},
+    open::{Step, Walker},
+    sessions::{CallId, ChainMark},
+};
+
+/// Hints and events that wait for the connection. Beyond that hints are dropped (the log has them), and events are lost
+/// with a line in the log of this process.
+const WAITING: usize = 4_096;
+
+/// A copy of an entry on its way to a worker.
+struct Hint {
+    worker: WorkerName,
+    id: StreamId,
+    entry: RawEntry,
+    prev: Option<u64>,
+}
+
+/// Everything tasks need.
+#[derive(Clone)]
+struct Tools {
+    nats: Nats,
+    records: Records<SessionRecord>,
+    fleet: Records<FleetRecord>,
+    chain: Chain,
+    log: AudioLog,
+    control_timeout: Duration,
+    name: Arc<str>,
+}
+
+pub(super) struct Effects {
+    tools: Tools,
+    inputs: mpsc::Sender<Input>,
+    hints: mpsc::Sender<Hint>,
+    events: mpsc::Sender<(Box<Event>, bool)>,
+    hints_dropped: u64,
+}
+
+impl Effects {
+    pub(super) fn new(
+        nats: &Nats,
+        config: &DispatcherConfig,
+        publisher: Publisher,
+        inputs: mpsc::Sender<Input>,
+        listeners: &mut JoinSet<&'static str>,
+        stop: CancellationToken,
+        name: &str,
+    ) -> Self {
+        let (hints, hint_queue) = mpsc::channel(WAITING);
+        let (events, event_queue) = mpsc::channel(WAITING);
+        listeners.spawn(send_hints(publisher.clone(), hint_queue, stop.clone()));
+        listeners.spawn(send_events(publisher, event_queue, stop));
+        let tools = Tools {
+            nats: nats.clone(),
+            records: Records::new(nats, Bucket::Sessions),
+            fleet: Records::new(nats, Bucket::Fleet),
+            chain: Chain::new(nats),
+            log: AudioLog::new(nats),
+            control_timeout: Duration::from_millis(config.control_timeout_ms),
+            name: name.into(),
+        };
+        Self { tools, inputs, hints, events, hints_dropped: 0 }
+    }
+
+    /// Starts one effect. Never waits.
+    pub(super) fn start(
+        &mut self,
+        effect: Effect,
+        jobs: &mut JoinSet<()>,
+        calls: &mut HashMap<CallId, ApiResponder>,
+        permits: &Arc<Semaphore>,
+    ) {
+        match effect {
+            Effect::Hint { worker, id, entry, prev } => {
+                if self.hints.try_send(Hint { worker, id, entry, prev }).is_err() {
+                    self.hints_dropped += 1;
+                    if self.hints_dropped.is_power_of_two() {
+                        tracing::warn!(dropped = self.hints_dropped, "hints dropped, workers read the log");
+                    }
+                }
+            }
+            Effect::Tell { event, once } => {
+                if let Err(error) = self.events.try_send((event, once)) {
+                    let (event, _) = error.into_inner();
+                    tracing::error!(id = event.id, what = event.what.as_str(), "event not written, too many wait");
+                }
+            }
+            Effect::Answer { call, answer } => {
+                if let Some(responder) = calls.remove(&call) {
+                    jobs.spawn(reply(responder, *answer));
+                }
+            }
+            other => {
+                let (tools, inputs, permits) = (self.tools.clone(), self.inputs.clone(), permits.clone());
+                jobs.spawn(async move {
+                    // The semaphore is never closed; without a permit the work is done all the same.
+                    let _permit = permits.acquire().await;
+                    if let Some(input) = tools.carry_out(other).await {
+                        // The loop is gone when this fails: a successor repairs.
+                        let _ = inputs.send(input).await;
+                    }
+                });
+            }
+        }
+    }
+}
+
+async fn send_hints(publisher: Publisher, mut queue: mpsc::Receiver<Hint>, stop: CancellationToken) -> &'static str {
+    let mut dropped = 0u64;
+    let sending = async {
+        while let Some(Hint { worker, id, entry, prev }) = queue.recv().await {
+            if publisher.hint(&worker, &id, &entry, prev).await == HintSent::Dropped {
+                dropped += 1;
+                if dropped.is_power_of_two() {
+                    tracing::warn!(dropped, "too many hints unanswered, workers read the log");
+                }
+            }
+        }
+    };
+    stop.run_until_cancelled(sending).await;
+    "hints"
+}
+
+async fn send_events(
+    publisher: Publisher,
+    mut queue: mpsc::Receiver<(Box<Event>, bool)>,
+    stop: CancellationToken,
+) -> &'static str {
+    let sending = async {
+        while let Some((event, once)) = queue.recv().await {
+            let written = match (once, event.seq) {
+                // The engine that meets the same entry later says the same under the same id.
+                (true, Some(seq)) => {
+                    let id = format!("{}-{}-{}", event.id, event.what.as_str(), seq);
+                    publisher.event_once(&event, &id).await
+                }
+                _ => publisher.event(&event).await,
+            };
+            if let Err(error) = written {
+                tracing::error!(id = event.id, what = event.what.as_str(), error = %error, "event not written");
+            }
+        }
+    };
+    stop.run_until_cancelled(sending).await;
+    "events"
+}
+
+async fn reply(responder: ApiResponder, answer: Answer) {
+    let sent = match answer {
+        Answer::Opened(opened) => responder.reply(&Reply::Ok(opened)).await,
+        Answer::Status(status) => responder.reply(&Reply::Ok(*status)).await,
+        Answer::Closed(closed) => responder.reply(&Reply::Ok(closed)).await,
+        Answer::Fleet(fleet) => responder.reply(&Reply::Ok(*fleet)).await,
+        Answer::Refused(failure) => responder.reply(&Reply::<()>::Error(failure)).await,
+    };
+    if let Err(error) = sent {
+        // The client asks again by id.
+        tracing::warn!(error = %error, "answer not sent");
+    }
+}
+
+impl Tools {
+    async fn carry_out(&self, effect: Effect) -> Option<Input> {
+        Some(match effect {
+            Effect::Load { id } => {
+                let result = recover::load(&self.records, &self.chain, &self.log, &id).await;
+                Input::Loaded { id, result: result.map(Box::new).map_err(|e| describe(&e)) }
+            }
+            Effect::Save { id, record, revision } => {
+                let written = match revision {
+                    Some(revision) => self.records.update(id.as_str(), &record, revision).await,
+                    None => self.records.create(id.as_str(), &record).await,
+                };
+                let result = written.map_err(|error| match error {
+                    KvError::Conflict { .. } => SaveError::Conflict,
+                    other => SaveError::Failed(describe(&other)),
+                });
+                Input::Saved { id, result }
+            }
+            Effect::Ask { worker, assignment } => self.ask(worker, *assignment).await,
+            Effect::Release { worker, id, epoch } => {
+                let request = ControlRequest::Release { kind: Kind::Session, id: id.clone(), epoch };
+                let done = self.control(&worker, &request).await == AskReply::Taken;
+                Input::Released { worker, id, epoch, done }
+            }
+            Effect::Append { id, mark, expect } => {
+                let result = self.append(&id, mark, expect).await;
+                Input::Appended { id, mark, result }
+            }
+            Effect::Walk { id, from } => {
+                let result = self.walk(&id, from).await;
+                Input::Walked { id, result: result.map(Box::new) }
+            }
+            Effect::ReadChain { id } => match self.chain.last(Kind::Session, &id).await {
+                Ok(last) => Input::ChainRead { id, chain: last.map(|s| ChainMark::from(&s.value)) },
+                Err(error) => {
+                    // The next tick sees the same difference.
+                    tracing::warn!(session = %id, error = %error, "last final cannot be read");
+                    return None;
+                }
+            },
+            Effect::Admit { heartbeat } => {
+                let worker = heartbeat.worker();
+                let admission = self.admit(&worker, &heartbeat).await;
+                Input::Admitted { worker, admission }
+            }
+            Effect::Renew { worker } => {
+                let reply = self.control(&worker, &ControlRequest::Renew).await;
+                tracing::info!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, ?reply, "dead incarnation told to renew");
+                return None;
+            }
+            Effect::Bury { heartbeat } => {
+                let verdict = Verdict { at_ms: unix_ms(), by: self.name.to_string() };
+                let written = fleet_record::condemn(&self.fleet, &heartbeat, verdict).await.map_err(|e| describe(&e));
+                Input::Buried { worker: heartbeat.worker(), written }
+            }
+            Effect::RemoveConsumers { worker } => {
+                if let Err(error) = topology::remove_worker(&self.nats, &worker).await {
+                    // The sweep finds them again.
+                    tracing::warn!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, error = %error, "consumers not removed");
+                }
+                return None;
+            }
+            Effect::Hint { .. } | Effect::Tell { .. } | Effect::Answer { .. } => return None,
+        })
+    }
+
+    async fn control(&self, worker: &WorkerName, request: &ControlRequest) -> AskReply {
+        match workers::control(&self.nats, worker, request, self.control_timeout).await {
+            Ok(ControlReply::Done) => AskReply::Taken,
+            Ok(ControlReply::Refused(failure)) => AskReply::Refused(failure),
+            Ok(ControlReply::Unknown) => AskReply::Silent("an answer of a newer version".to_owned()),
+            Err(error) => AskReply::Silent(describe(&error)),
+        }
+    }
+
+    async fn ask(&self, worker: WorkerName, assignment: Assignment) -> Input {
+        let (id, epoch) = (assignment.id.clone(), assignment.epoch);
+        let reply = self.control(&worker, &ControlRequest::Assign(assignment)).await;
+        Input::Asked { id, epoch, worker, reply }
+    }
+
+    async fn append(&self, id: &StreamId, mark: Mark, expect: Option<u64>) -> Result<u64, AppendError> {
+        let headers = match mark {
+            Mark::Pause => [(ASR_FLUSH, "1"), (ASR_CAUSE, "pause")],
+            Mark::Idle => [(ASR_END, "1"), (ASR_CAUSE, "idle")],
+            Mark::Close(_) => [(ASR_END, "1"), (ASR_CAUSE, "close")],
+        };
+        match self.log.append(id, &headers, Bytes::new(), expect).await {
+            Ok(seq) => Ok(seq),
+            Err(LogError::Conflict) => match self.log.last(id).await {
+                Ok(last) => Err(AppendError::Conflict { last: last.map(|e| e.seq) }),
+                Err(error) => Err(AppendError::Failed(describe(&error))),
+            },
+            Err(error) => Err(AppendError::Failed(describe(&error))),
+        }
+    }
+
+    async fn walk(&self, id: &StreamId, from: Option<Box<Walker>>) -> Result<WalkEnd, String> {
+        let mut walker = match from {
+            Some(walker) => walker,
+            None => {
+                let last = self.chain.last(Kind::Session, id).await.map_err(|e| describe(&e))?;
+                Box::new(last.map_or_else(Walker::beginning, |stored| Walker::after(&stored.value)))
+            }
+        };
+        let mut rejected = Vec::new();
+        while let Some(entry) = self.log.next(id, walker.next_seq()).await.map_err(|e| describe(&e))? {
+            match walker.step(&entry) {
+                Step::Passed => {}
+                Step::Opens(opener) => return Ok(WalkEnd { walker, opener: Some(opener), rejected }),
+                Step::Rejected(entry) => rejected.push(entry),
+            }
+        }
+        Ok(WalkEnd { walker, opener: None, rejected })
+    }
+
+    async fn admit(&self, worker: &WorkerName, heartbeat: &Heartbeat) -> Admission {
+        match fleet_record::admit(&self.fleet, heartbeat).await {
+            Ok(true) => return Admission::Dead,
+            Ok(false) => {}
+            Err(error) => return Admission::Failed(describe(&error)),
+        }
+        match topology::ensure_worker(&self.nats, worker, heartbeat.job_slots.total).await {
+            Ok(()) => Admission::Ready,
+            Err(error) => Admission::Failed(describe(&error)),
+        }
+    }
+}
+
+fn unix_ms() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_millis() as u64
+}
+
+/// An error with its causes, for the log.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut at = error.source();
+    while let Some(cause) = at {
+        text = format!("{text}: {cause}");
+        at = cause.source();
+    }
+    text
+}

@@ -1,0 +1,217 @@
+//! Tasks that listen and pass on. Each ends when it is told to stop, or when the connection is closed.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use voxfleet_nats::{
+    Nats, ServerError,
+    fleet::{self, FleetError},
+    kv::KvError,
+    lease::{Lease, Standing},
+    log::{AudioLog, LogError, LogItem},
+    retry::Backoff,
+    topology::{self, TopologyConfig},
+    transcript::{self, Filter, ReadError, Start},
+};
+use voxfleet_schema::id::Kind;
+
+use super::{Clock, Input};
+
+/// How often consumers are compared with the fleet: a lost one costs latency only.
+const SWEEP_EVERY: Duration = Duration::from_secs(10);
+
+/// Every heartbeat, with the time it was heard.
+pub(super) async fn heartbeats(
+    nats: Nats,
+    clock: Clock,
+    inputs: mpsc::Sender<Input>,
+    stop: CancellationToken,
+) -> &'static str {
+    let mut backoff = Backoff::default();
+    let listen = async {
+        loop {
+            let mut beats = match fleet::heartbeats(&nats).await {
+                Ok(beats) => beats,
+                Err(FleetError::Server(ServerError::Closed)) => return,
+                Err(error) => {
+                    tracing::warn!(error = %error, "cannot listen for heartbeats, trying again");
+                    backoff.wait().await;
+                    continue;
+                }
+            };
+            loop {
+                match beats.next().await {
+                    Ok(beat) => {
+                        if inputs.send(Input::Heartbeat(Box::new(beat), clock.mono())).await.is_err() {
+                            return;
+                        }
+                    }
+                    Err(FleetError::Server(ServerError::Closed)) => return,
+                    Err(error) => tracing::warn!(error = %error, "heartbeat not usable"),
+                }
+            }
+        }
+    };
+    stop.run_until_cancelled(listen).await;
+    "heartbeats"
+}
+
+/// Every final of a session from now on.
+pub(super) async fn finals(nats: Nats, inputs: mpsc::Sender<Input>, stop: CancellationToken) -> &'static str {
+    let mut backoff = Backoff::default();
+    let listen = async {
+        let mut finals = transcript::finals(&nats, &Filter::Kind(Kind::Session), Start::New);
+        loop {
+            match finals.next().await {
+                Ok(read) => {
+                    backoff = Backoff::default();
+                    if inputs.send(Input::Final(Box::new(read.value))).await.is_err() {
+                        return;
+                    }
+                }
+                Err(ReadError::Server(ServerError::Closed)) => return,
+                Err(ReadError::Malformed { seq, source }) => tracing::warn!(seq, error = %source, "not a final"),
+                Err(error) => {
+                    tracing::warn!(error = %error, "finals not readable now");
+                    backoff.wait().await;
+                }
+            }
+        }
+    };
+    stop.run_until_cancelled(listen).await;
+    "finals"
+}
+
+/// Every entry of the log from `from` on.
+pub(super) async fn tail(
+    nats: Nats,
+    from: u64,
+    entries: mpsc::Sender<LogItem>,
+    stop: CancellationToken,
+) -> &'static str {
+    let mut backoff = Backoff::default();
+    let listen = async {
+        let mut tail = AudioLog::new(&nats).tail(from);
+        loop {
+            match tail.next().await {
+                Ok(item) => {
+                    backoff = Backoff::default();
+                    if entries.send(item).await.is_err() {
+                        return;
+                    }
+                }
+                Err(LogError::Server(ServerError::Closed)) => return,
+                Err(error) => {
+                    tracing::warn!(error = %error, "log not readable now");
+                    backoff.wait().await;
+                }
+            }
+        }
+    };
+    stop.run_until_cancelled(listen).await;
+    "tail"
+}
+
+/// Whether the audio stream and the server answer, at each tick.
+pub(super) async fn probe(
+    nats: Nats,
+    every: Duration,
+    inputs: mpsc::Sender<Input>,
+    stop: CancellationToken,
+) -> &'static str {
+    let log = AudioLog::new(&nats);
+    let listen = async {
+        let mut ticks = tokio::time::interval(every);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let (bounds, rtt) = tokio::join!(tokio::time::timeout(every, log.bounds()), nats.rtt(every));
+            let stream = matches!(bounds, Ok(Ok(_)));
+            if inputs.send(Input::Probed { stream, server: rtt.is_ok() }).await.is_err() {
+                return;
+            }
+        }
+    };
+    stop.run_until_cancelled(listen).await;
+    "probe"
+}
+
+/// Makes what has vanished (memory streams go with their server), and tells which consumers exist.
+pub(super) async fn sweep(
+    nats: Nats,
+    config: TopologyConfig,
+    inputs: mpsc::Sender<Input>,
+    stop: CancellationToken,
+) -> &'static str {
+    let mut connection = nats.connection_events();
+    let listen = async {
+        let mut seen = connection.borrow_and_update().connects;
+        loop {
+            let pause = tokio::time::sleep(SWEEP_EVERY);
+            tokio::pin!(pause);
+            loop {
+                tokio::select! {
+                    () = &mut pause => break,
+                    changed = connection.changed() => {
+                        if changed.is_err() {
+                            return;
+                        }
+                        let connects = connection.borrow_and_update().connects;
+                        if connects != seen {
+                            seen = connects;
+                            break;
+                        }
+                    }
+                }
+            }
+            if let Err(error) = topology::ensure(&nats, &config).await {
+                tracing::warn!(error = %error, "streams and buckets cannot be checked now");
+                continue;
+            }
+            match topology::list_worker_consumers(&nats).await {
+                Ok(found) => {
+                    let (complete, partial): (Vec<_>, Vec<_>) = found.into_iter().partition(|c| c.live && c.work);
+                    let names = |list: Vec<topology::WorkerConsumers>| list.into_iter().map(|c| c.worker).collect();
+                    let input = Input::Consumers { complete: names(complete), partial: names(partial) };
+                    if inputs.send(input).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => tracing::warn!(error = %error, "consumers cannot be listed now"),
+            }
+        }
+    };
+    stop.run_until_cancelled(listen).await;
+    "sweep"
+}
+
+/// Renews the lease; ends when it is another's. `until` says how long it is surely held.
+pub(super) async fn renew(
+    lease: &mut Lease,
+    ttl: Duration,
+    until: watch::Sender<Instant>,
+    stop: CancellationToken,
+) {
+    let renewing = async {
+        loop {
+            tokio::time::sleep(ttl / 3).await;
+            let asked = Instant::now();
+            match lease.renew().await {
+                Ok(Standing::Leader) => {
+                    until.send_replace(asked + ttl);
+                }
+                Ok(Standing::Follower { holder }) => {
+                    tracing::warn!(holder, "another dispatcher holds the lease");
+                    return;
+                }
+                Err(KvError::Server(ServerError::Closed)) => return,
+                Err(error) => tracing::warn!(error = %error, "lease not renewed, trying again"),
+            }
+            if Instant::now() > *until.borrow() {
+                return;
+            }
+        }
+    };
+    stop.run_until_cancelled(renewing).await;
+}

@@ -1,0 +1,318 @@
+//! The active dispatcher: tasks that listen, one loop that owns the decisions, tasks that carry them out.
+//!
+//! The loop never waits for the network. What it wants done goes to tasks or bounded channels; what comes back is the next
+//! input.
+
+mod effects;
+mod fleet_record;
+mod listen;
+mod recover;
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::{
+    sync::{Semaphore, mpsc, watch},
+    task::{JoinError, JoinSet},
+    time::MissedTickBehavior,
+};
+use tokio_util::sync::CancellationToken;
+use voxfleet_nats::{
+    Nats,
+    api::{ApiResponder, ApiServer},
+    kv::{Bucket, Records},
+    lease::Lease,
+    log::LogItem,
+    publish::Publisher,
+};
+use voxfleet_schema::{
+    fleet::Heartbeat,
+    id::{StreamId, WorkerName},
+    transcript::Final,
+};
+
+use crate::{
+    config::DispatcherConfig,
+    core::{Admission, AppendError, AskReply, Core, Loaded, Mark, SaveError, WalkEnd},
+    moment::Moment,
+    run::DispatcherError,
+    sessions::{CallId, ChainMark},
+};
+use effects::Effects;
+use recover::Cursor;
+
+/// One heartbeat period and what its messages may be late: after that, whoever is alive has been heard.
+const HEAR_FIRST: Duration = Duration::from_millis(1_200);
+/// A loop this late has missed heartbeats.
+const LATE: Duration = Duration::from_secs(1);
+/// Most entries taken at once before other inputs get their turn.
+const BATCH: usize = 256;
+/// How long what is under way may take when the dispatcher stops.
+const STOP_WITHIN: Duration = Duration::from_secs(2);
+
+/// Why the active part ended without an error.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    Shutdown,
+    LeaseLost,
+}
+
+/// What comes back to the loop.
+#[derive(Debug)]
+enum Input {
+    Heartbeat(Box<Heartbeat>, Duration),
+    Final(Box<Final>),
+    Probed { stream: bool, server: bool },
+    Consumers { complete: Vec<WorkerName>, partial: Vec<WorkerName> },
+    Loaded { id: StreamId, result: Result<Box<Loaded>, String> },
+    Saved { id: StreamId, result: Result<u64, SaveError> },
+    Asked { id: StreamId, epoch: u64, worker: WorkerName, reply: AskReply },
+    Released { worker: WorkerName, id: StreamId, epoch: u64, done: bool },
+    Appended { id: StreamId, mark: Mark, result: Result<u64, AppendError> },
+    Walked { id: StreamId, result: Result<Box<WalkEnd>, String> },
+    ChainRead { id: StreamId, chain: Option<ChainMark> },
+    Admitted { worker: WorkerName, admission: Admission },
+    Buried { worker: WorkerName, written: Result<(), String> },
+    CursorSaved,
+}
+
+/// Reads both clocks.
+#[derive(Debug, Clone, Copy)]
+struct Clock {
+    start: Instant,
+}
+
+impl Clock {
+    fn mono(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    fn now(&self) -> Moment {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Moment { mono: self.mono(), unix_ms: unix.as_millis() as u64 }
+    }
+}
+
+/// Active until `shutdown`, or until the lease is lost.
+pub(crate) async fn run(
+    nats: &Nats,
+    config: &DispatcherConfig,
+    name: &str,
+    lease: &mut Lease,
+    until: Instant,
+    api: &mut ApiServer,
+    shutdown: &CancellationToken,
+) -> Result<Ended, DispatcherError> {
+    let stop = CancellationToken::new();
+    // Whatever way this ends, its tasks end with it.
+    let _stop_all = stop.clone().drop_guard();
+    let clock = Clock { start: Instant::now() };
+    let (inputs, mut received) = mpsc::channel::<Input>(4_096);
+    let (entries, mut log) = mpsc::channel::<LogItem>(4 * BATCH);
+    let (held_until, lease_until) = watch::channel(until);
+
+    let publisher = Publisher::new(nats);
+    let mut listeners: JoinSet<&'static str> = JoinSet::new();
+    listeners.spawn(listen::heartbeats(nats.clone(), clock, inputs.clone(), stop.clone()));
+    listeners.spawn(listen::finals(nats.clone(), inputs.clone(), stop.clone()));
+    listeners.spawn(listen::probe(nats.clone(), Duration::from_millis(config.tick_ms), inputs.clone(), stop.clone()));
+    listeners.spawn(listen::sweep(nats.clone(), config.topology.clone(), inputs.clone(), stop.clone()));
+
+    let effects = Effects::new(nats, config, publisher, inputs.clone(), &mut listeners, stop.clone(), name);
+    let cursors: Records<Cursor> = Records::new(nats, Bucket::Control);
+    let mut state = Active {
+        core: Core::new(config.clone(), name.to_owned(), nats.subjects().clone()),
+        clock,
+        effects,
+        jobs: JoinSet::new(),
+        calls: HashMap::new(),
+        next_call: 0,
+        cursors,
+        saved_cursor: 0,
+        saving_cursor: false,
+        permits: Arc::new(Semaphore::new(config.io_in_flight)),
+        inputs: inputs.clone(),
+    };
+
+    let renewing = listen::renew(lease, Duration::from_millis(config.lease_ms), held_until, stop.clone());
+    tokio::pin!(renewing);
+    let ready = async {
+        let recovered = recover::open_sessions(nats, config.io_in_flight).await?;
+        tokio::time::sleep(HEAR_FIRST.saturating_sub(clock.mono())).await;
+        Ok::<_, DispatcherError>(recovered)
+    };
+    tokio::pin!(ready);
+    let (recovered, from) = loop {
+        tokio::select! {
+            recovered = &mut ready => break recovered?,
+            () = shutdown.cancelled() => return Ok(Ended::Shutdown),
+            () = &mut renewing => return Ok(Ended::LeaseLost),
+            call = api.next() => if call.is_none() { return Err(DispatcherError::Closed) },
+            Some(input) = received.recv() => state.take(input),
+        }
+        state.carry_out();
+    };
+    let now = clock.now();
+    tracing::info!(sessions = recovered.len(), cursor = from, "predecessor's sessions read");
+    for loaded in recovered {
+        state.core.recover(loaded, now);
+    }
+    state.saved_cursor = from;
+    listeners.spawn(listen::tail(nats.clone(), from + 1, entries, stop.clone()));
+
+    let period = Duration::from_millis(config.tick_ms);
+    let mut ticks = tokio::time::interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut last_tick = clock.mono();
+    let mut act_from = Duration::ZERO;
+    let mut batch = Vec::with_capacity(BATCH);
+    let ended = loop {
+        let acting = clock.mono() >= act_from;
+        tokio::select! {
+            () = shutdown.cancelled() => break Ended::Shutdown,
+            () = &mut renewing => break Ended::LeaseLost,
+            Some(ended) = listeners.join_next() => return Err(listener_ended(ended)),
+            Some(done) = state.jobs.join_next() => observe(done),
+            Some(input) = received.recv() => {
+                state.take(input);
+                // What has arrived together is decided together.
+                while let Ok(input) = received.try_recv() {
+                    state.take(input);
+                }
+            }
+            count = log.recv_many(&mut batch, BATCH), if acting => {
+                if count == 0 {
+                    return Err(DispatcherError::TaskEnded("tail".to_owned()));
+                }
+                let now = clock.now();
+                for item in batch.drain(..) {
+                    state.core.entry(&item.id, item.entry, now);
+                }
+            }
+            call = api.next(), if acting => {
+                let Some((call, responder)) = call else { return Err(DispatcherError::Closed) };
+                state.request(&call, responder);
+            }
+            _ = ticks.tick() => {
+                let now = clock.now();
+                if now.since(last_tick) > period + LATE {
+                    // Stopped, or starved: the lease may be another's, and silence is our own deafness.
+                    tracing::warn!(late_ms = now.since(last_tick).as_millis() as u64, "loop was late, listening first");
+                    act_from = now.mono + HEAR_FIRST;
+                }
+                last_tick = now.mono;
+                if now.mono >= act_from {
+                    state.core.tick(now);
+                    state.save_cursor();
+                }
+            }
+        }
+        if Instant::now() > *lease_until.borrow() {
+            break Ended::LeaseLost;
+        }
+        if clock.mono() >= act_from {
+            state.core.settle(clock.now());
+        }
+        state.carry_out();
+    };
+    if ended == Ended::Shutdown {
+        state.finish().await;
+    }
+    Ok(ended)
+}
+
+/// The loop's own state.
+struct Active {
+    core: Core,
+    clock: Clock,
+    effects: Effects,
+    jobs: JoinSet<()>,
+    calls: HashMap<CallId, ApiResponder>,
+    next_call: u64,
+    cursors: Records<Cursor>,
+    saved_cursor: u64,
+    saving_cursor: bool,
+    permits: Arc<Semaphore>,
+    inputs: mpsc::Sender<Input>,
+}
+
+impl Active {
+    fn take(&mut self, input: Input) {
+        let now = self.clock.now();
+        let core = &mut self.core;
+        match input {
+            Input::Heartbeat(heartbeat, heard) => core.heartbeat(*heartbeat, Moment { mono: heard, ..now }),
+            Input::Final(stored) => core.finished(&stored, now),
+            Input::Probed { stream, server } => core.probed(stream, server, now),
+            Input::Consumers { complete, partial } => core.consumers(&complete, &partial, now),
+            Input::Loaded { id, result } => core.loaded(&id, result.map(|l| *l), now),
+            Input::Saved { id, result } => core.saved(&id, result, now),
+            Input::Asked { id, epoch, worker, reply } => core.asked(&id, epoch, &worker, reply, now),
+            Input::Released { worker, id, epoch, done } => core.released(&worker, &id, epoch, done, now),
+            Input::Appended { id, mark, result } => core.appended(&id, mark, result, now),
+            Input::Walked { id, result } => core.walked(&id, result.map(|w| *w), now),
+            Input::ChainRead { id, chain } => core.chain_read(&id, chain, now),
+            Input::Admitted { worker, admission } => core.admitted(&worker, admission, now),
+            Input::Buried { worker, written } => core.buried(&worker, written, now),
+            Input::CursorSaved => self.saving_cursor = false,
+        }
+    }
+
+    fn request(&mut self, call: &voxfleet_nats::api::ApiCall, responder: ApiResponder) {
+        self.next_call += 1;
+        let id = CallId(self.next_call);
+        self.calls.insert(id, responder);
+        self.core.request(id, call, self.clock.now());
+    }
+
+    fn carry_out(&mut self) {
+        for effect in self.core.effects() {
+            self.effects.start(effect, &mut self.jobs, &mut self.calls, &self.permits);
+        }
+    }
+
+    fn save_cursor(&mut self) {
+        let seq = self.core.cursor();
+        if self.saving_cursor || seq == 0 || seq == self.saved_cursor {
+            return;
+        }
+        (self.saving_cursor, self.saved_cursor) = (true, seq);
+        let (cursors, inputs) = (self.cursors.clone(), self.inputs.clone());
+        self.jobs.spawn(async move {
+            recover::save_cursor(&cursors, seq).await;
+            // The loop is gone when this fails, and with it the question.
+            let _ = inputs.send(Input::CursorSaved).await;
+        });
+    }
+
+    /// Lets what is under way end, and leaves the cursor where a successor goes on.
+    async fn finish(mut self) {
+        recover::save_cursor(&self.cursors, self.core.cursor().max(self.saved_cursor)).await;
+        let all = async {
+            while let Some(done) = self.jobs.join_next().await {
+                observe(done);
+            }
+        };
+        if tokio::time::timeout(STOP_WITHIN, all).await.is_err() {
+            tracing::warn!("writes were still under way at the end; a successor repairs what they leave");
+        }
+    }
+}
+
+fn listener_ended(ended: Result<&'static str, JoinError>) -> DispatcherError {
+    match ended {
+        Ok(name) => DispatcherError::TaskEnded(name.to_owned()),
+        Err(error) => DispatcherError::TaskEnded(error.to_string()),
+    }
+}
+
+fn observe(done: Result<(), JoinError>) {
+    if let Err(error) = done
+        && !error.is_cancelled()
+    {
+        tracing::error!(%error, "a task failed");
+    }
+}

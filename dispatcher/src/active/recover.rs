@@ -1,0 +1,87 @@
+//! What a predecessor left: open sessions, and how far it had read the log.
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+use serde::{Deserialize, Serialize};
+use voxfleet_nats::{
+    Nats, ServerError,
+    kv::{Bucket, KvError, Records},
+    log::{AudioLog, LogError},
+    transcript::{Chain, ChainError},
+};
+use voxfleet_schema::{
+    id::{Kind, StreamId},
+    session::{SessionRecord, SessionState},
+};
+
+use crate::{core::Loaded, run::DispatcherError, sessions::ChainMark};
+
+const CURSOR_KEY: &str = "log-cursor";
+
+/// Value of the log cursor in `asr_control`.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(super) struct Cursor {
+    /// Last sequence of `ASR_AUDIO` that a successor need not read again.
+    pub(super) seq: u64,
+}
+
+/// Every session that has not ended, with its last final and last log entry; and the cursor.
+pub(super) async fn open_sessions(nats: &Nats, in_flight: usize) -> Result<(Vec<Loaded>, u64), DispatcherError> {
+    let cursors: Records<Cursor> = Records::new(nats, Bucket::Control);
+    let from = cursors.get(CURSOR_KEY).await?.map_or(0, |cursor| cursor.value.seq);
+    let records: Records<SessionRecord> = Records::new(nats, Bucket::Sessions);
+    let open = records.all().await?.into_iter().map(|(_, v)| v).filter(|v| v.value.state != SessionState::Ended);
+    let reads = open.map(|v| {
+        let (chain, log) = (Chain::new(nats), AudioLog::new(nats));
+        async move {
+            let (mark, last) = surroundings(&chain, &log, &v.value.id).await?;
+            Ok::<_, DispatcherError>(Loaded { record: Some((v.value, v.revision)), chain: mark, last })
+        }
+    });
+    let loaded = stream::iter(reads).buffer_unordered(in_flight).try_collect().await?;
+    Ok((loaded, from))
+}
+
+/// Last final and last log entry of a session, from the leaders.
+async fn surroundings(
+    chain: &Chain,
+    log: &AudioLog,
+    id: &StreamId,
+) -> Result<(Option<ChainMark>, Option<(u64, bool)>), ServerError> {
+    let mark = match chain.last(Kind::Session, id).await {
+        Ok(stored) => stored.map(|s| ChainMark::from(&s.value)),
+        Err(ChainError::Server(error)) => return Err(error),
+        Err(error) => {
+            // Somebody else writes there; the session goes on without that knowledge, its worker meets the same wall.
+            tracing::error!(session = %id, error = %error, "last final cannot be read");
+            None
+        }
+    };
+    let last = match log.last(id).await {
+        Ok(entry) => entry.map(|e| (e.seq, !e.payload.is_empty())),
+        Err(LogError::Server(error)) => return Err(error),
+        Err(error) => {
+            tracing::error!(session = %id, error = %error, "last log entry cannot be read");
+            None
+        }
+    };
+    Ok((mark, last))
+}
+
+/// Key, last final and last entry of one session.
+pub(super) async fn load(
+    records: &Records<SessionRecord>,
+    chain: &Chain,
+    log: &AudioLog,
+    id: &StreamId,
+) -> Result<Loaded, KvError> {
+    let (record, around) = tokio::join!(records.get(id.as_str()), surroundings(chain, log, id));
+    let (mark, last) = around.map_err(KvError::Server)?;
+    Ok(Loaded { record: record?.map(|v| (v.value, v.revision)), chain: mark, last })
+}
+
+pub(super) async fn save_cursor(cursors: &Records<Cursor>, seq: u64) {
+    if let Err(error) = cursors.put(CURSOR_KEY, &Cursor { seq }).await {
+        // The next save carries more; a successor only reads more again.
+        tracing::warn!(error = %error, seq, "log cursor not saved");
+    }
+}

@@ -1,0 +1,133 @@
+//! Settings of a dispatcher. Read once, checked as a whole, passed as a value.
+
+use serde::{Deserialize, Serialize};
+use voxfleet_nats::topology::TopologyConfig;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DispatcherConfig {
+    /// Name in status, logs and the API's queue group; empty = made up at start, so that two on one host differ.
+    pub name: String,
+    /// Streams and buckets to create and check.
+    pub topology: TopologyConfig,
+    /// Without a heartbeat for this long a worker gets no new work: one heartbeat late and a half.
+    pub suspect_after_ms: u64,
+    /// Without a heartbeat for this long a worker is dead: three heartbeats in a row do not get lost by chance.
+    pub dead_after_ms: u64,
+    /// An engine with work that has not moved for this long is stuck: longer than a full window takes on a slow CPU.
+    pub stuck_after_ms: u64,
+    /// How long verdicts wait when many workers fall silent at once: a broken link heals or shows itself in that time.
+    pub mass_silence_hold_ms: u64,
+    /// A session without audio for this long gets a flush: producers that pause expect their last words soon.
+    pub flush_after_ms: u64,
+    /// Pace of reconciliation: that of heartbeats, more often would see nothing new.
+    pub tick_ms: u64,
+    /// A lease not renewed for this long is free: a standby takes over within seconds, a slow renewal loses nothing.
+    pub lease_ms: u64,
+    /// How long a worker may take to answer a control request; it only looks at its permits.
+    pub control_timeout_ms: u64,
+    /// What a refused client is told to wait: about what a slot takes to come free on a fleet that turns over.
+    pub retry_after_ms: u64,
+    /// Share of a device's memory that is never planned, in percent: fragmentation and other tenants.
+    pub reserve_percent: u8,
+    /// Devices at or above this throttle, in degrees Celsius.
+    pub max_temperature_c: u32,
+    /// Slowest sustained decoding that still gets work, in seconds of audio per second: below 1 it falls behind one speaker.
+    pub min_decode_rate: f32,
+    /// Writes and requests under way at once: enough to hide their round trips, few enough to keep order in the queue.
+    pub io_in_flight: usize,
+    /// Ended sessions kept in memory for late audio and questions, in s; older ones are read from their key.
+    pub keep_ended_s: u64,
+}
+
+impl Default for DispatcherConfig {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            topology: TopologyConfig::default(),
+            suspect_after_ms: 1_500,
+            dead_after_ms: 3_000,
+            stuck_after_ms: 30_000,
+            mass_silence_hold_ms: 10_000,
+            flush_after_ms: 2_000,
+            tick_ms: 1_000,
+            lease_ms: 5_000,
+            control_timeout_ms: 2_000,
+            retry_after_ms: 1_000,
+            reserve_percent: 10,
+            max_temperature_c: 83,
+            min_decode_rate: 1.0,
+            io_in_flight: 256,
+            keep_ended_s: 300,
+        }
+    }
+}
+
+impl DispatcherConfig {
+    /// Every mistake, not only the first.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems: Vec<String> =
+            self.topology.problems().into_iter().map(|p| format!("dispatcher.topology: {p}")).collect();
+        let mut need = |good: bool, text: String| {
+            if !good {
+                problems.push(text);
+            }
+        };
+        need(
+            self.name.is_empty() || voxfleet_schema::id::check(&self.name).is_ok(),
+            format!("dispatcher.name: {:?} is not made of letters, digits, '_' and '-', at most 64", self.name),
+        );
+        for (name, value, range) in [
+            ("suspect_after_ms", self.suspect_after_ms, 100..=60_000),
+            ("dead_after_ms", self.dead_after_ms, 200..=600_000),
+            ("stuck_after_ms", self.stuck_after_ms, 1_000..=3_600_000),
+            ("mass_silence_hold_ms", self.mass_silence_hold_ms, 0..=600_000),
+            ("flush_after_ms", self.flush_after_ms, 200..=600_000),
+            ("tick_ms", self.tick_ms, 50..=10_000),
+            ("lease_ms", self.lease_ms, 1_000..=60_000),
+            ("control_timeout_ms", self.control_timeout_ms, 100..=60_000),
+            ("retry_after_ms", self.retry_after_ms, 1..=3_600_000),
+            ("io_in_flight", self.io_in_flight as u64, 1..=4_096),
+            ("keep_ended_s", self.keep_ended_s, 1..=86_400),
+        ] {
+            need(range.contains(&value), {
+                format!("dispatcher.{name}: {value} is outside {} to {}", range.start(), range.end())
+            });
+        }
+        need(
+            self.suspect_after_ms < self.dead_after_ms,
+            format!(
+                "dispatcher.suspect_after_ms: {} is not below dead_after_ms ({})",
+                self.suspect_after_ms, self.dead_after_ms
+            ),
+        );
+        need(self.reserve_percent < 100, format!("dispatcher.reserve_percent: {} is not below 100", self.reserve_percent));
+        need(
+            self.min_decode_rate.is_finite() && self.min_decode_rate >= 0.0,
+            format!("dispatcher.min_decode_rate: {} is not a number from 0", self.min_decode_rate),
+        );
+        problems
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_good_and_every_mistake_is_named() {
+        assert_eq!(DispatcherConfig::default().problems(), Vec::<String>::new());
+        let bad = DispatcherConfig {
+            name: "a b".into(),
+            suspect_after_ms: 4_000,
+            tick_ms: 0,
+            reserve_percent: 100,
+            min_decode_rate: f32::NAN,
+            ..DispatcherConfig::default()
+        };
+        let problems = bad.problems().join("\n");
+        for name in ["name", "suspect_after_ms", "tick_ms", "reserve_percent", "min_decode_rate"] {
+            assert!(problems.contains(&format!("dispatcher.{name}:")), "{name} in {problems}");
+        }
+    }
+}

@@ -1,0 +1,423 @@
+//! From a session to its worker: decide, write the key, ask the worker, tell. The worker has the last word.
+
+use voxfleet_schema::{
+    event::What,
+    failure::Failure,
+    fleet::Assignment,
+    id::{Kind, StreamId, WorkerName},
+    session::{Opened, SessionRecord, SessionState},
+};
+
+use super::{Answer, AskReply, Core, Effect, Loaded, SaveError};
+use crate::{
+    admission::{self, Needs, Unplaced},
+    moment::Moment,
+    routing::{self, Candidate, Request},
+    sessions::{Session, Stage},
+};
+
+/// A worker that refused is left out until its next heartbeat but one.
+const HEARTBEATS_LEFT_OUT: u64 = 2;
+
+impl Core {
+    /// Routes a session; with the answer every GPU's reasons.
+    fn decide(&self, session: &Session, now: Moment) -> (Result<WorkerName, Failure>, serde_json::Value) {
+        let candidates: Vec<Candidate<'_>> = self
+            .fleet
+            .workers()
+            .map(|(name, worker)| Candidate {
+                name,
+                heartbeat: &worker.heartbeat,
+                health: worker.health(now.mono, &self.config),
+                used: worker.load.used(),
+                superseded: self.fleet.superseded(name),
+                refused: session
+                    .refused
+                    .iter()
+                    .any(|(who, seq)| who == name && worker.heartbeat.seq < seq + HEARTBEATS_LEFT_OUT),
+            })
+            .collect();
+        let request = Request { options: &session.record.options, vad: session.chain.map(|c| c.vad) };
+        let decision = routing::route(request, &candidates, &self.config);
+        let reasons = routing::explain(&candidates, &decision);
+        (decision.pick.map(|at| candidates[at].name.clone()), reasons)
+    }
+
+    /// Finds a worker and starts to write it down.
+    pub(super) fn place(&mut self, id: &StreamId, now: Moment) -> Result<(), Failure> {
+        let Some(session) = self.book.session(id) else {
+            return Ok(());
+        };
+        let (pick, reasons) = self.decide(session, now);
+        let worker = pick?;
+        let next = assigned(session, worker, now);
+        if let Some(session) = self.book.session_mut(id) {
+            session.reasons = reasons;
+        }
+        self.save(id, next, now);
+        Ok(())
+    }
+
+    /// The same worker again, one epoch up: it still holds the session's slot.
+    pub(super) fn place_again(&mut self, id: &StreamId, worker: WorkerName, above: u64, now: Moment) {
+        let Some(session) = self.book.session(id) else {
+            return;
+        };
+        let mut next = assigned(session, worker, now);
+        next.epoch = next.epoch.max(above + 1);
+        self.save(id, next, now);
+    }
+
+    /// Writes down that nobody has it.
+    pub(super) fn wait(&mut self, id: &StreamId, failure: Failure, now: Moment) {
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        session.why_waiting = Some(failure);
+        let mut next = SessionRecord {
+            state: SessionState::Waiting,
+            worker: None,
+            changed_ms: now.unix_ms,
+            ..session.record.clone()
+        };
+        if session.state() == SessionState::Ended {
+            next.ended_seq = session.chain.filter(|c| c.end).map(|c| c.to_seq).or(next.ended_seq);
+        }
+        session.waiting_since = now.mono;
+        self.save(id, next, now);
+    }
+
+    /// Places a session that lost its worker or was refused; with no room it waits, or, if nothing was said yet and
+    /// somebody waits for the answer, is refused.
+    pub(super) fn place_or_wait(&mut self, id: &StreamId, now: Moment) {
+        let Err(failure) = self.place(id, now) else {
+            return;
+        };
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        let heard = session.last_audio.is_some_and(|seq| session.record.ended_seq.is_none_or(|end| seq > end));
+        if !heard && !session.record.implicit && !session.opens.is_empty() && session.displaced_from.is_none() {
+            session.why_waiting = Some(failure);
+            let next = SessionRecord {
+                state: SessionState::Ended,
+                worker: None,
+                changed_ms: now.unix_ms,
+                ..session.record.clone()
+            };
+            return self.save(id, next, now);
+        }
+        if session.state() == SessionState::Waiting && session.revision.is_some() {
+            session.why_waiting = Some(failure.clone());
+            session.enter(Stage::Settled, now.mono);
+            self.waiting.insert(id.clone());
+            return self.refuse_opens(id, &failure);
+        }
+        self.wait(id, failure, now);
+    }
+
+    pub(super) fn save(&mut self, id: &StreamId, next: SessionRecord, now: Moment) {
+        self.waiting.remove(id);
+        let charge = (next.state == SessionState::Assigned).then(|| next.worker.clone()).flatten();
+        // An ended session's slot is free once its worker has let go, not before.
+        if next.state != SessionState::Ended {
+            self.charge(id, charge);
+        }
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        session.enter(Stage::Saving(Box::new(next.clone())), now.mono);
+        let revision = session.revision;
+        self.effect(Effect::Save { id: id.clone(), record: Box::new(next), revision });
+    }
+
+    /// Counts a session against the slots of `worker`, and of nobody else.
+    pub(super) fn charge(&mut self, id: &StreamId, worker: Option<WorkerName>) {
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        if session.charged == worker {
+            return;
+        }
+        let before = std::mem::replace(&mut session.charged, worker.clone());
+        if let Some(load) = before.and_then(|name| self.fleet.load_mut(&name)) {
+            load.unassign(id);
+            self.place_due = true;
+        }
+        if let Some(load) = worker.and_then(|name| self.fleet.load_mut(&name)) {
+            load.assign(id);
+        }
+    }
+
+    pub(super) fn charge_from_record(&mut self, id: &StreamId) {
+        let worker = self
+            .book
+            .session(id)
+            .filter(|s| s.state() == SessionState::Assigned)
+            .and_then(|s| s.record.worker.clone())
+            .filter(|name| self.fleet.get(name).is_some());
+        if worker.is_some() {
+            self.charge(id, worker);
+        }
+    }
+
+    /// The key was written, or not.
+    pub fn saved(&mut self, id: &StreamId, result: Result<u64, SaveError>, now: Moment) {
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        let Stage::Saving(next) = std::mem::replace(&mut session.stage, Stage::Settled) else {
+            return;
+        };
+        match result {
+            Ok(revision) => self.written(id, *next, revision, now),
+            Err(error) => {
+                tracing::warn!(session = %id, ?error, "session record not written, reading it again");
+                session.enter(Stage::Reading(next), now.mono);
+                self.effect(Effect::Load { id: id.clone() });
+            }
+        }
+    }
+
+    fn written(&mut self, id: &StreamId, next: SessionRecord, revision: u64, now: Moment) {
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        let was_new = session.revision.is_none();
+        session.record = next;
+        session.revision = Some(revision);
+        session.enter(Stage::Settled, now.mono);
+        if session.state() != SessionState::Ended {
+            session.walker = None;
+            self.book.let_pass(id);
+        }
+        let Some(session) = self.book.session(id) else {
+            return;
+        };
+        let (state, implicit) = (session.state(), session.record.implicit);
+        if was_new && state != SessionState::Ended {
+            self.session_event(id, What::Opened, now, |e| e.detail = serde_json::json!({ "implicit": implicit }));
+        }
+        match state {
+            SessionState::Assigned => self.ask_worker(id, now),
+            SessionState::Waiting => {
+                let Some(session) = self.book.session_mut(id) else {
+                    return;
+                };
+                let failure = session.why_waiting.clone();
+                let reasons = std::mem::take(&mut session.reasons);
+                self.waiting.insert(id.clone());
+                tracing::info!(session = %id, why = failure.as_ref().map(tracing::field::display), "session waits");
+                let told = failure.clone();
+                self.session_event(id, What::Waiting, now, |e| {
+                    e.error = told;
+                    e.detail = serde_json::json!({ "candidates": reasons });
+                });
+                if let Some(failure) = failure {
+                    self.refuse_opens(id, &failure);
+                }
+            }
+            SessionState::Ended | SessionState::Unknown => self.ended(id, now),
+        }
+    }
+
+    pub(super) fn ask_worker(&mut self, id: &StreamId, now: Moment) {
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        let Some(worker) = session.record.worker.clone() else {
+            return;
+        };
+        let assignment = Assignment {
+            kind: Kind::Session,
+            id: id.clone(),
+            epoch: session.record.epoch,
+            options: session.record.options.clone(),
+        };
+        session.enter(Stage::Asking, now.mono);
+        self.effect(Effect::Ask { worker, assignment: Box::new(assignment) });
+    }
+
+    /// The worker answered, or did not.
+    pub fn asked(&mut self, id: &StreamId, epoch: u64, worker: &WorkerName, reply: AskReply, now: Moment) {
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        let current = session.record.epoch == epoch && session.record.worker.as_ref() == Some(worker);
+        if !matches!(session.stage, Stage::Asking) || !current {
+            return;
+        }
+        session.enter(Stage::Settled, now.mono);
+        match reply {
+            AskReply::Taken => self.taken(id, epoch, worker, now),
+            AskReply::Refused(_) | AskReply::Silent(_) => {
+                tracing::info!(session = %id, epoch, gpu = %worker.gpu_id, ?reply, "worker did not take the session");
+                let seq = self.fleet.get(worker).map_or(0, |w| w.heartbeat.seq);
+                session.refused.retain(|(name, _)| name != worker);
+                session.refused.push((worker.clone(), seq));
+                self.charge(id, None);
+                self.place_or_wait(id, now);
+            }
+        }
+    }
+
+    fn taken(&mut self, id: &StreamId, epoch: u64, worker: &WorkerName, now: Moment) {
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        session.refused.clear();
+        session.why_waiting = None;
+        let opens = std::mem::take(&mut session.opens);
+        if session.told_epoch < epoch {
+            session.told_epoch = epoch;
+            let reasons = std::mem::take(&mut session.reasons);
+            let from = session.displaced_from.take();
+            self.log_slot("session assigned", id, epoch, worker);
+            if let Some(from) = from {
+                self.session_event(id, What::Moved, now, |e| {
+                    e.epoch = Some(epoch);
+                    e.gpu_id = Some(worker.gpu_id.to_string());
+                    e.detail = serde_json::json!({ "from": from, "to": worker });
+                });
+            }
+            self.session_event(id, What::Assigned, now, |e| {
+                e.epoch = Some(epoch);
+                e.gpu_id = Some(worker.gpu_id.to_string());
+                e.detail = serde_json::json!({ "incarnation": worker.incarnation, "candidates": reasons });
+            });
+        }
+        for call in opens {
+            self.answer_opened(id, call);
+        }
+        self.check_end(id, now);
+    }
+
+    pub(super) fn answer_opened(&mut self, id: &StreamId, call: crate::sessions::CallId) {
+        let Some(session) = self.book.session(id) else {
+            return;
+        };
+        let Some(worker) = session.record.worker.clone() else {
+            return;
+        };
+        let opened = Opened {
+            session: id.clone(),
+            worker,
+            epoch: session.record.epoch,
+            subjects: self.subjects.session(id),
+        };
+        self.answer(call, Answer::Opened(opened));
+    }
+
+    pub(super) fn refuse_opens(&mut self, id: &StreamId, failure: &Failure) {
+        let opens = self.book.session_mut(id).map(|s| std::mem::take(&mut s.opens)).unwrap_or_default();
+        for call in opens {
+            self.refuse(call, failure.clone());
+        }
+    }
+
+    /// Every allocation and release in the log, with the figures that explain it.
+    pub(super) fn log_slot(&self, what: &'static str, id: &StreamId, epoch: u64, worker: &WorkerName) {
+        match self.fleet.get(worker) {
+            Some(w) => tracing::info!(
+                session = %id, epoch, gpu = %worker.gpu_id, incarnation = %worker.incarnation,
+                slots_used = w.load.used(), slots_total = w.heartbeat.slots.total,
+                memory_used_mb = w.heartbeat.device.used_mb, memory_free_mb = w.heartbeat.device.free_mb, "{what}"
+            ),
+            None => tracing::info!(
+                session = %id, epoch, gpu = %worker.gpu_id, incarnation = %worker.incarnation, "{what}"
+            ),
+        }
+    }
+
+    /// The key of a known session was read again after a write went wrong.
+    pub(super) fn read_again(&mut self, id: &StreamId, result: Result<Loaded, String>, now: Moment) {
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        let Stage::Reading(next) = &session.stage else {
+            return;
+        };
+        let next = next.as_ref().clone();
+        let loaded = match result {
+            Ok(loaded) => loaded,
+            // Still reading: upkeep asks again.
+            Err(error) => {
+                tracing::warn!(session = %id, error, "cannot read session, trying again");
+                session.since = now.mono;
+                return;
+            }
+        };
+        session.enter(Stage::Settled, now.mono);
+        if let Some(chain) = loaded.chain
+            && session.chain.is_none_or(|c| c.index < chain.index)
+        {
+            session.chain = Some(chain);
+        }
+        match loaded.record {
+            Some((record, revision)) if record == next => self.written(id, record, revision, now),
+            Some((record, revision)) => {
+                // Somebody else wrote: what stands there is true, and reconciliation goes on from it.
+                let worker = (record.state == SessionState::Assigned).then(|| record.worker.clone()).flatten();
+                session.revision = Some(revision);
+                self.charge(id, worker);
+                self.written(id, record, revision, now);
+            }
+            None => {
+                session.revision = None;
+                self.save(id, next, now);
+            }
+        }
+    }
+
+    /// Gives waiting sessions what came free, in order.
+    pub(super) fn place_waiting(&mut self, now: Moment) {
+        self.place_due = false;
+        if self.waiting.is_empty() {
+            return;
+        }
+        let mut queue: Vec<Unplaced> = self
+            .waiting
+            .iter()
+            .filter_map(|id| self.book.session(id))
+            .filter(|s| s.settled() && s.state() == SessionState::Waiting)
+            .map(|s| Unplaced {
+                id: s.record.id.clone(),
+                priority: s.record.options.priority,
+                displaced: s.displaced_from.is_some(),
+                since: s.waiting_since,
+            })
+            .collect();
+        admission::order(&mut queue);
+        let mut hopeless = std::collections::HashSet::new();
+        for Unplaced { id, .. } in queue {
+            let Some(session) = self.book.session(&id) else {
+                continue;
+            };
+            let needs = session.refused.is_empty().then(|| Needs {
+                model: session.record.options.model.clone(),
+                policy: session.record.options.policy.into(),
+                vad: session.chain.map(|c| c.vad),
+            });
+            if needs.as_ref().is_some_and(|n| hopeless.contains(n)) {
+                continue;
+            }
+            if let Err(failure) = self.place(&id, now) {
+                if let Some(session) = self.book.session_mut(&id) {
+                    session.why_waiting = Some(failure);
+                }
+                hopeless.extend(needs);
+            }
+        }
+    }
+}
+
+/// The record of a session that `worker` is to have.
+fn assigned(session: &Session, worker: WorkerName, now: Moment) -> SessionRecord {
+    SessionRecord {
+        state: SessionState::Assigned,
+        epoch: session.next_epoch(),
+        worker: Some(worker),
+        changed_ms: now.unix_ms,
+        ..session.record.clone()
+    }
+}

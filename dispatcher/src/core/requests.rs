@@ -1,0 +1,176 @@
+//! The API. Every request is idempotent by its id: clients ask again when they hear nothing.
+
+use std::time::Duration;
+
+use voxfleet_nats::api::{ApiCall, Endpoint};
+use voxfleet_schema::{
+    codec::CodecError,
+    failure::{Failure, FailureClass},
+    fleet::FleetStatus,
+    id::StreamId,
+    session::{Closed, OpenRequest, SessionOptions, SessionRequest, SessionState, SessionStatus},
+};
+
+use super::{Answer, Core, Effect, Mark};
+use crate::{
+    moment::Moment,
+    sessions::{Asked, CallId, Stage},
+};
+
+/// Longest part of a parser's message that goes back to its sender.
+const MAX_WHY: usize = 200;
+
+impl Core {
+    pub fn request(&mut self, call: CallId, request: &ApiCall, now: Moment) {
+        match request.endpoint {
+            Endpoint::SessionOpen => match request.decode::<OpenRequest>() {
+                Ok(open) => match open.options.validate() {
+                    Ok(()) => self.ask_about(&open.session, call, Asked::Open(Box::new(open.options)), now),
+                    Err(error) => self.refuse(call, Failure::new(FailureClass::BadRequest, error.to_string())),
+                },
+                Err(error) => self.refuse(call, bad_request(&error)),
+            },
+            Endpoint::SessionStatus => match request.decode::<SessionRequest>() {
+                Ok(ask) => self.ask_about(&ask.session, call, Asked::Status, now),
+                Err(error) => self.refuse(call, bad_request(&error)),
+            },
+            Endpoint::SessionClose => match request.decode::<SessionRequest>() {
+                Ok(ask) => self.ask_about(&ask.session, call, Asked::Close, now),
+                Err(error) => self.refuse(call, bad_request(&error)),
+            },
+            Endpoint::FleetStatus => self.fleet_status(call, now),
+            other => {
+                let message = format!("{other} is not available in this version");
+                self.refuse(call, Failure::new(FailureClass::BadRequest, message));
+            }
+        }
+    }
+
+    fn fleet_status(&mut self, call: CallId, now: Moment) {
+        let count = |state| self.book.sessions().filter(|(_, s)| s.state() == state).count() as u32;
+        let status = FleetStatus {
+            dispatcher: self.name.clone(),
+            workers: self.fleet.status(now.mono, &self.config),
+            sessions_waiting: count(SessionState::Waiting),
+            sessions_assigned: count(SessionState::Assigned),
+        };
+        self.answer(call, Answer::Fleet(Box::new(status)));
+    }
+
+    /// Requests about a session whose key has been read.
+    pub(super) fn asks(&mut self, id: &StreamId, asks: Vec<(CallId, Asked)>, now: Moment) {
+        for (call, asked) in asks {
+            if self.book.session(id).is_none() {
+                if let Asked::Open(options) = asked {
+                    // The open before it was refused; each is answered for itself.
+                    self.ask_about(id, call, Asked::Open(options), now);
+                } else {
+                    self.refuse(call, Failure::new(FailureClass::NotFound, "there is no such session"));
+                }
+                continue;
+            }
+            match asked {
+                Asked::Open(options) => self.open(id, call, options, now),
+                Asked::Status => self.status(id, call),
+                Asked::Close => self.close(id, call),
+            }
+        }
+    }
+
+    fn open(&mut self, id: &StreamId, call: CallId, options: Box<SessionOptions>, now: Moment) {
+        let idle_now = self.idle_now(now);
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        let ended = session.state() == SessionState::Ended && session.settled();
+        if ended {
+            session.record.options = *options;
+            session.record.implicit = false;
+            session.record.ended_seq = session.chain.map(|c| c.to_seq).or(session.record.ended_seq);
+            session.refused.clear();
+            session.displaced_from = None;
+            session.idle = crate::idle::Idle::new(idle_now);
+            session.opens.push(call);
+            tracing::info!(session = %id, "opened again by request");
+            if let Err(failure) = self.place(id, now) {
+                self.refuse_opens(id, &failure);
+            }
+            return;
+        }
+        if session.ending() || session.end_stands() || matches!(session.stage, Stage::Walking) {
+            session.later.push((call, Asked::Open(options)));
+            return;
+        }
+        let wanted = match &session.stage {
+            Stage::Saving(next) | Stage::Reading(next) => &next.options,
+            Stage::Settled | Stage::Asking | Stage::Walking => &session.record.options,
+        };
+        if *wanted != *options {
+            let failure = Failure::new(FailureClass::BadRequest, "the session is open with other options");
+            return self.refuse(call, failure);
+        }
+        match (session.state(), session.settled()) {
+            (SessionState::Assigned, true) => self.answer_opened(id, call),
+            (SessionState::Waiting, true) => {
+                session.opens.push(call);
+                if let Err(failure) = self.place(id, now) {
+                    self.refuse_opens(id, &failure);
+                }
+            }
+            _ => session.opens.push(call),
+        }
+    }
+
+    fn status(&mut self, id: &StreamId, call: CallId) {
+        let Some(session) = self.book.session(id) else {
+            return;
+        };
+        let status = SessionStatus {
+            record: session.record.clone(),
+            last_final: session.chain.map(|c| c.index),
+            last_audio_seq: session.last,
+            why: session.why_waiting.iter().map(ToString::to_string).collect(),
+        };
+        self.answer(call, Answer::Status(Box::new(status)));
+    }
+
+    fn close(&mut self, id: &StreamId, call: CallId) {
+        let Some(session) = self.book.session(id) else {
+            return;
+        };
+        // Asked twice, or asked after it ended by itself: the end that stands is the answer.
+        let stands = session.own_end.or_else(|| session.chain.filter(|_| session.end_stands()).map(|c| c.to_seq));
+        let ended = session.state() == SessionState::Ended && session.settled();
+        if ended && session.record.ended_seq.is_none() {
+            return self.refuse(call, Failure::new(FailureClass::NotFound, "the session was never placed"));
+        }
+        match if ended { session.record.ended_seq } else { stands } {
+            Some(end_seq) => self.answer(call, Answer::Closed(Closed { session: id.clone(), end_seq })),
+            None => self.effect(Effect::Append { id: id.clone(), mark: Mark::Close(call), expect: None }),
+        }
+    }
+
+    /// Requests that came while the session was ending.
+    pub(super) fn asks_later(&mut self, id: &StreamId, now: Moment) {
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        if session.settled() && !session.later.is_empty() {
+            let later = std::mem::take(&mut session.later);
+            self.asks(id, later, now);
+        }
+    }
+}
+
+fn bad_request(error: &CodecError) -> Failure {
+    let mut why = error.to_string();
+    if let Some(source) = std::error::Error::source(error) {
+        why = format!("{why}: {source}");
+    }
+    Failure::new(FailureClass::BadRequest, why.chars().take(MAX_WHY).collect::<String>())
+}
+
+/// How long sessions that ended stay in memory.
+pub(super) fn keep_ended(config: &crate::config::DispatcherConfig) -> Duration {
+    Duration::from_secs(config.keep_ended_s)
+}

@@ -1,0 +1,122 @@
+//! From start to stop: topology, the lease, active while it is held.
+
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+use voxfleet_nats::{
+    Nats, ServerError,
+    api::{ApiError, ApiServer},
+    kv::KvError,
+    lease::{Lease, Standing},
+    topology::{self, TopologyError},
+};
+
+use crate::{
+    active::{self, Ended},
+    config::DispatcherConfig,
+};
+
+/// Why a dispatcher could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum DispatcherError {
+    #[error("bad configuration: {}", .0.join("; "))]
+    Config(Vec<String>),
+    #[error("streams and buckets")]
+    Topology(#[from] TopologyError),
+    #[error("service api")]
+    Api(#[from] ApiError),
+    #[error("cannot read what a predecessor left")]
+    Recover(#[from] KvError),
+    #[error("connection is closed")]
+    Closed,
+    #[error("task {0} ended by itself")]
+    TaskEnded(String),
+}
+
+impl From<ServerError> for DispatcherError {
+    fn from(error: ServerError) -> Self {
+        DispatcherError::Recover(KvError::Server(error))
+    }
+}
+
+/// Runs a dispatcher until `shutdown`. Any number may run; one is active, the others wait for its lease.
+pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationToken) -> Result<(), DispatcherError> {
+    let problems = config.problems();
+    if !problems.is_empty() {
+        return Err(DispatcherError::Config(problems));
+    }
+    let name = if config.name.is_empty() {
+        let random = uuid::Uuid::new_v4().simple().to_string();
+        format!("dispatcher-{}", &random[..8])
+    } else {
+        config.name.clone()
+    };
+    let report = topology::ensure(&nats, &config.topology).await?;
+    tracing::info!(name, created = report.created.len(), verified = report.verified.len(), "streams and buckets are there");
+    let mut api = ApiServer::start(&nats, &name).await?;
+    let mut lease = Lease::new(&nats, &name, Duration::from_millis(config.lease_ms));
+    let result = serve(&nats, &config, &name, &mut lease, &mut api, &shutdown).await;
+    if let Err(error) = lease.release().await {
+        // A standby then waits for the lease to stand still.
+        tracing::warn!(error = %error, "lease not given up");
+    }
+    api.stop().await;
+    tracing::info!(name, "dispatcher stopped");
+    result
+}
+
+async fn serve(
+    nats: &Nats,
+    config: &DispatcherConfig,
+    name: &str,
+    lease: &mut Lease,
+    api: &mut ApiServer,
+    shutdown: &CancellationToken,
+) -> Result<(), DispatcherError> {
+    while let Some(until) = stand_by(config, lease, api, shutdown).await? {
+        tracing::info!(name, "active");
+        match active::run(nats, config, name, lease, until, api, shutdown).await? {
+            Ended::Shutdown => return Ok(()),
+            Ended::LeaseLost => tracing::warn!(name, "lease lost, standing by"),
+        }
+    }
+    Ok(())
+}
+
+/// Waits for the lease; Some: until when it is held. Requests go unanswered here: the active one answers them.
+async fn stand_by(
+    config: &DispatcherConfig,
+    lease: &mut Lease,
+    api: &mut ApiServer,
+    shutdown: &CancellationToken,
+) -> Result<Option<Instant>, DispatcherError> {
+    let ttl = Duration::from_millis(config.lease_ms);
+    let mut told = None;
+    loop {
+        let asked = Instant::now();
+        let standing = tokio::select! {
+            () = shutdown.cancelled() => return Ok(None),
+            standing = lease.renew() => standing,
+        };
+        match standing {
+            Ok(Standing::Leader) => return Ok(Some(asked + ttl)),
+            Ok(Standing::Follower { holder }) => {
+                if told != Some(holder.clone()) {
+                    tracing::info!(holder, "standing by");
+                    told = Some(holder);
+                }
+            }
+            Err(KvError::Server(ServerError::Closed)) => return Err(DispatcherError::Closed),
+            Err(error) => tracing::warn!(error = %error, "lease not readable, trying again"),
+        }
+        let pause = tokio::time::sleep(ttl / 3);
+        tokio::pin!(pause);
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return Ok(None),
+                () = &mut pause => break,
+                call = api.next() => if call.is_none() { return Err(DispatcherError::Closed) },
+            }
+        }
+    }
+}

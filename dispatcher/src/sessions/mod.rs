@@ -1,0 +1,276 @@
+//! The book: every session the dispatcher knows, in memory. One task owns it, so there are no locks.
+//!
+//! A [`Session`] mirrors its key in `asr_sessions`; nothing here is the only copy of anything.
+
+mod entry;
+
+use std::{collections::HashMap, time::Duration};
+
+use voxfleet_schema::{
+    failure::Failure,
+    id::{StreamId, WorkerName},
+    session::{SessionOptions, SessionRecord, SessionState},
+    transcript::{Final, VadKind},
+};
+
+pub use entry::EntryNote;
+
+use crate::{
+    idle::Idle,
+    open::{ContainerSeen, Opener, Walker},
+};
+
+/// Names an API request that waits for its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CallId(pub u64);
+
+/// What of the last final decides about the session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChainMark {
+    pub index: u64,
+    pub epoch: u64,
+    pub to_seq: u64,
+    pub end: bool,
+    pub vad: VadKind,
+}
+
+impl From<&Final> for ChainMark {
+    fn from(f: &Final) -> Self {
+        Self { index: f.index, epoch: f.epoch, to_seq: f.audio.to_seq, end: f.end, vad: f.vad }
+    }
+}
+
+/// An API request about a session whose key is being read.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Asked {
+    Open(Box<SessionOptions>),
+    Status,
+    Close,
+}
+
+/// A session whose key and last final are being read.
+#[derive(Debug)]
+pub struct Loading {
+    /// The first good audio that came meanwhile.
+    pub opener: Option<Opener>,
+    pub last: Option<u64>,
+    pub last_audio: Option<u64>,
+    /// A flush or end came and nothing to open a session before it.
+    pub bare_mark: Option<u64>,
+    pub asks: Vec<(CallId, Asked)>,
+    /// The read failed: again at this time.
+    pub retry_at: Option<Duration>,
+}
+
+/// What is under way for a session's record.
+#[derive(Debug)]
+pub enum Stage {
+    Settled,
+    /// This record is being written.
+    Saving(Box<SessionRecord>),
+    /// Its worker is being asked to take it.
+    Asking,
+    /// The key is being read again, because a write was lost or its outcome is unknown: what was to be written.
+    Reading(Box<SessionRecord>),
+    /// The log behind its end final is being read.
+    Walking,
+}
+
+#[derive(Debug)]
+pub struct Session {
+    pub record: SessionRecord,
+    /// Of the key; none while there is no key.
+    pub revision: Option<u64>,
+    pub stage: Stage,
+    /// Monotonic time at which the stage began.
+    pub since: Duration,
+    /// Last log entry read, or found at a takeover.
+    pub last: Option<u64>,
+    pub last_audio: Option<u64>,
+    /// Last entry this process's own tail has read: the next hint names it.
+    pub prev: Option<u64>,
+    pub chain: Option<ChainMark>,
+    pub idle: Idle,
+    /// Where the dispatcher's own end stands, while no audio follows it.
+    pub own_end: Option<u64>,
+    /// Workers that refused it, and the number of the heartbeat they had sent then.
+    pub refused: Vec<(WorkerName, u64)>,
+    /// Whose slot it is counted against.
+    pub charged: Option<WorkerName>,
+    /// Had a worker before.
+    pub displaced_from: Option<WorkerName>,
+    pub waiting_since: Duration,
+    pub why_waiting: Option<Failure>,
+    /// Every GPU's reason of the last decision, for the event.
+    pub reasons: serde_json::Value,
+    /// Highest epoch whose assignment has been told.
+    pub told_epoch: u64,
+    /// Opens that wait for a worker.
+    pub opens: Vec<CallId>,
+    /// Requests that came while it was ending; they are looked at again when that is done.
+    pub later: Vec<(CallId, Asked)>,
+    /// What the log behind the end final has shown so far.
+    pub walker: Option<Box<Walker>>,
+}
+
+impl Session {
+    pub fn new(record: SessionRecord, revision: Option<u64>, now: Duration, idle_now: Duration) -> Self {
+        Self {
+            record,
+            revision,
+            stage: Stage::Settled,
+            since: now,
+            last: None,
+            last_audio: None,
+            prev: None,
+            chain: None,
+            idle: Idle::new(idle_now),
+            own_end: None,
+            refused: Vec::new(),
+            charged: None,
+            displaced_from: None,
+            waiting_since: now,
+            why_waiting: None,
+            reasons: serde_json::Value::Null,
+            told_epoch: 0,
+            opens: Vec::new(),
+            later: Vec::new(),
+            walker: None,
+        }
+    }
+
+    pub fn settled(&self) -> bool {
+        matches!(self.stage, Stage::Settled)
+    }
+
+    pub fn enter(&mut self, stage: Stage, now: Duration) {
+        self.stage = stage;
+        self.since = now;
+    }
+
+    pub fn state(&self) -> SessionState {
+        self.record.state
+    }
+
+    /// The session has ended, or is about to be written as ended.
+    pub fn ending(&self) -> bool {
+        match &self.stage {
+            Stage::Saving(next) | Stage::Reading(next) => next.state == SessionState::Ended,
+            _ => self.record.state == SessionState::Ended,
+        }
+    }
+
+    /// An end final stands that this session has not gone past. `ended_seq` of an open record is the end it was reopened
+    /// behind.
+    pub fn end_stands(&self) -> bool {
+        self.chain.is_some_and(|c| c.end && self.record.ended_seq.is_none_or(|past| c.to_seq > past))
+    }
+
+    /// Epoch of its next assignment: above its last and above the last final's.
+    pub fn next_epoch(&self) -> u64 {
+        self.record.epoch.max(self.chain.map_or(0, |c| c.epoch)) + 1
+    }
+}
+
+#[derive(Debug)]
+pub enum Known {
+    Loading(Loading),
+    Session(Box<Session>),
+    /// No session: what came before looked like the start of a container.
+    Container { seen: ContainerSeen, at: Duration },
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub struct Book {
+    known: HashMap<StreamId, Known>,
+    /// Entries that may open a session which is not open in the KV yet: the saved cursor stays below them.
+    holds: HashMap<StreamId, u64>,
+    /// Highest entry read by the tail.
+    read: u64,
+}
+
+impl Book {
+    pub fn get(&self, id: &StreamId) -> Option<&Known> {
+        self.known.get(id)
+    }
+
+    pub fn get_mut(&mut self, id: &StreamId) -> Option<&mut Known> {
+        self.known.get_mut(id)
+    }
+
+    pub fn insert(&mut self, id: StreamId, known: Known) {
+        self.known.insert(id, known);
+    }
+
+    pub fn remove(&mut self, id: &StreamId) -> Option<Known> {
+        self.known.remove(id)
+    }
+
+    pub fn session(&self, id: &StreamId) -> Option<&Session> {
+        match self.known.get(id) {
+            Some(Known::Session(session)) => Some(session),
+            _ => None,
+        }
+    }
+
+    pub fn session_mut(&mut self, id: &StreamId) -> Option<&mut Session> {
+        match self.known.get_mut(id) {
+            Some(Known::Session(session)) => Some(session),
+            _ => None,
+        }
+    }
+
+    pub fn sessions(&self) -> impl Iterator<Item = (&StreamId, &Session)> {
+        self.known.iter().filter_map(|(id, known)| match known {
+            Known::Session(session) => Some((id, session.as_ref())),
+            _ => None,
+        })
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&StreamId, &Known)> {
+        self.known.iter()
+    }
+
+    /// Notes how far the tail has read.
+    pub fn read_to(&mut self, seq: u64) {
+        self.read = self.read.max(seq);
+    }
+
+    /// Keeps the cursor below `seq` until [`Self::let_pass`].
+    pub fn hold(&mut self, id: &StreamId, seq: u64) {
+        let at = self.holds.entry(id.clone()).or_insert(seq);
+        *at = (*at).min(seq);
+    }
+
+    pub fn let_pass(&mut self, id: &StreamId) {
+        self.holds.remove(id);
+    }
+
+    /// The last entry a successor need not read again.
+    pub fn cursor(&self) -> u64 {
+        self.holds.values().min().map_or(self.read, |first| self.read.min(first.saturating_sub(1)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::id;
+
+    #[test]
+    fn the_cursor_stays_below_what_is_not_in_the_bucket_yet() {
+        let mut book = Book::default();
+        assert_eq!(book.cursor(), 0);
+        book.read_to(10);
+        book.hold(&id("a"), 8);
+        book.hold(&id("b"), 9);
+        book.hold(&id("a"), 10);
+        assert_eq!(book.cursor(), 7);
+        book.let_pass(&id("a"));
+        assert_eq!(book.cursor(), 8);
+        book.let_pass(&id("b"));
+        book.let_pass(&id("b"));
+        assert_eq!(book.cursor(), 10);
+    }
+}

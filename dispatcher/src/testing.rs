@@ -1,0 +1,111 @@
+//! Values for unit tests.
+
+use voxfleet_schema::{
+    audio::AudioFormat,
+    fleet::{Device, EngineRunState, EngineState, Heartbeat, Held, ModelState, Provider, Residency, Slots},
+    id::{GpuId, Incarnation, Kind, StreamId, WorkerName},
+    source::SourceState,
+    transcript::{AudioRange, Final, Resume, Timings, VadKind},
+};
+
+pub(crate) fn id(text: &str) -> StreamId {
+    StreamId::new(text).expect("test id")
+}
+
+pub(crate) fn worker(gpu: &str, incarnation: &str) -> WorkerName {
+    WorkerName {
+        gpu_id: GpuId::new(gpu).expect("test id"),
+        incarnation: Incarnation::new(incarnation).expect("test id"),
+    }
+}
+
+pub(crate) fn held(id_text: &str, epoch: u64) -> Held {
+    Held { kind: Kind::Session, id: id(id_text), epoch, last_audio_seq: None, final_index: None }
+}
+
+pub(crate) fn model(name: &str, state: Residency, expected_mb: u64) -> ModelState {
+    let resident_mb = if state == Residency::Loaded { expected_mb } else { 0 };
+    ModelState { name: name.to_owned(), state, resident_mb, expected_mb }
+}
+
+/// A worker on a GPU of 24 GB with four slots and one model.
+pub(crate) fn beat(gpu: &str, incarnation: &str) -> Heartbeat {
+    let name = worker(gpu, incarnation);
+    Heartbeat {
+        gpu_id: name.gpu_id,
+        incarnation: name.incarnation,
+        seq: 0,
+        sent_ms: 0,
+        host: "host".to_owned(),
+        pid: 1,
+        provider: Provider::Local,
+        device: Device {
+            index: Some(0),
+            name: "test".to_owned(),
+            uuid: None,
+            total_mb: 24_000,
+            free_mb: 20_000,
+            used_mb: 4_000,
+            used_by_others_mb: 0,
+            temperature_c: Some(50),
+            power_w: None,
+            utilization: None,
+        },
+        slots: Slots { total: 4, used: 0 },
+        job_slots: Slots { total: 1, used: 0 },
+        held: Vec::new(),
+        models: vec![model("small", Residency::Available, 852)],
+        engine: EngineState {
+            state: EngineRunState::Ready,
+            kind: "simulated".to_owned(),
+            effective_device: "cuda:test".to_owned(),
+            vad: VadKind::Silero,
+            ms_since_progress: 0,
+            restarts: 0,
+            decode_rate: None,
+            decode_rate_age_ms: None,
+        },
+        draining: false,
+        price_per_hour: None,
+        version: "test".to_owned(),
+    }
+}
+
+/// An end final of a session, at `to_seq`.
+pub(crate) fn end_final(id_text: &str, index: u64, epoch: u64, to_seq: u64) -> Final {
+    Final {
+        kind: Kind::Session,
+        id: id(id_text),
+        index,
+        final_id: format!("f{index}"),
+        epoch,
+        gpu_id: GpuId::new("g0").expect("test id"),
+        model: "small".to_owned(),
+        device: "cpu".to_owned(),
+        engine: "simulated".to_owned(),
+        vad: VadKind::Silero,
+        from_sample: 0,
+        to_sample: 16_000,
+        audio: AudioRange { from_seq: 1, to_seq },
+        resume: Resume {
+            seq: 1,
+            at_sample: 0,
+            at_frame: 0,
+            format: AudioFormat::default(),
+            format_sample: 0,
+            producers: SourceState::default(),
+            language: None,
+        },
+        checkpoint_seq: None,
+        checkpoint_missing: false,
+        segments: Vec::new(),
+        words_omitted: false,
+        speech_final: true,
+        end: true,
+        lost: None,
+        error: None,
+        result: None,
+        guards: Vec::new(),
+        timings: Timings::default(),
+    }
+}

@@ -1,0 +1,139 @@
+//! What can go wrong between us and the server, one kind for all modules; each module's error wraps it.
+
+use async_nats::jetstream::{self, ErrorCode, context::PublishErrorKind};
+
+/// Anything a library below gave as the cause.
+pub type Source = Box<dyn std::error::Error + Send + Sync>;
+
+/// A request or publish that did not succeed at the server.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// No answer in time. A publish may have been stored all the same.
+    #[error("no answer from the server in time")]
+    Timeout,
+    /// Nobody listens on that subject: no stream, no JetStream, or no service.
+    #[error("nobody answers on {0}")]
+    NoResponders(String),
+    /// JetStream answered with an error of its own.
+    #[error("jetstream: {0}")]
+    JetStream(#[source] jetstream::Error),
+    /// The message is larger than the server's `max_payload`.
+    #[error("message is over the server's max_payload")]
+    TooLarge,
+    /// This connection is closed for good.
+    #[error("connection is closed")]
+    Closed,
+    /// The answer cannot be read.
+    #[error("unreadable answer from the server")]
+    Unreadable(#[source] Source),
+    #[error("request failed")]
+    Request(#[source] Source),
+}
+
+/// The same message id is on its way through a replicated stream at this moment; a moment later it is stored or not.
+const IN_PROCESS: ErrorCode = ErrorCode::STREAM_DUPLICATE_MESSAGE_CONFLICT;
+
+impl ServerError {
+    /// The server's own error code, where it gave one.
+    pub fn code(&self) -> Option<u64> {
+        match self {
+            ServerError::JetStream(error) => Some(error.error_code().0),
+            _ => None,
+        }
+    }
+
+    /// Whether the same request may succeed later without anybody changing anything.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            ServerError::Timeout | ServerError::NoResponders(_) | ServerError::Request(_) => true,
+            ServerError::JetStream(error) => {
+                error.code() == 503
+                    || matches!(error.error_code(), ErrorCode::CLUSTER_NOT_AVAILABLE | ErrorCode::CLUSTER_NO_PEERS)
+                    || error.error_code() == IN_PROCESS
+            }
+            ServerError::TooLarge | ServerError::Closed | ServerError::Unreadable(_) => false,
+        }
+    }
+
+    /// 10071, or 10164 while another fenced publish is in flight on a replicated stream: the expected sequence was wrong.
+    pub fn is_conflict(&self) -> bool {
+        matches!(self.code(), Some(10_071 | 10_164))
+    }
+
+    pub(crate) fn is_code(&self, code: ErrorCode) -> bool {
+        self.code() == Some(code.0)
+    }
+}
+
+impl From<jetstream::Error> for ServerError {
+    fn from(error: jetstream::Error) -> Self {
+        ServerError::JetStream(error)
+    }
+}
+
+/// The JetStream error inside `error`'s causes, if there is one.
+fn jetstream_cause(error: &(dyn std::error::Error + 'static)) -> Option<jetstream::Error> {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        if let Some(found) = error.downcast_ref::<jetstream::Error>() {
+            return Some(found.clone());
+        }
+        at = error.source();
+    }
+    None
+}
+
+impl From<jetstream::context::PublishError> for ServerError {
+    fn from(error: jetstream::context::PublishError) -> Self {
+        if let Some(cause) = jetstream_cause(&error) {
+            return ServerError::JetStream(cause);
+        }
+        match error.kind() {
+            PublishErrorKind::TimedOut => ServerError::Timeout,
+            PublishErrorKind::StreamNotFound => ServerError::NoResponders("the stream's subject".to_owned()),
+            PublishErrorKind::MaxPayloadExceeded => ServerError::TooLarge,
+            _ => ServerError::Request(Box::new(error)),
+        }
+    }
+}
+
+impl From<jetstream::context::RequestError> for ServerError {
+    fn from(error: jetstream::context::RequestError) -> Self {
+        use jetstream::context::RequestErrorKind as Kind;
+        if let Some(cause) = jetstream_cause(&error) {
+            return ServerError::JetStream(cause);
+        }
+        match error.kind() {
+            Kind::TimedOut => ServerError::Timeout,
+            Kind::NoResponders => ServerError::NoResponders("the JetStream API".to_owned()),
+            _ => ServerError::Request(Box::new(error)),
+        }
+    }
+}
+
+impl From<async_nats::RequestError> for ServerError {
+    fn from(error: async_nats::RequestError) -> Self {
+        use async_nats::RequestErrorKind as Kind;
+        match error.kind() {
+            Kind::TimedOut => ServerError::Timeout,
+            Kind::NoResponders => ServerError::NoResponders("that subject".to_owned()),
+            Kind::MaxPayloadExceeded => ServerError::TooLarge,
+            _ => ServerError::Request(Box::new(error)),
+        }
+    }
+}
+
+impl From<async_nats::PublishError> for ServerError {
+    fn from(error: async_nats::PublishError) -> Self {
+        match error.kind() {
+            async_nats::client::PublishErrorKind::MaxPayloadExceeded => ServerError::TooLarge,
+            _ => ServerError::Request(Box::new(error)),
+        }
+    }
+}
+
+impl From<async_nats::SubscribeError> for ServerError {
+    fn from(error: async_nats::SubscribeError) -> Self {
+        ServerError::Request(Box::new(error))
+    }
+}

@@ -1,0 +1,133 @@
+//! Heartbeats and control requests: core NATS, nothing stored.
+
+use std::time::Duration;
+
+use async_nats::Subscriber;
+use futures_util::StreamExt;
+use voxfleet_schema::{
+    codec::{self, CodecError},
+    failure::{Failure, FailureClass},
+    fleet::{ControlReply, ControlRequest, Heartbeat},
+    id::WorkerName,
+};
+
+use crate::{Nats, ServerError, raw, subjects::Subject};
+
+#[derive(Debug, thiserror::Error)]
+pub enum FleetError {
+    #[error("cannot encode")]
+    Encode(#[source] CodecError),
+    /// What came cannot be read; `subject` tells whose it is.
+    #[error("unreadable message on {subject}")]
+    Malformed { subject: String, source: CodecError },
+    /// A heartbeat under another GPU's name.
+    #[error("heartbeat of {claims} came on {subject}")]
+    WrongSubject { subject: String, claims: String },
+    #[error(transparent)]
+    Server(#[from] ServerError),
+}
+
+/// Sends a heartbeat; returns when it is handed to the connection.
+pub async fn heartbeat_publish(nats: &Nats, heartbeat: &Heartbeat) -> Result<(), FleetError> {
+    let body = codec::to_json(heartbeat).map_err(FleetError::Encode)?;
+    let subject = nats.subjects().heartbeat(&heartbeat.gpu_id);
+    let sent = nats.client().publish_with_headers(subject, raw::json_headers(), body.into()).await;
+    Ok(sent.map_err(ServerError::from)?)
+}
+
+/// Hears every heartbeat from now on.
+pub async fn heartbeats(nats: &Nats) -> Result<Heartbeats, FleetError> {
+    let subscriber = subscribe(nats, nats.subjects().heartbeats_all()).await?;
+    Ok(Heartbeats { nats: nats.clone(), subscriber })
+}
+
+/// Subscribes and waits until the server knows it, so that what is sent after this call is heard.
+async fn subscribe(nats: &Nats, subject: String) -> Result<Subscriber, ServerError> {
+    let subscriber = nats.client().subscribe(subject).await?;
+    nats.rtt(nats.request_timeout()).await?;
+    Ok(subscriber)
+}
+
+pub struct Heartbeats {
+    nats: Nats,
+    subscriber: Subscriber,
+}
+
+impl Heartbeats {
+    /// The next heartbeat; bad ones are errors of their own, and the next call goes on. `Server(Closed)` is the end.
+    /// Cancel-safe.
+    pub async fn next(&mut self) -> Result<Heartbeat, FleetError> {
+        let message = self.subscriber.next().await.ok_or(ServerError::Closed)?;
+        let heartbeat: Heartbeat = codec::from_json(&message.payload)
+            .map_err(|source| FleetError::Malformed { subject: message.subject.to_string(), source })?;
+        match self.nats.subjects().parse(&message.subject) {
+            Some(Subject::Heartbeat(gpu)) if gpu == heartbeat.gpu_id => Ok(heartbeat),
+            _ => Err(FleetError::WrongSubject {
+                subject: message.subject.to_string(),
+                claims: heartbeat.gpu_id.to_string(),
+            }),
+        }
+    }
+}
+
+/// Asks a worker. `Server(NoResponders)`: that incarnation is not connected. `Server(Timeout)`: it may have done it.
+pub async fn control(
+    nats: &Nats,
+    to: &WorkerName,
+    request: &ControlRequest,
+    timeout: Duration,
+) -> Result<ControlReply, FleetError> {
+    let subject = nats.subjects().control(to);
+    let body = codec::to_json(request).map_err(FleetError::Encode)?;
+    let request = async_nats::Request::new().payload(body.into()).headers(raw::json_headers()).timeout(Some(timeout));
+    let answer = nats.client().send_request(subject.clone(), request).await.map_err(ServerError::from)?;
+    codec::from_json(&answer.payload).map_err(|source| FleetError::Malformed { subject, source })
+}
+
+/// Answers control requests to this incarnation. Drop it to stop listening.
+pub async fn serve_control(nats: &Nats, me: &WorkerName) -> Result<ControlServer, FleetError> {
+    let subscriber = subscribe(nats, nats.subjects().control(me)).await?;
+    Ok(ControlServer { nats: nats.clone(), subscriber })
+}
+
+pub struct ControlServer {
+    nats: Nats,
+    subscriber: Subscriber,
+}
+
+impl ControlServer {
+    /// The next request; unreadable ones are refused inside. None: the connection is closed. Cancel-safe.
+    pub async fn next(&mut self) -> Option<(ControlRequest, ControlResponder)> {
+        loop {
+            let message = self.subscriber.next().await?;
+            let responder = ControlResponder { nats: self.nats.clone(), to: message.reply };
+            match codec::from_json(&message.payload) {
+                Ok(request) => return Some((request, responder)),
+                Err(error) => {
+                    tracing::warn!(%error, "unreadable control request");
+                    let refusal = Failure::new(FailureClass::BadRequest, "unreadable control request");
+                    if let Err(error) = responder.reply(&ControlReply::Refused(refusal)).await {
+                        tracing::warn!(%error, "cannot answer a control request");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Where the answer goes.
+#[derive(Debug)]
+pub struct ControlResponder {
+    nats: Nats,
+    to: Option<async_nats::Subject>,
+}
+
+impl ControlResponder {
+    /// Answers; nothing happens where the asker wanted no answer.
+    pub async fn reply(self, reply: &ControlReply) -> Result<(), FleetError> {
+        let Some(to) = self.to else { return Ok(()) };
+        let body = codec::to_json(reply).map_err(FleetError::Encode)?;
+        let sent = self.nats.client().publish_with_headers(to, raw::json_headers(), body.into()).await;
+        Ok(sent.map_err(ServerError::from)?)
+    }
+}

@@ -1,0 +1,274 @@
+//! The JetStream API spoken plainly, so that every answer becomes one kind of error; and the few header and reply-subject
+//! forms that several modules read.
+
+use async_nats::{
+    HeaderMap, StatusCode,
+    jetstream::{
+        ErrorCode,
+        message::{PublishMessage, StreamMessage},
+        publish::PublishAck,
+        response::Response,
+        stream::{self, RawMessage},
+    },
+};
+use bytes::Bytes;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use voxfleet_schema::{
+    audio::{ASR_LOG_PREV, ASR_LOG_SEQ},
+    codec::{CONTENT_TYPE, JSON, MSGPACK},
+};
+
+use crate::{Nats, ServerError};
+
+/// One API request; `subject` without its `$JS.API.`.
+pub(crate) async fn api<T: DeserializeOwned>(
+    nats: &Nats,
+    subject: String,
+    request: &(impl Serialize + ?Sized),
+) -> Result<T, ServerError> {
+    match nats.js().request(subject, request).await? {
+        Response::Ok(value) => Ok(value),
+        Response::Err { error } => Err(error.into()),
+    }
+}
+
+pub(crate) async fn stream_info(nats: &Nats, stream: &str) -> Result<stream::Info, ServerError> {
+    api(nats, format!("STREAM.INFO.{stream}"), &Empty {}).await
+}
+
+/// A request without parameters.
+#[derive(Serialize)]
+pub(crate) struct Empty {}
+
+/// Which message of a stream.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Get<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) seq: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) last_by_subj: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) next_by_subj: Option<&'a str>,
+}
+
+/// A message as the stream's leader holds it.
+#[derive(Debug)]
+pub(crate) struct Stored {
+    pub(crate) seq: u64,
+    pub(crate) subject: String,
+    /// None when the header block cannot be read at all.
+    pub(crate) headers: Option<HeaderMap>,
+    pub(crate) payload: Bytes,
+}
+
+/// Reads from the stream's leader; never from a replica that may lag. None: the leader says there is none.
+pub(crate) async fn leader_get(nats: &Nats, stream: &str, which: &Get<'_>) -> Result<Option<Stored>, ServerError> {
+    #[derive(Deserialize)]
+    struct Answer {
+        message: RawMessage,
+    }
+    let answer: Answer = match api(nats, format!("STREAM.MSG.GET.{stream}"), which).await {
+        Ok(answer) => answer,
+        Err(error) if error.is_code(ErrorCode::NO_MESSAGE_FOUND) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut raw = answer.message;
+    let (seq, subject) = (raw.sequence, raw.subject.clone());
+    let read = StreamMessage::try_from(raw.clone()).map(|message| (Some(message.headers), message.payload));
+    let (headers, payload) = match read {
+        Ok(read) => read,
+        Err(_) => {
+            // Headers come from strangers: an unreadable block costs its entry only.
+            raw.headers = None;
+            (None, StreamMessage::try_from(raw).map_err(ServerError::Unreadable)?.payload)
+        }
+    };
+    Ok(Some(Stored { seq, subject, headers, payload }))
+}
+
+/// Publishes into a stream and waits for its answer.
+pub(crate) async fn publish(nats: &Nats, subject: String, message: PublishMessage) -> Result<PublishAck, ServerError> {
+    Ok(nats.js().send_publish(subject, message).await?.await?)
+}
+
+pub(crate) fn json_headers() -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(CONTENT_TYPE, JSON);
+    headers
+}
+
+pub(crate) fn msgpack_headers() -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(CONTENT_TYPE, MSGPACK);
+    headers
+}
+
+pub(crate) fn json_message(payload: Vec<u8>) -> PublishMessage {
+    PublishMessage::build().payload(payload.into()).headers(json_headers())
+}
+
+/// What stands for a header block that cannot be read: no reader takes it for a number.
+const UNREADABLE: (&str, &str) = ("Asr-Seq", "the headers cannot be read");
+
+/// The producer's `Asr-*` headers, sorted by name so that every reader sees the same order; of a name that is given twice
+/// the last value counts.
+pub(crate) fn asr_headers(headers: Option<&HeaderMap>) -> Vec<(String, String)> {
+    let Some(headers) = headers else {
+        return vec![(UNREADABLE.0.to_owned(), UNREADABLE.1.to_owned())];
+    };
+    let mut found: Vec<(String, String)> = headers
+        .iter()
+        .filter_map(|(name, values)| {
+            let name: &str = name.as_ref();
+            let ours = name.get(..4).is_some_and(|head| head.eq_ignore_ascii_case("asr-"))
+                && !name.eq_ignore_ascii_case(ASR_LOG_SEQ)
+                && !name.eq_ignore_ascii_case(ASR_LOG_PREV);
+            let value = values.last().filter(|_| ours)?;
+            Some((name.to_owned(), value.as_str().to_owned()))
+        })
+        .collect();
+    found.sort_unstable();
+    found
+}
+
+/// What the reply subject of a consumer's message says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Delivery {
+    pub(crate) stream_seq: u64,
+    pub(crate) consumer_seq: u64,
+    /// Unix time in ms at which the server stored the message.
+    pub(crate) stored_ms: u64,
+    pub(crate) pending: u64,
+}
+
+impl Delivery {
+    /// `$JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<ns>.<pending>`, or the same with domain and
+    /// account hash before the stream and possibly a token behind.
+    pub(crate) fn parse(reply: &str) -> Option<Self> {
+        let rest = reply.strip_prefix("$JS.ACK.")?;
+        let mut tokens = [""; 10];
+        let mut count = 0;
+        for token in rest.split('.') {
+            if let Some(place) = tokens.get_mut(count) {
+                *place = token;
+            }
+            count += 1;
+        }
+        let from = match count {
+            7 => 3,
+            9.. => 5,
+            _ => return None,
+        };
+        let number = |at: usize| tokens.get(at)?.parse::<u64>().ok();
+        Some(Self {
+            stream_seq: number(from)?,
+            consumer_seq: number(from + 1)?,
+            stored_ms: number(from + 2)? / 1_000_000,
+            pending: number(from + 3)?,
+        })
+    }
+}
+
+/// What a status message to a pull request means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PullStatus {
+    /// The server is alive and has nothing for us.
+    Alive,
+    /// A request has ended with this many messages undelivered; ask again.
+    Ended { unused: usize },
+    /// There is no such consumer (any more).
+    Gone,
+}
+
+pub(crate) fn pull_status(message: &async_nats::Message) -> Option<PullStatus> {
+    let status = message.status?;
+    let unused = message
+        .headers
+        .as_ref()
+        .and_then(|headers| headers.get("Nats-Pending-Messages"))
+        .and_then(|value| value.as_str().parse().ok());
+    Some(match status {
+        StatusCode::IDLE_HEARTBEAT => PullStatus::Alive,
+        StatusCode::NO_RESPONDERS => PullStatus::Gone,
+        // Consumer deleted, leadership changed, server shutting down: those carry no count, and every request with them.
+        StatusCode::REQUEST_TERMINATED if unused.is_none() => PullStatus::Gone,
+        _ => PullStatus::Ended { unused: unused.unwrap_or(usize::MAX) },
+    })
+}
+
+/// The body of a pull request.
+#[derive(Serialize)]
+pub(crate) struct PullRequest {
+    batch: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_bytes: Option<usize>,
+    /// In ns.
+    expires: u64,
+    /// In ns.
+    idle_heartbeat: u64,
+}
+
+/// How often an idle pull hears that the server is there.
+const HEARTBEAT: std::time::Duration = std::time::Duration::from_secs(1);
+/// Silence on a pull after which it is taken for lost: two heartbeats missed and a moment.
+pub(crate) const SILENCE: std::time::Duration = std::time::Duration::from_millis(2_500);
+
+impl PullRequest {
+    pub(crate) fn body(
+        batch: usize,
+        max_bytes: Option<usize>,
+        expires: std::time::Duration,
+    ) -> Result<Bytes, ServerError> {
+        let request = PullRequest {
+            batch,
+            max_bytes,
+            expires: expires.as_nanos() as u64,
+            idle_heartbeat: HEARTBEAT.as_nanos() as u64,
+        };
+        serde_json::to_vec(&request).map(Bytes::from).map_err(|error| ServerError::Request(Box::new(error)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reply_subjects_of_both_forms_are_read() {
+        let want = Delivery { stream_seq: 42, consumer_seq: 7, stored_ms: 1_700_000_000_123, pending: 3 };
+        for reply in [
+            "$JS.ACK.ASR_AUDIO.c1.1.42.7.1700000000123456789.3",
+            "$JS.ACK.hub.ACCHASH.ASR_AUDIO.c1.1.42.7.1700000000123456789.3",
+            "$JS.ACK._.ACCHASH.ASR_AUDIO.c1.1.42.7.1700000000123456789.3.token",
+        ] {
+            assert_eq!(Delivery::parse(reply), Some(want), "{reply}");
+        }
+        for bad in ["", "_INBOX.x", "$JS.ACK.", "$JS.ACK.a.b.c", "$JS.ACK.a.b.1.x.1.1.1", "$JS.ACK.a.b.1.1.1.1.1.1"] {
+            assert_eq!(Delivery::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_the_producers_headers_are_kept_and_their_order_is_fixed() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("Asr-Source", "s"),
+            ("asr-seq", "1"),
+            ("Asr-Log-Seq", "9"),
+            ("Nats-Msg-Id", "x"),
+            ("Asr-End", "0"),
+            ("Asr-End", "1"),
+        ] {
+            headers.append(name, value);
+        }
+        let want = [("Asr-End", "1"), ("Asr-Source", "s"), ("asr-seq", "1")];
+        assert_eq!(asr_headers(Some(&headers)), want.map(|(n, v)| (n.to_owned(), v.to_owned())));
+        assert_eq!(asr_headers(Some(&HeaderMap::new())), []);
+    }
+
+    #[test]
+    fn an_unreadable_header_block_makes_a_bad_chunk() {
+        let entry = voxfleet_schema::audio::RawEntry { seq: 1, headers: asr_headers(None), payload: Bytes::from("ab") };
+        assert!(voxfleet_schema::audio::ChunkHeaders::of(&entry).is_err());
+    }
+}

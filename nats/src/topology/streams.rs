@@ -1,0 +1,361 @@
+//! What each stream and bucket looks like, and how far a found one is from that.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
+use serde::{Deserialize, Serialize};
+use voxfleet_schema::transcript::MAX_FINAL_BYTES;
+
+use super::names;
+use crate::{
+    kv::Bucket,
+    subjects::{Filter, Subjects},
+};
+
+/// Sizes and replicas.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TopologyConfig {
+    /// 1, or 3 on a cluster.
+    pub replicas: usize,
+    pub audio_max_bytes: u64,
+    pub audio_max_age_s: u64,
+    pub live_max_bytes: u64,
+    pub jobs_max_bytes: u64,
+    pub work_max_bytes: u64,
+    pub transcript_max_bytes: u64,
+    pub transcript_max_age_s: u64,
+    pub checkpoint_max_bytes: u64,
+    pub partial_max_bytes: u64,
+    pub event_max_bytes: u64,
+    pub dead_max_bytes: u64,
+    pub media_max_bytes: u64,
+    /// Each of the four buckets.
+    pub bucket_max_bytes: u64,
+    /// Of each stream; `ASR_LIVE` and `ASR_WORK` have one consumer for each worker incarnation.
+    pub max_consumers: i32,
+}
+
+const MIB: u64 = 1024 * 1024;
+
+impl Default for TopologyConfig {
+    fn default() -> Self {
+        Self {
+            // One server is where everybody starts; a cluster says 3.
+            replicas: 1,
+            // 37 hours of 16 kHz PCM: 37 sessions that speak for the whole hour of retention.
+            audio_max_bytes: 4_096 * MIB,
+            // Twice the longest idle timeout: what a session may be silent for is always still there.
+            audio_max_age_s: 3_600,
+            // A minute of hints for 130 sessions; older ones are dropped, the log has them.
+            live_max_bytes: 256 * MIB,
+            jobs_max_bytes: 64 * MIB,
+            work_max_bytes: 64 * MIB,
+            // About a million finals of 1 kB.
+            transcript_max_bytes: 1_024 * MIB,
+            // A day to read what was said.
+            transcript_max_age_s: 86_400,
+            checkpoint_max_bytes: 256 * MIB,
+            // One partial a session.
+            partial_max_bytes: 64 * MIB,
+            event_max_bytes: 256 * MIB,
+            dead_max_bytes: 256 * MIB,
+            media_max_bytes: 2_048 * MIB,
+            // 100,000 records of 600 bytes.
+            bucket_max_bytes: 64 * MIB,
+            // The server's own default of 1,000 would stop the fleet at a thousand incarnations.
+            max_consumers: 10_000,
+        }
+    }
+}
+
+impl TopologyConfig {
+    /// Every mistake, each with the name of its field.
+    pub fn problems(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        if !matches!(self.replicas, 1 | 3 | 5) {
+            found.push(format!("topology.replicas: {} is neither 1, 3 nor 5", self.replicas));
+        }
+        for (name, bytes) in self.sizes() {
+            if !(MIB..=1 << 50).contains(&bytes) {
+                found.push(format!("topology.{name}: {bytes} is outside 1 MiB to 1 PiB"));
+            }
+        }
+        for (name, seconds) in
+            [("audio_max_age_s", self.audio_max_age_s), ("transcript_max_age_s", self.transcript_max_age_s)]
+        {
+            if !(10..=31_536_000).contains(&seconds) {
+                found.push(format!("topology.{name}: {seconds} is outside 10 s to one year"));
+            }
+        }
+        if self.transcript_max_age_s < self.audio_max_age_s {
+            found.push(
+                "topology.transcript_max_age_s: below audio_max_age_s, finals would be gone before their audio".into(),
+            );
+        }
+        if !(16..=1_000_000).contains(&self.max_consumers) {
+            found.push(format!("topology.max_consumers: {} is outside 16 to 1000000", self.max_consumers));
+        }
+        found
+    }
+
+    fn sizes(&self) -> [(&'static str, u64); 11] {
+        [
+            ("audio_max_bytes", self.audio_max_bytes),
+            ("live_max_bytes", self.live_max_bytes),
+            ("jobs_max_bytes", self.jobs_max_bytes),
+            ("work_max_bytes", self.work_max_bytes),
+            ("transcript_max_bytes", self.transcript_max_bytes),
+            ("checkpoint_max_bytes", self.checkpoint_max_bytes),
+            ("partial_max_bytes", self.partial_max_bytes),
+            ("event_max_bytes", self.event_max_bytes),
+            ("dead_max_bytes", self.dead_max_bytes),
+            ("media_max_bytes", self.media_max_bytes),
+            ("bucket_max_bytes", self.bucket_max_bytes),
+        ]
+    }
+}
+
+/// What a hint adds to the chunk it copies must fit between the log's largest entry and the server's `max_payload`.
+const HINT_ROOM: usize = 16 * 1024;
+const DAY: Duration = Duration::from_secs(86_400);
+const DEDUPLICATION: Duration = Duration::from_secs(120);
+
+/// Every stream, buckets and the object store included. `max_payload` is the server's.
+pub(super) fn wanted(subjects: &Subjects, config: &TopologyConfig, max_payload: usize) -> Vec<Config> {
+    let base = |name: &str, wanted: Vec<String>, max_bytes: u64| Config {
+        name: name.to_owned(),
+        subjects: wanted,
+        max_bytes: max_bytes as i64,
+        max_messages: -1,
+        max_messages_per_subject: -1,
+        max_message_size: -1,
+        max_consumers: config.max_consumers,
+        num_replicas: config.replicas,
+        duplicate_window: DEDUPLICATION,
+        retention: RetentionPolicy::Limits,
+        storage: StorageType::File,
+        discard: DiscardPolicy::New,
+        ..Config::default()
+    };
+    let work_queue = |config: Config| Config { retention: RetentionPolicy::WorkQueue, ..config };
+    let memory = |max_age: Duration, config: Config| Config {
+        storage: StorageType::Memory,
+        discard: DiscardPolicy::Old,
+        max_age,
+        // The server wants it no longer than messages live.
+        duplicate_window: DEDUPLICATION.min(max_age),
+        ..config
+    };
+    let all = Filter::All;
+    let transcript = vec![subjects.finals_of(&all), subjects.revisions_of(&all)];
+    let audio_age = Duration::from_secs(config.audio_max_age_s);
+    let mut streams = vec![
+        Config {
+            max_age: audio_age,
+            duplicate_window: DEDUPLICATION.min(audio_age),
+            max_message_size: message_size(max_payload.saturating_sub(HINT_ROOM)),
+            allow_direct: true,
+            ..base(names::AUDIO, vec![subjects.audio_all()], config.audio_max_bytes)
+        },
+        memory(
+            Duration::from_secs(60),
+            work_queue(base(names::LIVE, vec![subjects.live_all()], config.live_max_bytes)),
+        ),
+        work_queue(base(names::JOBS, vec![subjects.jobs_all()], config.jobs_max_bytes)),
+        work_queue(base(names::WORK, vec![subjects.work_all()], config.work_max_bytes)),
+        Config {
+            max_age: Duration::from_secs(config.transcript_max_age_s),
+            duplicate_window: DEDUPLICATION.min(Duration::from_secs(config.transcript_max_age_s)),
+            max_message_size: message_size(MAX_FINAL_BYTES + HINT_ROOM),
+            ..base(names::TRANSCRIPT, transcript, config.transcript_max_bytes)
+        },
+        Config {
+            max_age: DAY,
+            max_messages_per_subject: 16,
+            ..base(names::CHECKPOINT, vec![subjects.checkpoints_all()], config.checkpoint_max_bytes)
+        },
+        memory(
+            Duration::from_secs(300),
+            Config {
+                max_messages_per_subject: 1,
+                ..base(names::PARTIAL, vec![subjects.partials_of(&all)], config.partial_max_bytes)
+            },
+        ),
+        Config {
+            max_age: DAY,
+            discard: DiscardPolicy::Old,
+            ..base(names::EVENT, vec![subjects.events_all()], config.event_max_bytes)
+        },
+        base(names::DEAD, vec![subjects.dead_all()], config.dead_max_bytes),
+        Config {
+            allow_rollup: true,
+            allow_direct: true,
+            ..base(
+                names::MEDIA,
+                vec!["$O.asr_media.C.>".to_owned(), "$O.asr_media.M.>".to_owned()],
+                config.media_max_bytes,
+            )
+        },
+    ];
+    streams.extend(Bucket::ALL.map(|bucket| Config {
+        // What clients of buckets expect of one: the newest value of each key, deletable by marker only.
+        max_messages_per_subject: 1,
+        allow_rollup: true,
+        allow_direct: true,
+        deny_delete: true,
+        ..base(bucket.stream(), vec![format!("$KV.{}.>", bucket.as_str())], config.bucket_max_bytes)
+    }));
+    streams
+}
+
+fn message_size(bytes: usize) -> i32 {
+    i32::try_from(bytes).unwrap_or(i32::MAX)
+}
+
+/// One field that is not as it should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Difference {
+    pub(super) field: &'static str,
+    pub(super) wanted: String,
+    pub(super) found: String,
+    pub(super) mend: String,
+}
+
+/// The first field in which a found stream differs, those first that tell a stranger's stream from ours.
+pub(super) fn difference(wanted: &Config, found: &Config) -> Option<Difference> {
+    let unlimited = |n: i64| if n <= 0 { "unlimited".to_owned() } else { n.to_string() };
+    let set = |subjects: &[String]| subjects.iter().cloned().collect::<BTreeSet<_>>();
+    let list = |subjects: &[String]| set(subjects).into_iter().collect::<Vec<_>>().join(",");
+    let seconds = |d: Duration| if d.is_zero() { "unlimited".to_owned() } else { format!("{}s", d.as_secs()) };
+    let lower = |text: String| text.to_lowercase();
+    // Name, wanted, found, and the flag of `nats stream edit` that mends it; the server cannot change those without one.
+    let fields = [
+        ("subjects", list(&wanted.subjects), list(&found.subjects), Some("--subjects")),
+        ("retention", lower(format!("{:?}", wanted.retention)), lower(format!("{:?}", found.retention)), None),
+        ("storage", lower(format!("{:?}", wanted.storage)), lower(format!("{:?}", found.storage)), None),
+        ("discard", lower(format!("{:?}", wanted.discard)), lower(format!("{:?}", found.discard)), Some("--discard")),
+        ("max_age", seconds(wanted.max_age), seconds(found.max_age), Some("--max-age")),
+        ("max_bytes", unlimited(wanted.max_bytes), unlimited(found.max_bytes), Some("--max-bytes")),
+        ("max_msgs", unlimited(wanted.max_messages), unlimited(found.max_messages), Some("--max-msgs")),
+        (
+            "max_msgs_per_subject",
+            unlimited(wanted.max_messages_per_subject),
+            unlimited(found.max_messages_per_subject),
+            Some("--max-msgs-per-subject"),
+        ),
+        (
+            "max_msg_size",
+            unlimited(wanted.max_message_size.into()),
+            unlimited(found.max_message_size.into()),
+            Some("--max-msg-size"),
+        ),
+        ("max_consumers", unlimited(wanted.max_consumers.into()), unlimited(found.max_consumers.into()), None),
+        ("num_replicas", wanted.num_replicas.to_string(), found.num_replicas.to_string(), Some("--replicas")),
+        ("duplicate_window", seconds(wanted.duplicate_window), seconds(found.duplicate_window), Some("--dupe-window")),
+        ("allow_direct", wanted.allow_direct.to_string(), found.allow_direct.to_string(), Some("--allow-direct")),
+        ("allow_rollup_hdrs", wanted.allow_rollup.to_string(), found.allow_rollup.to_string(), None),
+        ("deny_delete", wanted.deny_delete.to_string(), found.deny_delete.to_string(), None),
+        ("deny_purge", wanted.deny_purge.to_string(), found.deny_purge.to_string(), None),
+        ("sealed", wanted.sealed.to_string(), found.sealed.to_string(), None),
+        ("no_ack", wanted.no_ack.to_string(), found.no_ack.to_string(), None),
+        ("mirror", wanted.mirror.is_some().to_string(), found.mirror.is_some().to_string(), None),
+        (
+            "subject_transform",
+            wanted.subject_transform.is_some().to_string(),
+            found.subject_transform.is_some().to_string(),
+            None,
+        ),
+    ];
+    // Direct get that nobody asked for hurts nobody, and servers switch it on by themselves.
+    let differs = |(name, wanted, found, _): &&(&str, String, String, Option<&str>)| {
+        wanted != found && !(*name == "allow_direct" && wanted == "false")
+    };
+    fields.iter().find(differs).map(|(field, want, is, flag)| Difference {
+        field,
+        wanted: want.clone(),
+        found: is.clone(),
+        mend: match flag {
+            Some(flag) => {
+                let value = if want == "unlimited" { "-1" } else { want };
+                format!("if the stream is voxfleet's, run: nats stream edit {} {flag}={value}", wanted.name)
+            }
+            None => format!(
+                "the server cannot change that: move what it holds away, then run: nats stream rm {} (its messages are lost) and start again",
+                wanted.name
+            ),
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn streams() -> Vec<Config> {
+        wanted(&Subjects::new("asr.v1"), &TopologyConfig::default(), 4 * 1024 * 1024)
+    }
+
+    #[test]
+    fn the_default_has_no_problems_and_mistakes_are_named_together() {
+        assert_eq!(TopologyConfig::default().problems(), Vec::<String>::new());
+        let config = TopologyConfig {
+            replicas: 2,
+            audio_max_bytes: 0,
+            transcript_max_age_s: 60,
+            max_consumers: 0,
+            ..TopologyConfig::default()
+        };
+        let problems = config.problems();
+        for name in ["replicas", "audio_max_bytes", "transcript_max_age_s", "max_consumers"] {
+            assert!(problems.iter().any(|p| p.contains(name)), "{name} is missing in {problems:?}");
+        }
+        assert_eq!(problems.len(), 4);
+    }
+
+    #[test]
+    fn every_stream_is_bounded_and_every_file_stream_but_events_refuses_when_full() {
+        let streams = streams();
+        assert_eq!(streams.len(), 9 + 1 + 4);
+        for stream in &streams {
+            assert!(stream.max_bytes > 0 && stream.max_consumers > 0, "{}", stream.name);
+            let old = stream.storage == StorageType::Memory || stream.name == names::EVENT;
+            assert_eq!(stream.discard == DiscardPolicy::Old, old, "{}", stream.name);
+            assert!(stream.max_age.is_zero() || stream.duplicate_window <= stream.max_age, "{}", stream.name);
+        }
+    }
+
+    #[test]
+    fn a_logged_chunk_can_always_be_passed_on() {
+        let audio = &streams()[0];
+        assert_eq!(audio.max_message_size, 4 * 1024 * 1024 - 16 * 1024);
+        assert!(audio.allow_direct);
+    }
+
+    #[test]
+    fn differences_name_field_and_mend() {
+        let audio = streams().remove(0);
+        assert_eq!(difference(&audio, &audio), None);
+        // What the server writes for "no limit".
+        assert_eq!(difference(&audio, &Config { max_messages: 0, ..audio.clone() }), None);
+        let cases: [(Config, &str, &str); 6] = [
+            (Config { subjects: vec!["x.>".into()], ..audio.clone() }, "subjects", "--subjects=asr.v1.audio.*"),
+            (Config { retention: RetentionPolicy::WorkQueue, ..audio.clone() }, "retention", "stream rm"),
+            (Config { max_bytes: 1, ..audio.clone() }, "max_bytes", "--max-bytes=4294967296"),
+            (Config { num_replicas: 3, ..audio.clone() }, "num_replicas", "--replicas=1"),
+            (Config { allow_direct: false, ..audio.clone() }, "allow_direct", "--allow-direct=true"),
+            (Config { max_age: Duration::ZERO, ..audio.clone() }, "max_age", "--max-age=3600s"),
+        ];
+        for (found, field, mend) in cases {
+            let difference = difference(&audio, &found).expect(field);
+            assert_eq!(difference.field, field);
+            assert!(difference.mend.contains(mend), "{}", difference.mend);
+        }
+    }
+
+    #[test]
+    fn direct_get_that_nobody_asked_for_is_no_difference() {
+        let dead = streams().into_iter().find(|s| s.name == names::DEAD).expect("stream");
+        assert_eq!(difference(&dead, &Config { allow_direct: true, ..dead.clone() }), None);
+    }
+}

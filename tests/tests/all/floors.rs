@@ -1,0 +1,122 @@
+//! Who may depend on whom (no arrow goes up), and which libraries are named only in one place.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use voxfleet_harness::find;
+
+/// Crates of ours that each crate may name; dispatcher and worker never meet.
+const EDGES: [(&str, &[&str]); 7] = [
+    ("voxfleet-schema", &[]),
+    ("voxfleet-nats", &["voxfleet-schema"]),
+    ("voxfleet-dispatcher", &["voxfleet-schema", "voxfleet-nats"]),
+    ("voxfleet-worker", &["voxfleet-schema", "voxfleet-nats"]),
+    ("voxfleet-harness", &["voxfleet-schema", "voxfleet-nats", "voxfleet-dispatcher", "voxfleet-worker"]),
+    ("voxfleet", &["voxfleet-schema", "voxfleet-nats", "voxfleet-dispatcher", "voxfleet-worker", "voxfleet-harness"]),
+    (
+        "voxfleet-tests",
+        &["voxfleet-schema", "voxfleet-nats", "voxfleet-dispatcher", "voxfleet-worker", "voxfleet-harness", "voxfleet"],
+    ),
+];
+
+/// Libraries that only these crates may name.
+const CONFINED: [(&str, &[&str]); 5] = [
+    ("async-nats", &["voxfleet-nats", "voxfleet-harness", "voxfleet-tests"]),
+    ("whisper-rs", &["voxfleet-worker"]),
+    ("ort", &["voxfleet-worker"]),
+    ("nvml-wrapper", &["voxfleet-worker"]),
+    // Unmaintained; `backon` stands for it.
+    ("backoff", &[]),
+];
+
+/// Each crate's direct dependencies, of every kind, as cargo knows them.
+fn dependencies() -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args(["metadata", "--no-deps", "--offline", "--format-version", "1"])
+        .current_dir(find::root())
+        .output()?;
+    ensure!(output.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&output.stderr));
+    let metadata: Value = serde_json::from_slice(&output.stdout)?;
+    let name = |v: &Value| v["name"].as_str().map(str::to_owned).context("a name");
+    let packages = metadata["packages"].as_array().context("packages")?;
+    packages
+        .iter()
+        .map(|package| {
+            let named = package["dependencies"].as_array().context("dependencies")?;
+            Ok((name(package)?, named.iter().map(name).collect::<Result<_>>()?))
+        })
+        .collect()
+}
+
+fn violations(dependencies: &BTreeMap<String, BTreeSet<String>>) -> Vec<String> {
+    let mut found = Vec::new();
+    for (name, named) in dependencies {
+        let Some((_, allowed)) = EDGES.iter().find(|(n, _)| n == name) else {
+            found.push(format!("{name} is on no floor"));
+            continue;
+        };
+        for ours in named.iter().filter(|d| d.starts_with("voxfleet")) {
+            if !allowed.contains(&ours.as_str()) {
+                found.push(format!("{name} -> {ours}"));
+            }
+        }
+        for (library, homes) in CONFINED {
+            if named.contains(library) && !homes.contains(&name.as_str()) {
+                found.push(format!("{name} names {library}"));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn no_arrow_goes_up() -> Result<()> {
+    let dependencies = dependencies()?;
+    assert_eq!(dependencies.len(), EDGES.len(), "{:?}", dependencies.keys());
+    assert_eq!(violations(&dependencies), Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn a_wrong_arrow_is_seen() -> Result<()> {
+    let wrong =
+        [("voxfleet-dispatcher", "voxfleet-worker"), ("voxfleet-nats", "voxfleet-harness"), ("voxfleet", "async-nats")];
+    for (name, extra) in wrong {
+        let mut dependencies = dependencies()?;
+        dependencies.get_mut(name).context("a crate")?.insert(extra.to_owned());
+        assert_eq!(violations(&dependencies).len(), 1, "{name} -> {extra}");
+    }
+    Ok(())
+}
+
+#[test]
+fn nothing_is_called_common_or_utils() -> Result<()> {
+    let mut found = Vec::new();
+    walk(&find::root(), &mut found)?;
+    assert_eq!(found, Vec::<String>::new());
+    Ok(())
+}
+
+fn walk(dir: &Path, found: &mut Vec<String>) -> Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        if matches!(name, "target" | ".git") {
+            continue;
+        }
+        let stem = name.split('.').next().unwrap_or_default();
+        if matches!(stem, "common" | "utils" | "util" | "helpers" | "misc") {
+            found.push(path.display().to_string());
+        }
+        if path.is_dir() && !path.is_symlink() {
+            walk(&path, found)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,292 @@
+//! What a worker can hold: slots for sessions, and bytes of audio.
+//!
+//! Each byte handed to the engine stays counted until the engine has consumed it or its session is closed; each byte of a
+//! hint waiting for its session is counted against a pool of its own. So memory is bounded by
+//!
+//! `slots x (share + one entry) + surplus + what one session retains + hints`
+//!
+//! and no set of sessions can wait for each other for ever: a session below its share may always take one more entry,
+//! and of those above it that find the surplus used up, one at a time may go on. It does so until the engine has cut its
+//! window, falls below its share, and makes room for the next.
+
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
+
+use tokio::sync::Notify;
+
+/// Locks a mutex that is never held over an await or a panic-prone call. A poisoned one still holds consistent counts:
+/// every critical section here is a few assignments.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The counts, without any waiting.
+#[derive(Debug)]
+struct Counts {
+    share: u64,
+    surplus: u64,
+    /// Bytes held above their shares by all accounts.
+    surplus_used: u64,
+    /// Whoever may exceed the surplus now.
+    overdrawn: Option<u64>,
+    next_account: u64,
+}
+
+impl Counts {
+    fn above_share(&self, used: u64) -> u64 {
+        used.saturating_sub(self.share)
+    }
+
+    /// Whether `account`, which holds `used`, may take an entry of at most `len` bytes.
+    fn may_take(&self, account: u64, used: u64, len: u64) -> bool {
+        used < self.share
+            || self.surplus_used + len <= self.surplus
+            || self.overdrawn.is_none_or(|holder| holder == account)
+    }
+
+    fn change(&mut self, account: u64, before: u64, after: u64) {
+        self.surplus_used = self.surplus_used - self.above_share(before) + self.above_share(after);
+        if after < self.share {
+            if self.overdrawn == Some(account) {
+                self.overdrawn = None;
+            }
+        } else if after > before && self.surplus_used > self.surplus && self.overdrawn.is_none() {
+            self.overdrawn = Some(account);
+        }
+    }
+}
+
+/// Bytes of audio of all sessions.
+#[derive(Debug, Clone)]
+pub(crate) struct Budget {
+    counts: Arc<Mutex<Counts>>,
+    room: Arc<Notify>,
+}
+
+impl Budget {
+    pub(crate) fn new(share: u64, surplus: u64) -> Self {
+        Self {
+            counts: Arc::new(Mutex::new(Counts {
+                share: share.max(1),
+                surplus,
+                surplus_used: 0,
+                overdrawn: None,
+                next_account: 0,
+            })),
+            room: Arc::new(Notify::new()),
+        }
+    }
+
+    pub(crate) fn account(&self) -> Account {
+        let mut counts = locked(&self.counts);
+        let number = counts.next_account;
+        counts.next_account += 1;
+        Account { budget: self.clone(), number, used: Mutex::new(Some(0)) }
+    }
+
+    /// Wakes when some session gave bytes back. Enable it before asking [`Account::has_room`].
+    pub(crate) fn room(&self) -> tokio::sync::futures::Notified<'_> {
+        self.room.notified()
+    }
+}
+
+/// Bytes of one engine session. Given back as the engine consumes them, and all of them on close or drop.
+#[derive(Debug)]
+pub(crate) struct Account {
+    budget: Budget,
+    number: u64,
+    /// None once closed: what comes later changes nothing.
+    used: Mutex<Option<u64>>,
+}
+
+impl Account {
+    /// Whether an entry of at most `len` bytes may be taken now.
+    pub(crate) fn has_room(&self, len: u64) -> bool {
+        let used = locked(&self.used);
+        used.is_some_and(|used| locked(&self.budget.counts).may_take(self.number, used, len))
+    }
+
+    /// Counts an entry that was let in.
+    pub(crate) fn take(&self, len: u64) {
+        self.update(|used| used.saturating_add(len));
+    }
+
+    /// The engine no longer keeps these bytes.
+    pub(crate) fn consumed(&self, len: u64) {
+        self.update(|used| used.saturating_sub(len));
+        self.budget.room.notify_waiters();
+    }
+
+    #[cfg(test)]
+    pub(crate) fn used(&self) -> u64 {
+        locked(&self.used).unwrap_or(0)
+    }
+
+    pub(crate) fn close(&self) {
+        let mut used = locked(&self.used);
+        if let Some(before) = used.take() {
+            locked(&self.budget.counts).change(self.number, before, 0);
+            self.budget.room.notify_waiters();
+        }
+    }
+
+    fn update(&self, change: impl FnOnce(u64) -> u64) {
+        let mut used = locked(&self.used);
+        if let Some(before) = *used {
+            let after = change(before);
+            *used = Some(after);
+            locked(&self.budget.counts).change(self.number, before, after);
+        }
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// Bytes of hints between the pull and their sessions.
+#[derive(Debug, Clone)]
+pub(crate) struct HintPool {
+    free: Arc<AtomicU64>,
+    room: Arc<Notify>,
+}
+
+/// Keeps the bytes of one hint counted.
+#[derive(Debug)]
+pub(crate) struct HintPermit {
+    pool: HintPool,
+    len: u64,
+}
+
+impl HintPool {
+    pub(crate) fn new(bytes: u64) -> Self {
+        Self { free: Arc::new(AtomicU64::new(bytes)), room: Arc::new(Notify::new()) }
+    }
+
+    /// Bytes for one message, taken before it is asked for.
+    pub(crate) fn try_take(&self, len: u64) -> Option<HintPermit> {
+        self.free
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |free| free.checked_sub(len))
+            .ok()
+            .map(|_| HintPermit { pool: self.clone(), len })
+    }
+
+    /// Waits until `len` bytes are free, and takes them.
+    pub(crate) async fn take(&self, len: u64) -> HintPermit {
+        loop {
+            let room = self.room.notified();
+            tokio::pin!(room);
+            room.as_mut().enable();
+            if let Some(permit) = self.try_take(len) {
+                return permit;
+            }
+            room.await;
+        }
+    }
+}
+
+impl HintPermit {
+    /// Gives back what the message did not need.
+    pub(crate) fn shrink(&mut self, len: u64) {
+        let back = self.len.saturating_sub(len);
+        self.len -= back;
+        self.pool.free.fetch_add(back, Ordering::AcqRel);
+        self.pool.room.notify_waiters();
+    }
+}
+
+impl Drop for HintPermit {
+    fn drop(&mut self) {
+        self.pool.free.fetch_add(self.len, Ordering::AcqRel);
+        self.pool.room.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_session_below_its_share_always_goes_on() {
+        let budget = Budget::new(10, 20);
+        let (a, b, c) = (budget.account(), budget.account(), budget.account());
+        for _ in 0..8 {
+            assert!(a.has_room(5));
+            a.take(5);
+        }
+        assert_eq!(a.used(), 40);
+        assert!(a.has_room(5), "the first over the surplus may overdraw");
+        assert!(b.has_room(100), "below its share, whatever others hold");
+        b.take(9);
+        assert!(b.has_room(100));
+        b.take(9);
+        assert!(!b.has_room(1), "above its share, the surplus is used up, and another overdraws");
+        assert!(c.has_room(1));
+        a.consumed(25);
+        assert!(b.has_room(1), "the surplus has room again");
+        a.consumed(15);
+        assert!(b.has_room(5));
+    }
+
+    #[test]
+    fn closing_gives_everything_back_and_late_news_changes_nothing() {
+        let budget = Budget::new(1, 10);
+        let (a, b) = (budget.account(), budget.account());
+        a.take(12);
+        b.take(2);
+        assert!(!b.has_room(10));
+        a.close();
+        a.consumed(5);
+        a.take(100);
+        assert!(!a.has_room(1));
+        assert!(b.has_room(9));
+        drop(b);
+        assert_eq!(locked(&budget.counts).surplus_used, 0);
+        assert_eq!(locked(&budget.counts).overdrawn, None);
+    }
+
+    #[tokio::test]
+    async fn hints_wait_for_bytes() {
+        let pool = HintPool::new(10);
+        let mut first = pool.take(8).await;
+        assert!(pool.try_take(8).is_none());
+        let waiting = pool.take(8);
+        tokio::pin!(waiting);
+        assert!(futures_util::poll!(&mut waiting).is_pending());
+        first.shrink(2);
+        let second = waiting.await;
+        drop((first, second));
+        assert!(pool.try_take(10).is_some());
+    }
+
+    proptest! {
+        /// Whatever sessions do, the bytes held stay below the bound, and somebody can always go on.
+        #[test]
+        fn bounded_and_never_stuck(steps in proptest::collection::vec((0usize..4, 1u64..8, any::<bool>()), 1..200)) {
+            const SHARE: u64 = 10;
+            const SURPLUS: u64 = 20;
+            const RETAINED: u64 = 30;
+            let budget = Budget::new(SHARE, SURPLUS);
+            let accounts: Vec<Account> = (0..4).map(|_| budget.account()).collect();
+            for (who, len, feed) in steps {
+                let account = &accounts[who];
+                if !feed {
+                    account.consumed(len);
+                } else if account.has_room(len) && account.used() + len <= RETAINED {
+                    account.take(len);
+                }
+                let total: u64 = accounts.iter().map(Account::used).sum();
+                prop_assert!(total <= 4 * (SHARE + 8) + SURPLUS + RETAINED);
+                prop_assert!(accounts.iter().any(|a| a.has_room(1)));
+                let above: u64 = accounts.iter().map(|a| a.used().saturating_sub(SHARE)).sum();
+                prop_assert_eq!(above, locked(&budget.counts).surplus_used);
+            }
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! The engine child: owns device, models and decode states, and speaks to its supervisor over a socketpair.
+//!
+//! One loop owns all session streams and steps them (VAD and resampling run on it); a reader thread hands it frames through
+//! a bounded channel, so a full engine pushes back on the socket; the [`Pool`]'s threads decode. Finals go before
+//! partials, the oldest ready window first; partials only where a thread is idle. The loop ends when the supervisor
+//! closes the socket or dies.
+
+mod desk;
+
+use std::{
+    io,
+    os::{
+        fd::{FromRawFd, OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    },
+    time::{Duration, Instant},
+};
+
+use rustix::process::getppid;
+
+use self::desk::Desk;
+use super::{
+    pool::{Done, Loaded, Pool},
+    vad::{self, VadFactory},
+    whisper,
+};
+use crate::ipc::{
+    EngineConfig, EngineKind, FromEngine, ToEngine,
+    transport::{BlockingReader, BlockingWriter, TransportError},
+};
+
+/// How often progress is told while there is work.
+const TICK: Duration = Duration::from_millis(200);
+/// How often an idle child looks whether its parent still lives.
+const IDLE_TICK: Duration = Duration::from_secs(1);
+/// Frames between reader and loop. Audio in them is paid for by the supervisor's permits.
+const FRAMES: usize = 64;
+/// Events taken before sessions are stepped again: a backlog is not worked through in single chunks.
+const EVENTS_AT_ONCE: usize = 256;
+/// For decodes under way when the child ends; they look at their cancel flags every few milliseconds.
+const END_GRACE: Duration = Duration::from_millis(500);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ChildError {
+    #[error("connection to the supervisor failed")]
+    Transport(#[from] TransportError),
+    #[error("the supervisor's first frame is not a configuration")]
+    NotConfigured,
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    #[error("file descriptor {0} is not a socket of ours")]
+    Fd(RawFd),
+    #[error("the supervisor is gone")]
+    Orphaned,
+}
+
+/// What the loop waits for.
+enum Event {
+    Frame(Box<ToEngine>),
+    /// The connection is over, in order or not.
+    Over(TransportError),
+    Done(Box<Done>),
+    Loaded(Box<Loaded>),
+}
+
+impl From<Done> for Event {
+    fn from(done: Done) -> Self {
+        Event::Done(Box::new(done))
+    }
+}
+
+impl From<Loaded> for Event {
+    fn from(loaded: Loaded) -> Self {
+        Event::Loaded(Box::new(loaded))
+    }
+}
+
+/// Runs the child on an inherited socket until the supervisor closes it.
+pub fn main(fd: RawFd) -> Result<(), ChildError> {
+    if fd <= 2 {
+        return Err(ChildError::Fd(fd));
+    }
+    // SAFETY: the supervisor passes this descriptor to us and to nobody else in this process; closed ones show below.
+    let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    socket.set_nonblocking(false).map_err(|_| ChildError::Fd(fd))?;
+    serve(socket)
+}
+
+/// Serves one supervisor. Also usable inside a test, with the other end of a socketpair.
+pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
+    let parent = getppid();
+    let mut reader = BlockingReader::new(socket.try_clone().map_err(TransportError::Io)?);
+    let writer = BlockingWriter::new(socket);
+    let config = match reader.next::<ToEngine>() {
+        Ok(ToEngine::Configure(config)) => *config,
+        Ok(_) => return Err(ChildError::NotConfigured),
+        Err(TransportError::Closed) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    let (events, inbox) = sync_channel(FRAMES);
+    let pool = Pool::start(&config, &events).map_err(ChildError::Thread)?;
+    let (vads, notes) = prepare(&config);
+    let ready = FromEngine::Ready {
+        vad: vads.kind(),
+        device: whisper::device(config.engine == EngineKind::WhisperCpp && config.use_gpu),
+        engine: engine_name(config.engine).to_owned(),
+        notes,
+    };
+    std::thread::Builder::new()
+        .name("frames-in".to_owned())
+        .spawn(move || read_frames(reader, &events))
+        .map_err(ChildError::Thread)?;
+    let mut desk = Desk::new(config, pool, vads, writer);
+    let ended = desk.say(&ready).and_then(|()| desk.say_models()).map_err(ChildError::from);
+    let ended = ended.and_then(|()| run(&mut desk, &inbox, parent));
+    end(desk, &inbox);
+    match ended {
+        // The supervisor may close while we write: that is its way of saying goodbye.
+        Err(ChildError::Transport(TransportError::Closed)) => Ok(()),
+        ended => ended,
+    }
+}
+
+fn engine_name(kind: EngineKind) -> &'static str {
+    match kind {
+        EngineKind::WhisperCpp => "whisper_cpp",
+        EngineKind::Simulated => "simulated",
+    }
+}
+
+fn prepare(config: &EngineConfig) -> (Arc<dyn VadFactory>, Vec<String>) {
+    let (vads, note) = vad::best_available(config.silero_model.as_deref(), config.onnxruntime.as_deref());
+    let mut notes: Vec<String> = note.into_iter().collect();
+    if config.engine == EngineKind::WhisperCpp && config.use_gpu && whisper::device(true) == "cpu" {
+        let why = if cfg!(feature = "cuda") { "no usable device was found" } else { "this build has no CUDA" };
+        notes.push(format!("decoding on the CPU: a GPU was asked for, but {why}"));
+    }
+    for note in &notes {
+        tracing::warn!(%note, "engine runs differently from its configuration");
+    }
+    (vads, notes)
+}
+
+fn read_frames(mut reader: BlockingReader<UnixStream>, events: &SyncSender<Event>) {
+    loop {
+        let event = match reader.next::<ToEngine>() {
+            Ok(frame) => Event::Frame(Box::new(frame)),
+            Err(error) => Event::Over(error),
+        };
+        let over = matches!(event, Event::Over(_));
+        // Nobody listening any more is an end like any other.
+        if events.send(event).is_err() || over {
+            return;
+        }
+    }
+}
+
+fn run(desk: &mut Desk, inbox: &Receiver<Event>, parent: Option<rustix::process::Pid>) -> Result<(), ChildError> {
+    let mut next_tick = Instant::now();
+    loop {
+        let now = Instant::now();
+        if now >= next_tick {
+            if getppid() != parent {
+                return Err(ChildError::Orphaned);
+            }
+            desk.progress(now)?;
+            next_tick = now + if desk.working() { TICK } else { IDLE_TICK };
+        }
+        let first = match inbox.recv_timeout(next_tick.saturating_duration_since(now)) {
+            Ok(event) => event,
+            Err(RecvTimeoutError::Timeout) => continue,
+            // The reader ends with an event of its own and the pool holds senders too.
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        };
+        let was_working = desk.working();
+        for event in std::iter::once(first).chain(inbox.try_iter().take(EVENTS_AT_ONCE)) {
+            match event {
+                Event::Frame(frame) => desk.frame(*frame)?,
+                Event::Over(TransportError::Closed) => return Ok(()),
+                Event::Over(error) => return Err(error.into()),
+                Event::Done(done) => desk.done(*done)?,
+                Event::Loaded(loaded) => desk.loaded(*loaded)?,
+            }
+        }
+        desk.work()?;
+        if desk.working() != was_working {
+            // The supervisor's watch over a decode begins with its start and ends with its end.
+            next_tick = Instant::now();
+        }
+    }
+}
+
+/// Cancels what is under way and gives it a moment; the process's end takes care of the rest.
+fn end(desk: Desk, inbox: &Receiver<Event>) {
+    let mut pool = desk.cancel_all();
+    let until = Instant::now() + END_GRACE;
+    while !pool.all_idle() {
+        match inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(Event::Done(done)) => pool.freed(done.thread),
+            Ok(_) => {}
+            Err(_) => break,
+        }
+    }
+    if !pool.end() {
+        tracing::warn!("a decode did not end when it was cancelled");
+    }
+}

@@ -1,0 +1,270 @@
+//! Models and the threads that decode.
+//!
+//! A fixed number of threads, each with one decode state per model it has been asked for; weights are loaded once per
+//! model, by a thread of its own, one model at a time. The engine loop hands a thread one window at a time, and only when
+//! it is idle, so it never waits for a thread.
+
+use std::{
+    collections::HashMap,
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use super::{
+    EngineError, Hypothesis, Recognizer, RecognizerInfo, Window,
+    guards::{Judged, judge},
+    models,
+    simulated::SimulatedModel,
+    whisper::WhisperModel,
+};
+use crate::ipc::{EngineConfig, EngineKind, ModelFile};
+
+/// A decode that fails is tried this often in all: the same window gives the same text, so nothing is lost by it.
+const ATTEMPTS: u32 = 3;
+
+/// Loaded weights of either kind.
+#[derive(Clone)]
+pub enum Model {
+    Whisper(WhisperModel),
+    Simulated(SimulatedModel),
+}
+
+impl Model {
+    pub fn load(config: &EngineConfig, file: &ModelFile) -> Result<Self, EngineError> {
+        match config.engine {
+            EngineKind::WhisperCpp => {
+                WhisperModel::load(&file.name, &file.path, config.use_gpu, config.decode_threads).map(Self::Whisper)
+            }
+            EngineKind::Simulated => SimulatedModel::load(&file.name, &config.simulated).map(Self::Simulated),
+        }
+    }
+
+    pub fn info(&self) -> &RecognizerInfo {
+        match self {
+            Self::Whisper(model) => model.info(),
+            Self::Simulated(model) => model.info(),
+        }
+    }
+
+    pub fn state(&self) -> Result<Box<dyn Recognizer>, EngineError> {
+        Ok(match self {
+            Self::Whisper(model) => Box::new(model.state()?),
+            Self::Simulated(model) => Box::new(model.state()?),
+        })
+    }
+}
+
+/// What loading a model will take in MB, all decode states included; an error says why it cannot be loaded at all.
+pub fn expected_mb(config: &EngineConfig, file: &ModelFile) -> Result<u64, EngineError> {
+    let states = config.decode_states as u64;
+    match config.engine {
+        EngineKind::Simulated => Ok(config.simulated.weights_mb + states * config.simulated.state_mb),
+        EngineKind::WhisperCpp => models::check(&file.name, &file.path)
+            .map(|facts| facts.expected_mb - facts.state_mb + states * facts.state_mb),
+    }
+}
+
+/// Whether a session cannot go on with this model after such an error; any other makes one final without text.
+pub fn ends_session(error: &EngineError) -> bool {
+    match error {
+        EngineError::Model { .. } | EngineError::OutOfMemory(_) | EngineError::Unsupported(_) | EngineError::Vad(_) => {
+            true
+        }
+        EngineError::Cancelled | EngineError::Decode(_) => false,
+    }
+}
+
+/// Decodes one window and lets the guards judge it. Failed decodes are tried again; the answer does not depend on how
+/// many tries it took.
+pub fn hear(recognizer: &mut dyn Recognizer, window: &Window) -> Result<Judged, EngineError> {
+    let mut attempt = 1;
+    loop {
+        let heard = recognizer
+            .decode(std::slice::from_ref(window))
+            .pop()
+            .unwrap_or_else(|| Err(EngineError::Decode("no answer to a window".to_owned())));
+        match heard {
+            Err(EngineError::Decode(why)) if attempt < ATTEMPTS && !window.cancel.is_cancelled() => {
+                tracing::warn!(%why, attempt, "decode failed, trying again");
+                attempt += 1;
+            }
+            heard => return heard.map(|hypothesis: Hypothesis| judge(&hypothesis)),
+        }
+    }
+}
+
+/// One window for a thread.
+pub struct Job {
+    pub handle: u64,
+    pub model: Model,
+    pub window: Window,
+    /// Since when it could have been decoded.
+    pub ready_at: Instant,
+}
+
+/// A thread's answer.
+pub struct Done {
+    pub thread: usize,
+    pub handle: u64,
+    pub window: Window,
+    pub heard: Result<Judged, EngineError>,
+    pub info: RecognizerInfo,
+    pub queued: Duration,
+    pub took: Duration,
+    /// Resident memory that a decode state made for this job took, in MB.
+    pub state_mb: u64,
+}
+
+/// The loader's answer.
+pub struct Loaded {
+    pub name: String,
+    pub model: Result<Model, EngineError>,
+    pub resident_mb: u64,
+    pub took: Duration,
+}
+
+/// The decode threads and the loader. Dropping it tells them to end; [`Pool::end`] also waits for those that are idle.
+pub struct Pool {
+    threads: Vec<DecodeThread>,
+    loads: SyncSender<ModelFile>,
+    loader: JoinHandle<()>,
+}
+
+struct DecodeThread {
+    jobs: SyncSender<Job>,
+    thread: JoinHandle<()>,
+    idle: bool,
+    /// Models it has a state for already.
+    warm: Vec<String>,
+}
+
+impl Pool {
+    /// Room for as many waiting loads as there are models: each is asked for once at a time.
+    pub fn start<E>(config: &EngineConfig, events: &SyncSender<E>) -> io::Result<Self>
+    where
+        E: From<Done> + From<Loaded> + Send + 'static,
+    {
+        let mut threads = Vec::new();
+        for number in 0..config.decode_states.max(1) {
+            let (jobs, queue) = sync_channel(1);
+            let events = events.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("decode-{number}"))
+                .spawn(move || decode_loop(number, &queue, &events))?;
+            threads.push(DecodeThread { jobs, thread, idle: true, warm: Vec::new() });
+        }
+        let (loads, queue) = sync_channel(config.models.len().max(1));
+        let (config, events) = (config.clone(), events.clone());
+        let loader = std::thread::Builder::new()
+            .name("model-loader".to_owned())
+            .spawn(move || load_loop(&config, &queue, &events))?;
+        Ok(Self { threads, loads, loader })
+    }
+
+    pub fn idle(&self) -> bool {
+        self.threads.iter().any(|t| t.idle)
+    }
+
+    pub fn all_idle(&self) -> bool {
+        self.threads.iter().all(|t| t.idle)
+    }
+
+    /// Gives a window to an idle thread, one that has a state for its model if there is one. Gives it back where none is
+    /// idle or its thread is gone.
+    pub fn decode(&mut self, job: Job) -> Result<(), Job> {
+        let name = &job.model.info().model;
+        let warm = self.threads.iter().position(|t| t.idle && t.warm.contains(name));
+        let Some(thread) = warm.or_else(|| self.threads.iter().position(|t| t.idle)) else {
+            return Err(job);
+        };
+        let thread = &mut self.threads[thread];
+        let name = name.clone();
+        thread.jobs.try_send(job).map_err(|e| match e {
+            TrySendError::Full(job) | TrySendError::Disconnected(job) => job,
+        })?;
+        thread.idle = false;
+        if !thread.warm.contains(&name) {
+            thread.warm.push(name);
+        }
+        Ok(())
+    }
+
+    /// A thread's answer was taken.
+    pub fn freed(&mut self, thread: usize) {
+        if let Some(thread) = self.threads.get_mut(thread) {
+            thread.idle = true;
+        }
+    }
+
+    /// Asks for a model; says false when the loader is gone or has more to do than there are models.
+    pub fn load(&self, file: &ModelFile) -> bool {
+        self.loads.try_send(file.clone()).is_ok()
+    }
+
+    /// Ends threads that have nothing to do, and says whether all did; others are left to the process's end.
+    pub fn end(self) -> bool {
+        let Self { threads, loads, loader } = self;
+        drop(loads);
+        let mut all = true;
+        let handles: Vec<(bool, JoinHandle<()>)> = threads.into_iter().map(|t| (t.idle, t.thread)).collect();
+        for (idle, thread) in handles {
+            // A panic in there was reported as its job's missing answer; here it only means that it has ended.
+            all &= idle && thread.join().is_ok();
+        }
+        all && (!loader.is_finished() || loader.join().is_ok())
+    }
+}
+
+fn decode_loop<E: From<Done>>(number: usize, jobs: &Receiver<Job>, events: &SyncSender<E>) {
+    let mut states: HashMap<String, Box<dyn Recognizer>> = HashMap::new();
+    while let Ok(job) = jobs.recv() {
+        let begin = Instant::now();
+        let info = job.model.info().clone();
+        let queued = begin.duration_since(job.ready_at);
+        let before = resident_mb();
+        // A state whose decode panicked is not put back: the next job makes a new one.
+        let state = match states.remove(&info.model) {
+            Some(state) => Ok((state, false)),
+            None => job.model.state().map(|state| (state, true)),
+        };
+        let (heard, state_mb) = match state {
+            Err(error) => (Err(error), 0),
+            Ok((mut state, new)) => match catch_unwind(AssertUnwindSafe(|| hear(state.as_mut(), &job.window))) {
+                Err(_) => (Err(EngineError::Decode("the recognizer panicked".to_owned())), 0),
+                Ok(heard) => {
+                    states.insert(info.model.clone(), state);
+                    (heard, if new { resident_mb().saturating_sub(before) } else { 0 })
+                }
+            },
+        };
+        let Job { handle, window, .. } = job;
+        let took = begin.elapsed();
+        let done = Done { thread: number, handle, window, heard, info, queued, took, state_mb };
+        if events.send(done.into()).is_err() {
+            // The engine loop has ended, and so does this.
+            return;
+        }
+    }
+}
+
+fn load_loop<E: From<Loaded>>(config: &EngineConfig, loads: &Receiver<ModelFile>, events: &SyncSender<E>) {
+    while let Ok(file) = loads.recv() {
+        let (begin, before) = (Instant::now(), resident_mb());
+        let model = Model::load(config, &file);
+        let resident_mb = resident_mb().saturating_sub(before);
+        let loaded = Loaded { name: file.name, model, resident_mb, took: begin.elapsed() };
+        if events.send(loaded.into()).is_err() {
+            return;
+        }
+    }
+}
+
+/// Resident memory of this process in MB; 0 where the system does not tell.
+pub fn resident_mb() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+    line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+}

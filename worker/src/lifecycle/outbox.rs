@@ -1,0 +1,152 @@
+//! What the engine has for one session, until the session's task takes it.
+//!
+//! The task that reads the engine's socket never waits for a session: it leaves everything here. What can be replaced is
+//! (partials), what must not be lost is kept (finals); a session stops feeding while finals wait, so the queue is bounded by
+//! what is in flight.
+
+use std::{collections::VecDeque, sync::Mutex};
+
+use tokio::sync::Notify;
+use voxfleet_schema::failure::Failure;
+
+use crate::{
+    capacity::{Account, locked},
+    ipc::{FinalDraft, PartialDraft, StreamNote},
+};
+
+/// Notes beyond this are dropped and counted: a producer of nothing but bad chunks must not fill memory.
+const MAX_NOTES: usize = 256;
+
+#[derive(Debug, Default)]
+struct Waiting {
+    finals: VecDeque<FinalDraft>,
+    partial: Option<PartialDraft>,
+    notes: VecDeque<StreamNote>,
+    notes_dropped: u64,
+    failed: Option<Failure>,
+    gone: bool,
+}
+
+/// Everything that waited at one moment.
+#[derive(Debug, Default)]
+pub(crate) struct Taken {
+    pub(crate) finals: VecDeque<FinalDraft>,
+    pub(crate) partial: Option<PartialDraft>,
+    pub(crate) notes: VecDeque<StreamNote>,
+    /// Notes there was no room for.
+    pub(crate) notes_dropped: u64,
+    pub(crate) failed: Option<Failure>,
+    /// The engine died or was stopped: nothing comes any more.
+    pub(crate) gone: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    waiting: Mutex<Waiting>,
+    changed: Notify,
+    /// Bytes the engine holds for this session.
+    pub(crate) account: Account,
+}
+
+impl Outbox {
+    pub(crate) fn new(account: Account) -> Self {
+        Self { waiting: Mutex::default(), changed: Notify::new(), account }
+    }
+
+    pub(crate) fn final_draft(&self, draft: FinalDraft) {
+        let mut waiting = locked(&self.waiting);
+        // It was a hypothesis about audio that is final now.
+        waiting.partial = None;
+        waiting.finals.push_back(draft);
+        self.changed.notify_one();
+    }
+
+    pub(crate) fn partial(&self, draft: PartialDraft) {
+        locked(&self.waiting).partial = Some(draft);
+        self.changed.notify_one();
+    }
+
+    pub(crate) fn note(&self, note: StreamNote) {
+        let mut waiting = locked(&self.waiting);
+        if waiting.notes.len() < MAX_NOTES {
+            waiting.notes.push_back(note);
+        } else {
+            waiting.notes_dropped += 1;
+        }
+        self.changed.notify_one();
+    }
+
+    pub(crate) fn failed(&self, failure: Failure) {
+        locked(&self.waiting).failed = Some(failure);
+        self.changed.notify_one();
+    }
+
+    pub(crate) fn gone(&self) {
+        locked(&self.waiting).gone = true;
+        self.account.close();
+        self.changed.notify_one();
+    }
+
+    /// Takes what there is, without waiting.
+    pub(crate) fn take(&self) -> Taken {
+        let mut waiting = locked(&self.waiting);
+        Taken {
+            finals: std::mem::take(&mut waiting.finals),
+            partial: waiting.partial.take(),
+            notes: std::mem::take(&mut waiting.notes),
+            notes_dropped: std::mem::take(&mut waiting.notes_dropped),
+            failed: waiting.failed.take(),
+            gone: waiting.gone,
+        }
+    }
+
+    /// Wakes its one reader when something was put in.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use voxfleet_schema::event::What;
+
+    use super::*;
+    use crate::capacity::Budget;
+
+    fn outbox() -> Outbox {
+        Outbox::new(Budget::new(10, 10).account())
+    }
+
+    fn partial(text: &str) -> PartialDraft {
+        PartialDraft { from_sample: 0, to_sample: 1, committed: text.to_owned(), tentative: String::new(), lag_ms: 0 }
+    }
+
+    #[tokio::test]
+    async fn only_the_newest_partial_waits() {
+        let outbox = outbox();
+        outbox.partial(partial("a"));
+        outbox.partial(partial("b"));
+        outbox.changed().await;
+        assert_eq!(outbox.take().partial, Some(partial("b")));
+        assert_eq!(outbox.take().partial, None);
+    }
+
+    #[test]
+    fn notes_are_bounded_and_counted() {
+        let outbox = outbox();
+        for seq in 0..300 {
+            outbox.note(StreamNote { what: What::Rejected, seq, failure: None, detail: String::new() });
+        }
+        let taken = outbox.take();
+        assert_eq!((taken.notes.len(), taken.notes_dropped), (MAX_NOTES, 44));
+    }
+
+    #[test]
+    fn a_dead_engine_holds_no_bytes() {
+        let outbox = outbox();
+        outbox.account.take(9);
+        outbox.gone();
+        assert_eq!(outbox.account.used(), 0);
+        assert!(outbox.take().gone && outbox.take().gone, "for good");
+    }
+}

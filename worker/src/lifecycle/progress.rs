@@ -1,0 +1,99 @@
+//! Whether the engine moves, and how fast it decodes.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Weight of what was measured before, at each report: about the last ten count.
+const KEEP: f64 = 0.9;
+
+#[derive(Debug, Default)]
+pub(super) struct ProgressMeter {
+    working: bool,
+    /// Last report, or the moment work was first reported.
+    moved_at: Option<Instant>,
+    /// Totals of the last report.
+    audio_ms: u64,
+    busy_ms: u64,
+    /// Decayed sums.
+    recent_audio_ms: f64,
+    recent_busy_ms: f64,
+    rated_at: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Reading {
+    pub(super) ms_since_progress: u64,
+    pub(super) decode_rate: Option<f32>,
+    pub(super) decode_rate_age_ms: Option<u64>,
+}
+
+impl ProgressMeter {
+    /// Takes a report; the figures are totals since the child's start.
+    pub(super) fn progress(&mut self, now: Instant, _decodes: u64, audio_ms: u64, busy_ms: u64, working: bool) {
+        let audio = audio_ms.saturating_sub(self.audio_ms);
+        let busy = busy_ms.saturating_sub(self.busy_ms);
+        (self.audio_ms, self.busy_ms) = (audio_ms, busy_ms);
+        if busy > 0 {
+            self.recent_audio_ms = self.recent_audio_ms * KEEP + audio as f64;
+            self.recent_busy_ms = self.recent_busy_ms * KEEP + busy as f64;
+            self.rated_at = Some(now);
+        }
+        self.working = working;
+        self.moved_at = Some(now);
+    }
+
+    /// A new child starts from nothing; the rate stays, it is the device's.
+    pub(super) fn reset(&mut self) {
+        self.working = false;
+        self.moved_at = None;
+        (self.audio_ms, self.busy_ms) = (0, 0);
+    }
+
+    pub(super) fn working(&self) -> bool {
+        self.working
+    }
+
+    pub(super) fn reading(&self, now: Instant) -> Reading {
+        let age = |at: Instant| now.saturating_duration_since(at).min(Duration::from_secs(86_400)).as_millis() as u64;
+        Reading {
+            ms_since_progress: self.moved_at.filter(|_| self.working).map_or(0, age),
+            decode_rate: (self.recent_busy_ms > 0.0).then(|| (self.recent_audio_ms / self.recent_busy_ms) as f32),
+            decode_rate_age_ms: self.rated_at.map(age),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stands_still_only_while_there_is_work() {
+        let mut meter = ProgressMeter::default();
+        let t0 = Instant::now();
+        let at = |ms| t0 + Duration::from_millis(ms);
+        assert_eq!(meter.reading(t0).ms_since_progress, 0);
+        meter.progress(t0, 1, 1_000, 100, true);
+        assert_eq!(meter.reading(at(5_000)).ms_since_progress, 5_000);
+        meter.progress(at(5_000), 2, 2_000, 200, false);
+        assert_eq!(meter.reading(at(9_000)).ms_since_progress, 0);
+    }
+
+    #[test]
+    fn the_rate_is_audio_per_busy_time() {
+        let mut meter = ProgressMeter::default();
+        let t0 = Instant::now();
+        assert_eq!(meter.reading(t0).decode_rate, None);
+        for n in 1..=50 {
+            meter.progress(t0, n, n * 1_000, n * 100, true);
+        }
+        let rate = meter.reading(t0 + Duration::from_millis(70));
+        assert!((rate.decode_rate.expect("rate") - 10.0).abs() < 0.01);
+        assert_eq!(rate.decode_rate_age_ms, Some(70));
+        meter.reset();
+        meter.progress(t0, 1, 500, 100, true);
+        let slower = meter.reading(t0).decode_rate.expect("rate");
+        assert!(slower < 10.0 && slower > 5.0, "{slower}");
+    }
+}

@@ -1,0 +1,394 @@
+//! A session from one opening in the engine to the next: feeds it, publishes what comes back.
+
+use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc, time::Duration};
+
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until, timeout},
+};
+use voxfleet_nats::{
+    log::LogError,
+    publish::PublishError,
+    retry::Backoff,
+    transcript::{ChainError, Outcome, StoredFinal},
+};
+use voxfleet_schema::{audio::RawEntry, event::What, transcript::Final};
+
+use super::{
+    Desired, End, Session, Shared,
+    feed::{Feed, HintVerdict},
+    outputs::{LagAlarm, Names, without_text},
+};
+use crate::{
+    ipc::{FinalDraft, PartialDraft, StartPoint},
+    lifecycle::EngineSession,
+};
+
+/// Finals that may wait to be stored before the session stops feeding.
+const MAX_DRAFTS: usize = 8;
+/// While the worker stops: how often it is asked whether the engine is done.
+const FINISH_CHECK: Duration = Duration::from_millis(50);
+/// What was fed last shows as work only with the engine's next report.
+const FINISH_SETTLE: Duration = Duration::from_millis(300);
+/// A partial nobody could send in this time is old news.
+const PARTIAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// A log read is one small request; a server that does not answer is asked again.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
+
+type Running<'a, T> = Option<Pin<Box<dyn Future<Output = T> + Send + 'a>>>;
+
+/// What comes after a life.
+#[derive(Debug)]
+pub(super) enum Next {
+    /// Read the last final (or go on from the one that was found) and open again.
+    Reopen(Option<Box<StoredFinal>>),
+    /// The end final is stored.
+    Ended,
+    Stop(End),
+}
+
+pub(super) struct Life<'a> {
+    session: &'a Session,
+    engine: Arc<EngineSession>,
+    desired: watch::Receiver<Desired>,
+    epoch: u64,
+    last: Option<StoredFinal>,
+    feed: Feed,
+    drafts: VecDeque<FinalDraft>,
+    /// An end was drafted; what the engine drafts behind it belongs to the next epoch.
+    end_drafted: bool,
+    /// Since when the oldest draft could not be stored.
+    storing_since: Option<Instant>,
+    partial: Option<PartialDraft>,
+    /// An entry that goes to the engine next; already counted.
+    pending: Option<RawEntry>,
+    lag: LagAlarm,
+    engine_lag_ms: u64,
+    gone: bool,
+    finishing_since: Option<Instant>,
+}
+
+impl<'a> Life<'a> {
+    pub(super) fn new(
+        session: &'a Session,
+        engine: EngineSession,
+        epoch: u64,
+        last: Option<StoredFinal>,
+        start: &StartPoint,
+    ) -> Self {
+        let after = start.after.as_deref();
+        let done_end = after.filter(|a| a.end).map_or(0, |a| a.to_seq);
+        let format = after.map(|a| a.resume.format).unwrap_or_default();
+        Self {
+            session,
+            engine: Arc::new(engine),
+            desired: session.desired.clone(),
+            epoch,
+            last,
+            feed: Feed::new(Instant::now(), start.first_seq(), done_end, format),
+            drafts: VecDeque::new(),
+            end_drafted: false,
+            storing_since: None,
+            partial: None,
+            pending: None,
+            lag: LagAlarm::default(),
+            engine_lag_ms: 0,
+            gone: false,
+            finishing_since: None,
+        }
+    }
+
+    /// Nothing is under way any more that a stop should wait for.
+    fn has_finished(&mut self, finish: bool) -> bool {
+        finish
+            && self.finishing_since.get_or_insert_with(Instant::now).elapsed() >= FINISH_SETTLE
+            && !self.session.shared.engine.is_working()
+    }
+
+    pub(super) async fn run(mut self: Box<Self>) -> Next {
+        let session = self.session;
+        let shared = &session.shared;
+        let engine = Arc::clone(&self.engine);
+        let mut storing: Running<'a, Result<Kept, ChainError>> = None;
+        let mut sending: Running<'a, Result<(), PublishError>> = None;
+        let mut reading: Running<'a, Result<Option<RawEntry>, LogError>> = None;
+        loop {
+            let desired = self.desired.borrow_and_update().clone();
+            if desired.epoch > self.epoch {
+                return Next::Reopen(None);
+            }
+            if let Some(end) = self.take_outputs() {
+                return Next::Stop(end);
+            }
+            if storing.is_none() {
+                match self.drafts.pop_front() {
+                    Some(draft) => {
+                        self.storing_since.get_or_insert_with(Instant::now);
+                        storing = Some(Box::pin(store(
+                            shared,
+                            &session.names,
+                            draft,
+                            self.epoch,
+                            self.last.as_ref().map(|l| (l.seq, l.value.index)),
+                        )));
+                    }
+                    None if self.gone => return Next::Reopen(None),
+                    None if self.has_finished(desired.finish) => return Next::Stop(End::Finished),
+                    None => {}
+                }
+            }
+            if sending.is_none() && storing.is_none() {
+                sending = self.partial.take().map(|draft| self.send_partial(draft));
+            }
+
+            let room_again = shared.budget.room();
+            tokio::pin!(room_again);
+            room_again.as_mut().enable();
+            let may_feed =
+                !self.gone && !self.end_drafted && !desired.finish && self.drafts.len() < MAX_DRAFTS;
+            let mut has_room = true;
+            if self.pending.is_none() {
+                self.take_hints(may_feed);
+                has_room = self.engine.outbox().account.has_room(shared.max_entry);
+            }
+            let may_read = may_feed && self.pending.is_none() && has_room && reading.is_none();
+            if may_read && self.feed.next_look() <= Instant::now() {
+                reading = Some(self.read_log());
+            }
+
+            tokio::select! {
+                changed = self.desired.changed() => if changed.is_err() {
+                    return Next::Stop(End::Finished);
+                },
+                () = engine.outbox().changed() => {}
+                kept = resolve(&mut storing) => {
+                    storing = None;
+                    if let Some(next) = self.kept(kept) {
+                        return next;
+                    }
+                }
+                sent = resolve(&mut sending) => {
+                    sending = None;
+                    if let Err(error) = sent {
+                        tracing::debug!(id = %session.names.id, error = &error as &dyn std::error::Error, "partial not sent");
+                    }
+                }
+                read = resolve(&mut reading) => {
+                    reading = None;
+                    self.read(read);
+                }
+                permit = engine.room(), if self.pending.is_some() => match (permit, self.pending.take()) {
+                    (Some(permit), Some(entry)) => permit.feed(entry),
+                    // The child is gone; what it had not answered is read from the log again.
+                    _ => self.gone = true,
+                },
+                () = session.hints.arrived() => {}
+                () = sleep_until(self.feed.next_look()), if may_read && reading.is_none() => {}
+                () = &mut room_again, if !has_room => {}
+                () = sleep_until(Instant::now() + FINISH_CHECK), if desired.finish => {}
+            }
+        }
+    }
+
+    /// Takes what the engine has said since the last time.
+    fn take_outputs(&mut self) -> Option<End> {
+        let taken = self.engine.outbox().take();
+        let names = &self.session.names;
+        for note in taken.notes {
+            let (event, msg_id) = names.event_of_note(note, self.epoch);
+            self.session.shared.events.tell(event, Some(msg_id));
+        }
+        if taken.notes_dropped > 0 {
+            tracing::warn!(id = %names.id, dropped = taken.notes_dropped, "too many notes at once");
+        }
+        for draft in taken.finals {
+            if !self.end_drafted {
+                self.end_drafted = draft.end;
+                self.partial = None;
+                self.drafts.push_back(draft);
+            }
+        }
+        if let Some(partial) = taken.partial
+            && !self.end_drafted
+        {
+            self.engine_lag_ms = partial.lag_ms;
+            self.partial = Some(partial);
+            self.observe_lag();
+        }
+        if taken.gone && !self.gone {
+            tracing::warn!(id = %names.id, epoch = self.epoch, "engine gone, session goes on from its last final");
+            self.gone = true;
+            self.pending = None;
+        }
+        taken.failed.map(|failure| self.session.failed(self.epoch, failure))
+    }
+
+    fn observe_lag(&mut self) {
+        let storing_ms = self.storing_since.map_or(0, |since| since.elapsed().as_millis() as u64);
+        let lag_ms = (self.engine_lag_ms + self.feed.unfed_ms()).max(storing_ms);
+        if let Some(what) = self.lag.observe(lag_ms) {
+            let mut event = self.session.names.event(what, self.epoch);
+            event.seq = self.feed.last_fed();
+            event.detail = serde_json::json!({ "lag_ms": lag_ms });
+            self.session.shared.events.tell(event, None);
+        }
+    }
+
+    /// Takes hints until one can be fed.
+    fn take_hints(&mut self, may_feed: bool) {
+        while self.pending.is_none()
+            && let Some(waiting) = self.session.hints.take()
+        {
+            let now = Instant::now();
+            let entry = &waiting.hint.entry;
+            let len = entry.payload.len() as u64;
+            let room = may_feed && self.engine.outbox().account.has_room(len);
+            if self.feed.hint(now, entry.seq, waiting.hint.prev, len, room) == HintVerdict::Feed {
+                self.feed.fed(now, entry);
+                self.hand_over(waiting.hint.entry);
+            }
+        }
+    }
+
+    fn hand_over(&mut self, entry: RawEntry) {
+        self.session.figures.fed(entry.seq);
+        self.engine.outbox().account.take(entry.payload.len() as u64);
+        self.pending = Some(entry);
+    }
+
+    fn read_log(&self) -> Pin<Box<dyn Future<Output = Result<Option<RawEntry>, LogError>> + Send + 'a>> {
+        let (session, from) = (self.session, self.feed.next_from());
+        Box::pin(async move {
+            // Never closed; without it the read would only be uncounted.
+            let _reading = session.shared.log_reads.acquire().await.ok();
+            match timeout(READ_TIMEOUT, session.shared.log.next(&session.names.id, from)).await {
+                Ok(answer) => answer,
+                Err(_) => Err(LogError::Server(voxfleet_nats::ServerError::Timeout)),
+            }
+        })
+    }
+
+    fn read(&mut self, read: Result<Option<RawEntry>, LogError>) {
+        let now = Instant::now();
+        match read {
+            Ok(found) => {
+                if self.gone || self.end_drafted {
+                    // Nothing more is fed in this life.
+                } else if self.pending.is_some() {
+                    self.feed.look_again(now);
+                } else if self.feed.log_has(now, found.as_ref())
+                    && let Some(entry) = found
+                {
+                    self.hand_over(entry);
+                }
+            }
+            Err(error) => {
+                tracing::warn!(
+                    id = %self.session.names.id,
+                    error = &error as &dyn std::error::Error,
+                    "log not read, trying again"
+                );
+                self.feed.log_failed(now);
+            }
+        }
+        self.observe_lag();
+    }
+
+    fn send_partial(&self, draft: PartialDraft) -> Pin<Box<dyn Future<Output = Result<(), PublishError>> + Send + 'a>> {
+        let after_index = self.last.as_ref().map(|l| l.value.index);
+        let partial = self.session.names.partial_of(draft, self.epoch, after_index, self.feed.unfed_ms());
+        let publisher = &self.session.shared.publisher;
+        Box::pin(async move {
+            match timeout(PARTIAL_TIMEOUT, publisher.partial(&partial)).await {
+                Ok(sent) => sent,
+                Err(_) => Err(PublishError::Server(voxfleet_nats::ServerError::Timeout)),
+            }
+        })
+    }
+
+    /// What became of a final.
+    fn kept(&mut self, kept: Result<Kept, ChainError>) -> Option<Next> {
+        let session = self.session;
+        let id = &session.names.id;
+        self.storing_since = None;
+        match kept {
+            Err(error) => Some(Next::Stop(session.chain_failed(self.epoch, &error))),
+            Ok(Kept { outcome: Outcome::Stored { seq, chain_lost }, value }) => {
+                if chain_lost {
+                    session.shared.events.tell(session.names.event(What::ChainLost, self.epoch), None);
+                }
+                session.figures.stored(Some(value.index));
+                tracing::debug!(%id, index = value.index, epoch = self.epoch, seq, end = value.end, "final stored");
+                let end = value.end;
+                self.last = Some(StoredFinal { seq, value });
+                self.engine_lag_ms = 0;
+                self.observe_lag();
+                end.then_some(Next::Ended)
+            }
+            Ok(Kept { outcome: Outcome::LetGo(found), .. }) => {
+                Some(Next::Stop(End::LetGo { epoch: found.value.epoch }))
+            }
+            Ok(Kept { outcome: Outcome::Rebuild(found), .. }) => {
+                tracing::warn!(%id, epoch = self.epoch, found = found.value.index, "another final stands there, rebuilding");
+                Some(Next::Reopen(Some(found)))
+            }
+        }
+    }
+}
+
+/// A final and what became of it.
+#[derive(Debug)]
+pub(super) struct Kept {
+    outcome: Outcome,
+    value: Final,
+}
+
+/// Writes the checkpoint, then the final that names it.
+async fn store(
+    shared: &Shared,
+    names: &Names,
+    mut draft: FinalDraft,
+    epoch: u64,
+    last: Option<(u64, u64)>,
+) -> Result<Kept, ChainError> {
+    let (predecessor, last_index) = last.unzip();
+    let checkpoint_seq = match draft.checkpoint.take() {
+        None => None,
+        Some(mut checkpoint) => {
+            checkpoint.index = last_index.map_or(0, |index| index + 1);
+            let mut backoff = Backoff::default();
+            loop {
+                match shared.chain.checkpoint_put(names.kind, &names.id, &checkpoint).await {
+                    Ok(seq) => break Some(seq),
+                    Err(error @ ChainError::Encode(_)) => return Err(error),
+                    Err(error) => {
+                        tracing::warn!(
+                            id = %names.id,
+                            error = &error as &dyn std::error::Error,
+                            "checkpoint not written, trying again"
+                        );
+                        backoff.wait().await;
+                    }
+                }
+            }
+        }
+    };
+    let value = names.final_of(draft, epoch, last_index, checkpoint_seq);
+    match shared.chain.store(&value, predecessor).await {
+        Ok(outcome) => Ok(Kept { outcome, value }),
+        Err(ChainError::TooLarge { len, .. }) => {
+            tracing::error!(id = %names.id, len, "final too large even without words");
+            let value = without_text(value, len);
+            Ok(Kept { outcome: shared.chain.store(&value, predecessor).await?, value })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Waits for what is running; for ever when nothing is.
+async fn resolve<T>(running: &mut Running<'_, T>) -> T {
+    match running {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,281 @@
+//! One held session: a task that keeps the chain and the log together.
+//!
+//! It reads the last final from the leader, opens the session in the engine behind it, feeds the log in order, and stores
+//! the finals that come back, one at a time. A dead engine, a conflict in the chain or a new epoch all lead to the same
+//! place: read the last final, open again. After an end final it stays, feeding nothing, until it is released or assigned
+//! at a higher epoch.
+
+mod feed;
+mod hints;
+mod life;
+mod open;
+mod outputs;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use voxfleet_nats::{
+    log::AudioLog,
+    publish::Publisher,
+    transcript::{Chain, ChainError, StoredFinal},
+};
+use voxfleet_schema::{
+    event::What,
+    failure::{Failure, FailureClass},
+    fleet::Held,
+    session::SessionOptions,
+};
+
+use self::life::{Life, Next};
+pub(crate) use self::{
+    hints::{HintQueue, WaitingHint},
+    outputs::{Names, unix_ms},
+};
+use crate::{
+    capacity::Budget,
+    lifecycle::{Engine, EngineDown},
+    supervisor::events::Events,
+};
+
+/// How long a session that changes hands waits before it looks at the chain again.
+const REOPEN_PAUSE: Duration = Duration::from_millis(50);
+
+/// What all sessions of a worker share.
+#[derive(Debug, Clone)]
+pub(crate) struct Shared {
+    pub(crate) chain: Chain,
+    pub(crate) log: AudioLog,
+    pub(crate) publisher: Publisher,
+    pub(crate) events: Events,
+    pub(crate) engine: Engine,
+    pub(crate) budget: Budget,
+    /// Log reads under way at once; each may bring one largest entry into memory.
+    pub(crate) log_reads: Arc<Semaphore>,
+    /// Largest entry of the log, in bytes.
+    pub(crate) max_entry: u64,
+}
+
+/// What the supervisor wants of a session.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Desired {
+    pub(crate) epoch: u64,
+    /// May differ from those of an earlier epoch.
+    pub(crate) options: Arc<SessionOptions>,
+    /// Feed nothing more, store what has begun, and end.
+    pub(crate) finish: bool,
+}
+
+/// Figures the heartbeat reads while the task works. The highest value means none.
+#[derive(Debug)]
+pub(crate) struct Figures {
+    last_audio_seq: AtomicU64,
+    final_index: AtomicU64,
+}
+
+const NONE: u64 = u64::MAX;
+
+impl Default for Figures {
+    fn default() -> Self {
+        Self { last_audio_seq: AtomicU64::new(NONE), final_index: AtomicU64::new(NONE) }
+    }
+}
+
+impl Figures {
+    fn fed(&self, seq: u64) {
+        self.last_audio_seq.store(seq, Ordering::Relaxed);
+    }
+
+    fn stored(&self, index: Option<u64>) {
+        self.final_index.store(index.unwrap_or(NONE), Ordering::Relaxed);
+    }
+}
+
+/// The supervisor's side of a held session.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    pub(crate) names: Names,
+    pub(crate) desired: watch::Sender<Desired>,
+    pub(crate) hints: Arc<HintQueue>,
+    pub(crate) figures: Arc<Figures>,
+    pub(crate) cancel: CancellationToken,
+}
+
+impl Handle {
+    pub(crate) fn new(names: Names, epoch: u64, options: SessionOptions) -> Self {
+        Self {
+            names,
+            desired: watch::Sender::new(Desired { epoch, options: Arc::new(options), finish: false }),
+            hints: Arc::default(),
+            figures: Arc::default(),
+            cancel: CancellationToken::new(),
+        }
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.desired.borrow().epoch
+    }
+
+    pub(crate) fn held(&self) -> Held {
+        let some = |value: &AtomicU64| Some(value.load(Ordering::Relaxed)).filter(|v| *v != NONE);
+        Held {
+            kind: self.names.kind,
+            id: self.names.id.clone(),
+            epoch: self.epoch(),
+            last_audio_seq: some(&self.figures.last_audio_seq),
+            final_index: some(&self.figures.final_index),
+        }
+    }
+
+    /// The task that belongs to this handle, to be run by the supervisor.
+    pub(crate) fn session(&self, shared: Shared) -> Session {
+        Session {
+            shared,
+            names: self.names.clone(),
+            desired: self.desired.subscribe(),
+            hints: Arc::clone(&self.hints),
+            figures: Arc::clone(&self.figures),
+        }
+    }
+}
+
+/// How a session ended here. In every case it is no longer held.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum End {
+    /// A higher epoch owns it.
+    LetGo { epoch: u64 },
+    /// It cannot go on here.
+    Failed(Failure),
+    /// The worker is stopping.
+    Finished,
+}
+
+#[derive(Debug)]
+pub(crate) struct Session {
+    shared: Shared,
+    names: Names,
+    desired: watch::Receiver<Desired>,
+    hints: Arc<HintQueue>,
+    figures: Arc<Figures>,
+}
+
+impl Session {
+    /// Works until the session ends here; drop it to release the session at once.
+    pub(crate) async fn run(self) -> End {
+        let mut wishes = self.desired.clone();
+        let mut known: Option<StoredFinal> = None;
+        loop {
+            let desired = wishes.borrow_and_update().clone();
+            if desired.finish {
+                return End::Finished;
+            }
+            let opened = tokio::select! {
+                opened = self.open(&desired, known.take()) => opened,
+                // A new epoch or a stop while it waits for the server or the engine.
+                Ok(()) = wishes.changed() => continue,
+            };
+            let next = match opened {
+                Ok(Opened::Life(life)) => life.run().await,
+                Ok(Opened::Ended) => Next::Ended,
+                Ok(Opened::EngineGone) => Next::Reopen(None),
+                Err(end) => Next::Stop(end),
+            };
+            match next {
+                Next::Stop(end) => return end,
+                Next::Reopen(found) => {
+                    known = found.map(|found| *found);
+                    tokio::time::sleep(REOPEN_PAUSE).await;
+                }
+                Next::Ended => {
+                    let changed = wishes.wait_for(|now| now.finish || now.epoch > desired.epoch).await;
+                    if changed.is_err() {
+                        return End::Finished;
+                    }
+                }
+            }
+        }
+    }
+
+    fn failed(&self, epoch: u64, failure: Failure) -> End {
+        tracing::error!(id = %self.names.id, epoch, %failure, "session failed");
+        let mut event = self.names.event(What::Failed, epoch);
+        event.error = Some(failure.clone());
+        self.shared.events.tell(event, None);
+        End::Failed(failure)
+    }
+
+    fn chain_failed(&self, epoch: u64, error: &ChainError) -> End {
+        tracing::error!(id = %self.names.id, error = error as &dyn std::error::Error, "chain unreadable");
+        self.failed(epoch, Failure::new(FailureClass::Internal, format!("the chain cannot be used: {error}")))
+    }
+
+    /// Opens the session in the engine behind its last final. `known` saves reading what was just read.
+    async fn open(&self, desired: &Desired, known: Option<StoredFinal>) -> Result<Opened<'_>, End> {
+        let epoch = desired.epoch;
+        let Names { kind, id, .. } = &self.names;
+        let last = match known {
+            Some(found) => Some(found),
+            None => open::last_final(&self.shared.chain, *kind, id)
+                .await
+                .map_err(|error| self.chain_failed(epoch, &error))?,
+        };
+        if let Some(last) = &last {
+            if last.value.epoch > epoch {
+                return Err(End::LetGo { epoch: last.value.epoch });
+            }
+            self.figures.stored(Some(last.value.index));
+            if last.value.end && last.value.epoch == epoch {
+                return Ok(Opened::Ended);
+            }
+        }
+        let start = open::locate(&self.shared.chain, &self.shared.log, *kind, id, last.as_ref().map(|l| &l.value))
+            .await
+            .map_err(|error| self.chain_failed(epoch, &error))?;
+        let link = match self.shared.engine.ready().await {
+            Ok(link) => link,
+            Err(EngineDown::Stopping) => return Err(End::Finished),
+            Err(error @ EngineDown::Failed) => {
+                return Err(self.failed(epoch, Failure::new(FailureClass::EngineCrash, error.to_string())));
+            }
+        };
+        if let Some(last) = &last
+            && last.value.vad != link.vad
+        {
+            let (wanted, have) = (last.value.vad.as_str(), link.vad.as_str());
+            let message = format!("the session was begun with the {wanted} voice detector, this worker has {have}");
+            return Err(self.failed(epoch, Failure::new(FailureClass::ModelMissing, message)));
+        }
+        if let Some(lost) = start.lost {
+            let mut event = self.names.event(What::Gap, epoch);
+            event.seq = Some(lost.from_seq);
+            event.detail = serde_json::json!({ "lost": lost });
+            self.shared.events.tell(event, Some(format!("{id}-lost-{}-{}", lost.from_seq, lost.to_seq)));
+        }
+        tracing::info!(
+            %id,
+            epoch,
+            after_index = last.as_ref().map(|l| l.value.index),
+            first_seq = start.first_seq(),
+            expired = start.expired,
+            "session opened"
+        );
+        match self.shared.engine.open(&link, (*desired.options).clone(), start.clone()).await {
+            None => Ok(Opened::EngineGone),
+            Some(engine) => Ok(Opened::Life(Box::new(Life::new(self, engine, epoch, last, &start)))),
+        }
+    }
+}
+
+enum Opened<'a> {
+    Life(Box<Life<'a>>),
+    /// Its end final of this epoch stands in the chain.
+    Ended,
+    /// The child died in between.
+    EngineGone,
+}

@@ -1,0 +1,214 @@
+//! What this worker holds, and what it answers to assignments and releases.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+use voxfleet_schema::{
+    failure::{Failure, FailureClass},
+    fleet::{Held, Slots},
+    id::{Kind, StreamId},
+};
+
+use crate::{
+    capacity::locked,
+    session::{Handle, WaitingHint},
+};
+
+/// A session that failed here is not taken again for this long: the dispatcher asks each second.
+const REFUSE_AFTER_FAILURE: Duration = Duration::from_secs(10);
+/// Failures remembered at most.
+const MAX_FAILURES: usize = 256;
+
+/// What an assignment meets.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Situation<'a> {
+    /// Epoch under which it is held already.
+    pub(super) held_epoch: Option<u64>,
+    pub(super) free_slots: u32,
+    pub(super) draining: bool,
+    pub(super) engine_failed: bool,
+    pub(super) model_known: bool,
+    /// It failed here a moment ago.
+    pub(super) failure: Option<&'a Failure>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Decision {
+    /// Held under this epoch: nothing to do.
+    Held,
+    /// Held under a lower epoch: go on under this one.
+    Raise,
+    Start,
+    Refuse(Failure),
+}
+
+/// Decides about an assignment at `epoch`.
+pub(super) fn decide(epoch: u64, situation: Situation<'_>) -> Decision {
+    let refuse = |class, text: &str| Decision::Refuse(Failure::new(class, text));
+    match situation.held_epoch {
+        Some(held) if held == epoch => return Decision::Held,
+        Some(held) if held > epoch => {
+            return refuse(FailureClass::BadRequest, &format!("stale epoch {epoch}, held under {held}"));
+        }
+        _ => {}
+    }
+    if let Some(failure) = situation.failure {
+        return Decision::Refuse(failure.clone());
+    }
+    if !situation.model_known {
+        return refuse(FailureClass::ModelMissing, "the model is not on this worker");
+    }
+    if situation.engine_failed {
+        return refuse(FailureClass::EngineCrash, "the engine cannot be started");
+    }
+    if situation.draining {
+        return refuse(FailureClass::NoCapacity, "the worker is draining");
+    }
+    if situation.held_epoch.is_some() {
+        return Decision::Raise;
+    }
+    if situation.free_slots == 0 {
+        return refuse(FailureClass::NoCapacity, "every slot is taken");
+    }
+    Decision::Start
+}
+
+type Key = (Kind, StreamId);
+
+#[derive(Debug, Default)]
+struct Inner {
+    sessions: BTreeMap<Key, Arc<Handle>>,
+    failures: HashMap<Key, (Instant, Failure)>,
+    draining: bool,
+}
+
+/// Sessions held, by name. Read by heartbeat and pull, changed by control; locked for moments only.
+#[derive(Debug)]
+pub(crate) struct Holdings {
+    slots: u32,
+    inner: Mutex<Inner>,
+}
+
+impl Holdings {
+    pub(super) fn new(slots: u32) -> Self {
+        Self { slots, inner: Mutex::default() }
+    }
+
+    pub(crate) fn snapshot(&self) -> (Slots, Vec<Held>, bool) {
+        let inner = locked(&self.inner);
+        let held: Vec<Held> = inner.sessions.values().map(|handle| handle.held()).collect();
+        (Slots { total: self.slots, used: held.len() as u32 }, held, inner.draining)
+    }
+
+    pub(super) fn set_draining(&self) {
+        locked(&self.inner).draining = true;
+    }
+
+    pub(super) fn get(&self, kind: Kind, id: &StreamId) -> Option<Arc<Handle>> {
+        locked(&self.inner).sessions.get(&(kind, id.clone())).cloned()
+    }
+
+    pub(super) fn all(&self) -> Vec<Arc<Handle>> {
+        locked(&self.inner).sessions.values().cloned().collect()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        locked(&self.inner).sessions.is_empty()
+    }
+
+    /// Decides; `engine_failed` and `model_known` are the caller's knowledge.
+    pub(super) fn consider(
+        &self,
+        kind: Kind,
+        id: &StreamId,
+        epoch: u64,
+        engine_failed: bool,
+        model_known: bool,
+        now: Instant,
+    ) -> Decision {
+        let mut inner = locked(&self.inner);
+        inner.failures.retain(|_, (at, _)| now.saturating_duration_since(*at) < REFUSE_AFTER_FAILURE);
+        let key = (kind, id.clone());
+        let situation = Situation {
+            held_epoch: inner.sessions.get(&key).map(|handle| handle.epoch()),
+            free_slots: self.slots.saturating_sub(inner.sessions.len() as u32),
+            draining: inner.draining,
+            engine_failed,
+            model_known,
+            failure: inner.failures.get(&key).map(|(_, failure)| failure),
+        };
+        decide(epoch, situation)
+    }
+
+    pub(super) fn put(&self, handle: Arc<Handle>) {
+        let key = (handle.names.kind, handle.names.id.clone());
+        locked(&self.inner).sessions.insert(key, handle);
+    }
+
+    /// Forgets a session whose task has ended, unless its name is held by a newer one.
+    pub(super) fn ended(&self, handle: &Arc<Handle>, failure: Option<Failure>, now: Instant) {
+        let key = (handle.names.kind, handle.names.id.clone());
+        let mut inner = locked(&self.inner);
+        if inner.sessions.get(&key).is_some_and(|held| Arc::ptr_eq(held, handle)) {
+            inner.sessions.remove(&key);
+        }
+        if let Some(failure) = failure
+            && inner.failures.len() < MAX_FAILURES
+        {
+            inner.failures.insert(key, (now, failure));
+        }
+    }
+
+    /// Takes a session out at once; its task ends by itself.
+    pub(super) fn remove(&self, kind: Kind, id: &StreamId) {
+        locked(&self.inner).sessions.remove(&(kind, id.clone()));
+    }
+
+    /// Gives a hint to its session; one for a session not held here is dropped.
+    pub(crate) fn hint(&self, hint: WaitingHint) {
+        match self.get(Kind::Session, &hint.hint.id) {
+            Some(handle) => handle.hints.put(hint),
+            None => tracing::trace!(id = %hint.hint.id, "hint for a session not held"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FREE: Situation<'static> = Situation {
+        held_epoch: None,
+        free_slots: 1,
+        draining: false,
+        engine_failed: false,
+        model_known: true,
+        failure: None,
+    };
+
+    #[test]
+    fn assignments_are_idempotent_and_refusals_typed() {
+        let failed = Failure::new(FailureClass::OutOfMemory, "no");
+        let full = Situation { free_slots: 0, ..FREE };
+        let held = |epoch| Situation { held_epoch: Some(epoch), ..full };
+        let class = |situation| match decide(5, situation) {
+            Decision::Refuse(failure) => failure.class,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(decide(5, FREE), Decision::Start);
+        assert_eq!(decide(5, held(5)), Decision::Held);
+        assert_eq!(decide(5, held(4)), Decision::Raise, "a slot it has already");
+        assert_eq!(class(held(6)), FailureClass::BadRequest);
+        assert_eq!(class(full), FailureClass::NoCapacity);
+        assert_eq!(class(Situation { draining: true, ..FREE }), FailureClass::NoCapacity);
+        assert_eq!(class(Situation { draining: true, ..held(4) }), FailureClass::NoCapacity);
+        assert_eq!(class(Situation { engine_failed: true, ..FREE }), FailureClass::EngineCrash);
+        assert_eq!(class(Situation { model_known: false, ..FREE }), FailureClass::ModelMissing);
+        assert_eq!(class(Situation { failure: Some(&failed), ..FREE }), FailureClass::OutOfMemory);
+        assert_eq!(decide(5, Situation { draining: true, ..held(5) }), Decision::Held);
+    }
+}
