@@ -68,7 +68,8 @@ fn summary(payload: &[u8], format: AudioFormat) -> Value {
 
 /// Largest magnitude, full scale is 1.
 fn peak(payload: &[u8], encoding: Encoding) -> f64 {
-    let loudest = |values: &mut dyn Iterator<Item = f64>| values.map(f64::abs).filter(|v| v.is_finite()).fold(0.0, f64::max);
+    let loudest =
+        |values: &mut dyn Iterator<Item = f64>| values.map(f64::abs).filter(|v| v.is_finite()).fold(0.0, f64::max);
     match encoding {
         Encoding::PcmS16Le => {
             let (samples, _) = payload.as_chunks::<2>();
@@ -205,6 +206,8 @@ mod tests {
         assert_eq!(readable(b"", AudioFormat::default()), "(empty)");
         assert_eq!(decoded(b"OggS\0\0")["container"], "ogg");
         assert!(decoded(&[1, 2, 3])["note"].is_string());
+        // Begins as MessagePack and goes on: audio.
+        assert_eq!(decoded(&[0x81, 0xa1, b'n', 7, 0, 0])["bytes"], 6);
         // Looks like MessagePack, is not: falls back to audio.
         assert_eq!(decoded(&[0x91, 0x91, 0x91, 0x91])["ms"], 0);
         assert!(readable(&[0x91; 100_000], AudioFormat::default()).contains("bytes"));

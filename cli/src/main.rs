@@ -62,8 +62,11 @@ fn main() -> ExitCode {
 fn with_runtime(command: Command, global: args::Global) -> anyhow::Result<Exit> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().or_exit(Exit::Internal)?;
     let result = runtime.block_on(async {
-        let context =
-            Context { overrides: commands::overrides(&global, &command), shutdown: CancellationToken::new(), tracker: TaskTracker::new() };
+        let context = Context {
+            overrides: commands::overrides(&global, &command),
+            shutdown: CancellationToken::new(),
+            tracker: TaskTracker::new(),
+        };
         let done = CancellationToken::new();
         signals::listen(&context.tracker, context.shutdown.clone(), done.clone()).or_exit(Exit::Internal)?;
         let tracker = context.tracker.clone();

@@ -50,7 +50,12 @@ pub(crate) struct Producer {
 }
 
 impl Producer {
-    pub(crate) fn new(nats: &Nats, id: StreamId, format: AudioFormat, give_up: Duration) -> Result<Self, ProducerError> {
+    pub(crate) fn new(
+        nats: &Nats,
+        id: StreamId,
+        format: AudioFormat,
+        give_up: Duration,
+    ) -> Result<Self, ProducerError> {
         Ok(Self {
             log: AudioLog::new(nats),
             id,
@@ -72,7 +77,12 @@ impl Producer {
     }
 
     /// Writes a chunk and waits for its acknowledgement; returns its sequence in the log. `end` closes the session.
-    pub(crate) async fn send(&mut self, payload: Bytes, end: bool, stop: &CancellationToken) -> Result<u64, ProducerError> {
+    pub(crate) async fn send(
+        &mut self,
+        payload: Bytes,
+        end: bool,
+        stop: &CancellationToken,
+    ) -> Result<u64, ProducerError> {
         if payload.len() > self.max_chunk {
             return Err(ProducerError::ChunkTooLarge { len: payload.len(), max: self.max_chunk });
         }

@@ -7,7 +7,11 @@ use crate::exit::Exit;
 
 /// Cancels `shutdown` at the first signal and ends the process at the second. The listening task lives on `tracker` and
 /// ends with `done`.
-pub(crate) fn listen(tracker: &TaskTracker, shutdown: CancellationToken, done: CancellationToken) -> std::io::Result<()> {
+pub(crate) fn listen(
+    tracker: &TaskTracker,
+    shutdown: CancellationToken,
+    done: CancellationToken,
+) -> std::io::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     tracker.spawn(async move {

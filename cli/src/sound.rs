@@ -87,7 +87,11 @@ impl Sound {
         }
     }
 
-    fn read(mut from: impl Read + Send + Sync + 'static, length: Option<u64>, raw: Option<AudioFormat>) -> Result<Self, SoundError> {
+    fn read(
+        mut from: impl Read + Send + Sync + 'static,
+        length: Option<u64>,
+        raw: Option<AudioFormat>,
+    ) -> Result<Self, SoundError> {
         let mut head = Vec::new();
         from.by_ref().take(HEAD_BYTES as u64).read_to_end(&mut head)?;
         let container = if raw.is_some() { None } else { sniff_container(&head) };
@@ -126,7 +130,8 @@ impl Sound {
             rate_hz,
             channels: track_channels,
         };
-        let decoder = symphonia::default::get_codecs().make_audio_decoder(parameters, &AudioDecoderOptions::default())?;
+        let decoder =
+            symphonia::default::get_codecs().make_audio_decoder(parameters, &AudioDecoderOptions::default())?;
         let (id, total_frames) = (track.id, track.num_frames);
         let reader = Reader::Decoded { track: id, demuxer, decoder };
         Ok(Self { format, total_frames, pending: BytesMut::new(), reader })

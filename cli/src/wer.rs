@@ -77,8 +77,11 @@ pub(crate) struct Heard {
 
 /// Gives each heard word to the reference line that it is aligned with. Whole matrix: for calls, not for hours.
 pub(crate) fn beside(reference_lines: &[String], heard: &str) -> Vec<Beside> {
-    let owned: Vec<(usize, String)> =
-        reference_lines.iter().enumerate().flat_map(|(line, text)| words(text).into_iter().map(move |w| (line, w))).collect();
+    let owned: Vec<(usize, String)> = reference_lines
+        .iter()
+        .enumerate()
+        .flat_map(|(line, text)| words(text).into_iter().map(move |w| (line, w)))
+        .collect();
     let heard = words(heard);
     let columns = heard.len() + 1;
     let mut cost = vec![0usize; (owned.len() + 1) * columns];
@@ -142,7 +145,11 @@ mod tests {
         ];
         for (reference, heard, (substituted, deleted, inserted)) in cases {
             let found = compare(reference, heard);
-            assert_eq!((found.substituted, found.deleted, found.inserted), (substituted, deleted, inserted), "{heard:?}");
+            assert_eq!(
+                (found.substituted, found.deleted, found.inserted),
+                (substituted, deleted, inserted),
+                "{heard:?}"
+            );
         }
     }
 

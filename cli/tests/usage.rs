@@ -90,8 +90,11 @@ fn configuration_is_checked_whole_and_shown_with_its_origins() {
     assert_eq!(setting("nats.prefix").1, "default");
     assert!(!text(&show.stdout).contains("hunter2"));
 
-    std::fs::write(dir.path().join("voxfleet.toml"), "[nats]\nurls = 7\nuzer = \"me\"\n[dispatcher]\ntick_ms = \"fast\"\n")
-        .expect("file");
+    std::fs::write(
+        dir.path().join("voxfleet.toml"),
+        "[nats]\nurls = 7\nuzer = \"me\"\n[dispatcher]\ntick_ms = \"fast\"\n",
+    )
+    .expect("file");
     let check = voxfleet(dir.path(), &["config", "check"]).output().expect("check");
     assert_eq!(check.status.code(), Some(64));
     for name in ["nats.urls", "uzer", "dispatcher.tick_ms", "file:voxfleet.toml"] {

@@ -101,7 +101,10 @@ impl DispatcherConfig {
                 self.suspect_after_ms, self.dead_after_ms
             ),
         );
-        need(self.reserve_percent < 100, format!("dispatcher.reserve_percent: {} is not below 100", self.reserve_percent));
+        need(
+            self.reserve_percent < 100,
+            format!("dispatcher.reserve_percent: {} is not below 100", self.reserve_percent),
+        );
         need(
             self.min_decode_rate.is_finite() && self.min_decode_rate >= 0.0,
             format!("dispatcher.min_decode_rate: {} is not a number from 0", self.min_decode_rate),

@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn one_flush_then_the_end() {
-        let mut idle = Idle::new(0 * S);
+        let mut idle = Idle::new(Duration::ZERO);
         assert_eq!(due(&idle, 59 * S), Due::Nothing, "nothing to flush");
         idle.entry(Spoke::Audio { flushed: false }, 10 * S);
         assert_eq!(due(&idle, 11 * S), Due::Nothing);
@@ -109,8 +109,8 @@ mod tests {
 
     #[test]
     fn whoever_speaks_starts_it_over() {
-        let mut idle = Idle::new(0 * S);
-        idle.entry(Spoke::Audio { flushed: false }, 0 * S);
+        let mut idle = Idle::new(Duration::ZERO);
+        idle.entry(Spoke::Audio { flushed: false }, Duration::ZERO);
         idle.entry(Spoke::Audio { flushed: false }, S);
         assert_eq!(due(&idle, 2 * S), Due::Nothing);
         idle.entry(Spoke::Mark, 2 * S);
@@ -123,8 +123,8 @@ mod tests {
 
     #[test]
     fn a_lost_write_waits_for_the_entry_that_won() {
-        let mut idle = Idle::new(0 * S);
-        idle.entry(Spoke::Audio { flushed: false }, 0 * S);
+        let mut idle = Idle::new(Duration::ZERO);
+        idle.entry(Spoke::Audio { flushed: false }, Duration::ZERO);
         idle.pause(5 * S);
         assert_eq!(due(&idle, 4 * S), Due::Nothing);
         assert_eq!(due(&idle, 5 * S), Due::Flush);
@@ -132,8 +132,8 @@ mod tests {
 
     #[test]
     fn an_end_that_led_to_nothing_is_written_again() {
-        let mut idle = Idle::new(0 * S);
-        idle.entry(Spoke::Audio { flushed: true }, 0 * S);
+        let mut idle = Idle::new(Duration::ZERO);
+        idle.entry(Spoke::Audio { flushed: true }, Duration::ZERO);
         idle.entry(Spoke::Own { end: true }, 60 * S);
         assert_eq!(due(&idle, 61 * S), Due::Nothing);
         assert_eq!(idle.due(120 * S, 2 * S, 60 * S, true, false), Due::Nothing, "nobody has it");

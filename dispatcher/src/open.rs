@@ -163,7 +163,8 @@ impl Walker {
         };
         let has_audio = !entry.payload.is_empty();
         let may_reopen = self.producers.may_reopen(&headers);
-        let ended = headers.source.as_ref().is_some_and(|id| self.producers.sources.iter().any(|s| s.id == *id && s.ended));
+        let ended =
+            headers.source.as_ref().is_some_and(|id| self.producers.sources.iter().any(|s| s.id == *id && s.ended));
         let verdict = self.producers.judge(&headers, has_audio);
         if let Some(format) = headers.format {
             self.producers.container = false;
@@ -277,7 +278,10 @@ mod tests {
         let mut walker = ended(false);
         let again = [("Asr-Source", "a"), ("Asr-Seq", "0")];
         assert_eq!(what(walker.step(&entry(5, &again, b"ab"))), Some(What::Duplicate));
-        assert_eq!(what(walker.step(&entry(6, &[("Asr-Source", "a"), ("Asr-Seq", "1")], b"odd"))), Some(What::Rejected));
+        assert_eq!(
+            what(walker.step(&entry(6, &[("Asr-Source", "a"), ("Asr-Seq", "1")], b"odd"))),
+            Some(What::Rejected)
+        );
         let next = [("Asr-Source", "a"), ("Asr-Seq", "2")];
         assert!(matches!(walker.step(&entry(7, &next, b"ab")), Step::Opens(_)));
     }

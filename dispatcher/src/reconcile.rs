@@ -107,7 +107,13 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
     const DEAD: Duration = Duration::from_secs(3);
 
-    fn run(state: SessionState, epoch: u64, owner: Option<WorkerHealth>, held: &[(&str, u64)], age_ms: u64) -> Vec<Action> {
+    fn run(
+        state: SessionState,
+        epoch: u64,
+        owner: Option<WorkerHealth>,
+        held: &[(&str, u64)],
+        age_ms: u64,
+    ) -> Vec<Action> {
         let me = worker("g0", "i");
         let names: Vec<_> = held.iter().map(|(gpu, epoch)| (worker(gpu, "i"), testing::held("s", *epoch))).collect();
         let heard = LONG + Duration::from_millis(age_ms);
@@ -151,7 +157,7 @@ mod tests {
             final_index: None,
         };
         assert_eq!(compare(desired, None, &[], LONG, DEAD), []);
-        desired.settled_since = Some(0 * MS);
+        desired.settled_since = Some(Duration::ZERO);
         assert_eq!(compare(desired, None, &[], 2_000 * MS, DEAD), [], "a takeover has not heard everybody yet");
         assert_eq!(compare(desired, None, &[], 3_001 * MS, DEAD), [Action::Displace]);
     }
@@ -165,7 +171,7 @@ mod tests {
             state: SessionState::Assigned,
             epoch: 1,
             worker: Some(&me),
-            settled_since: Some(0 * MS),
+            settled_since: Some(Duration::ZERO),
             final_index: None,
         };
         let owner = Some(Owner { health: WorkerHealth::Alive, heard: LONG });

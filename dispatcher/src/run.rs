@@ -52,7 +52,12 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
         config.name.clone()
     };
     let report = topology::ensure(&nats, &config.topology).await?;
-    tracing::info!(name, created = report.created.len(), verified = report.verified.len(), "streams and buckets are there");
+    tracing::info!(
+        name,
+        created = report.created.len(),
+        verified = report.verified.len(),
+        "streams and buckets are there"
+    );
     let mut api = ApiServer::start(&nats, &name).await?;
     let mut lease = Lease::new(&nats, &name, Duration::from_millis(config.lease_ms));
     let result = serve(&nats, &config, &name, &mut lease, &mut api, &shutdown).await;

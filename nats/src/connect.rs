@@ -82,6 +82,12 @@ impl Nats {
         let addresses: Result<Vec<async_nats::ServerAddr>, _> = config.urls.iter().map(|url| url.parse()).collect();
         let addresses = addresses.map_err(|error| ConnectError::Config(vec![error.to_string()]))?;
         let client = options.connect(addresses).await.map_err(|error| typed(config, error))?;
+        // Its event comes on another task; readers must not take this first connect for a second one.
+        let mut first = state.clone();
+        let known = first.wait_for(|state| state.connects > 0);
+        if tokio::time::timeout(Duration::from_millis(config.connect_timeout_ms), known).await.is_err() {
+            tracing::debug!("connected without an event");
+        }
         let js = jetstream::context::ContextBuilder::new()
             .timeout(Duration::from_millis(config.request_timeout_ms))
             .max_ack_inflight(4_096)
@@ -101,10 +107,9 @@ impl Nats {
         })
     }
 
-    /// Time to the server and back.
+    /// Time to the server and back. Needs permission to publish to inboxes of one's own prefix.
     pub async fn rtt(&self, timeout: Duration) -> Result<Duration, ServerError> {
-        // Nobody listens on a fresh inbox, and the server itself says so: a round trip that needs no permission beyond
-        // the inbox and no helper.
+        // Nobody listens on a fresh inbox, and the server itself says so: a round trip that needs no helper.
         let begun = Instant::now();
         let request = async_nats::Request::new().timeout(Some(timeout));
         match self.client().send_request(self.client().new_inbox(), request).await {

@@ -234,7 +234,12 @@ impl Feed {
         match raw::stream_info(&self.nats, self.stream).await {
             Ok(info) if info.state.last_sequence + 1 < seq => {
                 let last = info.state.last_sequence;
-                tracing::warn!(stream = self.stream, seq, last, "place to go on from is beyond the stream, reading starts at its first message");
+                tracing::warn!(
+                    stream = self.stream,
+                    seq,
+                    last,
+                    "place to go on from is beyond the stream, reading starts at its first message"
+                );
                 true
             }
             Ok(_) => false,

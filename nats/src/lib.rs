@@ -19,6 +19,7 @@
 //! | [`api`] | the request/reply service and its client |
 //! | [`lease`] | which dispatcher is active |
 //! | [`retry`] | how long to wait before the next attempt |
+//! | `feed`, `raw` | endless ordered reading; the JetStream API in its own words |
 //!
 //! Invariants: an expected-sequence conflict is 10071 or 10164, whichever the server's replica count makes of it; the end
 //! of any endless read is an error, never silence; nothing here spawns a task per message.

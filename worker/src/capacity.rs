@@ -11,7 +11,7 @@
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicI64, Ordering},
 };
 
 use tokio::sync::Notify;
@@ -151,26 +151,37 @@ impl Drop for Account {
 /// Bytes of hints between the pull and their sessions.
 #[derive(Debug, Clone)]
 pub(crate) struct HintPool {
-    free: Arc<AtomicU64>,
+    /// Below zero while messages larger than expected are here; nothing is taken then.
+    free: Arc<AtomicI64>,
     room: Arc<Notify>,
+    /// Nothing is taken while less than this is free: one message of the largest size.
+    reserve: i64,
 }
 
 /// Keeps the bytes of one hint counted.
 #[derive(Debug)]
 pub(crate) struct HintPermit {
     pool: HintPool,
-    len: u64,
+    len: i64,
+}
+
+fn signed(len: u64) -> i64 {
+    i64::try_from(len).unwrap_or(i64::MAX)
 }
 
 impl HintPool {
-    pub(crate) fn new(bytes: u64) -> Self {
-        Self { free: Arc::new(AtomicU64::new(bytes)), room: Arc::new(Notify::new()) }
+    pub(crate) fn new(bytes: u64, reserve: u64) -> Self {
+        let (bytes, reserve) = (signed(bytes), signed(reserve).min(signed(bytes)));
+        Self { free: Arc::new(AtomicI64::new(bytes)), room: Arc::new(Notify::new()), reserve }
     }
 
     /// Bytes for one message, taken before it is asked for.
     pub(crate) fn try_take(&self, len: u64) -> Option<HintPermit> {
+        let len = signed(len);
         self.free
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |free| free.checked_sub(len))
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |free| {
+                (free >= len.max(self.reserve)).then(|| free - len)
+            })
             .ok()
             .map(|_| HintPermit { pool: self.clone(), len })
     }
@@ -190,9 +201,9 @@ impl HintPool {
 }
 
 impl HintPermit {
-    /// Gives back what the message did not need.
-    pub(crate) fn shrink(&mut self, len: u64) {
-        let back = self.len.saturating_sub(len);
+    /// Counts what the message really has.
+    pub(crate) fn resize(&mut self, len: u64) {
+        let back = self.len - signed(len);
         self.len -= back;
         self.pool.free.fetch_add(back, Ordering::AcqRel);
         self.pool.room.notify_waiters();
@@ -203,6 +214,34 @@ impl Drop for HintPermit {
     fn drop(&mut self) {
         self.pool.free.fetch_add(self.len, Ordering::AcqRel);
         self.pool.room.notify_waiters();
+    }
+}
+
+/// What to pay for a message before its size is known: the largest until sizes are known, then four times the largest of
+/// late. A slow link needs many messages on their way; at 4 MiB each there would be eight.
+#[derive(Debug)]
+pub(crate) struct HintPrice {
+    most: u64,
+    seen: u32,
+    largest: u64,
+}
+
+impl HintPrice {
+    const LEARN: u32 = 32;
+    const LEAST: u64 = 64 * 1024;
+
+    pub(crate) fn new(most: u64) -> Self {
+        Self { most, seen: 0, largest: 0 }
+    }
+
+    pub(crate) fn observe(&mut self, len: u64) {
+        self.seen = self.seen.saturating_add(1);
+        // A large one is forgotten after a few hundred small ones.
+        self.largest = len.max(self.largest - self.largest / 64);
+    }
+
+    pub(crate) fn price(&self) -> u64 {
+        if self.seen < Self::LEARN { self.most } else { (self.largest * 4).max(Self::LEAST).min(self.most) }
     }
 }
 
@@ -253,16 +292,34 @@ mod tests {
 
     #[tokio::test]
     async fn hints_wait_for_bytes() {
-        let pool = HintPool::new(10);
+        let pool = HintPool::new(10, 3);
         let mut first = pool.take(8).await;
-        assert!(pool.try_take(8).is_none());
+        assert!(pool.try_take(1).is_none(), "one of the largest would not fit any more");
         let waiting = pool.take(8);
         tokio::pin!(waiting);
         assert!(futures_util::poll!(&mut waiting).is_pending());
-        first.shrink(2);
+        first.resize(2);
         let second = waiting.await;
-        drop((first, second));
+        first.resize(30);
+        drop(second);
+        assert!(pool.try_take(1).is_none(), "a message larger than paid for is counted too");
+        drop(first);
         assert!(pool.try_take(10).is_some());
+    }
+
+    #[test]
+    fn the_price_of_a_hint_follows_what_comes() {
+        let mut price = HintPrice::new(4_000_000);
+        (0..HintPrice::LEARN - 1).for_each(|_| price.observe(6_400));
+        assert_eq!(price.price(), 4_000_000);
+        price.observe(6_400);
+        assert_eq!(price.price(), HintPrice::LEAST);
+        price.observe(100_000);
+        assert_eq!(price.price(), 400_000);
+        price.observe(3_000_000);
+        assert_eq!(price.price(), 4_000_000);
+        (0..400).for_each(|_| price.observe(6_400));
+        assert_eq!(price.price(), HintPrice::LEAST);
     }
 
     proptest! {

@@ -175,7 +175,10 @@ impl WorkerConfig {
         check(self.decode_states >= 1, "worker.decode_states: 0, nothing would be decoded".to_owned());
         check(
             self.decode_states <= 8,
-            format!("worker.decode_states: {}, more than 8 parallel states have crashed whisper.cpp", self.decode_states),
+            format!(
+                "worker.decode_states: {}, more than 8 parallel states have crashed whisper.cpp",
+                self.decode_states
+            ),
         );
         check(self.decode_threads >= 1, "worker.decode_threads: 0, nothing would be decoded".to_owned());
         if let Some(id) = &self.gpu_id
@@ -301,10 +304,7 @@ impl WorkerConfig {
 pub const SIMULATED_MODEL: &str = "simulated";
 
 fn good_model_name(name: &str) -> bool {
-    !name.is_empty()
-        && name.len() <= MAX_MODEL_NAME
-        && !name.starts_with('.')
-        && !name.contains(['/', '\\', '\0'])
+    !name.is_empty() && name.len() <= MAX_MODEL_NAME && !name.starts_with('.') && !name.contains(['/', '\\', '\0'])
 }
 
 #[cfg(test)]

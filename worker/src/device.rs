@@ -215,8 +215,11 @@ fn cpu_id(host: &str, index: u32) -> Result<GpuId, DeviceError> {
 
 /// `text` in the alphabet of ids, cut to `room` bytes.
 fn sanitised(text: &str, room: usize) -> String {
-    let kept: String =
-        text.chars().map(|c| if c.is_ascii_alphanumeric() || c == '_' || c == '-' { c } else { '-' }).take(room).collect();
+    let kept: String = text
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || c == '_' || c == '-' { c } else { '-' })
+        .take(room)
+        .collect();
     if kept.is_empty() { "host".to_owned() } else { kept }
 }
 
@@ -292,6 +295,30 @@ mod tests {
         ] {
             assert_eq!(own_memory_mb(running, listed, by_all, without), own);
         }
+    }
+
+    /// On a machine with a GPU its figures, on one without the typed error.
+    #[test]
+    fn a_gpu_that_was_asked_for_is_there_or_an_error() {
+        let config = WorkerConfig { gpu: GpuChoice::Index(0), ..WorkerConfig::default() };
+        match Probe::open(&config) {
+            Ok(mut probe) => {
+                let figures = probe.sample(None);
+                assert!(probe.is_gpu() && probe.visible_device().starts_with("GPU-"), "{figures:?}");
+                assert_eq!(probe.gpu_id.as_str(), probe.visible_device());
+                assert!(figures.total_mb > 1_000 && figures.free_mb <= figures.total_mb, "{figures:?}");
+                assert_eq!((figures.index, figures.used_mb), (Some(0), 0), "nothing of ours runs there");
+                assert!(figures.temperature_c.is_some_and(|c| (10..120).contains(&c)), "{figures:?}");
+                let by_uuid = GpuChoice::Uuid(probe.visible_device().to_owned());
+                let again = Probe::open(&WorkerConfig { gpu: by_uuid, ..config }).expect("by its uuid");
+                assert_eq!(again.gpu_id, probe.gpu_id);
+            }
+            Err(error) => {
+                assert!(matches!(error, DeviceError::NoNvml { .. } | DeviceError::NotFound { .. }), "{error}")
+            }
+        }
+        let nobody = WorkerConfig { gpu: GpuChoice::Uuid("GPU-none".to_owned()), ..WorkerConfig::default() };
+        assert!(matches!(Probe::open(&nobody).err(), Some(DeviceError::NoNvml { .. } | DeviceError::NotFound { .. })));
     }
 
     #[test]

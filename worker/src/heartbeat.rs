@@ -15,12 +15,7 @@ use voxfleet_schema::{
     id::{GpuId, Incarnation},
 };
 
-use crate::{
-    device::Probe,
-    lifecycle::Engine,
-    session::unix_ms,
-    supervisor::holdings::Holdings,
-};
+use crate::{device::Probe, lifecycle::Engine, session::unix_ms, supervisor::holdings::Holdings};
 
 const EVERY: Duration = Duration::from_secs(1);
 

@@ -31,10 +31,7 @@ use voxfleet_schema::{
     transcript::VadKind,
 };
 
-pub(crate) use self::{
-    outbox::Outbox,
-    spawn::Program,
-};
+pub(crate) use self::{outbox::Outbox, spawn::Program};
 use self::{progress::ProgressMeter, spawn::SpawnError};
 use crate::{
     capacity::{Budget, locked},

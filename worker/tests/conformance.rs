@@ -58,16 +58,15 @@ fn resuming_from_any_final_gives_exactly_the_finals_that_follow() {
     for (model, vads) in engines() {
         let name = named(&model, vads.as_ref());
         let mut recognizer = Remembering::new(&model);
-        let samples = [call(1), call(2)].concat();
-        let log = log_16k(&samples, 170);
-        for carry_prompt in [false, true] {
+        for (samples, carry_prompt) in [(call(1), false), (first_seconds(2, 14), true)] {
+            let log = log_16k(&samples, 170);
             let options = SessionOptions { carry_prompt, ..SessionOptions::default() };
             let run = |start, recognizer: &mut Remembering| {
                 timeless(&finals_with(&log, &options, start, recognizer, vads.as_ref()))
             };
             let undisturbed = run(StartPoint::beginning(), &mut recognizer);
             assert_chain(&undisturbed, samples.len() as u64);
-            assert!(undisturbed.len() > 12, "{name}: {} finals", undisturbed.len());
+            assert!(undisturbed.len() >= 3, "{name}: {} finals", undisturbed.len());
             let decodes = recognizer.decodes;
             for index in 0..undisturbed.len() - 1 {
                 let resumed = run(after(&undisturbed, index), &mut recognizer);
@@ -95,8 +94,11 @@ fn chunk_sizes_change_no_final() {
             let cut = finals(&log_16k(&samples, ms), &mut recognizer, vads.as_ref());
             assert_eq!(essence(&cut), essence(&expected), "{name}, chunks of {ms} ms");
         }
-        // Chunks that end inside a sample's worth of frames, at another rate.
-        let slow: Vec<i16> = samples.iter().step_by(2).copied().collect();
+        // Other rates change what is heard, not how: one engine is enough.
+        if matches!(model, Model::Whisper(_)) {
+            continue;
+        }
+        let slow: Vec<i16> = first_seconds(4, 12).iter().step_by(2).copied().collect();
         let at_8k = |chunk| log_of(&bytes_s16(&slow), "pcm_s16le;rate=8000;channels=1", chunk);
         let expected = finals(&at_8k(3_200), &mut recognizer, vads.as_ref());
         for chunk in [2, 34, 15_998] {
@@ -185,7 +187,7 @@ fn a_flush_ends_a_final_where_it_stands() {
 #[test]
 fn audio_after_an_end_goes_on_in_the_same_chain() {
     for (model, vads) in engines() {
-        let (first, second) = (call(2), call(4));
+        let (first, second) = (first_seconds(2, 9), first_seconds(4, 9));
         let mut log = log_16k(&first, 200);
         let ended_at = log.len() - 1;
         log.extend(log_16k(&second, 200));
@@ -206,9 +208,8 @@ fn audio_after_an_end_goes_on_in_the_same_chain() {
 
 #[test]
 fn formats_say_the_same() {
-    let samples = call(5);
+    let samples = first_seconds(5, 12);
     let floats = as_f32(&samples);
-    let expected = reference(5);
     let upsampled = |factor: usize| -> Vec<f32> {
         // Linear interpolation is good enough to carry speech.
         let next = floats.iter().skip(1).chain([&0.0]);
@@ -219,11 +220,11 @@ fn formats_say_the_same() {
             .collect()
     };
     let mut at_44100 = Vec::new();
-    for n in 0..samples.len() as u64 * 441 / 160 {
+    for n in 0..(samples.len() as u64 * 441).div_ceil(160) {
         let at = n as f64 * 160.0 / 441.0;
         let (index, share) = (at as usize, at.fract() as f32);
-        let next = floats.get(index + 1).copied().unwrap_or(0.0);
-        at_44100.push(floats[index] + (next - floats[index]) * share);
+        let sample = |index: usize| floats.get(index).copied().unwrap_or(0.0);
+        at_44100.push(sample(index) + (sample(index + 1) - sample(index)) * share);
     }
     // Left speaks, right is silent: the mix is half as loud.
     let stereo: Vec<i16> = samples.iter().flat_map(|s| [*s, 0]).collect();
@@ -234,14 +235,15 @@ fn formats_say_the_same() {
         ("pcm_f32le;rate=192000;channels=1", bytes_f32(&upsampled(12)), 4),
         ("pcm_s16le;rate=16000;channels=2", bytes_s16(&stereo), 4),
     ];
-    for vads in detectors() {
-        for (format, bytes, frame) in &cases {
-            let log = log_of(bytes, format, 1_000 * frame);
-            let all = finals(&log, whisper().state().expect("state").as_mut(), vads.as_ref());
-            assert_chain(&all, samples.len() as u64);
-            let (errors, words) = word_errors(&expected, &text(&all));
-            assert!(errors * 20 <= words, "{format}, {}: {errors} of {words} words wrong", vads.kind().as_str());
-        }
+    let vads = detectors().pop().expect("a detector");
+    let mut recognizer = Remembering::new(&whisper());
+    let expected = text(&finals(&log_16k(&samples, 200), &mut recognizer, vads.as_ref()));
+    for (format, bytes, frame) in &cases {
+        let log = log_of(bytes, format, 1_000 * frame);
+        let all = finals(&log, &mut recognizer, vads.as_ref());
+        assert_chain(&all, samples.len() as u64);
+        let (errors, words) = word_errors(&expected, &text(&all));
+        assert!(words > 20 && errors * 20 <= words, "{format}: {errors} of {words} words differ");
     }
 }
 
@@ -249,7 +251,7 @@ fn formats_say_the_same() {
 fn a_format_may_change_inside_a_session() {
     for (model, vads) in engines() {
         let name = named(&model, vads.as_ref());
-        let (first, second) = (call(2), as_f32(&call(4)));
+        let (first, second) = (first_seconds(2, 9), as_f32(&first_seconds(4, 9)));
         let mut log = log_16k(&first, 200);
         log.pop();
         log.extend(log_of(&bytes_f32(&second), "pcm_f32le;rate=16000", 6_400));
@@ -267,9 +269,12 @@ fn a_format_may_change_inside_a_session() {
 
 #[test]
 fn the_micro_model_hears_the_calls() {
+    let best = detectors().pop().expect("a detector");
     for vads in detectors() {
         let mut recognizer = Remembering::new(&whisper());
-        for number in 1..=5 {
+        // Both detectors on a plain call and on the one where two people speak at once, the better one on all.
+        let calls: &[u32] = if vads.kind() == best.kind() { &[1, 2, 3, 4, 5] } else { &[1, 3] };
+        for &number in calls {
             let all = finals(&log_16k(&call(number), 200), &mut recognizer, vads.as_ref());
             let (errors, words) = word_errors(&reference(number), &text(&all));
             println!(
@@ -277,7 +282,6 @@ fn the_micro_model_hears_the_calls() {
                 vads.kind().as_str(),
                 all.len()
             );
-            // Two people speak at once in call 3.
             let allowed = if number == 3 { words / 10 } else { words / 50 };
             assert!(errors <= allowed, "call {number} with {}: {errors} of {words}", vads.kind().as_str());
         }
@@ -298,7 +302,7 @@ fn words_lie_inside_their_segments_and_near_the_truth() {
         .map(|w| (w["word"].as_str().expect("word").to_owned(), w["start"].as_f64().expect("start") * 1_000.0))
         .collect();
     let vads = detectors().pop().expect("a detector");
-    let all = finals(&log_16k(&call(1), 200), whisper().state().expect("state").as_mut(), vads.as_ref());
+    let all = finals(&log_16k(&call(1), 200), &mut Remembering::new(&whisper()), vads.as_ref());
     let mut off = Vec::new();
     for f in &all {
         assert!(f.segments.is_empty() || f.timings.word_timing == Some(WordTiming::TokenEstimate));
@@ -424,9 +428,11 @@ fn a_prompt_and_hotwords_do_no_harm() {
     };
     let vads = Energy;
     let mut state = whisper().state().expect("state");
-    let all = finals_with(&log_16k(&call(2), 200), &options, StartPoint::beginning(), state.as_mut(), &vads);
-    let (errors, words) = word_errors(&reference(2), &text(&all));
-    assert!(errors * 10 <= words, "{errors} of {words}");
+    let log = log_16k(&first_seconds(2, 12), 200);
+    let all = finals_with(&log, &options, StartPoint::beginning(), state.as_mut(), &vads);
+    let plain = finals(&log, &mut Remembering::new(&whisper()), &vads);
+    let (errors, words) = word_errors(&text(&plain), &text(&all));
+    assert!(words > 20 && errors * 10 <= words, "{errors} of {words}");
 }
 
 /// Drives a stream chunk by chunk as the engine does, and watches what it keeps.
@@ -498,25 +504,25 @@ fn twenty_minutes_keep_memory_and_lag_flat() {
 }
 
 #[test]
-fn a_minute_of_whisper_keeps_up() {
+fn whisper_keeps_up() {
     let begin = Instant::now();
-    let soak = soak(&whisper(), 60);
+    let soak = soak(&whisper(), 30);
     println!("{} finals in {:?}, {} MB more", soak.finals, begin.elapsed(), soak.grown_mb);
-    assert!(soak.finals > 10);
+    assert!(soak.finals > 6);
     assert!(soak.most_kept_bytes < 31 * 32_000, "{} bytes", soak.most_kept_bytes);
 }
 
 #[test]
 fn partials_grow_towards_their_final() {
     let mut partials = Vec::new();
-    let log = log_16k(&call(1), 200);
-    let mut state = whisper().state().expect("state");
+    let log = log_16k(&first_seconds(1, 14), 200);
+    let mut state = Remembering::new(&whisper());
     let options = SessionOptions::default();
     let mut keep = |p| partials.push(p);
-    let with = transcribe_log(&log, &options, StartPoint::beginning(), state.as_mut(), &Energy, Some(&mut keep));
-    let without = finals(&log, state.as_mut(), &Energy);
+    let with = transcribe_log(&log, &options, StartPoint::beginning(), &mut state, &Energy, Some(&mut keep));
+    let without = finals(&log, &mut state, &Energy);
     assert_eq!(timeless(&with.expect("finals")), timeless(&without), "partials change no final");
-    assert!(partials.len() > 8, "{} partials", partials.len());
+    assert!(partials.len() > 4, "{} partials", partials.len());
     let mut stable = (u64::MAX, String::new());
     for partial in &partials {
         assert!(partial.to_sample > partial.from_sample && partial.lag_ms < 1_000);

@@ -22,7 +22,9 @@ pub(crate) fn run(args: &ConfigArgs, context: &Context) -> anyhow::Result<Exit> 
             });
             match result {
                 Ok((loaded, roles)) => {
-                    let checked: Vec<&str> = std::iter::once("nats").chain(roles.iter().filter(|r| **r != Role::Nats).map(|r| r.as_str())).collect();
+                    let checked: Vec<&str> = std::iter::once("nats")
+                        .chain(roles.iter().filter(|r| **r != Role::Nats).map(|r| r.as_str()))
+                        .collect();
                     if check.output.json {
                         object(&json!({"ok": true, "file": loaded.file, "checked": checked, "problems": []}))?;
                     } else {

@@ -1,5 +1,6 @@
 //! `voxfleet dispatcher`.
 
+use super::SERVICE_LOG;
 use crate::{
     Context,
     config::Role,
@@ -7,7 +8,7 @@ use crate::{
 };
 
 pub(crate) async fn run(context: &Context) -> anyhow::Result<Exit> {
-    let loaded = context.configure(&[Role::Dispatcher], "info")?;
+    let loaded = context.configure(&[Role::Dispatcher], SERVICE_LOG)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), file = ?loaded.file, "dispatcher starts");
     let settings = loaded.settings;
     let nats = super::connect(&settings, "voxfleet-dispatcher").await?;

@@ -29,6 +29,11 @@ use crate::{
 /// How long a command waits for what it has sent to be on its way.
 const CLOSE: Duration = Duration::from_secs(2);
 
+/// Logs of a service where nothing else is configured. The client library tells its own connects and disconnects, which
+/// ours tell too.
+#[cfg(any(feature = "dispatcher", feature = "worker"))]
+const SERVICE_LOG: &str = "info,async_nats=warn";
+
 pub(crate) async fn run(command: Command, context: Context) -> anyhow::Result<Exit> {
     match command {
         #[cfg(feature = "dispatcher")]

@@ -102,7 +102,8 @@ fn text(fleet: &Fleet, sessions: &[SessionRecord]) -> String {
             format!("no dispatcher ({why}); what follows is what workers say themselves\n")
         }
     };
-    let mut workers = vec![["GPU", "STATE", "SLOTS", "MEMORY MB", "ENGINE", "MODELS", "HELD"].map(str::to_owned).to_vec()];
+    let mut workers =
+        vec![["GPU", "STATE", "SLOTS", "MEMORY MB", "ENGINE", "MODELS", "HELD"].map(str::to_owned).to_vec()];
     workers.extend(fleet.workers.iter().map(worker_row));
     text.push_str(&table(&workers));
     if fleet.workers.is_empty() {
@@ -121,7 +122,11 @@ fn text(fleet: &Fleet, sessions: &[SessionRecord]) -> String {
 fn worker_row(worker: &WorkerStatus) -> Vec<String> {
     let beat = &worker.heartbeat;
     let models = beat.models.iter().filter(|m| m.state != Residency::Available).map(|m| {
-        if m.state == Residency::Loaded { format!("{} ({} MB)", m.name, m.resident_mb) } else { format!("{} {}", m.name, word(&m.state)) }
+        if m.state == Residency::Loaded {
+            format!("{} ({} MB)", m.name, m.resident_mb)
+        } else {
+            format!("{} {}", m.name, word(&m.state))
+        }
     });
     let models: Vec<String> = models.collect();
     vec![
@@ -174,7 +179,8 @@ mod tests {
 
     #[test]
     fn an_empty_fleet_says_so() {
-        let text = text(&Fleet { dispatcher: None, why: Some("no dispatcher is connected".to_owned()), workers: vec![] }, &[]);
+        let text =
+            text(&Fleet { dispatcher: None, why: Some("no dispatcher is connected".to_owned()), workers: vec![] }, &[]);
         assert!(text.starts_with("no dispatcher (no dispatcher is connected)"));
         assert!(text.contains("no worker beats") && text.contains("no open session"));
     }

@@ -51,7 +51,9 @@ impl Plan {
         let input = Input::from(args.input.as_str());
         let id = match &args.session {
             Some(id) => id.clone(),
-            None => StreamId::new(format!("s-{}", &Uuid::new_v4().simple().to_string()[..12])).or_exit(Exit::Internal)?,
+            None => {
+                StreamId::new(format!("s-{}", &Uuid::new_v4().simple().to_string()[..12])).or_exit(Exit::Internal)?
+            }
         };
         let mut options = SessionOptions::default();
         for (name, value) in &args.options {
@@ -85,7 +87,13 @@ pub(crate) async fn run(args: &StreamArgs, context: &Context) -> anyhow::Result<
     result
 }
 
-async fn with_nats(args: &StreamArgs, plan: &Plan, sound: Sound, nats: &Nats, context: &Context) -> anyhow::Result<Exit> {
+async fn with_nats(
+    args: &StreamArgs,
+    plan: &Plan,
+    sound: Sound,
+    nats: &Nats,
+    context: &Context,
+) -> anyhow::Result<Exit> {
     let give_up = Duration::from_secs(args.give_up_s);
     let mut producer = Producer::new(nats, plan.id.clone(), sound.format(), give_up).or_exit(Exit::Internal)?;
     if args.open {
@@ -112,7 +120,17 @@ async fn with_nats(args: &StreamArgs, plan: &Plan, sound: Sound, nats: &Nats, co
     let sending = send(args, plan, sound, producer, started, context, false);
     tokio::pin!(following, sending);
     let (sent, followed) = tokio::select! {
-        sent = &mut sending => (sent?, following.await?),
+        sent = &mut sending => {
+            let sent = sent?;
+            // Ctrl-C during the sending has been answered by ending the session; its last words are waited for.
+            let leave = async {
+                if context.shutdown.is_cancelled() { std::future::pending().await } else { context.shutdown.cancelled().await }
+            };
+            tokio::select! {
+                followed = &mut following => (sent, followed?),
+                () = leave => (sent, Followed::Stopped),
+            }
+        }
         followed = &mut following => (sending.await?, followed?),
     };
     report(args, plan, &sent)?;
@@ -155,17 +173,22 @@ async fn send(
     let mut chunks = read_ahead(sound, frames);
     // A second Ctrl-C ends the process; nothing else stops the resending of a chunk before its time is up.
     let never = CancellationToken::new();
-    let (mut sent, mut sent_frames) = (Sent::default(), 0u64);
+    let (mut sent, mut sent_frames, mut broken) = (Sent::default(), 0u64, None);
     loop {
         let chunk = tokio::select! {
             () = context.shutdown.cancelled() => {
                 sent.cut_short = plan.input != Input::Stdin;
                 break;
             }
-            chunk = chunks.recv() => match chunk {
-                Some(chunk) => chunk.map_err(|e| anyhow::Error::new(e).context(plan.input.to_string())).or_exit(Exit::Input)?,
-                None => break,
-            },
+            chunk = chunks.recv() => chunk,
+        };
+        let chunk = match chunk {
+            Some(Ok(chunk)) => chunk,
+            Some(Err(error)) => {
+                broken = Some(error);
+                break;
+            }
+            None => break,
         };
         sent_frames += (chunk.len() / format.frame_bytes()) as u64;
         sent.audio_ms = sent_frames * 1000 / u64::from(format.rate_hz);
@@ -185,7 +208,11 @@ async fn send(
         sent.last_seq = producer.send(Bytes::new(), true, &never).await.or_exit(Exit::Unavailable)?;
     }
     bar.finish_and_clear();
-    Ok(sent)
+    // What was readable has been sent and ended like a whole file; that it was not whole is told all the same.
+    match broken {
+        Some(error) => Err(anyhow::Error::new(error).context(plan.input.to_string())).or_exit(Exit::Input),
+        None => Ok(sent),
+    }
 }
 
 /// Reads on a thread that may block. It ends with its input, or when nobody takes its chunks any more; standard input

@@ -1,5 +1,6 @@
 //! `voxfleet worker`.
 
+use super::SERVICE_LOG;
 use crate::{
     Context,
     config::Role,
@@ -7,7 +8,7 @@ use crate::{
 };
 
 pub(crate) async fn run(context: &Context) -> anyhow::Result<Exit> {
-    let loaded = context.configure(&[Role::Worker], "info")?;
+    let loaded = context.configure(&[Role::Worker], SERVICE_LOG)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), file = ?loaded.file, "worker starts");
     let settings = loaded.settings;
     let nats = super::connect(&settings, "voxfleet-worker").await?;

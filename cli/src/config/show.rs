@@ -68,7 +68,8 @@ pub(crate) fn hide_userinfo(url: &str) -> String {
 
 /// Aligned for a terminal, still TOML-like: `nats.urls = [...]   # env:...`.
 pub(crate) fn table(rows: &[Row]) -> String {
-    let lines: Vec<(String, &str)> = rows.iter().map(|r| (format!("{} = {}", r.key, r.value), r.origin.as_str())).collect();
+    let lines: Vec<(String, &str)> =
+        rows.iter().map(|r| (format!("{} = {}", r.key, r.value), r.origin.as_str())).collect();
     let width = lines.iter().map(|(l, _)| l.chars().count()).filter(|w| *w <= 60).max().unwrap_or(0);
     lines.iter().map(|(line, origin)| format!("{line:<width$}  # {origin}\n")).collect()
 }

@@ -50,7 +50,8 @@ fn a_list_can_come_as_text() {
 
 #[test]
 fn every_mistake_is_named_at_once() {
-    let file = file("[nats]\nrequest_timeout_ms = \"soon\"\nno_such_key = 1\nping_interval_ms = \"5\"\n[nowhere]\nx = 1\n");
+    let file =
+        file("[nats]\nrequest_timeout_ms = \"soon\"\nno_such_key = 1\nping_interval_ms = \"5\"\n[nowhere]\nx = 1\n");
     let overrides = Overrides { config: Some(file.path().to_owned()), ..set(&[("nats.connect_timeout_ms", "never")]) };
     let env = env(&[("VOXFLEET__NATS__COLOUR", "red"), ("VOXFLEET__LOG__FORMAT", "verse")]);
     let problems = load(&overrides, &env, &[], &[]).expect_err("bad").problems.join("\n");
@@ -70,7 +71,8 @@ fn every_mistake_is_named_at_once() {
 
 #[test]
 fn what_a_section_finds_wrong_is_told_with_its_name() {
-    let problems = load(&set(&[("log.filter", "a=b=c"), ("nats.urls", "")]), &env(&[]), &[], &[]).expect_err("bad").problems;
+    let problems =
+        load(&set(&[("log.filter", "a=b=c"), ("nats.urls", "")]), &env(&[]), &[], &[]).expect_err("bad").problems;
     assert!(problems.iter().any(|p| p.starts_with("log.filter")), "{problems:?}");
 }
 
@@ -89,9 +91,11 @@ fn secrets_are_never_shown() {
         Ok(loaded) => show::table(&loaded.rows()),
         Err(problems) => problems.to_string(),
     };
-    let valid = shown(&[("nats.user", "me"), ("nats.password", "hunter2"), ("nats.urls", "nats://me:hunter2@host:4222")]);
+    let valid =
+        shown(&[("nats.user", "me"), ("nats.password", "hunter2"), ("nats.urls", "nats://me:hunter2@host:4222")]);
     assert!(valid.contains("nats.password = \"***\"") && valid.contains("nats://***@host:4222"), "{valid}");
-    let contradiction = shown(&[("nats.user", "me"), ("nats.token", "hunter2"), ("nats.urls", "nats://me:hunter2@bad host")]);
+    let contradiction =
+        shown(&[("nats.user", "me"), ("nats.token", "hunter2"), ("nats.urls", "nats://me:hunter2@bad host")]);
     assert!(contradiction.contains("choose one way"), "{contradiction}");
     assert!(!valid.contains("hunter2") && !contradiction.contains("hunter2"), "{valid}{contradiction}");
 }

@@ -42,8 +42,8 @@ impl Call {
     pub(crate) fn load(dir: &Path, name: &str) -> Result<Self, CallError> {
         let name = format!("call-{name}");
         let audio = dir.join(format!("{name}.flac"));
-        let (format, pcm) =
-            sound::read_file(&audio).map_err(|source| CallError::Audio { path: audio.display().to_string(), source })?;
+        let (format, pcm) = sound::read_file(&audio)
+            .map_err(|source| CallError::Audio { path: audio.display().to_string(), source })?;
         let text = dir.join(format!("{name}.txt"));
         let reference = std::fs::read_to_string(&text)
             .map_err(|source| CallError::Reference { path: text.display().to_string(), source })?;

@@ -10,7 +10,8 @@ use crate::transcript::{line::Paint, screen::out};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const SHOWN_LINES: usize = 14;
-const SHOWN_COLUMNS: usize = 150;
+/// A final with its words is one line of JSON.
+const SHOWN_COLUMNS: usize = 1_000;
 
 pub(crate) async fn print(url: &str, id: &StreamId, paint: Paint) -> anyhow::Result<()> {
     out("")?;
@@ -26,7 +27,7 @@ pub(crate) async fn print(url: &str, id: &StreamId, paint: Paint) -> anyhow::Res
         command.arg("--server").arg(url).args(&arguments).stdin(Stdio::null()).kill_on_drop(true);
         match tokio::time::timeout(PATIENCE, command.output()).await {
             Ok(Ok(output)) => {
-                let both = [output.stdout, output.stderr].concat();
+                let both = [output.stderr, output.stdout].concat();
                 out(shortened(&String::from_utf8_lossy(&both)).trim_end())?;
             }
             Ok(Err(error)) => out(&format!("({error})"))?,
@@ -76,7 +77,7 @@ mod tests {
     fn long_output_says_that_it_was_cut() {
         let text = "x\n".repeat(20);
         assert!(shortened(&text).ends_with("... (6 more lines)"));
-        assert!(cut(&"y".repeat(200)).ends_with(" ..."));
+        assert!(cut(&"y".repeat(2_000)).ends_with(" ..."));
         assert_eq!(quoted("asr.v1.heartbeat.*"), "'asr.v1.heartbeat.*'");
     }
 }

@@ -93,7 +93,8 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
 
     let config = NatsConfig { urls: fleet.urls(), ..NatsConfig::default() };
     let nats = Nats::connect(&config, "voxfleet-demo").await.or_exit(Exit::Unavailable)?;
-    let id = StreamId::new(format!("call-{}-{}", args.call, &Uuid::new_v4().simple().to_string()[..6])).or_exit(Exit::Usage)?;
+    let id = StreamId::new(format!("call-{}-{}", args.call, &Uuid::new_v4().simple().to_string()[..6]))
+        .or_exit(Exit::Usage)?;
     let style = match (args.json, terminal) {
         (true, _) => Style::Silent,
         (false, true) => Style::Terminal,
@@ -102,8 +103,10 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
     let live = transcribe(&nats, &call, &id, speed, style).await?;
     fleet.check_alive()?;
     let offline = {
-        let call = call.clone();
-        tokio::task::spawn_blocking(move || call::offline(&call, &worker)).await.or_exit(Exit::Internal)??
+        let (call, spinner) = (call.clone(), spinner(args, "the same call, the same engine called directly"));
+        let offline = tokio::task::spawn_blocking(move || call::offline(&call, &worker)).await;
+        spinner.finish_and_clear();
+        offline.or_exit(Exit::Internal)??
     };
 
     let errors = wer::compare(&call.reference(), &live.text());
@@ -115,7 +118,11 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
     }
     if args.keep {
         let hint = format!("still running: nats --server {} sub 'asr.v1.>'; Ctrl-C stops it", fleet.url());
-        if args.json { eprintln!("{hint}") } else { out(&format!("\n{hint}"))? }
+        if args.json {
+            eprintln!("{hint}")
+        } else {
+            out(&format!("\n{hint}"))?
+        }
         shutdown.cancelled().await;
     }
     nats.close(Duration::from_secs(1)).await;
@@ -125,10 +132,7 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
 }
 
 async fn start(args: &DemoArgs) -> anyhow::Result<Fleet> {
-    let spinner = if std::io::stderr().is_terminal() && !args.json { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
-    let style = ProgressStyle::with_template("{spinner} {msg} {elapsed}").unwrap_or_else(|_| ProgressStyle::default_spinner());
-    let spinner = spinner.with_style(style).with_message("starting nats-server, one dispatcher, two workers");
-    spinner.enable_steady_tick(Duration::from_millis(120));
+    let spinner = spinner(args, "starting nats-server, one dispatcher, two workers");
     let mut fleet = Fleet::builder().workers(2).slots(4).engine(Engine::Micro).set("worker.decode_threads", 1);
     if let Some(dir) = &args.models_dir {
         fleet = fleet.set("worker.models_dir", dir.display());
@@ -136,6 +140,18 @@ async fn start(args: &DemoArgs) -> anyhow::Result<Fleet> {
     let fleet = fleet.start().await;
     spinner.finish_and_clear();
     Ok(fleet?)
+}
+
+/// On a terminal, while something takes its time.
+fn spinner(args: &DemoArgs, message: &'static str) -> ProgressBar {
+    if args.json || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style =
+        ProgressStyle::with_template("{spinner} {msg} {elapsed}").unwrap_or_else(|_| ProgressStyle::default_spinner());
+    let spinner = ProgressBar::new_spinner().with_style(style).with_message(message);
+    spinner.enable_steady_tick(Duration::from_millis(120));
+    spinner
 }
 
 /// Streams the call and follows its transcript to the end final.

@@ -3,14 +3,17 @@
 use serde_json::{Value, json};
 use voxfleet_harness::fleet::Fleet;
 
-use super::{Live, call::{Call, Offline}};
+use super::{
+    Live,
+    call::{Call, Offline},
+};
 use crate::{
     transcript::{line::Paint, screen::out},
     wer::{Beside, WordErrors, beside},
 };
 
-/// Width of the reference column.
-const COLUMN: usize = 52;
+/// Widest reference column.
+const COLUMN: usize = 72;
 
 pub(crate) fn processes(fleet: &Fleet) -> String {
     let pids = |pids: Vec<u32>| pids.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
@@ -69,9 +72,10 @@ pub(crate) fn print(
     paint: Paint,
 ) -> std::io::Result<()> {
     out("")?;
-    out(&paint.bold(&format!("{:<COLUMN$}  {}", "what was said", "what was heard")))?;
+    let column = call.lines.iter().map(|l| l.chars().count()).max().unwrap_or(0).clamp(13, COLUMN);
+    out(&paint.bold(&format!("{:<column$}  {}", "what was said", "what was heard")))?;
     for line in beside(&call.lines, &live.text()) {
-        out(&row(&line, paint))?;
+        out(&row(&line, column, paint))?;
     }
     out("")?;
     out(&format!("live:    {}", rate(errors, paint)))?;
@@ -109,15 +113,12 @@ fn rate(errors: WordErrors, paint: Paint) -> String {
 }
 
 /// Wrong words stand in brackets, so that they show without colour too.
-fn row(line: &Beside, paint: Paint) -> String {
-    let words: Vec<String> = line
-        .heard
-        .iter()
-        .map(|h| if h.right { h.word.clone() } else { paint.red(&format!("[{}]", h.word)) })
-        .collect();
+fn row(line: &Beside, column: usize, paint: Paint) -> String {
+    let words: Vec<String> =
+        line.heard.iter().map(|h| if h.right { h.word.clone() } else { paint.red(&format!("[{}]", h.word)) }).collect();
     let missed = if line.missed == 0 { String::new() } else { paint.red(&format!("  (-{})", line.missed)) };
-    let reference: String = line.reference.chars().take(COLUMN).collect();
-    format!("{reference:<COLUMN$}  {}{missed}", words.join(" "))
+    let reference: String = line.reference.chars().take(column).collect();
+    format!("{reference:<column$}  {}{missed}", words.join(" "))
 }
 
 #[cfg(test)]
@@ -134,6 +135,6 @@ mod tests {
     #[test]
     fn errors_show_without_colour() {
         let lines = beside(&["good morning anna".to_owned()], "good mourning");
-        assert!(row(&lines[0], Paint { colour: false }).ends_with("good [mourning]  (-1)"));
+        assert!(row(&lines[0], 20, Paint { colour: false }).ends_with("good [mourning]  (-1)"));
     }
 }

@@ -51,8 +51,9 @@ pub(crate) async fn follow(
     seen: &mut (dyn FnMut(&Final) + Send),
     stop: &CancellationToken,
 ) -> Result<Followed, FollowError> {
-    let (past, present) = if what.from_start { (Start::First, Start::LastPerSubject) } else { (Start::New, Start::New) };
-    let mut finals = transcript::finals(nats, &what.filter, past.clone());
+    let (past, present) =
+        if what.from_start { (Start::First, Start::LastPerSubject) } else { (Start::New, Start::New) };
+    let mut finals = transcript::finals(nats, &what.filter, past);
     let mut events = transcript::events(nats, &what.filter, past);
     let mut partials = transcript::partials(nats, &what.filter, present);
     let mut view = View::default();
@@ -95,7 +96,11 @@ pub(crate) async fn follow(
 }
 
 /// A read that failed is logged and tried again; a connection that is closed for good ends it.
-async fn good<T>(read: Result<Read<T>, ReadError>, nats: &Nats, backoff: &mut Backoff) -> Result<Option<Read<T>>, FollowError> {
+async fn good<T>(
+    read: Result<Read<T>, ReadError>,
+    nats: &Nats,
+    backoff: &mut Backoff,
+) -> Result<Option<Read<T>>, FollowError> {
     match read {
         Ok(read) => {
             *backoff = Backoff::default();

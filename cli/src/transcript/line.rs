@@ -111,11 +111,9 @@ pub(crate) fn of_words(f: &Final, paint: Paint) -> Option<String> {
 
 pub(crate) fn of_event(e: &Event, paint: Paint) -> String {
     let mut text = format!("{} {}", e.what.as_str(), e.id);
-    for (name, value) in [
-        ("gpu", e.gpu_id.clone()),
-        ("epoch", e.epoch.map(|n| n.to_string())),
-        ("seq", e.seq.map(|n| n.to_string())),
-    ] {
+    for (name, value) in
+        [("gpu", e.gpu_id.clone()), ("epoch", e.epoch.map(|n| n.to_string())), ("seq", e.seq.map(|n| n.to_string()))]
+    {
         if let Some(value) = value {
             text.push_str(&format!(" {name}={value}"));
         }

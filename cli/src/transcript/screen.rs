@@ -99,7 +99,8 @@ impl Screen {
                     return self.line(&text);
                 }
                 let bar = self.open.entry(new.id.clone()).or_insert_with(|| {
-                    let style = ProgressStyle::with_template("{wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+                    let style =
+                        ProgressStyle::with_template("{wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
                     self.multi.add(ProgressBar::new_spinner().with_style(style))
                 });
                 bar.set_message(text);

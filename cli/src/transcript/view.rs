@@ -131,7 +131,7 @@ pub(crate) mod tests {
         assert!(view.on_partial(&a_partial(None, 1, "b", 9_000)).is_none(), "lower epoch");
         assert!(view.on_partial(&a_partial(None, 2, "a", 500)).is_none(), "heard less");
         assert!(view.on_final(&a_final(0, 2, "a", "x")).is_some());
-        assert!(view.on_partial(&a_partial(None, 2, "a", 15_000)).is_none(), "lower index");
+        assert!(view.on_partial(&a_partial(None, 2, "a", 17_000)).is_none(), "lower index");
         assert!(view.on_partial(&a_partial(Some(0), 2, "a", 17_000)).is_some());
         assert!(view.on_partial(&a_partial(Some(0), 3, "b", 16_500)).is_some(), "a new owner starts over");
     }

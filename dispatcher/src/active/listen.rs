@@ -187,12 +187,7 @@ pub(super) async fn sweep(
 }
 
 /// Renews the lease; ends when it is another's. `until` says how long it is surely held.
-pub(super) async fn renew(
-    lease: &mut Lease,
-    ttl: Duration,
-    until: watch::Sender<Instant>,
-    stop: CancellationToken,
-) {
+pub(super) async fn renew(lease: &mut Lease, ttl: Duration, until: watch::Sender<Instant>, stop: CancellationToken) {
     let renewing = async {
         loop {
             tokio::time::sleep(ttl / 3).await;

@@ -80,7 +80,9 @@ impl Core {
         let end = match result {
             Ok(end) => end,
             // Upkeep looks again.
-            Err(error) => return tracing::warn!(session = %id, error, "cannot read the log behind the end, trying again"),
+            Err(error) => {
+                return tracing::warn!(session = %id, error, "cannot read the log behind the end, trying again");
+            }
         };
         match end.opener {
             Some(opener) if session.state() == SessionState::Ended => {
@@ -203,7 +205,10 @@ impl Core {
         if let Mark::Close(call) = mark {
             return match result {
                 Ok(end_seq) => {
-                    self.answer(call, Answer::Closed(voxfleet_schema::session::Closed { session: id.clone(), end_seq }));
+                    self.answer(
+                        call,
+                        Answer::Closed(voxfleet_schema::session::Closed { session: id.clone(), end_seq }),
+                    );
                 }
                 Err(error) => {
                     tracing::warn!(session = %id, ?error, "end not written");

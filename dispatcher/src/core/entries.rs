@@ -262,12 +262,6 @@ impl Core {
     }
 }
 
-impl Default for Loading {
-    fn default() -> Self {
-        Self { opener: None, last: None, last_audio: None, bare_mark: None, asks: Vec::new(), retry_at: None }
-    }
-}
-
 fn note_entry(session: &mut Session, note: EntryNote, idle_now: std::time::Duration) {
     if session.last.is_some_and(|last| note.seq <= last) {
         return;

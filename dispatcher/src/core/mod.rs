@@ -53,32 +53,73 @@ pub enum Mark {
 #[derive(Debug)]
 pub enum Effect {
     /// Read key, last final and last entry -> [`Core::loaded`].
-    Load { id: StreamId },
+    Load {
+        id: StreamId,
+    },
     /// Write the key, by revision (none: create it) -> [`Core::saved`].
-    Save { id: StreamId, record: Box<SessionRecord>, revision: Option<u64> },
+    Save {
+        id: StreamId,
+        record: Box<SessionRecord>,
+        revision: Option<u64>,
+    },
     /// Give it to a worker -> [`Core::asked`].
-    Ask { worker: WorkerName, assignment: Box<Assignment> },
+    Ask {
+        worker: WorkerName,
+        assignment: Box<Assignment>,
+    },
     /// -> [`Core::released`].
-    Release { worker: WorkerName, id: StreamId, epoch: u64 },
+    Release {
+        worker: WorkerName,
+        id: StreamId,
+        epoch: u64,
+    },
     /// Write an entry, fenced where a sequence is given -> [`Core::appended`].
-    Append { id: StreamId, mark: Mark, expect: Option<u64> },
+    Append {
+        id: StreamId,
+        mark: Mark,
+        expect: Option<u64>,
+    },
     /// Read the log behind the last final -> [`Core::walked`].
-    Walk { id: StreamId, from: Option<Box<Walker>> },
+    Walk {
+        id: StreamId,
+        from: Option<Box<Walker>>,
+    },
     /// Read the last final -> [`Core::chain_read`].
-    ReadChain { id: StreamId },
+    ReadChain {
+        id: StreamId,
+    },
     /// Never answered: a lost hint costs latency only.
-    Hint { worker: WorkerName, id: StreamId, entry: RawEntry, prev: Option<u64> },
+    Hint {
+        worker: WorkerName,
+        id: StreamId,
+        entry: RawEntry,
+        prev: Option<u64>,
+    },
     /// Never answered; `once`: stored once even if two say it.
-    Tell { event: Box<Event>, once: bool },
-    Answer { call: CallId, answer: Box<Answer> },
+    Tell {
+        event: Box<Event>,
+        once: bool,
+    },
+    Answer {
+        call: CallId,
+        answer: Box<Answer>,
+    },
     /// First heartbeat: look for a verdict, make its consumers -> [`Core::admitted`].
-    Admit { heartbeat: Box<Heartbeat> },
+    Admit {
+        heartbeat: Box<Heartbeat>,
+    },
     /// Tell a dead incarnation to take a new name.
-    Renew { worker: WorkerName },
+    Renew {
+        worker: WorkerName,
+    },
     /// Write the verdict -> [`Core::buried`].
-    Bury { heartbeat: Box<Heartbeat> },
+    Bury {
+        heartbeat: Box<Heartbeat>,
+    },
     /// Delete its consumers and what lies there for it.
-    RemoveConsumers { worker: WorkerName },
+    RemoveConsumers {
+        worker: WorkerName,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -118,7 +159,9 @@ pub enum AskReply {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AppendError {
     /// Somebody spoke; where the log's last entry stands now.
-    Conflict { last: Option<u64> },
+    Conflict {
+        last: Option<u64>,
+    },
     Failed(String),
 }
 

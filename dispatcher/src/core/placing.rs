@@ -49,12 +49,15 @@ impl Core {
             return Ok(());
         };
         let (pick, reasons) = self.decide(session, now);
-        let worker = pick?;
-        let next = assigned(session, worker, now);
-        if let Some(session) = self.book.session_mut(id) {
+        let next = pick.map(|worker| assigned(session, worker, now));
+        // One that waits already has told why; it keeps no copy of every look at it.
+        let told = self.waiting.contains(id);
+        if let Some(session) = self.book.session_mut(id)
+            && (next.is_ok() || !told)
+        {
             session.reasons = reasons;
         }
-        self.save(id, next, now);
+        self.save(id, next?, now);
         Ok(())
     }
 
@@ -274,6 +277,13 @@ impl Core {
             let from = session.displaced_from.take();
             self.log_slot("session assigned", id, epoch, worker);
             if let Some(from) = from {
+                // A draining worker waits for this; a dead one is not in the fleet any more.
+                let held = self.fleet.get(&from).filter(|_| from != *worker).and_then(|w| {
+                    w.heartbeat.held.iter().find(|h| h.kind == Kind::Session && h.id == *id).map(|h| h.epoch)
+                });
+                if let Some(epoch) = held {
+                    self.effect(Effect::Release { worker: from.clone(), id: id.clone(), epoch });
+                }
                 self.session_event(id, What::Moved, now, |e| {
                     e.epoch = Some(epoch);
                     e.gpu_id = Some(worker.gpu_id.to_string());
@@ -299,12 +309,8 @@ impl Core {
         let Some(worker) = session.record.worker.clone() else {
             return;
         };
-        let opened = Opened {
-            session: id.clone(),
-            worker,
-            epoch: session.record.epoch,
-            subjects: self.subjects.session(id),
-        };
+        let opened =
+            Opened { session: id.clone(), worker, epoch: session.record.epoch, subjects: self.subjects.session(id) };
         self.answer(call, Answer::Opened(opened));
     }
 

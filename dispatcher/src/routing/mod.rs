@@ -128,10 +128,7 @@ pub fn route(request: Request<'_>, candidates: &[Candidate<'_>], config: &Dispat
     let any_gpu = candidates.iter().any(|c| !fit::is_cpu(c.heartbeat));
     let mut reasons: Reasons = candidates.iter().map(|c| judge(request, c, any_gpu, config)).collect();
     let newest_can = |gpu: &WorkerName, reasons: &Reasons| {
-        candidates
-            .iter()
-            .zip(reasons)
-            .any(|(c, r)| r.is_ok() && !c.superseded && c.name.gpu_id == gpu.gpu_id)
+        candidates.iter().zip(reasons).any(|(c, r)| r.is_ok() && !c.superseded && c.name.gpu_id == gpu.gpu_id)
     };
     for at in 0..candidates.len() {
         if candidates[at].superseded && reasons[at].is_ok() && newest_can(candidates[at].name, &reasons) {
@@ -204,16 +201,9 @@ fn judge(
 }
 
 /// The typed refusal when nobody can take it: an empty fleet, a model nobody has or could hold, or no room now.
-fn refuse(
-    request: Request<'_>,
-    candidates: &[Candidate<'_>],
-    reasons: &Reasons,
-    config: &DispatcherConfig,
-) -> Failure {
-    let retry = |class, message: &str| Failure {
-        retry_after_ms: Some(config.retry_after_ms),
-        ..Failure::new(class, message)
-    };
+fn refuse(request: Request<'_>, candidates: &[Candidate<'_>], reasons: &Reasons, config: &DispatcherConfig) -> Failure {
+    let retry =
+        |class, message: &str| Failure { retry_after_ms: Some(config.retry_after_ms), ..Failure::new(class, message) };
     let there = |r: &Result<Score, Refusal>| !matches!(r, Err(Refusal::NotAlive(_)));
     if !reasons.iter().any(there) {
         return retry(FailureClass::NoWorkers, "no worker is ready");
@@ -224,8 +214,9 @@ fn refuse(
         return Failure::new(FailureClass::ModelMissing, format!("no worker has model {model:?}"));
     }
     // A policy or a VAD kind that excludes whole devices never comes free, no more than memory that is not there.
-    let never =
-        |r: &Result<Score, Refusal>| matches!(r, Err(Refusal::ModelTooLarge | Refusal::ModelNotHere | Refusal::WrongDevice));
+    let never = |r: &Result<Score, Refusal>| {
+        matches!(r, Err(Refusal::ModelTooLarge | Refusal::ModelNotHere | Refusal::WrongDevice))
+    };
     if reasons.iter().filter(|r| there(r)).all(never) {
         return Failure::new(FailureClass::ModelDoesNotFit, "no device of the fleet can hold the model");
     }

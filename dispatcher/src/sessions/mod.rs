@@ -49,7 +49,7 @@ pub enum Asked {
 }
 
 /// A session whose key and last final are being read.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Loading {
     /// The first good audio that came meanwhile.
     pub opener: Option<Opener>,
@@ -177,7 +177,10 @@ pub enum Known {
     Loading(Loading),
     Session(Box<Session>),
     /// No session: what came before looked like the start of a container.
-    Container { seen: ContainerSeen, at: Duration },
+    Container {
+        seen: ContainerSeen,
+        at: Duration,
+    },
 }
 
 /// All of them.

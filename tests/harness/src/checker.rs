@@ -190,8 +190,12 @@ fn measure(log: &[LogEntry]) -> (u64, Vec<End>) {
     for entry in log {
         if let Some(format) = header(entry, "Asr-Format") {
             let field = |name: &str| format.split(';').find_map(|p| p.trim().strip_prefix(name)?.parse::<u64>().ok());
+            let (new_rate, channels) = (field("rate=").unwrap_or(16_000), field("channels=").unwrap_or(1));
             let width = if format.starts_with("pcm_f32le") { 4 } else { 2 };
-            let new = (width * field("channels=").unwrap_or(1), field("rate=").unwrap_or(16_000));
+            if !format.starts_with("pcm_") || !(8_000..=192_000).contains(&new_rate) || !(1..=64).contains(&channels) {
+                continue;
+            }
+            let new = (width * channels, new_rate);
             if new != (bytes_per_frame, rate) {
                 start += frames * 16_000 / rate;
                 (frames, (bytes_per_frame, rate)) = (0, new);

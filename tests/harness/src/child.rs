@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, getpid, getppid, kill_process, set_parent_pro
 use crate::{Error, Result, wait::eventually};
 
 /// How much of a log is shown when something failed.
-const TAIL_BYTES: u64 = 8 * 1024;
+const TAIL_BYTES: u64 = 3 * 1024;
 
 /// A running child.
 pub struct Child {

@@ -292,7 +292,7 @@ pub async fn wait_end(js: &jetstream::Context, session: &str, deadline: Duration
     let subject = format!("asr.v1.transcript.session.{session}.final");
     let stream = js.get_stream_no_info("ASR_TRANSCRIPT").await.map_err(Error::nats("ASR_TRANSCRIPT"))?;
     eventually(format!("end final of {session}"), deadline, || async {
-        let last = stream.direct_get_last_for_subject(subject.clone()).await.ok()?;
+        let last = stream.get_last_raw_message_by_subject(&subject).await.ok()?;
         let last: Value = serde_json::from_slice(&last.payload).ok()?;
         (last["end"] == true).then_some(())
     })

@@ -10,6 +10,8 @@
 //! | [`process`] | `voxfleet dispatcher` and `voxfleet worker`, configured through the environment |
 //! | [`fleet`] | all of it together, ready to be spoken to |
 //! | [`producer`] | a stranger's producer: plain publishes |
+//! | [`load`] | many sessions at once, and JetStream by itself |
+//! | [`probe_api`] | the service API and heartbeats, asked plainly |
 //! | [`checker`] | reads log and chain, says everything that does not fit |
 //! | [`audio`] | test calls, made sounds, word error rate |
 //! | [`wait`] | poll with a deadline; nothing here sleeps a fixed time |
@@ -22,6 +24,8 @@ pub mod checker;
 pub mod child;
 pub mod find;
 pub mod fleet;
+pub mod load;
+pub mod probe_api;
 pub mod process;
 pub mod producer;
 pub mod relay;

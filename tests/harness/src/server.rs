@@ -16,6 +16,9 @@ use tempfile::TempDir;
 
 use crate::{Error, Result, child::Child, find, wait::eventually};
 
+/// What all our servers share.
+const DEV_CONF: &str = include_str!("../../../nats/conf/dev.conf");
+
 const START_DEADLINE: Duration = Duration::from_secs(15);
 const CLUSTER_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -84,7 +87,7 @@ impl NatsServer {
             None => find::nats_server()?,
         };
         let plan = Plan { binary, name: name.to_owned(), port, jetstream: options.jetstream, cluster };
-        std::fs::write(dir.path().join("server.conf"), config(options)?).map_err(Error::io("server.conf"))?;
+        std::fs::write(dir.path().join("server.conf"), config(options)).map_err(Error::io("server.conf"))?;
         let child = plan.launch(dir.path())?;
         let mut server = Self { child, plan, dir };
         server.wait_ready().await?;
@@ -196,26 +199,16 @@ impl Plan {
     }
 }
 
-/// What all our servers share (`nats/conf/dev.conf`), then what this one wants otherwise. Later keys win.
-fn config(options: &ServerOptions) -> Result<String> {
-    let mut text = String::new();
-    if options.jetstream {
-        let dev = find::root().join("nats/conf/dev.conf");
-        text = match std::fs::read_to_string(&dev) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                "max_payload: 4194304\nping_interval: \"10s\"\n".into()
-            }
-            Err(e) => return Err(Error::io(dev.display().to_string())(e)),
-        };
-    }
+/// What all share, then what this one wants otherwise. Later keys win.
+fn config(options: &ServerOptions) -> String {
+    let mut text = if options.jetstream { DEV_CONF.to_owned() } else { String::new() };
     if let Some(bytes) = options.max_payload {
         text.push_str(&format!("\nmax_payload: {bytes}\n"));
     }
     text.push('\n');
     text.push_str(&options.extra);
     text.push('\n');
-    Ok(text)
+    text
 }
 
 /// Three (or any number of) servers with routes to each other.

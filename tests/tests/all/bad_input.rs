@@ -276,8 +276,14 @@ async fn ask(client: &async_nats::Client, endpoint: &str, body: &[u8], content_t
     let mut headers = async_nats::HeaderMap::new();
     headers.insert("Content-Type", content_type);
     let subject = format!("asr.v1.api.{endpoint}");
-    let reply = client.request_with_headers(subject, headers, body.to_vec().into()).await?;
-    Ok(serde_json::from_slice(&reply.payload)?)
+    // As every client does: a dispatcher that has just stopped or started swallows nothing.
+    for _ in 0..5 {
+        let asked = client.request_with_headers(subject.clone(), headers.clone(), body.to_vec().into());
+        if let Ok(Ok(reply)) = tokio::time::timeout(Duration::from_secs(1), asked).await {
+            return Ok(serde_json::from_slice(&reply.payload)?);
+        }
+    }
+    bail!("{endpoint} does not answer to {:?}", String::from_utf8_lossy(&body[..body.len().min(200)]))
 }
 
 #[tokio::test(flavor = "multi_thread")]

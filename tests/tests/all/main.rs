@@ -7,14 +7,26 @@
 //! | [`nats_pub`], [`examples`] | producers that know nothing of us: the `nats` command, shell, Python |
 //! | [`bad_input`] | every bad input gets its typed error and costs nobody else anything |
 //! | [`cluster_r3`] | the same on three servers |
+//! | [`nats_topology`], [`nats_log`], [`nats_chain`], [`nats_claim`], [`nats_fleet`] | what the `nats` crate promises, on one server and on three |
+//! | [`cli`] | what people type, with its output and exit codes |
+//! | [`dispatcher_sessions`] | the dispatcher without a worker's code: open, wait, move, end, go on, take over |
+//! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
 //! | [`direct`] | the engine without a fleet, for comparison |
 
 // Tests may unwrap; what is forbidden in the product is forbidden here too.
 mod bad_input;
+mod cli;
 mod cluster_r3;
 mod direct;
+mod dispatcher_sessions;
 mod examples;
 mod floors;
 mod live_micro;
 mod live_simulated;
+mod nats_chain;
+mod nats_claim;
+mod nats_fleet;
+mod nats_log;
 mod nats_pub;
+mod nats_topology;
+mod worker_supervisor;

@@ -19,9 +19,7 @@ use voxfleet_nats::{
 use voxfleet_schema::{
     event::{Event, Scope, What},
     failure::FailureClass,
-    fleet::{
-        ControlReply, ControlRequest, Device, EngineRunState, EngineState, Heartbeat, Provider, Slots,
-    },
+    fleet::{ControlReply, ControlRequest, Device, EngineRunState, EngineState, Heartbeat, Provider, Slots},
     id::{Kind, StreamId},
     session::{Reply, SessionRequest},
     transcript::{Partial, VadKind},

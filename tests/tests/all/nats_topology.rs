@@ -48,7 +48,11 @@ async fn what_is_missing_is_made_and_what_is_there_is_verified() -> Result<()> {
     let audio = js.get_stream(names::AUDIO).await?.get_info().await?.config;
     ensure!(audio.allow_direct && audio.max_message_size == 4 * 1024 * 1024 - 16 * 1024, "{audio:?}");
     js.get_key_value("asr_sessions").await?.put("k", "v".into()).await.context("a bucket for other clients")?;
-    js.get_object_store("asr_media").await?.put("k", &mut &b"audio"[..]).await.context("an object store for other clients")?;
+    js.get_object_store("asr_media")
+        .await?
+        .put("k", &mut &b"audio"[..])
+        .await
+        .context("an object store for other clients")?;
     let usage = topology::usage(&nats).await?;
     ensure!(usage.len() == 14 && usage.iter().all(|u| u.max_bytes > 0 && u.share() < 0.01), "{usage:?}");
     ensure!(nats.close(Duration::from_secs(5)).await);
@@ -63,7 +67,9 @@ async fn three_replicas_on_a_cluster_and_none_without_one() -> Result<()> {
     ensure!(topology::ensure(&nats, &config).await?.created.len() == 14);
     ensure!(topology::ensure(&nats, &config).await?.verified.len() == 14);
     match topology::ensure(&nats, &TopologyConfig::default()).await {
-        Err(TopologyError::Differs { field: "num_replicas", mend, .. }) => ensure!(mend.contains("--replicas=1"), "{mend}"),
+        Err(TopologyError::Differs { field: "num_replicas", mend, .. }) => {
+            ensure!(mend.contains("--replicas=1"), "{mend}")
+        }
         other => bail!("{other:?}"),
     }
 
@@ -86,7 +92,10 @@ async fn other_peoples_streams_are_told_apart_and_left_alone() -> Result<()> {
     js.create_stream(foreign).await?;
     match topology::ensure(&nats, &config).await {
         Err(TopologyError::Differs { stream, field: "subjects", wanted, found, mend }) => {
-            ensure!(stream == names::AUDIO && wanted == "asr.v1.audio.*" && found == "music.>", "{stream} {wanted} {found}");
+            ensure!(
+                stream == names::AUDIO && wanted == "asr.v1.audio.*" && found == "music.>",
+                "{stream} {wanted} {found}"
+            );
             ensure!(mend.contains("nats stream edit ASR_AUDIO --subjects=asr.v1.audio.*"), "{mend}");
         }
         other => bail!("{other:?}"),
@@ -97,7 +106,9 @@ async fn other_peoples_streams_are_told_apart_and_left_alone() -> Result<()> {
     let foreign = Config { name: "MINE".into(), subjects: vec!["asr.v1.audio.mine".into()], ..Config::default() };
     js.create_stream(foreign).await?;
     match topology::ensure(&nats, &config).await {
-        Err(TopologyError::SubjectsTaken { stream, other }) => ensure!(stream == names::AUDIO && other == "MINE", "{other}"),
+        Err(TopologyError::SubjectsTaken { stream, other }) => {
+            ensure!(stream == names::AUDIO && other == "MINE", "{other}")
+        }
         other => bail!("{other:?}"),
     }
     js.delete_stream("MINE").await?;
@@ -153,7 +164,8 @@ async fn an_old_server_is_refused_by_its_version() -> Result<()> {
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(async move {
         let (mut stream, _) = listener.accept().await?;
-        let info = r#"{"server_id":"x","version":"2.9.25","max_payload":4194304,"headers":true,"jetstream":true,"proto":1}"#;
+        let info =
+            r#"{"server_id":"x","version":"2.9.25","max_payload":4194304,"headers":true,"jetstream":true,"proto":1}"#;
         stream.write_all(format!("INFO {info}\r\n").as_bytes()).await?;
         let mut buffer = vec![0; 4_096];
         loop {
@@ -187,11 +199,8 @@ async fn a_connection_that_cannot_be_made_says_why() -> Result<()> {
     }
 
     let extra = r#"authorization { user: "worker", password: "right" }"#;
-    let server = NatsServer::start_with(ServerOptions {
-        jetstream: false,
-        extra: extra.to_owned(),
-        ..ServerOptions::default()
-    });
+    let server =
+        NatsServer::start_with(ServerOptions { jetstream: false, extra: extra.to_owned(), ..ServerOptions::default() });
     // The harness knows no password and must not need one to see the server listen.
     let server = server.await?;
     let mut config = NatsConfig {

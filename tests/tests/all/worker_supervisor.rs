@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tempfile::TempDir;
 use voxfleet_harness::{
     audio::{self, Pcm},
-    checker, fleet,
+    checker,
     process::{Settings, Worker},
     producer::{Pace, Producer},
     server::NatsServer,
@@ -114,8 +114,14 @@ impl Alone {
     }
 
     async fn end_text(&self, session: &str) -> Result<String> {
-        let text = fleet::wait_end(&self.js, session, Duration::from_secs(30)).await;
-        text.with_context(|| self.worker.log_tail())
+        let finals = eventually(format!("end final of {session}"), Duration::from_secs(30), || async {
+            let finals = checker::finals(&self.js, session).await.ok()?;
+            finals.last()?.is_end().then_some(finals)
+        })
+        .await
+        .with_context(|| self.worker.log_tail())?;
+        let texts: Vec<String> = finals.iter().map(checker::StoredFinal::text).filter(|t| !t.is_empty()).collect();
+        Ok(texts.join(" "))
     }
 }
 
@@ -247,6 +253,21 @@ async fn a_killed_engine_is_started_again_and_sessions_go_on_from_their_last_fin
     assert_eq!(beat.engine.state, EngineRunState::Ready);
     assert_ne!(alone.worker.engine_pid(), Some(engine));
     assert_eq!(beat.worker(), name, "the worker itself lived on");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_engine_dies_with_its_supervisor() -> Result<()> {
+    let mut alone = Alone::start(Settings::new().with("worker.preload", "simulated")).await?;
+    alone.beat("an engine", |b| b.engine.state == EngineRunState::Ready).await?;
+    let engine = alone.worker.engine_pid().context("an engine")?;
+    alone.worker.kill9()?;
+    eventually("the end of the engine", SOON, || async {
+        // A zombie whose new parent has not looked yet is dead too.
+        let stat = std::fs::read_to_string(format!("/proc/{engine}/stat")).unwrap_or_default();
+        (stat.is_empty() || stat.contains(") Z ")).then_some(())
+    })
+    .await?;
     Ok(())
 }
 

@@ -134,7 +134,7 @@ pub struct Pool {
 }
 
 struct DecodeThread {
-    jobs: SyncSender<Job>,
+    jobs: SyncSender<Box<Job>>,
     thread: JoinHandle<()>,
     idle: bool,
     /// Models it has a state for already.
@@ -174,7 +174,7 @@ impl Pool {
 
     /// Gives a window to an idle thread, one that has a state for its model if there is one. Gives it back where none is
     /// idle or its thread is gone.
-    pub fn decode(&mut self, job: Job) -> Result<(), Job> {
+    pub fn decode(&mut self, job: Box<Job>) -> Result<(), Box<Job>> {
         let name = &job.model.info().model;
         let warm = self.threads.iter().position(|t| t.idle && t.warm.contains(name));
         let Some(thread) = warm.or_else(|| self.threads.iter().position(|t| t.idle)) else {
@@ -218,7 +218,7 @@ impl Pool {
     }
 }
 
-fn decode_loop<E: From<Done>>(number: usize, jobs: &Receiver<Job>, events: &SyncSender<E>) {
+fn decode_loop<E: From<Done>>(number: usize, jobs: &Receiver<Box<Job>>, events: &SyncSender<E>) {
     let mut states: HashMap<String, Box<dyn Recognizer>> = HashMap::new();
     while let Ok(job) = jobs.recv() {
         let begin = Instant::now();
@@ -240,7 +240,7 @@ fn decode_loop<E: From<Done>>(number: usize, jobs: &Receiver<Job>, events: &Sync
                 }
             },
         };
-        let Job { handle, window, .. } = job;
+        let Job { handle, window, .. } = *job;
         let took = begin.elapsed();
         let done = Done { thread: number, handle, window, heard, info, queued, took, state_mb };
         if events.send(done.into()).is_err() {

@@ -92,8 +92,11 @@ impl SimulatedRecognizer {
             tracing::error!(decode = count, "simulated abort");
             std::process::abort();
         }
-        while config.hang_at > 0 && count > config.hang_at {
-            std::thread::park_timeout(Duration::from_secs(3_600));
+        if config.hang_at > 0 && count > config.hang_at {
+            // Deaf to its cancel flag, as a stuck device is.
+            loop {
+                std::thread::park_timeout(Duration::from_secs(3_600));
+            }
         }
         if config.speed > 0.0 {
             let seconds = window.samples.len() as f64 / 16_000.0 / config.speed;

@@ -13,6 +13,7 @@ use std::{
 };
 
 use ort::{
+    environment::Environment,
     session::{Session, builder::GraphOptimizationLevel},
     value::TensorRef,
 };
@@ -73,12 +74,7 @@ fn open_session(model: &Path, library: &Path) -> Result<Session, EngineError> {
     if !model.is_file() {
         return Err(EngineError::Vad(format!("{} is not there", model.display())));
     }
-    let environment = ort::init_from(library)
-        .map_err(|e| EngineError::Vad(e.to_string()))?
-        .with_name("voxfleet")
-        .with_telemetry(false)
-        .build()
-        .map_err(failed("starting ONNX Runtime"))?;
+    let environment = environment(library)?;
     let setting = |e: ort::Error<ort::session::builder::SessionBuilder>| EngineError::Vad(e.to_string());
     // One thread that does not spin: frames are tiny, and the cores belong to the decoder.
     Session::builder(&environment)
@@ -95,6 +91,22 @@ fn open_session(model: &Path, library: &Path) -> Result<Session, EngineError> {
         .map_err(setting)?
         .commit_from_file(model)
         .map_err(failed("loading the Silero model"))
+}
+
+/// ONNX Runtime's environment: one per process, of the first library that worked.
+fn environment(library: &Path) -> Result<Environment, EngineError> {
+    static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
+    let mut known = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(environment) = known.as_ref() {
+        return Ok(environment.clone());
+    }
+    let environment = ort::init_from(library)
+        .map_err(|e| EngineError::Vad(e.to_string()))?
+        .with_name("voxfleet")
+        .with_telemetry(false)
+        .build()
+        .map_err(failed("starting ONNX Runtime"))?;
+    Ok(known.insert(environment).clone())
 }
 
 /// What is no shared library at all is told apart before the dynamic linker sees it.

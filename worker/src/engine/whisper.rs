@@ -39,6 +39,9 @@ pub struct WhisperModel {
     context: Arc<WhisperContext>,
     info: RecognizerInfo,
     threads: usize,
+    on_gpu: bool,
+    /// Expected of one decode state.
+    state_mb: u64,
 }
 
 impl WhisperModel {
@@ -48,17 +51,22 @@ impl WhisperModel {
         whisper_rs::install_logging_hooks();
         let facts = models::check(name, path)?;
         let device = device(use_gpu);
-        let use_gpu = device != "cpu";
+        let on_gpu = device != "cpu";
+        // whisper.cpp goes on with a null buffer where this allocation fails.
+        enough_memory(on_gpu, facts.expected_mb, || format!("model {name}"))?;
         let mut parameters = WhisperContextParameters::default();
-        parameters.use_gpu(use_gpu).gpu_device(0).flash_attn(false);
-        let context = WhisperContext::new_with_params(path, parameters).map_err(|_| refused(name, path, &facts))?;
+        parameters.use_gpu(on_gpu).gpu_device(0).flash_attn(false);
+        let context = WhisperContext::new_with_params(path, parameters).map_err(|_| EngineError::Model {
+            name: name.to_owned(),
+            why: format!("whisper.cpp refused {}: its tensors are not those of a Whisper model", path.display()),
+        })?;
         let info = RecognizerInfo {
             engine: "whisper_cpp".to_owned(),
             model: name.to_owned(),
             device,
             multilingual: context.is_multilingual(),
         };
-        Ok(Self { context: Arc::new(context), info, threads: threads.max(1) })
+        Ok(Self { context: Arc::new(context), info, threads: threads.max(1), on_gpu, state_mb: facts.state_mb })
     }
 
     pub fn info(&self) -> &RecognizerInfo {
@@ -67,6 +75,7 @@ impl WhisperModel {
 
     /// One more decode state on these weights.
     pub fn state(&self) -> Result<WhisperRecognizer, EngineError> {
+        enough_memory(self.on_gpu, self.state_mb, || format!("a decode state of {}", self.info.model))?;
         let state = self
             .context
             .create_state()
@@ -100,14 +109,35 @@ fn gpu_name() -> Option<String> {
     None
 }
 
-/// The file is whole, so what failed is most likely memory; its tensors may also have names or shapes of another model.
-fn refused(name: &str, path: &Path, facts: &models::ModelFacts) -> EngineError {
-    match free_memory_mb() {
-        Some(free) if free < facts.expected_mb => {
-            EngineError::OutOfMemory(format!("{name} needs about {} MB, {free} MB are free", facts.expected_mb))
+/// Refuses what cannot fit, before an allocation fails: on a device that aborts the process, on the host the kernel picks a
+/// victim. Where the free memory is not known, everything fits.
+fn enough_memory(on_gpu: bool, needed_mb: u64, what: impl Fn() -> String) -> Result<(), EngineError> {
+    match if on_gpu { free_device_mb() } else { free_memory_mb() } {
+        Some(free) if free < needed_mb => {
+            Err(EngineError::OutOfMemory(format!("{} needs about {needed_mb} MB, {free} MB are free", what())))
         }
-        _ => EngineError::Model { name: name.to_owned(), why: format!("whisper.cpp refused {}", path.display()) },
+        _ => Ok(()),
     }
+}
+
+#[cfg(feature = "cuda")]
+fn free_device_mb() -> Option<u64> {
+    use whisper_rs::whisper_rs_sys as sys;
+    let (mut free, mut total) = (0usize, 0usize);
+    // SAFETY: a device of the registry lives as long as the process; it writes two numbers.
+    unsafe {
+        let device = sys::ggml_backend_dev_by_type(sys::ggml_backend_dev_type_GGML_BACKEND_DEVICE_TYPE_GPU);
+        if device.is_null() {
+            return None;
+        }
+        sys::ggml_backend_dev_memory(device, &mut free, &mut total);
+    }
+    (total > 0).then_some(free as u64 >> 20)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn free_device_mb() -> Option<u64> {
+    None
 }
 
 /// `MemAvailable`, in MB.

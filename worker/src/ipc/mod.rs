@@ -116,11 +116,23 @@ pub struct SimulatedConfig {
     /// Decodes after the n-th never return; 0 = never.
     pub hang_at: u64,
     pub load_ms: u64,
+    /// Where it writes how long each entry that carries `Asr-Sent-Us` was under way; the process id is appended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub arrivals: Option<std::path::PathBuf>,
 }
 
 impl Default for SimulatedConfig {
     fn default() -> Self {
-        Self { speed: 20.0, weights_mb: 0, state_mb: 0, fail_every: 0, abort_at: 0, hang_at: 0, load_ms: 0 }
+        Self {
+            speed: 20.0,
+            weights_mb: 0,
+            state_mb: 0,
+            fail_every: 0,
+            abort_at: 0,
+            hang_at: 0,
+            load_ms: 0,
+            arrivals: None,
+        }
     }
 }
 
@@ -129,11 +141,19 @@ impl Default for SimulatedConfig {
 pub enum ToEngine {
     Configure(Box<EngineConfig>),
     /// Load a model before its first use.
-    Load { model: String },
-    Open { handle: u64, options: Box<SessionOptions>, start: Box<StartPoint> },
+    Load {
+        model: String,
+    },
+    Open {
+        handle: u64,
+        options: Box<SessionOptions>,
+        start: Box<StartPoint>,
+    },
     Entry(EntryFor),
     /// Forget it; running decodes of it are cancelled.
-    Close { handle: u64 },
+    Close {
+        handle: u64,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -146,18 +166,43 @@ pub struct EntryFor {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FromEngine {
     /// It is up; nothing is loaded yet.
-    Ready { vad: VadKind, device: String, engine: String, notes: Vec<String> },
+    Ready {
+        vad: VadKind,
+        device: String,
+        engine: String,
+        notes: Vec<String>,
+    },
     Models(Vec<ModelState>),
     /// Bytes of audio that are no longer kept for this session: their permits are free.
-    Consumed { handle: u64, bytes: u64 },
+    Consumed {
+        handle: u64,
+        bytes: u64,
+    },
     /// Worth an event.
-    Note { handle: u64, note: StreamNote },
-    Partial { handle: u64, partial: Box<PartialDraft> },
-    Final { handle: u64, draft: Box<FinalDraft> },
+    Note {
+        handle: u64,
+        note: StreamNote,
+    },
+    Partial {
+        handle: u64,
+        partial: Box<PartialDraft>,
+    },
+    Final {
+        handle: u64,
+        draft: Box<FinalDraft>,
+    },
     /// The session cannot go on here (model missing, options the model cannot follow).
-    Failed { handle: u64, failure: Failure },
+    Failed {
+        handle: u64,
+        failure: Failure,
+    },
     /// Sent each 200 ms while there is work and it moves: decodes finished, audio decoded, time spent.
-    Progress { decodes: u64, audio_ms: u64, busy_ms: u64, working: bool },
+    Progress {
+        decodes: u64,
+        audio_ms: u64,
+        busy_ms: u64,
+        working: bool,
+    },
 }
 
 /// Something about a log entry that its sender should know.

@@ -135,6 +135,8 @@ impl<R: Read> BlockingReader<R> {
         Self { inner }
     }
 
+    /// The next frame.
+    #[expect(clippy::should_implement_trait, reason = "each call names the type it reads; an iterator has only one")]
     pub fn next<T: DeserializeOwned>(&mut self) -> Result<T, TransportError> {
         let mut header = [0u8; LENGTH_BYTES];
         let mut filled = 0;
@@ -231,7 +233,10 @@ mod tests {
         let oversize = entry(MAX_FRAME_BYTES);
         assert!(matches!(BlockingWriter::new(&mut sink).send(&oversize), Err(TransportError::TooLarge { .. })));
         assert!(sink.is_empty(), "nothing of it was written");
-        assert!(matches!(AsyncWriter::new(tokio::io::sink()).send(&oversize).await, Err(TransportError::TooLarge { .. })));
+        assert!(matches!(
+            AsyncWriter::new(tokio::io::sink()).send(&oversize).await,
+            Err(TransportError::TooLarge { .. })
+        ));
 
         let mut claimed = (u32::MAX).to_le_bytes().to_vec();
         claimed.extend_from_slice(b"x");
@@ -254,7 +259,10 @@ mod tests {
         }
         let garbage = [5, 0, 0, 0, 0xc1, 0xff, 0x00, 0x13, 0x37];
         assert!(matches!(BlockingReader::new(garbage.as_slice()).next::<ToEngine>(), Err(TransportError::Decode(_))));
-        assert!(matches!(AsyncReader::new(garbage.as_slice()).next::<ToEngine>().await, Err(TransportError::Decode(_))));
+        assert!(matches!(
+            AsyncReader::new(garbage.as_slice()).next::<ToEngine>().await,
+            Err(TransportError::Decode(_))
+        ));
         assert!(matches!(BlockingReader::new([].as_slice()).next::<ToEngine>(), Err(TransportError::Closed)));
     }
 

@@ -118,9 +118,7 @@ pub(crate) async fn spawn(program: &Program) -> Result<Spawned, SpawnError> {
 
     let (answer, spawned) = oneshot::channel();
     let orders = spawner()?;
-    orders
-        .try_send(Order { command, runtime: Handle::current(), answer })
-        .map_err(|_| SpawnError::Spawner)?;
+    orders.try_send(Order { command, runtime: Handle::current(), answer }).map_err(|_| SpawnError::Spawner)?;
     let mut child =
         spawned.await.map_err(|_| SpawnError::Spawner)?.map_err(|source| SpawnError::Start { exe, source })?;
     let stderr = child.stderr.take();

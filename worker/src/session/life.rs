@@ -109,6 +109,7 @@ impl<'a> Life<'a> {
         let session = self.session;
         let shared = &session.shared;
         let engine = Arc::clone(&self.engine);
+        let _hints = session.hints.read();
         let mut storing: Running<'a, Result<Kept, ChainError>> = None;
         let mut sending: Running<'a, Result<(), PublishError>> = None;
         let mut reading: Running<'a, Result<Option<RawEntry>, LogError>> = None;
@@ -144,8 +145,7 @@ impl<'a> Life<'a> {
             let room_again = shared.budget.room();
             tokio::pin!(room_again);
             room_again.as_mut().enable();
-            let may_feed =
-                !self.gone && !self.end_drafted && !desired.finish && self.drafts.len() < MAX_DRAFTS;
+            let may_feed = !self.gone && !self.end_drafted && !desired.finish && self.drafts.len() < MAX_DRAFTS;
             let mut has_room = true;
             if self.pending.is_none() {
                 self.take_hints(may_feed);

@@ -57,7 +57,13 @@ impl Names {
         }
     }
 
-    pub(super) fn partial_of(&self, draft: PartialDraft, epoch: u64, after_index: Option<u64>, unfed_ms: u64) -> Partial {
+    pub(super) fn partial_of(
+        &self,
+        draft: PartialDraft,
+        epoch: u64,
+        after_index: Option<u64>,
+        unfed_ms: u64,
+    ) -> Partial {
         Partial {
             kind: self.kind,
             id: self.id.clone(),

@@ -145,7 +145,7 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
             max_entry,
         },
         engine,
-        hints: HintPool::new(hint_bytes),
+        hints: HintPool::new(hint_bytes, max_entry),
         config: Arc::new(config),
     };
     let served = supervisor.serve_all(incarnation, &shutdown).await;

@@ -35,7 +35,9 @@ use crate::{
 #[derive(Debug)]
 pub(super) enum Served {
     /// The time of the stop began at `begun`.
-    Stopped { begun: Instant },
+    Stopped {
+        begun: Instant,
+    },
     Renew,
 }
 
@@ -51,9 +53,14 @@ enum After {
 enum Phase {
     Serving,
     /// Takes nothing new; what is held goes on until it is released, at most until then.
-    Draining { until: Instant },
+    Draining {
+        until: Instant,
+    },
     /// Sessions finish what they have begun.
-    Stopping { begun: Instant, until: Instant },
+    Stopping {
+        begun: Instant,
+        until: Instant,
+    },
 }
 
 impl Phase {

@@ -6,7 +6,7 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use bytes::Bytes;
@@ -60,6 +60,13 @@ pub(crate) fn call(number: u32) -> Vec<i16> {
     audio(&format!("call-{number:02}.flac"))
 }
 
+/// The first seconds of a call: enough where whisper.cpp has to decode everything anew.
+pub(crate) fn first_seconds(number: u32, seconds: usize) -> Vec<i16> {
+    let mut samples = call(number);
+    samples.truncate(seconds * 16_000);
+    samples
+}
+
 pub(crate) fn reference(number: u32) -> String {
     std::fs::read_to_string(root().join(format!("tests/audio/call-{number:02}.txt"))).expect("reference")
 }
@@ -105,7 +112,7 @@ pub(crate) fn flush() -> RawEntry {
     entry(&[("Asr-Flush", "1")], Bytes::new())
 }
 
-/// What comes out of a log's PCM, cut into pauses and voice by `bursts`.
+/// All that was said.
 pub(crate) fn text(finals: &[FinalDraft]) -> String {
     join_text(finals.iter().flat_map(|f| f.segments.iter().map(|s| s.text.as_str())))
 }
@@ -169,18 +176,35 @@ pub(crate) fn silero() -> Result<Arc<dyn VadFactory>, String> {
     note.map_or(Ok(factory), Err)
 }
 
-/// Remembers what was heard in which window. Running a log again then costs only windows that are new; that the same
-/// window always gives the same text has a test of its own.
+/// Everything that decides what is heard: model, samples, place, prompt, language, and whether it is a final.
+type Key = (String, Vec<u32>, u64, String, Option<String>, bool);
+
+/// Remembers what was heard in which window, for all tests of a binary. Running a log again then costs only windows that
+/// are new; that the same window always gives the same text has a test of its own.
 pub(crate) struct Remembering {
     inner: Box<dyn Recognizer>,
-    heard: HashMap<(Vec<u32>, u64, String, Option<String>, bool), Hypothesis>,
-    /// Windows really decoded.
+    /// Windows that it had to decode.
     pub(crate) decodes: usize,
 }
 
 impl Remembering {
     pub(crate) fn new(model: &Model) -> Self {
-        Self { inner: model.state().expect("state"), heard: HashMap::new(), decodes: 0 }
+        Self { inner: model.state().expect("state"), decodes: 0 }
+    }
+
+    fn recall(&mut self, window: &Window) -> Result<Hypothesis, EngineError> {
+        static HEARD: Mutex<Option<HashMap<Key, Hypothesis>>> = Mutex::new(None);
+        let bits = window.samples.iter().map(|s| s.to_bits()).collect();
+        let finals = window.purpose == Purpose::Final;
+        let model = self.inner.info().model.clone();
+        let key = (model, bits, window.from_sample, window.prompt.clone(), window.language.clone(), finals);
+        if let Some(heard) = HEARD.lock().expect("lock").get_or_insert_default().get(&key) {
+            return Ok(heard.clone());
+        }
+        self.decodes += 1;
+        let heard = self.inner.decode(std::slice::from_ref(window)).pop().expect("one answer per window")?;
+        HEARD.lock().expect("lock").get_or_insert_default().insert(key, heard.clone());
+        Ok(heard)
     }
 }
 
@@ -190,23 +214,7 @@ impl Recognizer for Remembering {
     }
 
     fn decode(&mut self, batch: &[Window]) -> Vec<Result<Hypothesis, EngineError>> {
-        let mut answers = Vec::new();
-        for window in batch {
-            let bits: Vec<u32> = window.samples.iter().map(|s| s.to_bits()).collect();
-            let finals = window.purpose == Purpose::Final;
-            let key = (bits, window.from_sample, window.prompt.clone(), window.language.clone(), finals);
-            if let Some(heard) = self.heard.get(&key) {
-                answers.push(Ok(heard.clone()));
-                continue;
-            }
-            self.decodes += 1;
-            let heard = self.inner.decode(std::slice::from_ref(window)).pop().expect("one answer per window");
-            if let Ok(heard) = &heard {
-                self.heard.insert(key, heard.clone());
-            }
-            answers.push(heard);
-        }
-        answers
+        batch.iter().map(|window| self.recall(window)).collect()
     }
 }
 

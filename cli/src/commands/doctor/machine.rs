@@ -27,7 +27,11 @@ fn cores(settings: &Settings) -> Check {
         let (states, threads) = (settings.worker.decode_states, settings.worker.decode_threads);
         if states * threads > cores {
             let found = format!("{cores}, and a worker would decode on {states} x {threads} threads");
-            return Check::warn("cores", found, "lower worker.decode_states or worker.decode_threads: spinning threads slow each other down");
+            return Check::warn(
+                "cores",
+                found,
+                "lower worker.decode_states or worker.decode_threads: spinning threads slow each other down",
+            );
         }
     }
     let _ = settings;
@@ -35,9 +39,9 @@ fn cores(settings: &Settings) -> Check {
 }
 
 fn memory(meminfo: Option<&str>) -> Check {
-    let free = meminfo.and_then(|text| text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))).and_then(|rest| {
-        rest.split_whitespace().next()?.parse::<u64>().ok()
-    });
+    let free = meminfo
+        .and_then(|text| text.lines().find_map(|l| l.strip_prefix("MemAvailable:")))
+        .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
     match free.map(|kb| kb / 1024) {
         Some(mb) if mb < LEAST_FREE_MB => Check::warn("memory", format!("{mb} MB free"), "a model may not fit"),
         Some(mb) => Check::ok("memory", format!("{mb} MB free")),
@@ -74,9 +78,17 @@ mod worker {
             Ok(found) if found.uuid.is_some() => {
                 Check::ok("gpu", format!("{}, {} of {} MB free", found.name, found.free_mb, found.total_mb))
             }
-            Ok(found) if cfg!(feature = "cuda") => Check::warn("gpu", format!("none, work goes to {}", found.name), "is the driver there? nvidia-smi tells"),
+            Ok(found) if cfg!(feature = "cuda") => Check::warn(
+                "gpu",
+                format!("none, work goes to {}", found.name),
+                "is the driver there? nvidia-smi tells",
+            ),
             Ok(found) => Check::ok("gpu", format!("this build has no CUDA, work goes to {}", found.name)),
-            Err(error) => Check::fail("gpu", format!("{:#}", anyhow::Error::new(error)), "set worker.gpu to auto or to what nvidia-smi -L lists"),
+            Err(error) => Check::fail(
+                "gpu",
+                format!("{:#}", anyhow::Error::new(error)),
+                "set worker.gpu to auto or to what nvidia-smi -L lists",
+            ),
         }
     }
 
@@ -107,7 +119,11 @@ mod worker {
         };
         checks.push(match Silero::load(&model, &library) {
             Ok(_) => Check::ok("onnxruntime", format!("{}, runs the detector", named(&library))),
-            Err(error) => Check::fail("onnxruntime", format!("{error}; {energy}"), "1.20 or newer is needed: set worker.onnxruntime or ORT_DYLIB_PATH"),
+            Err(error) => Check::fail(
+                "onnxruntime",
+                format!("{error}; {energy}"),
+                "1.20 or newer is needed: set worker.onnxruntime or ORT_DYLIB_PATH",
+            ),
         });
         checks
     }

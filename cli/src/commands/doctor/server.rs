@@ -38,7 +38,11 @@ pub(super) async fn look(settings: &Settings) -> Vec<Check> {
     checks.extend(usage(&nats).await);
     checks.push(match dispatcher {
         Ok(status) => Check::ok("dispatcher", status.dispatcher),
-        Err(error) => Check::warn("dispatcher", error.to_string(), "start `voxfleet dispatcher`; audio waits in the log until then"),
+        Err(error) => Check::warn(
+            "dispatcher",
+            error.to_string(),
+            "start `voxfleet dispatcher`; audio waits in the log until then",
+        ),
     });
     checks.extend(workers(&nats).await);
     nats.close(Duration::from_secs(1)).await;
@@ -57,9 +61,15 @@ fn wanted(settings: &Settings) -> TopologyConfig {
 
 async fn rtt(nats: &Nats) -> Check {
     match nats.rtt(ASK).await {
-        Ok(rtt) if rtt <= SLOW_RTT => Check::ok("nats", format!("{}, round trip {:.1} ms", nats.server_name(), ms(rtt))),
+        Ok(rtt) if rtt <= SLOW_RTT => {
+            Check::ok("nats", format!("{}, round trip {:.1} ms", nats.server_name(), ms(rtt)))
+        }
         Ok(rtt) => Check::warn("nats", format!("round trip {:.0} ms", ms(rtt)), "choose a server that is nearer"),
-        Err(error) => Check::fail("nats", error.to_string(), "the connection stands and nothing comes back: look at the server's log"),
+        Err(error) => Check::fail(
+            "nats",
+            error.to_string(),
+            "the connection stands and nothing comes back: look at the server's log",
+        ),
     }
 }
 
@@ -165,7 +175,11 @@ async fn workers(nats: &Nats) -> Vec<Check> {
         let lacking = |w: &&WorkerStatus| !consumers.iter().any(|c| c.live && c.worker == w.heartbeat.worker());
         checks.extend(workers.iter().filter(lacking).map(|w| {
             let found = format!("{} has no consumer for live audio", w.heartbeat.gpu_id);
-            Check::warn("consumers", found, "a dispatcher makes it at the next heartbeat; until then audio comes from the log only")
+            Check::warn(
+                "consumers",
+                found,
+                "a dispatcher makes it at the next heartbeat; until then audio comes from the log only",
+            )
         }));
     }
     checks
@@ -195,7 +209,8 @@ mod tests {
     #[test]
     fn missing_streams_are_a_failure_only_where_someone_should_have_made_them() {
         let missing = [TopologyError::Missing { stream: "ASR_AUDIO".to_owned() }];
-        let worst = |problems: &[TopologyError], dispatcher| streams(problems, dispatcher).iter().map(|c| c.verdict).max();
+        let worst =
+            |problems: &[TopologyError], dispatcher| streams(problems, dispatcher).iter().map(|c| c.verdict).max();
         assert_eq!(worst(&missing, false), Some(Verdict::Warn));
         assert_eq!(worst(&missing, true), Some(Verdict::Fail));
         assert_eq!(worst(&[TopologyError::NoJetStream], false), Some(Verdict::Fail));

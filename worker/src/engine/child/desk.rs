@@ -14,6 +14,7 @@ use voxfleet_schema::{
     transcript::Timings,
 };
 
+use super::arrivals::Arrivals;
 use crate::{
     engine::{
         Cancel, EngineError, Purpose, Window,
@@ -22,7 +23,7 @@ use crate::{
         vad::VadFactory,
     },
     ipc::{
-        EngineConfig, FromEngine, ModelFile, StartPoint, ToEngine,
+        EngineConfig, EngineKind, FromEngine, ModelFile, StartPoint, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
@@ -72,6 +73,7 @@ pub(super) struct Desk {
     totals: Totals,
     /// What was last told: totals, signs of life, working.
     told: (Totals, u64, bool),
+    arrivals: Option<Arrivals>,
 }
 
 impl Desk {
@@ -82,6 +84,10 @@ impl Desk {
         out: BlockingWriter<UnixStream>,
     ) -> Self {
         let models = config.models.iter().map(|file| (file.name.clone(), shelve(&config, file))).collect();
+        let wanted = config.simulated.arrivals.as_ref().filter(|_| config.engine == EngineKind::Simulated);
+        let arrivals = wanted.and_then(|path| {
+            Arrivals::open(path).inspect_err(|error| tracing::warn!(%error, "arrival times cannot be written")).ok()
+        });
         Self {
             config,
             pool,
@@ -91,6 +97,7 @@ impl Desk {
             models,
             totals: Totals::default(),
             told: (Totals::default(), 0, false),
+            arrivals,
         }
     }
 
@@ -118,6 +125,7 @@ impl Desk {
 
     /// Told while there is work and it moves, and once when it begins or ends: a hung decode is silent.
     pub(super) fn progress(&mut self, now: Instant) -> Said {
+        self.arrivals.iter_mut().for_each(Arrivals::flush);
         let working = self.working();
         let flags = self.sessions.values().flat_map(|s| s.decoding.iter().chain(&s.partial));
         let looks = flags.map(Cancel::looks).fold(0, u64::wrapping_add);
@@ -143,6 +151,7 @@ impl Desk {
             ToEngine::Open { handle, options, start } => return self.open(handle, &options, *start),
             // Audio of a session that failed or was closed a moment ago.
             ToEngine::Entry(for_session) => {
+                self.arrivals.iter_mut().for_each(|arrivals| arrivals.note(&for_session.entry));
                 if let Some(session) = self.sessions.get_mut(&for_session.handle) {
                     session.stream.push(for_session.entry);
                     session.dirty = true;
@@ -263,8 +272,8 @@ impl Desk {
             let Some(job) = self.next_final().or_else(|| self.next_partial()) else {
                 return;
             };
-            if let Err(job) = self.pool.decode(job) {
-                self.take_back(job);
+            if let Err(job) = self.pool.decode(Box::new(job)) {
+                self.take_back(*job);
                 return;
             }
         }

@@ -140,13 +140,7 @@ impl Setup {
     async fn finish(mut self) -> Result<()> {
         self.stop.cancel();
         while let Some(done) = self.tasks.join_next().await {
-            match done {
-                Err(error) if error.is_panic() => bail!("a task failed: {error}"),
-                _ => {}
-            }
-            if self.tasks.len() == 0 {
-                break;
-            }
+            ensure!(!done.is_err_and(|e| e.is_panic()), "a task failed");
         }
         Ok(())
     }
@@ -551,7 +545,8 @@ async fn hostile_requests_and_entries_get_their_answer_and_cost_nothing() -> Res
     }
     ensure!(class(&setup.session("close", "nobody").await?) == "not_found");
 
-    let bad: [(&'static [u8], &[(&str, &str)], &str); 7] = [
+    type Bad = (&'static [u8], &'static [(&'static str, &'static str)], &'static str);
+    let bad: [Bad; 7] = [
         (b"", &[], "bad_request"),
         (b"odd", &[], "bad_audio"),
         (AUDIO, &[("Asr-Format", "pcm_s16le;rate=0")], "bad_audio"),

@@ -1,0 +1,133 @@
+//! How long each process takes to be of use, and how much memory idle sessions cost.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use futures_util::{StreamExt as _, stream};
+use serde_json::{Value, json};
+use voxfleet_harness::{
+    fleet::{self, Engine, Fleet},
+    probe_api,
+    process::{Dispatcher, Settings, Worker},
+    server::NatsServer,
+    wait::eventually,
+};
+
+use super::{progress, rounded, route::Memory};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+const AT_ONCE: usize = 32;
+
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct StartupArgs {
+    /// Idle sessions
+    #[arg(long, default_value_t = 1_000, value_name = "N")]
+    sessions: usize,
+    /// Starts of each process; the median is reported
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    runs: usize,
+}
+
+pub(super) async fn run(args: StartupArgs) -> Result<Value> {
+    ensure!(args.runs >= 1, "nothing to measure");
+    let mut times: [Vec<f64>; 5] = Default::default();
+    for run in 1..=args.runs {
+        progress(&format!("start {run} of {}", args.runs));
+        for (all, one) in times.iter_mut().zip(one_start().await?) {
+            all.push(one);
+        }
+    }
+    let [server, dispatcher, worker, simulated, micro] = times.map(median);
+    progress(&format!("{} idle sessions", args.sessions));
+    let (empty, idle, opened_s) = idle_sessions(args.sessions).await?;
+    Ok(json!({
+        "nats_server_ms": server,
+        "dispatcher_ms": dispatcher,
+        "worker_ms": worker,
+        "engine_simulated_ms": simulated,
+        "engine_micro_ms": micro,
+        "idle_sessions": args.sessions,
+        "opens_per_s": rounded(args.sessions as f64 / opened_s),
+        "resident_mb_0_sessions": empty.json(),
+        "resident_mb_idle_sessions": idle.json(),
+    }))
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied().map_or(0.0, rounded)
+}
+
+fn ms(begin: Instant) -> f64 {
+    begin.elapsed().as_secs_f64() * 1e3
+}
+
+/// Server until it listens, dispatcher until it answers, worker until its first heartbeat, engines until a model is loaded.
+async fn one_start() -> Result<[f64; 5]> {
+    let dir = tempfile::tempdir()?;
+    let begin = Instant::now();
+    let server = NatsServer::start().await?;
+    let server_ms = ms(begin);
+    let client = server.client().await?;
+    let settings = Settings::new().with("nats.urls", server.url());
+
+    let begin = Instant::now();
+    let _dispatcher = Dispatcher::start("dispatcher", &settings, dir.path())?;
+    eventually("the dispatcher answers", DEADLINE, || probe_api::fleet_status(&client)).await?;
+    let dispatcher_ms = ms(begin);
+
+    let worker = |id: &'static str, more: Settings| {
+        let (client, settings, dir) = (client.clone(), settings.clone().and(&more), dir.path());
+        async move {
+            let mut beats = probe_api::heartbeats(&client, id).await?;
+            let begin = Instant::now();
+            let worker = Worker::start(id, &settings.with("worker.gpu", "none"), dir)?;
+            let first = tokio::time::timeout(DEADLINE, beats.next()).await.context("no heartbeat")?;
+            first.context("no heartbeat")?;
+            let first_ms = ms(begin);
+            // Heartbeats come each second; the log says it when it happens.
+            let loaded = || std::future::ready(worker.log().contains("model loaded").then(|| ms(begin)));
+            let loaded = eventually("a loaded model", DEADLINE, loaded).await?;
+            Ok::<_, anyhow::Error>((first_ms, loaded))
+        }
+    };
+    let simulated = Settings::new().with("worker.engine", "simulated").with("worker.preload", "simulated");
+    let (worker_ms, simulated_ms) = worker("start-simulated", simulated).await?;
+    let micro = Settings::new()
+        .with("worker.models_dir", fleet::models_dir().display())
+        .with("worker.preload", "micro.en-q8_0")
+        .with("worker.decode_states", 1);
+    let (_, micro_ms) = worker("start-micro", micro).await?;
+    Ok([server_ms, dispatcher_ms, worker_ms, simulated_ms, micro_ms])
+}
+
+/// Memory without sessions and with `sessions` that were opened and never spoke, and how long opening them took.
+async fn idle_sessions(sessions: usize) -> Result<(Memory, Memory, f64)> {
+    let fleet = Fleet::builder()
+        .workers(1)
+        .slots(sessions.max(1) as u32)
+        .engine(Engine::Simulated { speed: 0.0 })
+        .start()
+        .await?;
+    let client = fleet.client();
+    eventually("the dispatcher answers", DEADLINE, || probe_api::fleet_status(&client)).await?;
+    let empty = Memory::of(&fleet);
+    let begin = Instant::now();
+    let opened = stream::iter(0..sessions)
+        .map(|n| {
+            let client = client.clone();
+            async move { probe_api::open(&client, &format!("idle-{n}"), 1_800).await }
+        })
+        .buffer_unordered(AT_ONCE)
+        .collect::<Vec<_>>()
+        .await;
+    let seconds = begin.elapsed().as_secs_f64();
+    opened.into_iter().collect::<Result<Vec<_>, _>>()?;
+    eventually("all sessions are held", DEADLINE, || async {
+        let status = probe_api::fleet_status(&client).await?;
+        let used = status["workers"].as_array()?.iter().filter_map(|w| w["heartbeat"]["slots"]["used"].as_u64());
+        (used.sum::<u64>() >= sessions as u64).then_some(())
+    })
+    .await?;
+    Ok((empty, Memory::of(&fleet), seconds))
+}

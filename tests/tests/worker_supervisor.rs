@@ -1,4 +1,0 @@
-#[path = "all/direct.rs"]
-mod direct;
-#[path = "all/worker_supervisor.rs"]
-mod worker_supervisor;

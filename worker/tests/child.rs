@@ -1,0 +1,429 @@
+//! The engine child over a real socketpair, in a thread of this process: frames in, frames out.
+
+mod support;
+
+use std::{
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    sync::mpsc::{Receiver, sync_channel},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use support::*;
+use voxfleet_schema::{
+    audio::RawEntry,
+    event::What,
+    failure::{Failure, FailureClass},
+    fleet::Residency,
+    session::SessionOptions,
+    transcript::VadKind,
+};
+use voxfleet_worker::{
+    engine::{
+        child::{ChildError, serve},
+        vad::Energy,
+    },
+    ipc::{
+        EngineConfig, EngineKind, EntryFor, FinalDraft, FromEngine, ModelFile, PartialDraft, SimulatedConfig,
+        StartPoint, ToEngine,
+        transport::{BlockingReader, BlockingWriter, TransportError},
+    },
+};
+
+/// Longer than anything here takes, even on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn simulated_config(simulated: SimulatedConfig) -> EngineConfig {
+    let model = |name: &str| ModelFile { name: name.to_owned(), path: PathBuf::from("/nonexistent") };
+    EngineConfig {
+        engine: EngineKind::Simulated,
+        models: vec![model("simulated"), model("other")],
+        default_model: "simulated".to_owned(),
+        silero_model: None,
+        onnxruntime: None,
+        decode_states: 2,
+        decode_threads: 1,
+        use_gpu: false,
+        simulated,
+    }
+}
+
+fn instant() -> SimulatedConfig {
+    SimulatedConfig { speed: 0.0, ..SimulatedConfig::default() }
+}
+
+/// A child and its supervisor's side of the socket.
+struct Child {
+    writer: BlockingWriter<UnixStream>,
+    inbox: Receiver<FromEngine>,
+    socket: UnixStream,
+    child: Option<JoinHandle<Result<(), ChildError>>>,
+    /// All that came so far.
+    seen: Vec<FromEngine>,
+}
+
+impl Child {
+    fn start(config: EngineConfig) -> Self {
+        let (ours, theirs) = UnixStream::pair().expect("socketpair");
+        let child = std::thread::spawn(move || serve(theirs));
+        let mut reader = BlockingReader::new(ours.try_clone().expect("clone"));
+        let (messages, inbox) = sync_channel(10_000);
+        std::thread::spawn(move || {
+            while let Ok(message) = reader.next::<FromEngine>() {
+                if messages.send(message).is_err() {
+                    return;
+                }
+            }
+        });
+        let writer = BlockingWriter::new(ours.try_clone().expect("clone"));
+        let mut started = Self { writer, inbox, socket: ours, child: Some(child), seen: Vec::new() };
+        started.send(ToEngine::Configure(Box::new(config)));
+        started
+    }
+
+    fn send(&mut self, frame: ToEngine) {
+        self.writer.send(&frame).expect("send");
+    }
+
+    fn open(&mut self, handle: u64, options: SessionOptions) {
+        self.send(ToEngine::Open { handle, options: Box::new(options), start: Box::new(StartPoint::beginning()) });
+    }
+
+    fn feed(&mut self, handle: u64, log: &[RawEntry]) {
+        for entry in log {
+            self.send(ToEngine::Entry(EntryFor { handle, entry: entry.clone() }));
+        }
+    }
+
+    /// Waits until what has come so far gives an answer.
+    fn until<T>(&mut self, what: &str, mut answer: impl FnMut(&[FromEngine]) -> Option<T>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(found) = answer(&self.seen) {
+                return found;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.inbox.recv_timeout(left) {
+                Ok(message) => self.seen.push(message),
+                Err(e) => panic!("no {what}: {e}; the last messages are {:?}", self.seen.iter().rev().take(5)),
+            }
+        }
+    }
+
+    fn finals_of(&mut self, handle: u64) -> Vec<FinalDraft> {
+        self.until("end final", |seen| {
+            let all = finals_in(seen, handle);
+            all.last().is_some_and(|f| f.end).then_some(all)
+        })
+    }
+
+    fn failure_of(&mut self, handle: u64) -> Failure {
+        self.until("failure", |seen| {
+            seen.iter().find_map(|m| match m {
+                FromEngine::Failed { handle: h, failure } if *h == handle => Some(failure.clone()),
+                _ => None,
+            })
+        })
+    }
+
+    /// Closes the socket and waits for the child.
+    fn end(mut self) -> Result<(), ChildError> {
+        self.socket.shutdown(std::net::Shutdown::Both).expect("shutdown");
+        self.child.take().expect("running").join().expect("no panic")
+    }
+}
+
+fn finals_in(seen: &[FromEngine], handle: u64) -> Vec<FinalDraft> {
+    let finals = seen.iter().filter_map(|m| match m {
+        FromEngine::Final { handle: h, draft } if *h == handle => Some((**draft).clone()),
+        _ => None,
+    });
+    finals.collect()
+}
+
+fn partials_in(seen: &[FromEngine], handle: u64) -> Vec<PartialDraft> {
+    let partials = seen.iter().filter_map(|m| match m {
+        FromEngine::Partial { handle: h, partial } if *h == handle => Some((**partial).clone()),
+        _ => None,
+    });
+    partials.collect()
+}
+
+fn state_of(seen: &[FromEngine], model: &str) -> Option<(Residency, u64, u64)> {
+    let of = |m: &FromEngine| match m {
+        FromEngine::Models(models) => models.iter().find(|m| m.name == model).cloned(),
+        _ => None,
+    };
+    seen.iter().rev().find_map(of).map(|m| (m.state, m.resident_mb, m.expected_mb))
+}
+
+#[test]
+fn it_says_what_it_is_and_gives_the_same_finals_as_the_engine_called_directly() {
+    let mut child = Child::start(simulated_config(instant()));
+    let (vad, device, engine, notes) = child.until("ready", |seen| match seen.first()? {
+        FromEngine::Ready { vad, device, engine, notes } => Some((*vad, device.clone(), engine.clone(), notes.clone())),
+        other => panic!("{other:?} came before ready"),
+    });
+    assert_eq!((vad, device.as_str(), engine.as_str()), (VadKind::Energy, "cpu", "simulated"));
+    assert!(notes.iter().any(|n| n.contains("energy")), "it says why it has no Silero: {notes:?}");
+
+    let logs: Vec<Vec<RawEntry>> = (1..=4).map(|n| log_16k(&call(n), 100)).collect();
+    for handle in 0..4 {
+        child.open(handle, SessionOptions::default());
+    }
+    // Interleaved, as live sessions are.
+    for at in 0..logs.iter().map(Vec::len).max().expect("logs") {
+        for (handle, log) in (0..).zip(&logs) {
+            child.feed(handle, log.get(at..=at).unwrap_or_default());
+        }
+    }
+    for (handle, log) in (0..).zip(&logs) {
+        let direct = finals(log, &mut Remembering::new(&simulated()), &Energy);
+        assert_eq!(timeless(&child.finals_of(handle)), timeless(&direct), "session {handle}");
+        // Permits: all but what lies in the last half second comes back.
+        let sent: u64 = log.iter().map(|e| e.payload.len() as u64).sum();
+        let back = child.until("permits", |seen| {
+            let back = seen.iter().filter_map(|m| match m {
+                FromEngine::Consumed { handle: h, bytes } if *h == handle => Some(*bytes),
+                _ => None,
+            });
+            let back: u64 = back.sum();
+            (back + 20_000 > sent).then_some(back)
+        });
+        assert!(back <= sent, "{back} bytes of {sent} came back");
+    }
+    child.end().expect("an orderly end");
+}
+
+#[test]
+fn partials_come_while_a_thread_is_idle() {
+    let mut child = Child::start(simulated_config(instant()));
+    child.open(1, SessionOptions::default());
+    child.open(2, SessionOptions { interim: false, ..SessionOptions::default() });
+    let log = log_16k(&first_seconds(1, 4), 100);
+    for handle in [1, 2] {
+        child.feed(handle, &log);
+    }
+    child.finals_of(1);
+    child.finals_of(2);
+    // Fed faster than it is spoken, a final may overtake partials; slowly, they must come.
+    child.open(3, SessionOptions::default());
+    for (n, entry) in log.iter().take(28).enumerate() {
+        child.feed(3, std::slice::from_ref(entry));
+        if n == 20 {
+            child.until("partial", |seen| (!partials_in(seen, 3).is_empty()).then_some(()));
+        }
+    }
+    assert_eq!(partials_in(&child.seen, 2), [], "nobody asked for them");
+    child.end().expect("end");
+}
+
+#[test]
+fn models_are_loaded_once_on_first_use_and_say_what_they_take() {
+    let simulated = SimulatedConfig { weights_mb: 40, state_mb: 15, load_ms: 300, ..instant() };
+    let mut child = Child::start(simulated_config(simulated));
+    let state = |model: &'static str| move |seen: &[FromEngine]| state_of(seen, model);
+    assert_eq!(child.until("models", state("simulated")), (Residency::Available, 0, 70));
+    for handle in 1..=3 {
+        child.open(handle, SessionOptions::default());
+        child.feed(handle, &log_16k(&first_seconds(1, 5), 200));
+    }
+    for handle in 1..=3 {
+        assert!(!text(&child.finals_of(handle)).is_empty());
+    }
+    let loading = |seen: &[FromEngine]| {
+        let of =
+            |m: &FromEngine| matches!(m, FromEngine::Models(all) if all.iter().any(|m| m.state == Residency::Loading));
+        seen.iter().filter(|m| of(m)).count()
+    };
+    assert_eq!(loading(&child.seen), 1, "three sessions, one load");
+    let (residency, resident_mb, _) = state_of(&child.seen, "simulated").expect("models");
+    assert_eq!(residency, Residency::Loaded);
+    assert!((40..140).contains(&resident_mb), "{resident_mb} MB: weights once and at most two states");
+    assert_eq!(state_of(&child.seen, "other").expect("models").0, Residency::Available, "nobody needed it");
+    child.send(ToEngine::Load { model: "other".to_owned() });
+    child.until("prewarmed", |seen| (state_of(seen, "other")?.0 == Residency::Loaded).then_some(()));
+    child.end().expect("end");
+}
+
+#[test]
+fn what_cannot_be_loaded_fails_its_sessions_and_no_other() {
+    let damaged = tempfile::NamedTempFile::new().expect("file");
+    std::fs::write(damaged.path(), b"lmgg and then nothing").expect("write");
+    let mut config = simulated_config(instant());
+    config.engine = EngineKind::WhisperCpp;
+    config.models = vec![
+        ModelFile { name: "micro.en".to_owned(), path: micro_model() },
+        ModelFile { name: "damaged".to_owned(), path: damaged.path().to_owned() },
+        ModelFile { name: "missing".to_owned(), path: PathBuf::from("/nonexistent/model.bin") },
+    ];
+    config.default_model = "micro.en".to_owned();
+    config.use_gpu = true;
+    let mut child = Child::start(config);
+    let notes = child.until("ready", |seen| match seen.first()? {
+        FromEngine::Ready { device, notes, .. } => Some((device.clone(), notes.clone())),
+        _ => None,
+    });
+    if notes.0 == "cpu" {
+        assert!(notes.1.iter().any(|n| n.contains("GPU")), "no silent CPU: {notes:?}");
+    }
+    let named = |name: &str| SessionOptions { model: Some(name.to_owned()), ..SessionOptions::default() };
+    for (handle, name) in [(1, "damaged"), (2, "missing"), (3, "unheard-of")] {
+        child.open(handle, named(name));
+        child.feed(handle, &log_16k(&first_seconds(1, 3), 200));
+        let failure = child.failure_of(handle);
+        assert_eq!(failure.class, FailureClass::ModelMissing, "{name}: {failure:?}");
+    }
+    // German from an English model: known once it is decoded.
+    child.open(4, SessionOptions { language: Some("de".to_owned()), ..SessionOptions::default() });
+    child.feed(4, &log_16k(&first_seconds(1, 5), 200));
+    assert_eq!(child.failure_of(4).class, FailureClass::BadRequest);
+    child.open(5, SessionOptions::default());
+    child.feed(5, &log_16k(&first_seconds(1, 5), 200));
+    assert!(text(&child.finals_of(5)).starts_with("good morning"));
+    assert_eq!(child.finals_of(5)[0].model, "micro.en");
+    child.end().expect("end");
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_out_of_memory() {
+    let mut child = Child::start(simulated_config(SimulatedConfig { weights_mb: 1 << 40, ..instant() }));
+    child.open(1, SessionOptions::default());
+    assert_eq!(child.failure_of(1).class, FailureClass::OutOfMemory);
+    assert_eq!(state_of(&child.seen, "simulated").expect("models").0, Residency::Failed);
+    child.end().expect("end");
+}
+
+#[test]
+fn failed_decodes_are_tried_again_and_change_no_text() {
+    let log = log_16k(&call(2), 200);
+    let expected = finals(&log, &mut Remembering::new(&simulated()), &Energy);
+    let mut child = Child::start(simulated_config(SimulatedConfig { fail_every: 3, ..instant() }));
+    child.open(1, SessionOptions::default());
+    child.feed(1, &log);
+    assert_eq!(timeless(&child.finals_of(1)), timeless(&expected));
+    child.end().expect("end");
+    // All of them fail: the audio is covered all the same, and the finals say so.
+    let mut child = Child::start(simulated_config(SimulatedConfig { fail_every: 1, ..instant() }));
+    child.open(1, SessionOptions::default());
+    child.feed(1, &log);
+    let failed = child.finals_of(1);
+    assert_chain(&failed, call(2).len() as u64);
+    assert!(failed.iter().any(|f| f.error.is_some()) && failed.iter().all(|f| f.segments.is_empty()));
+    child.end().expect("end");
+}
+
+#[test]
+fn a_hung_decode_is_silent_and_a_working_one_is_not() {
+    let progress = |seen: &[FromEngine]| -> Vec<bool> {
+        let of = |m: &FromEngine| match m {
+            FromEngine::Progress { working, .. } => Some(*working),
+            _ => None,
+        };
+        seen.iter().filter_map(of).collect()
+    };
+    // Two seconds of audio take two seconds: about ten reports.
+    let mut child = Child::start(simulated_config(SimulatedConfig { speed: 1.0, ..SimulatedConfig::default() }));
+    child.open(1, SessionOptions { interim: false, ..SessionOptions::default() });
+    child.feed(1, &log_16k(&first_seconds(1, 3), 200));
+    child.finals_of(1);
+    child.until("rest", |seen| (progress(seen).last() == Some(&false)).then_some(()));
+    assert!(progress(&child.seen).iter().filter(|w| **w).count() >= 5, "{:?}", progress(&child.seen));
+    child.end().expect("end");
+
+    let mut child = Child::start(simulated_config(SimulatedConfig { hang_at: 1, ..instant() }));
+    child.open(1, SessionOptions { interim: false, ..SessionOptions::default() });
+    child.feed(1, &log_16k(&call(1), 200));
+    child.until("a hang", |seen| (progress(seen).last() == Some(&true)).then_some(()));
+    // Quiet for a second: many reports would have come.
+    let quiet = |child: &mut Child| loop {
+        match child.inbox.recv_timeout(Duration::from_secs(1)) {
+            Ok(message) => child.seen.push(message),
+            Err(_) => return,
+        }
+    };
+    quiet(&mut child);
+    assert_eq!(progress(&child.seen).last(), Some(&true), "it has work and does not move");
+    // The loop still answers.
+    child.open(2, SessionOptions { model: Some("unheard-of".to_owned()), ..SessionOptions::default() });
+    assert_eq!(child.failure_of(2).class, FailureClass::ModelMissing);
+    let begin = Instant::now();
+    child.end().expect("end");
+    assert!(begin.elapsed() < Duration::from_secs(5), "a hung thread does not hold the end up");
+}
+
+#[test]
+fn a_closed_session_is_forgotten_at_once() {
+    let slow = SimulatedConfig { speed: 0.1, ..SimulatedConfig::default() };
+    let mut child = Child::start(simulated_config(slow));
+    let log = log_16k(&first_seconds(1, 4), 200);
+    for handle in [1, 2] {
+        child.open(handle, SessionOptions::default());
+        child.feed(handle, &log);
+    }
+    child.until("work", |seen| {
+        seen.iter().any(|m| matches!(m, FromEngine::Progress { working: true, .. })).then_some(())
+    });
+    for handle in [1, 2] {
+        child.send(ToEngine::Close { handle });
+    }
+    // 30 s of decoding would have been left.
+    let begin = Instant::now();
+    child.until("rest", |seen| {
+        let last = seen.iter().rev().find(|m| matches!(m, FromEngine::Progress { .. }));
+        matches!(last, Some(FromEngine::Progress { working: false, .. })).then_some(())
+    });
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    assert_eq!(finals_in(&child.seen, 1), []);
+    child.feed(1, &log);
+    child.open(3, SessionOptions { model: Some("unheard-of".to_owned()), ..SessionOptions::default() });
+    child.failure_of(3);
+    assert_eq!(finals_in(&child.seen, 1), [], "audio of a closed session goes nowhere");
+    child.end().expect("end");
+}
+
+#[test]
+fn notes_come_with_the_entry_they_are_about() {
+    let mut child = Child::start(simulated_config(instant()));
+    child.open(1, SessionOptions::default());
+    let mut log = log_16k(&first_seconds(1, 2), 200);
+    log.insert(2, entry(&[("Asr-Seq", "minus one")], bytes::Bytes::from_static(&[0; 4])));
+    log.insert(4, entry(&[], bytes::Bytes::from_static(b"OggS and so on")));
+    number(&mut log);
+    child.feed(1, &log);
+    child.finals_of(1);
+    let noted: Vec<(u64, What)> = child
+        .seen
+        .iter()
+        .filter_map(|m| match m {
+            FromEngine::Note { handle: 1, note } => Some((note.seq, note.what)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        noted.iter().filter(|(seq, what)| *seq == log[2].seq && *what == What::Rejected).count(),
+        1,
+        "{noted:?}"
+    );
+    assert!(noted.contains(&(log[4].seq, What::Rejected)), "{noted:?}");
+    child.end().expect("end");
+}
+
+#[test]
+fn broken_beginnings_are_typed() {
+    let run = |write: &dyn Fn(&mut BlockingWriter<UnixStream>)| {
+        let (ours, theirs) = UnixStream::pair().expect("socketpair");
+        let child = std::thread::spawn(move || serve(theirs));
+        let mut writer = BlockingWriter::new(ours);
+        write(&mut writer);
+        drop(writer);
+        child.join().expect("no panic")
+    };
+    assert!(run(&|_| ()).is_ok(), "a supervisor that changes its mind");
+    let unconfigured = run(&|w| w.send(&ToEngine::Load { model: "m".to_owned() }).expect("send"));
+    assert!(matches!(unconfigured, Err(ChildError::NotConfigured)));
+    let garbage = run(&|w| w.send(&"not a message").expect("send"));
+    assert!(matches!(garbage, Err(ChildError::Transport(TransportError::Decode(_)))));
+    assert!(matches!(voxfleet_worker::engine::child::main(1), Err(ChildError::Fd(1))));
+}
