@@ -19,6 +19,8 @@ use crate::{Error, Result, wait::eventually};
 
 /// How much of a log is shown when something failed.
 const TAIL_BYTES: u64 = 3 * 1024;
+/// For threads to stand still after SIGSTOP; they do so at once unless the kernel itself is stuck.
+const STOP_DEADLINE: Duration = Duration::from_secs(2);
 
 /// A running child.
 pub struct Child {
@@ -94,10 +96,18 @@ impl Child {
         Ok(eventually(what, deadline, || std::future::ready(self.ended())).await?)
     }
 
-    /// SIGSTOP: alive, silent.
+    /// SIGSTOP: alive, silent. Back when every thread of it stands still.
     pub fn stop(&mut self) -> Result<()> {
         self.stopped = true;
-        self.signal(Signal::STOP)
+        self.signal(Signal::STOP)?;
+        let begun = std::time::Instant::now();
+        while !stands_still(self.pid()) {
+            if begun.elapsed() > STOP_DEADLINE {
+                return Err(Error::Wrong(format!("{} does not stop", self.name)));
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     /// SIGCONT after [`Self::stop`].
@@ -139,6 +149,16 @@ pub fn describe(status: ExitStatus) -> String {
         (None, Some(signal)) => format!("signal {signal}"),
         (None, None) => status.to_string(),
     }
+}
+
+/// Whether every thread of a process is stopped (state T in proc(5)).
+fn stands_still(pid: u32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return true };
+    threads.flatten().all(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        // The name before the state may hold anything but ends with the last parenthesis.
+        stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['T', 'Z', 'X']))
+    })
 }
 
 /// Resident memory of a process, in bytes.

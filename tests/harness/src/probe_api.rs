@@ -7,24 +7,25 @@ use serde_json::{Value, json};
 
 use crate::{Error, Result};
 
-/// One question; none when nobody answers within a second or the answer is a failure.
-async fn ask(client: &Client, endpoint: &str, body: &Value) -> Option<Value> {
+/// One question; none when nobody answers in time or the answer is a failure.
+async fn ask(client: &Client, endpoint: &str, body: &Value, patience: Duration) -> Option<Value> {
     let request = client.request(format!("asr.v1.api.{endpoint}"), body.to_string().into());
-    let reply = tokio::time::timeout(Duration::from_secs(1), request).await.ok()?.ok()?;
+    let reply = tokio::time::timeout(patience, request).await.ok()?.ok()?;
     let answer: Value = serde_json::from_slice(&reply.payload).ok()?;
     answer.get("ok").cloned()
 }
 
 /// What the active dispatcher believes of the fleet.
 pub async fn fleet_status(client: &Client) -> Option<Value> {
-    ask(client, "fleet.status", &json!({})).await
+    // Short, since a dispatcher that is not active yet says nothing: callers ask again.
+    ask(client, "fleet.status", &json!({}), Duration::from_millis(100)).await
 }
 
 /// Opens a session; asks again as clients do.
 pub async fn open(client: &Client, session: &str, idle_timeout_s: u32) -> Result<Value> {
     let body = json!({"session": session, "options": {"idle_timeout_s": idle_timeout_s}});
     for _ in 0..20 {
-        if let Some(opened) = ask(client, "session.open", &body).await {
+        if let Some(opened) = ask(client, "session.open", &body, Duration::from_secs(1)).await {
             return Ok(opened);
         }
     }

@@ -75,7 +75,7 @@ async fn a_pause_gives_a_final_at_once_and_the_session_goes_on() -> Result<()> {
     assert_eq!(covered, pcm.samples.len() as u64);
     let log = checker::log(&fleet.js(), "pause").await?;
     let flush = log.last().context("a log")?;
-    ensure!(flush.seq > last && flush.headers.get("Asr-Flush").is_some(), "{flush:?}");
+    ensure!(flush.seq > last && flush.headers.contains_key("Asr-Flush"), "{flush:?}");
     producer.stream(&pcm, 200, Pace::AsFastAsPossible).await?;
     producer.end().await?;
     fleet.wait_end("pause", Duration::from_secs(20)).await?;

@@ -21,8 +21,6 @@ use tokio::{
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SpawnError {
-    #[error("cannot find the own executable")]
-    Executable(#[source] io::Error),
     #[error("cannot make a socketpair")]
     Socket(#[source] io::Error),
     #[error("cannot start {exe}")]
@@ -83,7 +81,8 @@ fn spawner() -> Result<&'static SyncSender<Order>, SpawnError> {
 pub(crate) async fn spawn(program: &Program) -> Result<Spawned, SpawnError> {
     let exe = match &program.exe {
         Some(exe) => exe.clone(),
-        None => std::env::current_exe().map_err(SpawnError::Executable)?,
+        // Not its path: an upgrade may have put another version there since.
+        None => PathBuf::from("/proc/self/exe"),
     };
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(SpawnError::Socket)?;
     ours.set_nonblocking(true).map_err(SpawnError::Socket)?;
@@ -99,6 +98,8 @@ pub(crate) async fn spawn(program: &Program) -> Result<Spawned, SpawnError> {
         // Libraries print there; nothing of ours does.
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
+        // A Ctrl-C in the terminal is for us; the child ends when we say so.
+        .process_group(0)
         .kill_on_drop(true);
     let parent = rustix::process::getpid();
     // The closure owns the child's end, so it stays open until the order is carried out and closes here with it.

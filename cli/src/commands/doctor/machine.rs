@@ -7,17 +7,24 @@ use crate::config::Settings;
 const LEAST_FREE_MB: u64 = 512;
 
 pub(super) async fn look(settings: &Settings) -> Vec<Check> {
-    let mut checks = vec![cores(settings), memory(std::fs::read_to_string("/proc/meminfo").ok().as_deref())];
-    #[cfg(feature = "worker")]
-    {
-        let config = settings.worker.clone();
-        // Loading libraries and asking a driver can take seconds.
-        match tokio::task::spawn_blocking(move || worker::look(&config)).await {
-            Ok(found) => checks.extend(found),
-            Err(error) => checks.push(Check::fail("worker", error.to_string(), "this is a bug")),
-        }
+    let here = [cores(settings), memory(std::fs::read_to_string("/proc/meminfo").ok().as_deref())];
+    here.into_iter().chain(for_worker(settings).await).collect()
+}
+
+#[cfg(feature = "worker")]
+async fn for_worker(settings: &Settings) -> Vec<Check> {
+    let config = settings.worker.clone();
+    // Loading libraries and asking a driver can take seconds.
+    match tokio::task::spawn_blocking(move || worker::look(&config)).await {
+        Ok(found) => found,
+        Err(error) => vec![Check::fail("worker", error.to_string(), "this is a bug")],
     }
-    checks
+}
+
+/// A build without the worker needs nothing more of its machine.
+#[cfg(not(feature = "worker"))]
+async fn for_worker(_settings: &Settings) -> Vec<Check> {
+    Vec::new()
 }
 
 fn cores(settings: &Settings) -> Check {

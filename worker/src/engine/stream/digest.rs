@@ -223,10 +223,8 @@ fn to_mono(payload: &[u8], format: AudioFormat) -> Result<Vec<f32>, BadChunk> {
         Encoding::PcmS16Le => Ok(payload
             .chunks_exact(frame_bytes)
             .map(|frame| {
-                let sum: f32 = frame
-                    .chunks_exact(2)
-                    .map(|s| f32::from(i16::from_le_bytes([s[0], s[1]])) / 32_768.0)
-                    .sum();
+                let sum: f32 =
+                    frame.chunks_exact(2).map(|s| f32::from(i16::from_le_bytes([s[0], s[1]])) / 32_768.0).sum();
                 sum * scale
             })
             .collect()),
@@ -264,7 +262,8 @@ mod tests {
     fn bad_chunks_are_told_and_take_no_time() {
         let mut digest = Digest::beginning();
         let nan = f32::NAN.to_le_bytes();
-        let cases: [(&[(&str, &str)], &[u8], FailureClass); 8] = [
+        type Case<'a> = (&'a [(&'a str, &'a str)], &'a [u8], FailureClass);
+        let cases: [Case<'_>; 8] = [
             (&[], &[], FailureClass::BadRequest),
             (&[], &[1, 2, 3], FailureClass::BadAudio),
             (&[("Asr-Seq", "x")], &[0, 0], FailureClass::BadRequest),

@@ -212,7 +212,8 @@ impl SessionStream {
     }
 
     fn window(&self, range: Range<u64>, purpose: Purpose) -> Window {
-        let tail = if self.options.carry_prompt && !self.checkpoint.guard_hit { &self.checkpoint.prompt_tail } else { "" };
+        let tail =
+            if self.options.carry_prompt && !self.checkpoint.guard_hit { &self.checkpoint.prompt_tail } else { "" };
         Window {
             samples: self.segment.samples(&range),
             from_sample: range.start,
@@ -295,7 +296,8 @@ impl SessionStream {
         if !self.options.carry_prompt {
             return None;
         }
-        let pieces = std::iter::once(self.checkpoint.prompt_tail.as_str()).chain(segments.iter().map(|s| s.text.as_str()));
+        let pieces =
+            std::iter::once(self.checkpoint.prompt_tail.as_str()).chain(segments.iter().map(|s| s.text.as_str()));
         let prompt_tail = words::tail(&voxfleet_schema::transcript::join_text(pieces), PROMPT_TAIL_CHARS).to_owned();
         self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit };
         Some(self.checkpoint.clone())

@@ -129,7 +129,8 @@ impl Segment {
     /// Samples of a range of session positions.
     pub(super) fn samples(&self, range: &Range<u64>) -> Vec<f32> {
         let base = self.base.unwrap_or(self.from);
-        let index = |sample: u64| usize::try_from(sample.saturating_sub(base)).unwrap_or(usize::MAX).min(self.audio.len());
+        let index =
+            |sample: u64| usize::try_from(sample.saturating_sub(base)).unwrap_or(usize::MAX).min(self.audio.len());
         self.audio[index(range.start)..index(range.end)].to_vec()
     }
 }

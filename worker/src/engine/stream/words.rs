@@ -96,6 +96,9 @@ mod tests {
         let segments = place(&heard, &(16_000..32_000), 8_000..40_000);
         let [segment] = segments.as_slice() else { panic!("white space is no segment") };
         assert_eq!((segment.start_ms, segment.end_ms, segment.text.as_str()), (1_000, 2_500, "hello"));
-        assert_eq!((segment.words[0].start_ms, segment.words[0].end_ms, segment.words[0].confidence), (1_010, 1_010, 1.0));
+        assert_eq!(
+            (segment.words[0].start_ms, segment.words[0].end_ms, segment.words[0].confidence),
+            (1_010, 1_010, 1.0)
+        );
     }
 }

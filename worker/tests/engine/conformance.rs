@@ -1,13 +1,11 @@
 //! What every engine promises, real and simulated, with each voice activity detector.
 
-mod support;
-
 use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use support::*;
+use crate::support::*;
 use voxfleet_schema::{
     audio::RawEntry,
     failure::FailureClass,

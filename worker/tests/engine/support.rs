@@ -1,8 +1,5 @@
 //! What the engine's tests share: audio, logs, recognizers, detectors.
 
-// Each test binary uses its own part of it.
-#![allow(dead_code)]
-
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},

@@ -1,7 +1,5 @@
 //! The engine child over a real socketpair, in a thread of this process: frames in, frames out.
 
-mod support;
-
 use std::{
     os::unix::net::UnixStream,
     path::PathBuf,
@@ -10,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use support::*;
+use crate::support::*;
 use voxfleet_schema::{
     audio::RawEntry,
     event::What,

@@ -1,0 +1,13 @@
+//! The engine's tests in one binary: each binary links ONNX Runtime's bindings and whisper.cpp anew.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `child` | the child process's loop over a real socketpair |
+//! | `conformance` | what every engine promises, real and simulated |
+//! | `official` | models of the official shapes |
+//! | `support` | audio, logs, recognizers, detectors |
+
+mod child;
+mod conformance;
+mod official;
+mod support;
