@@ -4,8 +4,8 @@
 #   sh deploy/bootstrap.sh demo     stream a call through two workers and watch it being transcribed
 #   sh deploy/bootstrap.sh test     build and run every test
 #
-# Fetches what cargo cannot (nats-server, the nats CLI, cmake, ONNX Runtime, the Silero VAD model) into a user cache,
-# never system-wide, then builds and runs. Safe to repeat and to run twice at once. POSIX sh; see `help` below.
+# Fetches what cargo cannot (nats-server, the nats CLI, cmake, ONNX Runtime, the Silero VAD model; for the tests also the
+# Python client nats-py) into a user cache, never system-wide, then builds and runs. Safe to repeat and to run twice at once. POSIX sh; see `help` below.
 #
 # Invariants: a file appears in the cache only when it is whole and checked (staged beside it, then renamed); what comes
 # with a known checksum is refused when it differs; every fall-back says what it does. Steps go to standard error, so
@@ -24,6 +24,8 @@ ORT_MIN=1.20                # the API level that the `ort` crate is built for (C
 SILERO_VERSION=6.2.3
 SILERO_SHA256=1a153a22f4509e292a94e67d6f9b85e8deb25b4988682b7e174c65279d8788e3
 SILERO_WHEEL_SHA256=7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8
+NATS_PY_VERSION=2.16.0      # for the test of examples/producer.py; pure Python, any 3.7 or newer
+NATS_PY_SHA256=aeb1ff123966c05833d26c7df7e1d54c1c6d32b612428b21677a2e921f1fecae
 
 ROOT=$(cd -- "$(dirname -- "$0")/.." && pwd -P)
 
@@ -35,7 +37,7 @@ usage: sh deploy/bootstrap.sh <verb> [arguments]
   test [args]    build and run every test; arguments go to `cargo test`
   bench [args]   release build, then `voxfleet bench [args]`
   lint           cargo fmt --check and cargo clippy with warnings as errors
-  deps           only fetch what cargo cannot: nats-server, nats, cmake, ONNX Runtime, Silero VAD
+  deps           only fetch what cargo cannot: nats-server, nats, cmake, ONNX Runtime, Silero VAD, nats-py
   env            print `export` lines for a shell: eval "$(sh deploy/bootstrap.sh env)"
   help           this text
 
@@ -671,6 +673,65 @@ install_silero() {
     install_file "$file_" "$model_"
 }
 
+# ---------------------------------------------------------------------------------------------- nats-py
+
+# The client that examples/producer.py imports; its test looks for it here.
+nats_py() {
+    step_begin
+    python_=$CACHE/python
+    if ! have python3; then
+        step "nats-py: no Python here, so examples/producer.py is not tested"
+    elif nats_py_ok; then
+        step "nats-py $NATS_PY_VERSION: in the cache"
+    else
+        lock
+        new_stage
+        if install_nats_py; then
+            step "nats-py $NATS_PY_VERSION: $SOURCE"
+        else
+            step "nats-py: not to be had here; the test of examples/producer.py needs it"
+        fi
+    fi
+}
+
+nats_py_ok() { [ -f "$python_/nats/__init__.py" ] && [ "$(cat "$python_/VERSION" 2>/dev/null)" = "$NATS_PY_VERSION" ]; }
+
+install_nats_py() {
+    if nats_py_ok; then
+        SOURCE="in the cache" # another bootstrap was here
+        return 0
+    fi
+    if offline; then
+        note "nats-py: VOXFLEET_OFFLINE=1, so no download"
+        return 1
+    fi
+    note "nats-py: taking it from the PyPI wheel nats-py $NATS_PY_VERSION"
+    if wheel nats-py "$NATS_PY_VERSION" "$NATS_PY_SHA256" && unpack "$WHEEL" "$STAGE" 'nats/*' '*/licenses/LICENSE'; then
+        package_=$STAGE/nats
+        SOURCE="from the PyPI wheel nats-py ($PINNED)"
+    else
+        note "nats-py: $PIP_WHY:"
+        show_log 4
+        url_=https://github.com/nats-io/nats.py/archive/refs/tags/v$NATS_PY_VERSION.tar.gz
+        note "nats-py: trying its source archive $url_"
+        if ! download "$url_" "$STAGE/nats-py.tar.gz" || ! unpack "$STAGE/nats-py.tar.gz" "$STAGE"; then
+            show_log 4
+            return 1
+        fi
+        package_=$(find "$STAGE" -type f -path '*/nats/aio/client.py' | head -n 1)
+        package_=${package_%/aio/client.py}
+        [ -f "$package_/__init__.py" ] || return 1
+        SOURCE="from its source archive (checksum not pinned)"
+    fi
+    mkdir "$STAGE/python"
+    mv "$package_" "$STAGE/python/nats"
+    licence_=$(find "$STAGE" -type f -name LICENSE | head -n 1)
+    [ -z "$licence_" ] || install_file "$licence_" "$STAGE/python/LICENSE"
+    echo "$NATS_PY_VERSION" >"$STAGE/python/VERSION"
+    rm -rf "$python_"
+    mv "$STAGE/python" "$python_"
+}
+
 # ---------------------------------------------------------------------------------------------- verbs
 
 # Everything that cargo cannot bring; leaves the environment ready for it.
@@ -690,6 +751,7 @@ prepare() {
     tool cmake install_cmake
     onnxruntime
     silero
+    case $VERB in test | deps) nats_py ;; esac
     clean_up
     if [ -n "$ABSENT" ]; then
         die "these parts are needed and could not be had:$ABSENT
@@ -762,22 +824,22 @@ case $VERB in
     env) print_env ;;
     demo)
         cd "$ROOT"
-        build "building voxfleet" cargo build -p voxfleet --features bench
+        build "building voxfleet" cargo build -p voxfleet
         program=$(binary debug)
         exec "$program" demo "$@"
         ;;
     bench)
         cd "$ROOT"
-        build "building voxfleet (release)" cargo build --release -p voxfleet --features bench
+        build "building voxfleet (release)" cargo build --release -p voxfleet
         program=$(binary release)
-        exec "$program" bench "$@"
+        exec "$program" bench "$@" # without arguments it lists the benches
         ;;
     test)
         cd "$ROOT"
-        build "building the tests" cargo test --workspace --features voxfleet/bench --no-run
+        build "building the tests" cargo test --workspace --no-run
         step_begin
         # Standard output is cargo's own, so that whoever runs this can read its closing lines.
-        if cargo test --workspace --features voxfleet/bench --no-fail-fast "$@"; then
+        if cargo test --workspace --no-fail-fast "$@"; then
             step "the tests passed"
         else
             step "the tests failed"
@@ -793,6 +855,6 @@ case $VERB in
         step_begin
         cargo fmt --all --check || die "cargo fmt --check: run cargo fmt"
         step "cargo fmt --check"
-        build "cargo clippy" cargo clippy --workspace --all-targets --features voxfleet/bench -- -D warnings
+        build "cargo clippy" cargo clippy --workspace --all-targets -- -D warnings
         ;;
 esac

@@ -8,7 +8,8 @@
 set -eu
 
 if [ "${1:-}" != --live ]; then
-    # The three lines. The whole file is one chunk, so it must fit into one message (4 MiB in our server files: 2 minutes).
+    # The three lines. The whole file is one chunk, so it must fit into the largest message that ASR_AUDIO takes, headers
+    # counted: the server's max_payload less 16 KiB, with our server files 130 s.
     session=call-$(date +%s)
     nats pub --jetstream --force-stdin --no-templates -H Asr-End:1 "asr.v1.audio.$session" <"$1"
     echo "session $session"

@@ -1,10 +1,12 @@
-//! The real binary without a server: what is typed wrong, configured wrong, or needs no NATS at all.
+//! The real binary without a fleet: what is typed wrong, configured wrong, needs no NATS, or finds one that lacks something.
 
 use std::{
-    io::Write as _,
+    io::{BufRead as _, Write as _},
     path::Path,
     process::{Command, Output, Stdio},
 };
+
+use voxfleet_harness::server::{NatsServer, ServerOptions};
 
 /// A command in an empty folder, with no settings of the developer's.
 fn voxfleet(dir: &Path, arguments: &[&str]) -> Command {
@@ -40,12 +42,15 @@ fn decode(payload: &[u8], arguments: &[&str]) -> String {
 #[test]
 fn exit_codes_are_the_documented_ones() {
     let help = text(&run(&["--help"]).stdout);
-    let cases: [(&[&str], i32); 12] = [
+    let cases: [(&[&str], i32); 15] = [
         (&["--version"], 0),
         (&["config", "check"], 0),
         (&[], 2),
         (&["no-such-command"], 2),
         (&["watch", "not an id"], 2),
+        (&["demo", "--url", "nats://127.0.0.1:1"], 2),
+        (&["bench", "route", "--set", "nats.urls=nats://127.0.0.1:1"], 2),
+        (&["bench"], 0),
         (&["stream", "-", "--chunk-ms", "0"], 2),
         (&["stream", "-", "-o", "colour=red"], 2),
         (&["stream", "-", "--format", "mp3"], 2),
@@ -68,6 +73,17 @@ fn every_command_helps_with_examples() {
         assert!(text(&output.stdout).contains("Examples:\n  "), "{command}");
     }
     assert!(!text(&run(&["--help"]).stdout).contains("engine  "), "the engine child is nobody's command");
+}
+
+#[test]
+fn bench_lists_what_it_can_measure() {
+    let listed = text(&run(&["bench"]).stdout);
+    for bench in ["accuracy", "pipeline", "route", "startup"] {
+        assert!(listed.lines().any(|l| l.starts_with(&format!("voxfleet bench {bench} "))), "{bench}: {listed}");
+    }
+    assert!(!listed.contains("probe"), "{listed}");
+    let object: serde_json::Value = serde_json::from_slice(&run(&["bench", "--json"]).stdout).expect("one object");
+    assert!(object["benches"]["route"].is_string(), "{object}");
 }
 
 #[test]
@@ -103,6 +119,67 @@ fn configuration_is_checked_whole_and_shown_with_its_origins() {
     let check = voxfleet(dir.path(), &["config", "check", "--json"]).output().expect("check");
     let object: serde_json::Value = serde_json::from_slice(&check.stdout).expect("one object");
     assert_eq!((check.status.code(), object["problems"].as_array().map(Vec::len)), (Some(64), Some(3)));
+}
+
+#[test]
+fn mistakes_of_every_kind_are_named_together() {
+    let mistakes =
+        ["worker.slots=x", "dispatcher.dead_after_ms=1", "dispatcher.suspect_after_ms=5", "worker.decode_states=0"];
+    let set: Vec<&str> = mistakes.iter().flat_map(|m| ["--set", m]).collect();
+    let check = run(&[&["config", "check"], &set[..]].concat());
+    assert_eq!(check.status.code(), Some(64));
+    for name in ["worker.slots", "dispatcher.dead_after_ms", "dispatcher.suspect_after_ms", "worker.decode_states"] {
+        let line = format!("{name}: ");
+        assert!(text(&check.stderr).contains(&line), "{name} in {}", text(&check.stderr));
+    }
+}
+
+#[test]
+fn a_service_waits_for_its_server_and_can_be_stopped_meanwhile() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let mut service = voxfleet(dir.path(), &["dispatcher", "--url", "nats://127.0.0.1:1"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("voxfleet runs");
+    let mut lines = std::io::BufReader::new(service.stderr.take().expect("stderr")).lines();
+    let told = lines.by_ref().map_while(Result::ok).find(|l| l.contains("trying again to connect to nats"));
+    assert!(told.is_some(), "it says that it waits");
+    let stopped = Command::new("kill").args(["-INT", &service.id().to_string()]).status().expect("kill runs");
+    assert!(stopped.success());
+    assert_eq!(service.wait().expect("its end").code(), Some(0));
+}
+
+async fn with_server(server: &NatsServer, arguments: &[&str]) -> Output {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let url = server.url();
+    let mut command = voxfleet(dir.path(), &[arguments, &["--url", &url]].concat());
+    command.stdin(Stdio::null());
+    tokio::task::spawn_blocking(move || command.output()).await.expect("thread").expect("voxfleet runs")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_jetstream_is_told() {
+    let options = ServerOptions { jetstream: false, ..ServerOptions::default() };
+    let server = NatsServer::start_with(options).await.expect("nats-server");
+    for arguments in [&["watch"][..], &["stream", "-", "--wait"], &["stream", "-"]] {
+        let output = with_server(&server, arguments).await;
+        assert_eq!(output.status.code(), Some(69), "{arguments:?}: {}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("-js"), "{arguments:?}: {}", text(&output.stderr));
+    }
+    let begun = std::time::Instant::now();
+    let doctor = with_server(&server, &["doctor"]).await;
+    assert_eq!(doctor.status.code(), Some(1), "{}", text(&doctor.stdout));
+    assert!(begun.elapsed() < std::time::Duration::from_secs(15), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_audio_is_told_and_not_waited_for() {
+    let server = NatsServer::start().await.expect("nats-server");
+    for arguments in [&["stream", "-", "--wait"][..], &["stream", "-"]] {
+        let output = with_server(&server, arguments).await;
+        assert_eq!(output.status.code(), Some(65), "{arguments:?}: {}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("no audio"), "{arguments:?}: {}", text(&output.stderr));
+    }
 }
 
 #[test]

@@ -49,7 +49,7 @@ impl From<Policy> for PolicyKey {
         Self(match policy {
             Policy::ExactModel => 0,
             Policy::AllowSmaller => 1,
-            Policy::AllowCpu => 2,
+            Policy::AllowCpu | Policy::Unknown => 2,
             Policy::ForceCpu => 3,
         })
     }

@@ -36,6 +36,9 @@ pub struct DispatcherConfig {
     pub min_decode_rate: f32,
     /// Writes and requests under way at once: enough to hide their round trips, few enough to keep order in the queue.
     pub io_in_flight: usize,
+    /// Sessions in memory at once: a few kB each, and far above what a fleet has slots for. Whoever opens more by audio
+    /// waits in the log, so that strangers with ever new names cost no memory.
+    pub max_sessions: usize,
     /// Ended sessions kept in memory for late audio and questions, in s; older ones are read from their key.
     pub keep_ended_s: u64,
 }
@@ -58,6 +61,7 @@ impl Default for DispatcherConfig {
             max_temperature_c: 83,
             min_decode_rate: 1.0,
             io_in_flight: 256,
+            max_sessions: 20_000,
             keep_ended_s: 300,
         }
     }
@@ -88,6 +92,7 @@ impl DispatcherConfig {
             ("control_timeout_ms", self.control_timeout_ms, 100..=60_000),
             ("retry_after_ms", self.retry_after_ms, 1..=3_600_000),
             ("io_in_flight", self.io_in_flight as u64, 1..=4_096),
+            ("max_sessions", self.max_sessions as u64, 1..=10_000_000),
             ("keep_ended_s", self.keep_ended_s, 1..=86_400),
         ] {
             need(range.contains(&value), {

@@ -39,6 +39,9 @@ impl From<ServerError> for DispatcherError {
     }
 }
 
+/// For each word of goodbye to a server that may just have gone.
+const GOODBYE: Duration = Duration::from_secs(1);
+
 /// Runs a dispatcher until `shutdown`. Any number may run; one is active, the others wait for its lease.
 pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationToken) -> Result<(), DispatcherError> {
     let problems = config.problems();
@@ -61,11 +64,17 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
     let mut api = ApiServer::start(&nats, &name).await?;
     let mut lease = Lease::new(&nats, &name, Duration::from_millis(config.lease_ms));
     let result = serve(&nats, &config, &name, &mut lease, &mut api, &shutdown).await;
-    if let Err(error) = lease.release().await {
-        // A standby then waits for the lease to stand still.
-        tracing::warn!(error = %error, "lease not given up");
+    if nats.is_connected() {
+        // A standby waits for the lease to stand still where this does not come through.
+        match tokio::time::timeout(GOODBYE, lease.release()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = %error, "lease not given up"),
+            Err(_) => tracing::warn!("lease not given up in time"),
+        }
+        if tokio::time::timeout(GOODBYE, api.stop()).await.is_err() {
+            tracing::warn!("service not taken down in time");
+        }
     }
-    api.stop().await;
     tracing::info!(name, "dispatcher stopped");
     result
 }
@@ -78,7 +87,7 @@ async fn serve(
     api: &mut ApiServer,
     shutdown: &CancellationToken,
 ) -> Result<(), DispatcherError> {
-    while let Some(until) = stand_by(config, lease, api, shutdown).await? {
+    while let Some(until) = stand_by(nats, config, lease, api, shutdown).await? {
         tracing::info!(name, "active");
         match active::run(nats, config, name, lease, until, api, shutdown).await? {
             Ended::Shutdown => return Ok(()),
@@ -90,6 +99,7 @@ async fn serve(
 
 /// Waits for the lease; Some: until when it is held. Requests go unanswered here: the active one answers them.
 async fn stand_by(
+    nats: &Nats,
     config: &DispatcherConfig,
     lease: &mut Lease,
     api: &mut ApiServer,
@@ -112,7 +122,13 @@ async fn stand_by(
                 }
             }
             Err(KvError::Server(ServerError::Closed)) => return Err(DispatcherError::Closed),
-            Err(error) => tracing::warn!(error = %error, "lease not readable, trying again"),
+            Err(error) => {
+                tracing::warn!(error = %error, "lease not readable, trying again");
+                // Its bucket may be gone, and nobody is active to make it again.
+                if let Err(error) = topology::ensure(nats, &config.topology).await {
+                    tracing::warn!(error = %error, "streams and buckets not made");
+                }
+            }
         }
         let pause = tokio::time::sleep(ttl / 3);
         tokio::pin!(pause);

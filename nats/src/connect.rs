@@ -62,6 +62,9 @@ struct Inner {
     stop: CancellationToken,
 }
 
+/// For the own tasks when there is no server to say goodbye to.
+const OFFLINE_CLOSE: Duration = Duration::from_millis(500);
+
 impl std::fmt::Debug for Nats {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Nats").field("state", &*self.inner.state.borrow()).finish_non_exhaustive()
@@ -161,6 +164,10 @@ impl Nats {
         self.inner.stop.cancel();
         self.inner.tasks.close();
         let mut state = self.connection_events();
+        if !self.is_connected() {
+            // Nobody is there to drain to; what stops must not wait for a server that may never come back.
+            return tokio::time::timeout(deadline.min(OFFLINE_CLOSE), self.inner.tasks.wait()).await.is_ok();
+        }
         let closing = async {
             self.inner.tasks.wait().await;
             if self.client().drain().await.is_err() {

@@ -107,7 +107,20 @@ impl Lease {
     pub async fn renew(&mut self) -> Result<Standing, KvError> {
         // Counted from before the request: the others count from when they see its effect.
         let begun = Instant::now();
-        let found = self.records.get(KEY).await?;
+        let found = match self.records.get(KEY).await {
+            // Somebody's junk is taken over like a holder that stands still.
+            Err(KvError::Malformed { revision, .. }) => {
+                let value = Record {
+                    holder: "unreadable".to_owned(),
+                    token: String::new(),
+                    ttl_ms: self.ttl.as_millis() as u64,
+                    renewals: 0,
+                    released: false,
+                };
+                Some(Versioned { value, revision })
+            }
+            found => found?,
+        };
         let next = Record {
             holder: self.holder.clone(),
             token: self.token.clone(),

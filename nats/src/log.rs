@@ -183,7 +183,7 @@ impl AudioLog {
 
     /// Every entry of every session from `from_seq` on, in order. A sequence above the stream's last starts at its first.
     pub fn tail(&self, from_seq: u64) -> LogTail {
-        let filter = self.nats.subjects().audio_all();
+        let filter = self.nats.subjects().audio_log();
         LogTail { nats: self.nats.clone(), feed: Feed::new(&self.nats, AUDIO, filter, Start::Seq(from_seq)) }
     }
 }

@@ -233,6 +233,12 @@ impl Subjects {
         }
     }
 
+    /// Everything in the audio log, for reading it: also the subject whose last token is a literal `>`, which the stream
+    /// takes from a stranger and which `audio_all` does not match.
+    pub fn audio_log(&self) -> String {
+        format!("{}.audio.>", self.prefix)
+    }
+
     pub fn audio_all(&self) -> String {
         format!("{}.audio.*", self.prefix)
     }
@@ -354,6 +360,7 @@ fn priority_token(priority: Priority) -> &'static str {
         Priority::High => "high",
         Priority::Normal => "normal",
         Priority::Low => "low",
+        Priority::Unknown => "unknown",
     }
 }
 

@@ -114,6 +114,9 @@ id_type!(
 pub enum Kind {
     Session,
     Job,
+    /// Stored by a newer version.
+    #[serde(other)]
+    Unknown,
 }
 
 impl Kind {
@@ -121,6 +124,7 @@ impl Kind {
         match self {
             Kind::Session => "session",
             Kind::Job => "job",
+            Kind::Unknown => "unknown",
         }
     }
 }

@@ -17,6 +17,9 @@ pub enum Policy {
     #[default]
     AllowCpu,
     ForceCpu,
+    /// A stored value of a newer version; no request may ask for it. The others like it below.
+    #[serde(other)]
+    Unknown,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -26,6 +29,8 @@ pub enum Task {
     Transcribe,
     /// Into English; the model must be multilingual.
     Translate,
+    #[serde(other)]
+    Unknown,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
@@ -35,6 +40,8 @@ pub enum Priority {
     #[default]
     Normal,
     Low,
+    #[serde(other)]
+    Unknown,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -44,6 +51,8 @@ pub enum Channels {
     Mix,
     /// Each channel transcribed by itself.
     Split,
+    #[serde(other)]
+    Unknown,
 }
 
 /// What a session asks for. Requests are strict (an unknown option or value is an error to its sender); stored records
@@ -120,6 +129,10 @@ pub enum OptionError {
 pub const MAX_PROMPT_BYTES: usize = 4_096;
 pub const MAX_HOTWORDS: usize = 100;
 const MAX_WORD_BYTES: usize = 64;
+const TASKS: &str = "transcribe or translate";
+const CHANNELS: &str = "mix or split";
+const POLICIES: &str = "exact_model, allow_smaller, allow_cpu or force_cpu";
+const PRIORITIES: &str = "high, normal or low";
 
 impl SessionOptions {
     /// Names of all options, as in JSON and (with `Asr-Opt-` and dashes) in headers.
@@ -150,7 +163,7 @@ impl SessionOptions {
         match name {
             "model" => self.model = Some(value.to_owned()),
             "language" => self.language = (value != "auto").then(|| value.to_owned()),
-            "task" => self.task = word(name, value, "transcribe or translate")?,
+            "task" => self.task = word(name, value, Task::Unknown, TASKS)?,
             "prompt" => self.prompt = Some(value.to_owned()),
             "carry_prompt" => self.carry_prompt = boolean(name, value)?,
             "hotwords" => {
@@ -159,11 +172,11 @@ impl SessionOptions {
             "diarize" => self.diarize = boolean(name, value)?,
             "min_speakers" => self.min_speakers = Some(number(name, value)?),
             "max_speakers" => self.max_speakers = Some(number(name, value)?),
-            "channels" => self.channels = word(name, value, "mix or split")?,
+            "channels" => self.channels = word(name, value, Channels::Unknown, CHANNELS)?,
             "interim" => self.interim = boolean(name, value)?,
             "endpoint_ms" => self.endpoint_ms = number(name, value)?,
-            "policy" => self.policy = word(name, value, "exact_model, allow_smaller, allow_cpu or force_cpu")?,
-            "priority" => self.priority = word(name, value, "high, normal or low")?,
+            "policy" => self.policy = word(name, value, Policy::Unknown, POLICIES)?,
+            "priority" => self.priority = word(name, value, Priority::Unknown, PRIORITIES)?,
             "idle_timeout_s" => self.idle_timeout_s = number(name, value)?,
             _ => return Err(OptionError::UnknownName(short(name))),
         }
@@ -192,6 +205,9 @@ impl SessionOptions {
             || self.hotwords.iter().any(|w| w.is_empty() || w.len() > MAX_WORD_BYTES || w.contains('\0'))
         {
             return bad("hotwords", &self.hotwords.len(), "at most 100 words of 1 to 64 bytes");
+        }
+        if let Some((name, expected)) = self.unknown_word() {
+            return bad(name, &"unknown", expected);
         }
         if !(100..=5_000).contains(&self.endpoint_ms) {
             return bad("endpoint_ms", &self.endpoint_ms, "100 to 5000");
@@ -224,6 +240,20 @@ impl SessionOptions {
     }
 }
 
+impl SessionOptions {
+    /// The first option whose word this version does not know, and what it may be.
+    fn unknown_word(&self) -> Option<(&'static str, &'static str)> {
+        [
+            ("task", self.task == Task::Unknown, TASKS),
+            ("channels", self.channels == Channels::Unknown, CHANNELS),
+            ("policy", self.policy == Policy::Unknown, POLICIES),
+            ("priority", self.priority == Priority::Unknown, PRIORITIES),
+        ]
+        .into_iter()
+        .find_map(|(name, unknown, expected)| unknown.then_some((name, expected)))
+    }
+}
+
 fn short(text: &str) -> String {
     text.chars().take(64).collect()
 }
@@ -240,16 +270,16 @@ fn boolean(name: &'static str, value: &str) -> Result<bool, OptionError> {
     }
 }
 
-fn word<T: serde::de::DeserializeOwned>(
+fn word<T: serde::de::DeserializeOwned + PartialEq>(
     name: &'static str,
     value: &str,
+    unknown: T,
     expected: &'static str,
 ) -> Result<T, OptionError> {
-    serde_json::from_value(serde_json::Value::String(value.to_owned())).map_err(|_| OptionError::BadValue {
-        name,
-        value: short(value),
-        expected,
-    })
+    match serde_json::from_value(serde_json::Value::String(value.to_owned())) {
+        Ok(known) if known != unknown => Ok(known),
+        Ok(_) | Err(_) => Err(OptionError::BadValue { name, value: short(value), expected }),
+    }
 }
 
 /// `session.open`. Idempotent by id.
@@ -260,7 +290,7 @@ pub struct OpenRequest {
     pub options: SessionOptions,
 }
 
-/// In a request an unknown option is the sender's mistake and he is told, unlike in records of a newer version.
+/// In a request an unknown option or value is the sender's mistake and he is told, unlike in records of a newer version.
 fn strict_options<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SessionOptions, D::Error> {
     let value = serde_json::Value::deserialize(deserializer)?;
     if let serde_json::Value::Object(map) = &value
@@ -268,7 +298,12 @@ fn strict_options<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<S
     {
         return Err(serde::de::Error::custom(OptionError::UnknownName(short(name))));
     }
-    serde_json::from_value(value).map_err(serde::de::Error::custom)
+    let options = SessionOptions::deserialize(&value).map_err(serde::de::Error::custom)?;
+    if let Some((name, expected)) = options.unknown_word() {
+        let value = short(value[name].as_str().unwrap_or_default());
+        return Err(serde::de::Error::custom(OptionError::BadValue { name, value, expected }));
+    }
+    Ok(options)
 }
 
 /// `session.status` and `session.close` name a session only.
@@ -387,6 +422,26 @@ mod tests {
         assert!(open(r#"{"options":{}}"#).is_err());
         let stored: SessionOptions = serde_json::from_str(r#"{"endpoint_ms":300,"from_tomorrow":1}"#).expect("record");
         assert_eq!(stored.endpoint_ms, 300);
+    }
+
+    #[test]
+    fn words_of_tomorrow_are_stored_but_never_asked_for() {
+        for name in ["task", "channels", "policy", "priority"] {
+            for word in ["from_tomorrow", "unknown"] {
+                let json = format!(r#"{{"{name}":"{word}"}}"#);
+                let stored: SessionOptions = serde_json::from_str(&json).expect("a record of a newer version reads");
+                let named = |error: OptionError| matches!(error, OptionError::BadValue { name: n, .. } if n == name);
+                assert!(stored.validate().is_err_and(named), "{name}");
+                assert!(SessionOptions::default().set(name, word).is_err_and(named), "{name} by header");
+                let request = format!(r#"{{"session":"a","options":{json}}}"#);
+                let error = serde_json::from_str::<OpenRequest>(&request).expect_err("strict").to_string();
+                assert!(error.contains(name) && error.contains(word), "{error}");
+            }
+        }
+        let record = r#"{"kind":"from_tomorrow","id":"a","state":"waiting","options":{"policy":"from_tomorrow"},
+            "epoch":1,"opened_ms":0,"changed_ms":0}"#;
+        let record: SessionRecord = serde_json::from_str(record).expect("a record of a newer version reads");
+        assert_eq!((record.kind, record.options.policy), (Kind::Unknown, Policy::Unknown));
     }
 
     #[test]

@@ -389,6 +389,11 @@ fn values_of_tomorrow_decode_to_unknown() {
         let read: T = serde_json::from_str("\"from_tomorrow\"").expect("an unknown value reads");
         assert_eq!(read, expected);
     }
+    unknown(Kind::Unknown);
+    unknown(Task::Unknown);
+    unknown(Channels::Unknown);
+    unknown(Policy::Unknown);
+    unknown(Priority::Unknown);
     unknown(VadKind::Unknown);
     unknown(WordTiming::Unknown);
     unknown(Scope::Unknown);

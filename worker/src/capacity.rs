@@ -3,7 +3,7 @@
 //! Each byte handed to the engine stays counted until the engine has consumed it or its session is closed; each byte of a
 //! hint waiting for its session is counted against a pool of its own. So memory is bounded by
 //!
-//! `slots x (share + one entry) + surplus + what one session retains + hints`
+//! `slots x (share + one entry) + surplus + overdraft + hints`
 //!
 //! and no set of sessions can wait for each other for ever: a session below its share may always take one more entry,
 //! and of those above it that find the surplus used up, one at a time may go on. It does so until the engine has cut its
@@ -22,11 +22,17 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What the one session over the surplus may hold above its share. The engine keeps 16 MiB of audio for the longest window
+/// there is; the rest is for what counts beside the audio. Only a window of more than 100,000 entries does not fit, and
+/// such a session waits.
+const OVERDRAFT: u64 = 32 << 20;
+
 /// The counts, without any waiting.
 #[derive(Debug)]
 struct Counts {
     share: u64,
     surplus: u64,
+    overdraft: u64,
     /// Bytes held above their shares by all accounts.
     surplus_used: u64,
     /// Whoever may exceed the surplus now.
@@ -43,7 +49,7 @@ impl Counts {
     fn may_take(&self, account: u64, used: u64, len: u64) -> bool {
         used < self.share
             || self.surplus_used + len <= self.surplus
-            || self.overdrawn.is_none_or(|holder| holder == account)
+            || (self.overdrawn.is_none_or(|holder| holder == account) && self.above_share(used) < self.overdraft)
     }
 
     fn change(&mut self, account: u64, before: u64, after: u64) {
@@ -67,10 +73,15 @@ pub(crate) struct Budget {
 
 impl Budget {
     pub(crate) fn new(share: u64, surplus: u64) -> Self {
+        Self::with_overdraft(share, surplus, OVERDRAFT)
+    }
+
+    fn with_overdraft(share: u64, surplus: u64, overdraft: u64) -> Self {
         Self {
             counts: Arc::new(Mutex::new(Counts {
                 share: share.max(1),
                 surplus,
+                overdraft,
                 surplus_used: 0,
                 overdrawn: None,
                 next_account: 0,
@@ -119,7 +130,6 @@ impl Account {
         self.budget.room.notify_waiters();
     }
 
-    #[cfg(test)]
     pub(crate) fn used(&self) -> u64 {
         locked(&self.used).unwrap_or(0)
     }
@@ -274,6 +284,19 @@ mod tests {
     }
 
     #[test]
+    fn the_overdraft_has_an_end() {
+        let budget = Budget::with_overdraft(10, 20, 30);
+        let a = budget.account();
+        while a.has_room(8) {
+            a.take(8);
+            assert!(a.used() < 10 + 30 + 8);
+        }
+        assert!((40..48).contains(&a.used()), "{}", a.used());
+        a.consumed(9);
+        assert!(a.has_room(8));
+    }
+
+    #[test]
     fn closing_gives_everything_back_and_late_news_changes_nothing() {
         let budget = Budget::new(1, 10);
         let (a, b) = (budget.account(), budget.account());
@@ -328,19 +351,22 @@ mod tests {
         fn bounded_and_never_stuck(steps in proptest::collection::vec((0usize..4, 1u64..8, any::<bool>()), 1..200)) {
             const SHARE: u64 = 10;
             const SURPLUS: u64 = 20;
-            const RETAINED: u64 = 30;
-            let budget = Budget::new(SHARE, SURPLUS);
+            const OVERDRAFT: u64 = 15;
+            let budget = Budget::with_overdraft(SHARE, SURPLUS, OVERDRAFT);
             let accounts: Vec<Account> = (0..4).map(|_| budget.account()).collect();
             for (who, len, feed) in steps {
                 let account = &accounts[who];
                 if !feed {
                     account.consumed(len);
-                } else if account.has_room(len) && account.used() + len <= RETAINED {
+                } else if account.has_room(len) {
                     account.take(len);
                 }
                 let total: u64 = accounts.iter().map(Account::used).sum();
-                prop_assert!(total <= 4 * (SHARE + 8) + SURPLUS + RETAINED);
-                prop_assert!(accounts.iter().any(|a| a.has_room(1)));
+                prop_assert!(total <= 4 * (SHARE + 8) + SURPLUS + OVERDRAFT);
+                prop_assert!(accounts.iter().all(|a| a.used() < SHARE + SURPLUS + OVERDRAFT + 8));
+                // Who has all it may have is waited for by nobody but those above their shares.
+                let full = |a: &Account| a.used() >= SHARE + OVERDRAFT;
+                prop_assert!(accounts.iter().any(|a| a.has_room(1) || full(a)));
                 let above: u64 = accounts.iter().map(|a| a.used().saturating_sub(SHARE)).sum();
                 prop_assert_eq!(above, locked(&budget.counts).surplus_used);
             }

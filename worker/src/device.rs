@@ -3,7 +3,7 @@
 //! A machine without NVIDIA's library is a machine without a GPU, not an error; a GPU that was asked for by name and is
 //! not there is one. Calls may block (a driver reset takes seconds), so sampling happens on a blocking thread.
 
-use std::{fs, path::Path};
+use std::{collections::HashSet, fs, path::Path};
 
 use nvml_wrapper::{Nvml, enum_wrappers::device::TemperatureSensor, enums::device::UsedGpuMemory, error::NvmlError};
 use voxfleet_schema::{
@@ -86,6 +86,21 @@ impl Probe {
 
     pub(crate) fn is_gpu(&self) -> bool {
         matches!(self.kind, Kind::Gpu(_))
+    }
+
+    /// Takes the name of the first CPU from `index` on that no other worker of this host has.
+    pub(crate) fn rename_cpu(&mut self, index: u32, taken: &HashSet<GpuId>) -> Result<(), DeviceError> {
+        for index in index..=u32::MAX {
+            let id = cpu_id(&self.host, index)?;
+            if !taken.contains(&id) {
+                if id != self.gpu_id {
+                    tracing::info!(was = %self.gpu_id, now = %id, "another worker of this host has this name");
+                }
+                self.gpu_id = id;
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Blocks; call it on a blocking thread.
@@ -326,6 +341,11 @@ mod tests {
         let config = WorkerConfig { gpu: GpuChoice::None, index: 7, ..WorkerConfig::default() };
         let mut probe = Probe::open(&config).expect("cpu");
         assert!(probe.gpu_id.as_str().starts_with("cpu-") && probe.gpu_id.as_str().ends_with("-7"));
+        let name = probe.gpu_id.clone();
+        probe.rename_cpu(7, &HashSet::new()).expect("free");
+        assert_eq!(probe.gpu_id, name);
+        probe.rename_cpu(7, &HashSet::from([name, cpu_id(&probe.host, 8).expect("id")])).expect("two are taken");
+        assert!(probe.gpu_id.as_str().ends_with("-9"));
         let figures = probe.sample(Some(std::process::id()));
         assert!(figures.total_mb > 0 && figures.used_mb > 0 && figures.index.is_none());
         assert_eq!(probe.visible_device(), "");

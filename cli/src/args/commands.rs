@@ -24,7 +24,10 @@ pub(crate) struct DispatcherArgs {
 #[command(after_help = "Examples:
   voxfleet worker --url nats://hub:4222
   voxfleet worker --models-dir /models --model small.en --slots 8
-  voxfleet worker --gpu none --engine simulated --gpu-id cpu-test-0")]
+  voxfleet worker --gpu none --engine simulated --gpu-id cpu-test-0
+
+Workers of one host need different names. Those on GPUs have them from their devices; one on the CPU takes the next that
+it hears nobody use. CPU workers that start within the same second need --gpu-id or --set worker.index=1 (2, 3, ...).")]
 pub(crate) struct WorkerArgs {
     /// auto, none (the CPU), an NVML index or a UUID
     #[arg(long, value_name = "GPU")]
@@ -59,7 +62,9 @@ pub(crate) struct EngineArgs {
 #[command(after_help = "Examples:
   voxfleet demo
   voxfleet demo --speed 4 --call 03
-  voxfleet demo --json > demo.json")]
+  voxfleet demo --json > demo.json
+
+It starts a server of its own, so --url and --creds are refused.")]
 pub(crate) struct DemoArgs {
     /// Which test call: tests/audio/call-<CALL>.flac
     #[arg(long, default_value = "01", value_name = "CALL")]

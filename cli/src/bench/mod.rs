@@ -2,6 +2,7 @@
 //!
 //! | module | measures |
 //! |---|---|
+//! | [`accuracy`] | word error rate of live calls beside the same engine offline, and how late finals come |
 //! | [`pipeline`] | audio through NATS and the fleet against the same engine called directly |
 //! | [`route`] | added latency from a producer's publish to the engine, and what a fleet saturates at |
 //! | [`startup`] | start-up time of each process, and memory with idle sessions |
@@ -9,6 +10,7 @@
 //!
 //! Each prints a table, or with `--json` one object with fixed field names.
 
+mod accuracy;
 mod pipeline;
 mod probe;
 mod route;
@@ -16,6 +18,7 @@ mod startup;
 
 use std::path::PathBuf;
 
+use clap::Args as _;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
@@ -23,13 +26,16 @@ use crate::{exit::Exit, transcript::screen};
 
 /// Which bench to run.
 #[derive(Debug, Clone, clap::Args)]
-#[command(after_help = "Examples:
+#[command(after_help = "Without a bench it lists them.
+
+Examples:
+  voxfleet bench accuracy
   voxfleet bench pipeline
   voxfleet bench route --sessions 1000 --seconds 30 --json
   voxfleet bench startup")]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
-    bench: Bench,
+    bench: Option<Bench>,
     /// One object on standard output and nothing else
     #[arg(long, global = true)]
     json: bool,
@@ -37,6 +43,8 @@ pub(crate) struct BenchArgs {
 
 #[derive(Debug, Clone, clap::Subcommand)]
 enum Bench {
+    /// Word error rate of the test calls live, at the pace they were spoken, beside the same engine offline
+    Accuracy(accuracy::AccuracyArgs),
     /// Audio per second through NATS and the fleet, against the same engine called directly
     Pipeline(pipeline::PipelineArgs),
     /// Added latency from publish to engine with many sessions, and the rate at which it saturates
@@ -49,8 +57,12 @@ enum Bench {
 }
 
 pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow::Result<Exit> {
-    let bench = async {
-        match args.bench {
+    let Some(bench) = args.bench else {
+        return list(args.json);
+    };
+    let measured = async {
+        match bench {
+            Bench::Accuracy(args) => accuracy::run(args).await,
             Bench::Pipeline(args) => pipeline::run(args).await,
             Bench::Route(args) => route::run(args).await,
             Bench::Startup(args) => startup::run(args).await,
@@ -62,7 +74,7 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
     };
     // Dropped half way, a bench still ends every process that it started.
     let result = tokio::select! {
-        result = bench => result?,
+        result = measured => result?,
         () = shutdown.cancelled() => return Ok(Exit::Interrupted),
     };
     if result.is_null() {
@@ -76,17 +88,38 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
     Ok(Exit::Ok)
 }
 
+/// Every bench with its line of help.
+fn list(json: bool) -> anyhow::Result<Exit> {
+    let command = BenchArgs::augment_args(clap::Command::new("bench"));
+    let shown = command.get_subcommands().filter(|c| !c.is_hide_set());
+    let rows = shown.map(|c| (c.get_name().to_owned(), c.get_about().map(ToString::to_string).unwrap_or_default()));
+    if json {
+        let benches: serde_json::Map<String, Value> = rows.map(|(name, about)| (name, about.into())).collect();
+        screen::object(&serde_json::json!({ "benches": benches }))?;
+    } else {
+        for (name, about) in rows {
+            screen::out(&format!("voxfleet bench {name:<10} {about}"))?;
+        }
+    }
+    Ok(Exit::Ok)
+}
+
 /// Says what is being done, where it does not mix with the answer.
 fn progress(text: &str) {
     eprintln!("bench: {text}");
 }
 
-/// Two columns, nested objects indented by their names.
+/// Two columns, nested objects and rows indented by their names.
 fn table(prefix: &str, value: &Value) -> anyhow::Result<()> {
     for (name, value) in value.as_object().into_iter().flatten() {
         let name = format!("{prefix}{name}");
         match value {
             Value::Object(_) => table(&format!("{name}."), value)?,
+            Value::Array(rows) => {
+                for (n, row) in rows.iter().enumerate() {
+                    table(&format!("{name}.{n}."), row)?;
+                }
+            }
             Value::Number(n) if n.is_f64() => {
                 screen::out(&format!("{name:<42} {:>14.3}", n.as_f64().unwrap_or_default()))?;
             }

@@ -36,7 +36,7 @@ use voxfleet_worker::{
 
 use super::{cached, progress, rounded};
 
-const CHUNK_MS: u64 = 200;
+pub(super) const CHUNK_MS: u64 = 200;
 const MICRO: &str = "micro.en-q8_0";
 const DEADLINE: Duration = Duration::from_secs(600);
 
@@ -61,14 +61,14 @@ pub(crate) struct PipelineArgs {
 
 /// How one kind of engine is loaded on both sides.
 #[derive(Clone)]
-enum Kind {
+pub(super) enum Kind {
     Simulated { speed: f64 },
     Micro,
 }
 
 impl Kind {
     /// One decode state with weights of its own would not be the same: states share them.
-    fn states(&self, n: usize) -> Result<Vec<Box<dyn Recognizer>>> {
+    pub(super) fn states(&self, n: usize) -> Result<Vec<Box<dyn Recognizer>>> {
         match self {
             Kind::Simulated { speed } => {
                 let config = SimulatedConfig { speed: *speed, ..SimulatedConfig::default() };
@@ -83,7 +83,7 @@ impl Kind {
         }
     }
 
-    fn vad(&self) -> Arc<dyn VadFactory> {
+    pub(super) fn vad(&self) -> Arc<dyn VadFactory> {
         match self {
             Kind::Simulated { .. } => Arc::new(vad::Energy),
             Kind::Micro => {
@@ -147,7 +147,7 @@ fn options() -> SessionOptions {
     SessionOptions { interim: false, ..SessionOptions::default() }
 }
 
-fn log(pcm: &Pcm) -> Vec<RawEntry> {
+pub(super) fn log(pcm: &Pcm) -> Vec<RawEntry> {
     let (bytes, size) = (Bytes::from(pcm.bytes()), pcm.chunk_bytes(CHUNK_MS));
     let pieces = (0..bytes.len()).step_by(size).map(|from| bytes.slice(from..(from + size).min(bytes.len())));
     let mut entries: Vec<RawEntry> =

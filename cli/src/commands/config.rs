@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::{
     Context,
     args::{ConfigArgs, ConfigCommand},
-    config::{ConfigProblems, Loaded, Role, SEARCH, load, show::table},
+    config::{Role, SEARCH, load, load_configured, show::table},
     env::ProcessEnv,
     exit::{Exit, OrExit as _},
     transcript::screen::{object, out},
@@ -16,10 +16,12 @@ use crate::{
 pub(crate) fn run(args: &ConfigArgs, context: &Context) -> anyhow::Result<Exit> {
     match &args.what {
         ConfigCommand::Check(check) => {
-            let result = read(context, &[]).and_then(|loaded| {
-                let roles = if check.roles.is_empty() { configured(&loaded) } else { check.roles.clone() };
-                read(context, &roles).map(|loaded| (loaded, roles))
-            });
+            let search = search();
+            let result = if check.roles.is_empty() {
+                load_configured(&context.overrides, &ProcessEnv, &search)
+            } else {
+                load(&context.overrides, &ProcessEnv, &search, &check.roles).map(|l| (l, check.roles.clone()))
+            };
             match result {
                 Ok((loaded, roles)) => {
                     let checked: Vec<&str> = std::iter::once("nats")
@@ -41,7 +43,7 @@ pub(crate) fn run(args: &ConfigArgs, context: &Context) -> anyhow::Result<Exit> 
             }
         }
         ConfigCommand::Show(output) => {
-            let loaded = read(context, &[]).or_exit(Exit::Config)?;
+            let loaded = load(&context.overrides, &ProcessEnv, &search(), &[]).or_exit(Exit::Config)?;
             let rows = loaded.rows();
             if output.json {
                 object(&json!({"file": loaded.file, "settings": rows}))?;
@@ -53,13 +55,6 @@ pub(crate) fn run(args: &ConfigArgs, context: &Context) -> anyhow::Result<Exit> 
     }
 }
 
-fn read(context: &Context, roles: &[Role]) -> Result<Loaded, ConfigProblems> {
-    let search: Vec<&Path> = SEARCH.iter().map(Path::new).collect();
-    load(&context.overrides, &ProcessEnv, &search, roles)
-}
-
-/// The parts that somebody configured here: a machine that runs no worker needs no model.
-fn configured(loaded: &Loaded) -> Vec<Role> {
-    use clap::ValueEnum as _;
-    Role::value_variants().iter().copied().filter(|role| loaded.mentions(role.as_str())).collect()
+fn search() -> Vec<&'static Path> {
+    SEARCH.iter().map(Path::new).collect()
 }

@@ -11,7 +11,10 @@ pub(crate) async fn run(context: &Context) -> anyhow::Result<Exit> {
     let loaded = context.configure(&[Role::Dispatcher], SERVICE_LOG)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), file = ?loaded.file, "dispatcher starts");
     let settings = loaded.settings;
-    let nats = super::connect(&settings, "voxfleet-dispatcher").await?;
+    let Some(nats) = super::connect_service(&settings, "voxfleet-dispatcher", &context.shutdown).await? else {
+        tracing::info!("dispatcher stopped before there was a server");
+        return Ok(Exit::Ok);
+    };
     let result = voxfleet_dispatcher::run(nats.clone(), settings.dispatcher, context.shutdown.clone()).await;
     super::close(nats).await;
     result.or_exit(Exit::Failure)?;

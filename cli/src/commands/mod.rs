@@ -15,7 +15,17 @@ mod worker;
 
 use std::{path::Path, time::Duration};
 
-use voxfleet_nats::Nats;
+use voxfleet_nats::{
+    Nats, ServerError,
+    log::{AudioLog, LogError},
+    topology::TopologyError,
+};
+#[cfg(any(feature = "dispatcher", feature = "worker"))]
+use {
+    tokio::time::Instant,
+    tokio_util::sync::CancellationToken,
+    voxfleet_nats::{ConnectError, retry::Backoff},
+};
 
 use crate::{
     Context,
@@ -28,6 +38,18 @@ use crate::{
 
 /// How long a command waits for what it has sent to be on its way.
 const CLOSE: Duration = Duration::from_secs(2);
+
+/// How long the first look at JetStream may take; it is there to explain a silence, not to cause a wait.
+const PROBE: Duration = Duration::from_secs(2);
+/// The server's codes for JetStream that is off: in the whole server, in this account.
+const JETSTREAM_OFF: [u64; 2] = [10_076, 10_039];
+
+/// How long a service waits for a server to start beside it. Beyond this whoever started the service should hear that
+/// it is not running: a wrong address looks the same as a slow start.
+#[cfg(any(feature = "dispatcher", feature = "worker"))]
+const PATIENCE: Duration = Duration::from_secs(60);
+#[cfg(any(feature = "dispatcher", feature = "worker"))]
+const REMIND: Duration = Duration::from_secs(30);
 
 /// Logs of a service where nothing else is configured. The client library tells its own connects and disconnects, which
 /// ours tell too.
@@ -46,12 +68,29 @@ pub(crate) async fn run(command: Command, context: Context) -> anyhow::Result<Ex
         Command::Doctor(args) => doctor::run(&args, &context).await,
         Command::Config(args) => config::run(&args, &context),
         #[cfg(feature = "bench")]
-        Command::Demo(args) => crate::demo::run(&args, &context).await,
+        Command::Demo(args) => {
+            own_server(&context)?;
+            crate::demo::run(&args, &context).await
+        }
         #[cfg(feature = "bench")]
-        Command::Bench(args) => crate::bench::run(args, context.shutdown.clone()).await,
+        Command::Bench(args) => {
+            own_server(&context)?;
+            crate::bench::run(args, context.shutdown.clone()).await
+        }
         Command::Decode(args) => decode::run(&args),
         #[cfg(feature = "worker")]
         Command::Engine(args) => engine::run(&args),
+    }
+}
+
+/// `demo` and `bench` start a server of their own: whoever names another one would otherwise believe it was used.
+#[cfg(feature = "bench")]
+fn own_server(context: &Context) -> anyhow::Result<()> {
+    match context.overrides.flags.iter().find(|(_, key, _)| key.starts_with("nats.")) {
+        Some((flag, key, _)) => {
+            Err(anyhow::anyhow!("{flag} ({key}): this command starts a server of its own")).or_exit(Exit::Usage)
+        }
+        None => Ok(()),
     }
 }
 
@@ -108,9 +147,90 @@ async fn connect(settings: &Settings, name: &str) -> anyhow::Result<Nats> {
     Nats::connect(&settings.nats, name).await.or_exit(Exit::Unavailable)
 }
 
+/// For services: they and the server are started in any order. None when told to stop before there was a server.
+#[cfg(any(feature = "dispatcher", feature = "worker"))]
+async fn connect_service(
+    settings: &Settings,
+    name: &str,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<Option<Nats>> {
+    let connecting = keep_trying(|| Nats::connect(&settings.nats, name), PATIENCE);
+    tokio::select! {
+        () = shutdown.cancelled() => Ok(None),
+        connected = connecting => connected.map(Some).or_exit(Exit::Unavailable),
+    }
+}
+
+/// Connects again for as long as nobody answers; whatever a server answers is final.
+#[cfg(any(feature = "dispatcher", feature = "worker"))]
+async fn keep_trying<T, F: Future<Output = Result<T, ConnectError>>>(
+    mut connect: impl FnMut() -> F,
+    patience: Duration,
+) -> Result<T, ConnectError> {
+    let begun = Instant::now();
+    let mut backoff = Backoff::default();
+    let mut told: Option<Instant> = None;
+    loop {
+        match connect().await {
+            Err(error @ ConnectError::Unreachable { .. }) if begun.elapsed() < patience => {
+                if told.is_none_or(|at| at.elapsed() >= REMIND) {
+                    told = Some(Instant::now());
+                    let waited_s = begun.elapsed().as_secs();
+                    tracing::warn!(%error, waited_s, give_up_s = patience.as_secs(), "trying again to connect to nats");
+                }
+                backoff.wait().await;
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Whether the server has no JetStream: then nothing that is sent is kept, and nothing would ever come back. A server
+/// that does not answer in time, or may not answer us, says nothing about it.
+async fn lacks_jetstream(nats: &Nats) -> bool {
+    match tokio::time::timeout(PROBE, AudioLog::new(nats).bounds()).await {
+        // With JetStream somebody answers, be it that there is no such stream.
+        Ok(Err(LogError::Server(ServerError::NoResponders(_)))) => true,
+        Ok(Err(LogError::Server(error))) => error.code().is_some_and(|code| JETSTREAM_OFF.contains(&code)),
+        Ok(_) | Err(_) => false,
+    }
+}
+
+async fn need_jetstream(nats: &Nats) -> anyhow::Result<()> {
+    if lacks_jetstream(nats).await { Err(TopologyError::NoJetStream).or_exit(Exit::Unavailable) } else { Ok(()) }
+}
+
 /// Closes the connection; whatever the command had to say has been said by then.
 async fn close(nats: Nats) {
     if !nats.close(CLOSE).await {
         tracing::debug!("connection did not close in time");
+    }
+}
+
+#[cfg(all(test, any(feature = "dispatcher", feature = "worker")))]
+mod tests {
+    use super::*;
+
+    fn nobody() -> ConnectError {
+        ConnectError::Unreachable { urls: "nats://nowhere:1".to_owned(), source: "refused".into() }
+    }
+
+    #[tokio::test]
+    async fn a_service_waits_for_a_server_that_is_not_there_yet() {
+        let mut attempts = 0;
+        let mut attempt = || {
+            attempts += 1;
+            std::future::ready(if attempts < 3 { Err(nobody()) } else { Ok(attempts) })
+        };
+        assert_eq!(keep_trying(&mut attempt, Duration::from_secs(60)).await.ok(), Some(3));
+    }
+
+    #[tokio::test]
+    async fn waiting_ends_when_patience_does_or_a_server_refuses() {
+        let gave_up = keep_trying(|| std::future::ready(Err::<(), _>(nobody())), Duration::ZERO).await;
+        assert!(matches!(gave_up, Err(ConnectError::Unreachable { .. })));
+        let refused = || ConnectError::Credentials { urls: "nats://here:1".to_owned(), source: "refused".into() };
+        let refused = keep_trying(|| std::future::ready(Err::<(), _>(refused())), Duration::from_secs(60)).await;
+        assert!(matches!(refused, Err(ConnectError::Credentials { .. })));
     }
 }

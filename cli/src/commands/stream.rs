@@ -5,7 +5,10 @@ use std::{io::IsTerminal as _, time::Duration};
 use bytes::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use voxfleet_nats::{
@@ -14,12 +17,13 @@ use voxfleet_nats::{
     transcript::Filter,
 };
 use voxfleet_schema::{
+    event::{Event, What},
     failure::FailureClass,
     id::{Kind, StreamId},
     session::{OpenRequest, Opened, SessionOptions},
 };
 
-use super::close;
+use super::{close, need_jetstream};
 use crate::{
     Context,
     args::StreamArgs,
@@ -27,7 +31,7 @@ use crate::{
     producer::{Producer, ago, due},
     sound::{Input, Sound, SoundError},
     transcript::{
-        follow::{Follow, Followed, follow},
+        follow::{Follow, Followed, Seen, follow_all},
         line::clock,
         screen::{Detail, Screen, Style, object, out},
     },
@@ -73,7 +77,44 @@ struct Sent {
     audio_ms: u64,
     first_seq: u64,
     last_seq: u64,
+    ended: bool,
     cut_short: bool,
+}
+
+/// What came back, as far as it says whether anything was opened.
+#[derive(Debug, Clone, Default)]
+struct Answers {
+    final_seen: bool,
+    /// The first entry that opened nothing, and why.
+    reason: Option<String>,
+    rejected: u64,
+    last_rejected: u64,
+}
+
+impl Answers {
+    fn note(&mut self, seen: Seen<'_>) {
+        match seen {
+            Seen::Final(_) => self.final_seen = true,
+            // A worker's own rejections, which carry its name, are about chunks of a session that is open.
+            Seen::Event(Event { what: What::Rejected, gpu_id: None, seq: Some(seq), error, .. })
+                if *seq > self.last_rejected =>
+            {
+                (self.rejected, self.last_rejected) = (self.rejected + 1, *seq);
+                self.reason.get_or_insert_with(|| {
+                    let why = error.as_ref().map_or_else(|| "no reason given".to_owned(), ToString::to_string);
+                    format!("{why} (log entry {seq})")
+                });
+            }
+            Seen::Event(_) => {}
+        }
+    }
+
+    /// Why nothing that was sent opened the session: then no end final will ever come. An end that ends nothing is
+    /// rejected itself, unless the session exists from before.
+    fn nothing_opened(&self, sent: &Sent) -> Option<&str> {
+        let all = self.last_rejected == sent.last_seq || self.rejected >= sent.chunks;
+        self.reason.as_deref().filter(|_| all && !self.final_seen)
+    }
 }
 
 pub(crate) async fn run(args: &StreamArgs, context: &Context) -> anyhow::Result<Exit> {
@@ -82,7 +123,10 @@ pub(crate) async fn run(args: &StreamArgs, context: &Context) -> anyhow::Result<
     let opened = tokio::task::spawn_blocking(move || Sound::open(&input, format)).await.or_exit(Exit::Internal)?;
     let sound = opened.map_err(|e| anyhow::Error::new(e).context(plan.input.to_string())).or_exit(Exit::Input)?;
     let (nats, _) = context.client("voxfleet-stream").await?;
-    let result = with_nats(args, &plan, sound, &nats, context).await;
+    let result = match need_jetstream(&nats).await {
+        Ok(()) => with_nats(args, &plan, sound, &nats, context).await,
+        Err(error) => Err(error),
+    };
     close(nats).await;
     result
 }
@@ -115,13 +159,18 @@ async fn with_nats(
     let what = Follow { filter: Filter::One(Kind::Session, plan.id.clone()), from_start: false, until_end: true };
     let speed = plan.speed;
     let lag = move |ms: u64| speed.map(|speed| ago(started, ms, speed));
-    let mut ignore = |_: &_| ();
-    let following = follow(nats, &what, &mut screen, &lag, &mut ignore, &stop);
+    let (note, mut answers) = watch::channel(Answers::default());
+    let mut seen = |seen: Seen<'_>| note.send_modify(|answers| answers.note(seen));
+    let following = follow_all(nats, &what, &mut screen, &lag, &mut seen, &stop);
     let sending = send(args, plan, sound, producer, started, context, false);
     tokio::pin!(following, sending);
     let (sent, followed) = tokio::select! {
         sent = &mut sending => {
             let sent = sent?;
+            if sent.last_seq == 0 {
+                // Stopped before the first chunk: there is nothing to wait for.
+                return Ok(Exit::Interrupted);
+            }
             // Ctrl-C during the sending has been answered by ending the session; its last words are waited for.
             let leave = async {
                 if context.shutdown.is_cancelled() { std::future::pending().await } else { context.shutdown.cancelled().await }
@@ -129,6 +178,10 @@ async fn with_nats(
             tokio::select! {
                 followed = &mut following => (sent, followed?),
                 () = leave => (sent, Followed::Stopped),
+                why = refusal(&mut answers, &sent) => {
+                    report(args, plan, &sent)?;
+                    return Err(anyhow::anyhow!("{}: nothing was opened: {why}", plan.id)).or_exit(Exit::Input);
+                }
             }
         }
         followed = &mut following => (sending.await?, followed?),
@@ -140,6 +193,15 @@ async fn with_nats(
         Followed::Ended(_) => Exit::Ok,
         Followed::Stopped => Exit::Interrupted,
     })
+}
+
+/// Comes back only if nothing of what was sent opened the session.
+async fn refusal(answers: &mut watch::Receiver<Answers>, sent: &Sent) -> String {
+    match answers.wait_for(|answers| answers.nothing_opened(sent).is_some()).await {
+        Ok(answers) => answers.nothing_opened(sent).unwrap_or_default().to_owned(),
+        // Nobody reads any more, so nobody will know.
+        Err(_) => std::future::pending().await,
+    }
 }
 
 async fn open(nats: &Nats, plan: &Plan) -> anyhow::Result<Opened> {
@@ -204,13 +266,22 @@ async fn send(
         (sent.chunks, sent.last_seq) = (sent.chunks + 1, seq);
         bar.set_position(sent.audio_ms);
     }
-    if !args.no_end {
+    let interrupted = context.shutdown.is_cancelled();
+    if sent.chunks == 0 {
+        sent.cut_short = interrupted;
+    }
+    // An end without audio would open nothing, and nothing would answer it; what a request opened it does end.
+    if !args.no_end && (sent.chunks > 0 || args.open) {
+        sent.ended = true;
         sent.last_seq = producer.send(Bytes::new(), true, &never).await.or_exit(Exit::Unavailable)?;
     }
     bar.finish_and_clear();
     // What was readable has been sent and ended like a whole file; that it was not whole is told all the same.
     match broken {
         Some(error) => Err(anyhow::Error::new(error).context(plan.input.to_string())).or_exit(Exit::Input),
+        None if sent.chunks == 0 && !interrupted => {
+            Err(anyhow::anyhow!("{}: no audio in it, nothing was sent", plan.input)).or_exit(Exit::Input)
+        }
         None => Ok(sent),
     }
 }
@@ -243,7 +314,7 @@ fn report(args: &StreamArgs, plan: &Plan, sent: &Sent) -> anyhow::Result<()> {
     if args.json {
         object(&json!({
             "type": "sent", "session": plan.id, "chunks": sent.chunks, "audio_ms": sent.audio_ms,
-            "first_seq": sent.first_seq, "last_seq": sent.last_seq, "ended": !args.no_end,
+            "first_seq": sent.first_seq, "last_seq": sent.last_seq, "ended": sent.ended,
         }))?;
     } else if args.wait {
         eprintln!("{}: {} of audio in {} chunks", plan.id, clock(sent.audio_ms), sent.chunks);
@@ -258,4 +329,51 @@ fn report(args: &StreamArgs, plan: &Plan, sent: &Sent) -> anyhow::Result<()> {
         ))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use voxfleet_schema::{event::Scope, failure::Failure};
+
+    fn rejected(seq: u64, gpu: Option<&str>) -> Event {
+        let mut event = Event::new(Scope::Session, "s", What::Rejected, 0);
+        event.seq = Some(seq);
+        event.gpu_id = gpu.map(str::to_owned);
+        event.error = Some(Failure::new(FailureClass::BadAudio, format!("entry {seq} is noise")));
+        event
+    }
+
+    fn answers(events: &[Event]) -> Answers {
+        let mut answers = Answers::default();
+        events.iter().for_each(|e| answers.note(Seen::Event(e)));
+        answers
+    }
+
+    /// Two chunks at 5 and 6, the end at 7.
+    const SENT: Sent = Sent { chunks: 2, audio_ms: 200, first_seq: 5, last_seq: 7, ended: true, cut_short: false };
+
+    #[test]
+    fn a_rejected_end_means_that_nothing_was_opened() {
+        let all = answers(&[rejected(5, None), rejected(6, None), rejected(7, None)]);
+        assert!(all.nothing_opened(&SENT).is_some_and(|why| why.contains("entry 5 is noise")), "{all:?}");
+    }
+
+    #[test]
+    fn an_end_of_a_session_from_before_is_not_rejected_and_all_else_was() {
+        let chunks = answers(&[rejected(5, None), rejected(6, None)]);
+        assert!(chunks.nothing_opened(&SENT).is_some());
+        let read_twice = answers(&[rejected(5, None), rejected(5, None)]);
+        assert!(read_twice.nothing_opened(&SENT).is_none(), "{read_twice:?}");
+    }
+
+    #[test]
+    fn what_is_open_is_waited_for() {
+        assert!(answers(&[]).nothing_opened(&SENT).is_none());
+        assert!(answers(&[rejected(5, None)]).nothing_opened(&SENT).is_none(), "6 may have opened it");
+        let by_worker = answers(&[rejected(5, Some("a")), rejected(6, Some("a")), rejected(7, Some("a"))]);
+        assert!(by_worker.nothing_opened(&SENT).is_none());
+        let with_final = Answers { final_seen: true, ..answers(&[rejected(7, None)]) };
+        assert!(with_final.nothing_opened(&SENT).is_none());
+    }
 }

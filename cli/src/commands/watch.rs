@@ -3,7 +3,7 @@
 use voxfleet_nats::transcript::Filter;
 use voxfleet_schema::id::Kind;
 
-use super::close;
+use super::{close, need_jetstream};
 use crate::{
     Context,
     args::{From, WatchArgs},
@@ -16,6 +16,10 @@ use crate::{
 
 pub(crate) async fn run(args: &WatchArgs, context: &Context) -> anyhow::Result<Exit> {
     let (nats, _) = context.client("voxfleet-watch").await?;
+    if let Err(error) = need_jetstream(&nats).await {
+        close(nats).await;
+        return Err(error);
+    }
     let filter = match &args.session {
         Some(id) => Filter::One(Kind::Session, id.clone()),
         None => Filter::All,

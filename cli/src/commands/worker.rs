@@ -1,5 +1,7 @@
 //! `voxfleet worker`.
 
+use voxfleet_nats::topology::TopologyError;
+
 use super::SERVICE_LOG;
 use crate::{
     Context,
@@ -11,7 +13,14 @@ pub(crate) async fn run(context: &Context) -> anyhow::Result<Exit> {
     let loaded = context.configure(&[Role::Worker], SERVICE_LOG)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), file = ?loaded.file, "worker starts");
     let settings = loaded.settings;
-    let nats = super::connect(&settings, "voxfleet-worker").await?;
+    let Some(nats) = super::connect_service(&settings, "voxfleet-worker", &context.shutdown).await? else {
+        tracing::info!("worker stopped before there was a server");
+        return Ok(Exit::Ok);
+    };
+    if super::lacks_jetstream(&nats).await {
+        // The server may be given it while we run; a worker makes no stream, so it can only wait.
+        tracing::warn!(error = %TopologyError::NoJetStream, "nothing can be done until the server has jetstream");
+    }
     let result = voxfleet_worker::run(nats.clone(), settings.worker, context.shutdown.clone()).await;
     super::close(nats).await;
     result.or_exit(Exit::Failure)?;

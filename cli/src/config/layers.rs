@@ -1,7 +1,7 @@
 //! Layers of settings, flattened to single values, so that each can be checked alone and traced to where it was set.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     path::{Path, PathBuf},
 };
@@ -43,12 +43,19 @@ impl Setting {
     pub(crate) fn key(&self) -> String {
         self.path.join(".")
     }
+
+    /// Whether its value may hold a secret, so that no message may repeat it: addresses carry passwords too.
+    fn is_private(&self) -> bool {
+        self.path.first().is_some_and(|section| section == "nats")
+    }
 }
 
 /// All layers, lowest first.
 pub(crate) struct Layers {
     defaults: serde_json::Value,
     settings: Vec<Setting>,
+    /// First names of whatever somebody set here, right or wrong.
+    sections: BTreeSet<String>,
     problems: Vec<String>,
 }
 
@@ -56,7 +63,7 @@ impl Layers {
     pub(crate) fn new(defaults: &impl Serialize) -> Self {
         // Without a tree of defaults only the kind check of file values is weaker; the values themselves come from serde.
         let defaults = serde_json::to_value(defaults).unwrap_or_default();
-        Self { defaults, settings: Vec::new(), problems: Vec::new() }
+        Self { defaults, settings: Vec::new(), sections: BTreeSet::new(), problems: Vec::new() }
     }
 
     pub(crate) fn file(&mut self, path: &Path) {
@@ -69,15 +76,20 @@ impl Layers {
                 }
                 leaves.sort_by(|a, b| a.0.cmp(&b.0));
                 for (path_in_file, kind) in leaves {
+                    self.sections.extend(path_in_file.first().cloned());
                     if let Some(expected) = self.wrong_kind(&path_in_file, &kind) {
                         let key = path_in_file.join(".");
                         self.problems.push(format!("file:{}: {key}: expected {expected}", path.display()));
                         continue;
                     }
-                    self.push(path_in_file, Origin::File(path.to_owned()), vec![kind]);
+                    let readings = match kind {
+                        ValueKind::String(text) if self.is_list(&path_in_file) => readings(&text),
+                        kind => vec![kind],
+                    };
+                    self.push(path_in_file, Origin::File(path.to_owned()), readings);
                 }
             }
-            Err(e) => self.problems.push(format!("file:{}: {e}", path.display())),
+            Err(e) => self.problems.push(format!("file:{}: {}", path.display(), without_source(&e))),
         }
     }
 
@@ -99,6 +111,7 @@ impl Layers {
                 for (key, value) in values {
                     let name = names.get(&key).map_or_else(|| format!("{prefix}..."), |n| (*n).clone());
                     if let ValueKind::String(text) = value.kind {
+                        self.sections.extend(split(&key).into_iter().next());
                         self.push(split(&key), Origin::Env(name), readings(&text));
                     }
                 }
@@ -108,6 +121,7 @@ impl Layers {
     }
 
     pub(crate) fn flag(&mut self, flag: &str, key: &str, value: &str) {
+        self.sections.extend(split(key).into_iter().next());
         self.push(split(key), Origin::Flag(flag.to_owned()), readings(value));
     }
 
@@ -115,15 +129,28 @@ impl Layers {
         self.push(split(key), Origin::Env(variable.to_owned()), vec![ValueKind::String(value.to_owned())]);
     }
 
+    /// Whether somebody set something in this section, beyond what is inherited from other programs' variables.
+    pub(crate) fn mentions(&self, section: &str) -> bool {
+        self.sections.contains(section)
+    }
+
     fn push(&mut self, path: Vec<String>, origin: Origin, readings: Vec<ValueKind>) {
         self.settings.push(Setting { path, origin, readings });
+    }
+
+    fn default_of(&self, path: &[String]) -> Option<&serde_json::Value> {
+        path.iter().try_fold(&self.defaults, |at, name| at.get(name))
+    }
+
+    fn is_list(&self, path: &[String]) -> bool {
+        self.default_of(path).is_some_and(serde_json::Value::is_array)
     }
 
     /// The `config` crate reads "5" as a number where one is wanted. Right for the environment, which has only text; in a
     /// file it is a mistake.
     fn wrong_kind(&self, path: &[String], found: &ValueKind) -> Option<&'static str> {
         use serde_json::Value as Json;
-        let default = path.iter().try_fold(&self.defaults, |at, name| at.get(name))?;
+        let default = self.default_of(path)?;
         match (default, found) {
             (Json::Number(_), ValueKind::String(_) | ValueKind::Boolean(_)) => Some("a number"),
             (Json::Number(n), ValueKind::Float(_)) if !n.is_f64() => Some("a whole number"),
@@ -156,7 +183,11 @@ impl Layers {
                     standing.insert(setting.path.clone(), setting);
                 }
                 (None, error) => {
-                    let why = error.map_or_else(|| "no value".to_owned(), |e| describe(&e));
+                    let why = match (error, setting.readings.first()) {
+                        (Some(error), Some(found)) if setting.is_private() => describe_kind(&error, found),
+                        (Some(error), _) => describe(&error),
+                        (None, _) => "no value".to_owned(),
+                    };
                     problems.push(format!("{}: {}: {why}", setting.origin, setting.key()));
                 }
             }
@@ -173,7 +204,8 @@ pub(crate) fn assemble<T: DeserializeOwned>(set: &[Setting]) -> Result<T, String
             insert(&mut root, &setting.path, kind.clone());
         }
     }
-    root.try_deserialize().map_err(|e| describe(&e))
+    // Which value it is about is not known here, so none is repeated.
+    root.try_deserialize().map_err(|e| format!("settings do not go together: {}", wanted(&e)))
 }
 
 fn split(key: &str) -> Vec<String> {
@@ -225,5 +257,54 @@ fn describe(error: &ConfigError) -> String {
         ConfigError::Type { unexpected, expected, .. } => format!("found {unexpected}, expected {expected}"),
         ConfigError::At { error, .. } => describe(error),
         other => other.to_string(),
+    }
+}
+
+/// As [`describe`], with the kind of the value in place of the value.
+fn describe_kind(error: &ConfigError, found: &ValueKind) -> String {
+    match wanted(error) {
+        unknown if unknown.starts_with("unknown field") => unknown,
+        wanted => format!("found {}, {wanted}", kind(found)),
+    }
+}
+
+/// What was expected, without what was found.
+fn wanted(error: &ConfigError) -> String {
+    match error {
+        ConfigError::Type { expected, .. } => format!("expected {expected}"),
+        ConfigError::At { error, .. } => wanted(error),
+        // Names of fields only.
+        ConfigError::Message(text) if text.starts_with("unknown field") => text.clone(),
+        ConfigError::Message(text) => match text.rsplit_once(", expected ") {
+            Some((_, expected)) => format!("expected {expected}"),
+            None => "which is not its kind of value".to_owned(),
+        },
+        _ => "which is not its kind of value".to_owned(),
+    }
+}
+
+fn kind(value: &ValueKind) -> &'static str {
+    match value {
+        ValueKind::Nil => "nothing",
+        ValueKind::Boolean(_) => "true or false",
+        ValueKind::I64(_) | ValueKind::I128(_) | ValueKind::U64(_) | ValueKind::U128(_) => "a whole number",
+        ValueKind::Float(_) => "a number",
+        ValueKind::String(_) => "text",
+        ValueKind::Table(_) => "a table",
+        ValueKind::Array(_) => "a list",
+    }
+}
+
+/// A parser shows the line that it cannot read, and the line may hold a password: place and complaint are kept.
+fn without_source(error: &ConfigError) -> String {
+    let text = match error {
+        ConfigError::FileParse { cause, .. } => cause.to_string(),
+        other => other.to_string(),
+    };
+    let mut lines = text.lines().map(str::trim_end).filter(|l| !l.is_empty());
+    match (lines.next(), lines.next_back()) {
+        (Some(place), Some(complaint)) => format!("{place}: {complaint}"),
+        (Some(all), None) => all.to_owned(),
+        (None, _) => "cannot be read".to_owned(),
     }
 }

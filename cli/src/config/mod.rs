@@ -96,14 +96,6 @@ pub(crate) struct Loaded {
     set: Vec<Setting>,
 }
 
-impl Loaded {
-    /// Whether anybody set something in this section, beyond what is inherited from other programs' variables.
-    pub(crate) fn mentions(&self, section: &str) -> bool {
-        let ours = |origin: &Origin| !matches!(origin, Origin::Env(name) if !name.starts_with("VOXFLEET__"));
-        self.set.iter().any(|s| s.path.first().is_some_and(|first| first == section) && ours(&s.origin))
-    }
-}
-
 #[derive(Debug, thiserror::Error)]
 #[error("bad configuration, {} mistake{}:{}", problems.len(), if problems.len() == 1 { "" } else { "s" }, list(problems))]
 pub(crate) struct ConfigProblems {
@@ -122,6 +114,26 @@ pub(crate) fn load(
     search: &[&Path],
     roles: &[Role],
 ) -> Result<Loaded, ConfigProblems> {
+    read(overrides, env, search, |_| roles.to_vec()).map(|(loaded, _)| loaded)
+}
+
+/// As [`load`], for the parts that somebody configured here, which it names: a machine that runs no worker needs no model.
+pub(crate) fn load_configured(
+    overrides: &Overrides,
+    env: &impl Env,
+    search: &[&Path],
+) -> Result<(Loaded, Vec<Role>), ConfigProblems> {
+    use clap::ValueEnum as _;
+    let all = Role::value_variants().iter().copied();
+    read(overrides, env, search, |layers| all.filter(|role| layers.mentions(role.as_str())).collect())
+}
+
+fn read(
+    overrides: &Overrides,
+    env: &impl Env,
+    search: &[&Path],
+    roles: impl FnOnce(&Layers) -> Vec<Role>,
+) -> Result<(Loaded, Vec<Role>), ConfigProblems> {
     let file = match &overrides.config {
         Some(named) => Some(named.clone()),
         None => search.iter().find(|p| p.is_file()).map(|p| p.to_path_buf()),
@@ -135,12 +147,13 @@ pub(crate) fn load(
     for (flag, key, value) in &overrides.flags {
         layers.flag(flag, key, value);
     }
+    let roles = roles(&layers);
     let (set, mut problems) = layers.checked::<Settings>();
     match layers::assemble::<Settings>(&set) {
         Ok(settings) => {
-            problems.extend(settings.problems(roles));
+            problems.extend(settings.problems(&roles));
             if problems.is_empty() {
-                return Ok(Loaded { settings, file, set });
+                return Ok((Loaded { settings, file, set }, roles));
             }
         }
         // What one value alone could not show: two that do not go together.

@@ -100,6 +100,37 @@ fn secrets_are_never_shown() {
     assert!(!valid.contains("hunter2") && !contradiction.contains("hunter2"), "{valid}{contradiction}");
 }
 
+#[test]
+fn mistakes_are_told_without_the_secret() {
+    let in_file = |text: &str| {
+        let file = file(text);
+        let named = Overrides { config: Some(file.path().to_owned()), flags: Vec::new() };
+        load(&named, &env(&[]), &[], &[]).expect_err(text).to_string()
+    };
+    let by_flag = |key: &str, value: &str| load(&set(&[(key, value)]), &env(&[]), &[], &[]).expect_err(key).to_string();
+    for (told, wanted) in [
+        (in_file("[nats]\nuser = \"me\"\npassword = \"SECRETB\n"), "line 3, column"),
+        (in_file("[nats]\npassword = SECRETB\n"), "line 2, column"),
+        (in_file("nats = \"nats://u:SECRETB@h:4222\"\n"), "nats: found text"),
+        (in_file("[nats]\nurls = { a = \"nats://u:SECRETB@h:4222\" }\n"), "nats.urls.a: found text"),
+        (in_file("[nats]\nurl = \"nats://u:SECRETB@h:4222\"\n"), "unknown field `url`"),
+        (in_file("[nats]\npassword = [\"SECRETB\"]\n"), "nats.password: found a list"),
+        (by_flag("nats.ping_interval_ms", "SECRETB"), "nats.ping_interval_ms: found text"),
+        (by_flag("nats", "nats://u:SECRETB@h:4222"), "nats: found text"),
+        (by_flag("nats.tls_required", "SECRETB"), "nats.tls_required: found text"),
+    ] {
+        assert!(!told.contains("SECRETB"), "{told}");
+        assert!(told.contains(wanted), "{wanted} is missing in\n{told}");
+    }
+}
+
+#[test]
+fn a_list_can_come_as_text_in_a_file_too() {
+    let file = file("[nats]\nurls = \"nats://a:1, nats://b:2\"\n");
+    let loaded = load(&Overrides::default(), &env(&[]), &[file.path()], &[]).expect("valid");
+    assert_eq!(loaded.settings.nats.urls, ["nats://a:1", "nats://b:2"]);
+}
+
 #[cfg(feature = "worker")]
 #[test]
 fn well_known_variables_are_followed_and_overruled() {

@@ -5,7 +5,7 @@
 
 mod call;
 mod inspect;
-mod report;
+pub(crate) mod report;
 
 use std::{
     io::IsTerminal as _,

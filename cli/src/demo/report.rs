@@ -26,7 +26,7 @@ pub(crate) fn processes(fleet: &Fleet) -> String {
 }
 
 /// The value at this share of the sorted list.
-fn quantile(values: &[u64], share: f64) -> Option<u64> {
+pub(crate) fn quantile(values: &[u64], share: f64) -> Option<u64> {
     let mut sorted = values.to_vec();
     sorted.sort_unstable();
     let at = ((sorted.len() as f64 * share).ceil() as usize).saturating_sub(1);

@@ -8,7 +8,7 @@ use voxfleet_nats::{
     retry::Backoff,
     transcript::{self, Filter, Read, ReadError, Start},
 };
-use voxfleet_schema::transcript::Final;
+use voxfleet_schema::{event::Event, transcript::Final};
 
 use super::{screen::Screen, view::View};
 
@@ -51,6 +51,30 @@ pub(crate) async fn follow(
     seen: &mut (dyn FnMut(&Final) + Send),
     stop: &CancellationToken,
 ) -> Result<Followed, FollowError> {
+    let mut seen = |news: Seen<'_>| {
+        if let Seen::Final(value) = news {
+            seen(value)
+        }
+    };
+    follow_all(nats, what, screen, lag, &mut seen, stop).await
+}
+
+/// What a follower came by.
+pub(crate) enum Seen<'a> {
+    /// New, each once.
+    Final(&'a Final),
+    Event(&'a Event),
+}
+
+/// `seen` is told every new final and every event.
+pub(crate) async fn follow_all(
+    nats: &Nats,
+    what: &Follow,
+    screen: &mut Screen,
+    lag: Lag<'_>,
+    seen: &mut (dyn FnMut(Seen<'_>) + Send),
+    stop: &CancellationToken,
+) -> Result<Followed, FollowError> {
     let (past, present) =
         if what.from_start { (Start::First, Start::LastPerSubject) } else { (Start::New, Start::New) };
     let mut finals = transcript::finals(nats, &what.filter, past);
@@ -71,7 +95,7 @@ pub(crate) async fn follow(
                 if let Some(news) = view.on_final(&value) {
                     let heard_ms = value.segments.last().map(|s| s.end_ms);
                     screen.show(&news, heard_ms.and_then(lag))?;
-                    seen(&value);
+                    seen(Seen::Final(&value));
                 }
                 // An end in the past may have been followed by more audio.
                 if what.until_end && value.end && last {
@@ -83,6 +107,7 @@ pub(crate) async fn follow(
                 if let Some(news) = view.on_event(&read.value) {
                     screen.show(&news, None)?;
                 }
+                seen(Seen::Event(&read.value));
             }
             read = partials.next(), if caught_up => {
                 let Some(read) = good(read, nats, &mut backoff).await? else { continue };

@@ -16,7 +16,7 @@ use voxfleet_nats::{
     log::{AudioLog, LogError},
     publish::{HintSent, Publisher},
     topology,
-    transcript::Chain,
+    transcript::{Chain, Outcome},
 };
 use voxfleet_schema::{
     audio::{ASR_CAUSE, ASR_END, ASR_FLUSH, RawEntry},
@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     config::DispatcherConfig,
-    core::{Admission, Answer, AppendError, AskReply, Effect, Mark, SaveError, WalkEnd},
+    core::{Admission, Answer, AppendError, AskReply, Effect, Mark, SaveError, WalkEnd, closing_final},
     open::{Step, Walker},
     sessions::{CallId, ChainMark},
 };
@@ -41,6 +41,9 @@ use crate::{
 /// Hints and events that wait for the connection. Beyond that hints are dropped (the log has them), and events are lost
 /// with a line in the log of this process.
 const WAITING: usize = 4_096;
+
+/// How long writing the end of an expired session may take; it holds a permit.
+const CLOSE_WITHIN: Duration = Duration::from_secs(30);
 
 /// A copy of an entry on its way to a worker.
 struct Hint {
@@ -233,6 +236,17 @@ impl Tools {
                     return None;
                 }
             },
+            Effect::CloseChain { id, epoch, to_seq } => {
+                let closing = tokio::time::timeout(CLOSE_WITHIN, self.close_chain(&id, epoch, to_seq));
+                match closing.await.unwrap_or_else(|_| Err("no answer in time".to_owned())) {
+                    Ok(chain) => Input::ChainRead { id, chain },
+                    Err(error) => {
+                        // Upkeep tries again.
+                        tracing::warn!(session = %id, error, "chain of an expired session not closed");
+                        return None;
+                    }
+                }
+            }
             Effect::Admit { heartbeat } => {
                 let worker = heartbeat.worker();
                 let admission = self.admit(&worker, &heartbeat).await;
@@ -255,7 +269,7 @@ impl Tools {
                 }
                 return None;
             }
-            Effect::Hint { .. } | Effect::Tell { .. } | Effect::Answer { .. } => return None,
+            Effect::Hint { .. } | Effect::Tell { .. } | Effect::Answer { .. } | Effect::GoBack { .. } => return None,
         })
     }
 
@@ -302,11 +316,31 @@ impl Tools {
         while let Some(entry) = self.log.next(id, walker.next_seq()).await.map_err(|e| describe(&e))? {
             match walker.step(&entry) {
                 Step::Passed => {}
-                Step::Opens(opener) => return Ok(WalkEnd { walker, opener: Some(opener), rejected }),
+                Step::Opens(opener) => {
+                    return Ok(WalkEnd { last: Some(opener.seq), walker, opener: Some(opener), rejected });
+                }
                 Step::Rejected(entry) => rejected.push(entry),
             }
         }
-        Ok(WalkEnd { walker, opener: None, rejected })
+        let last = self.log.last(id).await.map_err(|e| describe(&e))?.map(|entry| entry.seq);
+        Ok(WalkEnd { walker, opener: None, rejected, last })
+    }
+
+    /// Ends the chain of a session that has nothing left in the log. Whoever speaks or writes meanwhile wins.
+    async fn close_chain(&self, id: &StreamId, epoch: u64, to_seq: u64) -> Result<Option<ChainMark>, String> {
+        let found = self.chain.last(Kind::Session, id).await.map_err(|e| describe(&e))?;
+        let mark = found.as_ref().map(|stored| ChainMark::from(&stored.value));
+        let left = self.log.last(id).await.map_err(|e| describe(&e))?;
+        if left.is_some() || mark.is_some_and(|m| m.to_seq >= to_seq) {
+            return Ok(mark);
+        }
+        let (last, predecessor) = (found.as_ref().map(|s| &s.value), found.as_ref().map(|s| s.seq));
+        let final_id = uuid::Uuid::new_v4().to_string();
+        let end = closing_final(id, epoch, to_seq, last, final_id).map_err(|e| describe(&e))?;
+        match self.chain.store(&end, predecessor).await.map_err(|e| describe(&e))? {
+            Outcome::Stored { .. } => Ok(Some(ChainMark::from(&end))),
+            Outcome::LetGo(stored) | Outcome::Rebuild(stored) => Ok(Some(ChainMark::from(&stored.value))),
+        }
     }
 
     async fn admit(&self, worker: &WorkerName, heartbeat: &Heartbeat) -> Admission {

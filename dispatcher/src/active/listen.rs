@@ -83,34 +83,52 @@ pub(super) async fn finals(nats: Nats, inputs: mpsc::Sender<Input>, stop: Cancel
     "finals"
 }
 
-/// Every entry of the log from `from` on.
+/// Where a tail begins, and where its entries go.
+type TailStart = (u64, mpsc::Sender<LogItem>);
+
+/// Every entry of the log from a sequence on; another start takes the place of the one before.
 pub(super) async fn tail(
     nats: Nats,
-    from: u64,
-    entries: mpsc::Sender<LogItem>,
+    mut start: TailStart,
+    mut starts: mpsc::Receiver<TailStart>,
     stop: CancellationToken,
 ) -> &'static str {
-    let mut backoff = Backoff::default();
     let listen = async {
-        let mut tail = AudioLog::new(&nats).tail(from);
         loop {
-            match tail.next().await {
-                Ok(item) => {
-                    backoff = Backoff::default();
-                    if entries.send(item).await.is_err() {
-                        return;
-                    }
-                }
-                Err(LogError::Server(ServerError::Closed)) => return,
-                Err(error) => {
-                    tracing::warn!(error = %error, "log not readable now");
-                    backoff.wait().await;
-                }
-            }
+            let (from, entries) = start;
+            start = tokio::select! {
+                next = starts.recv() => match next {
+                    Some(next) => next,
+                    None => return,
+                },
+                () = read_tail(&nats, from, entries) => return,
+            };
         }
     };
     stop.run_until_cancelled(listen).await;
     "tail"
+}
+
+/// Ends with the connection.
+async fn read_tail(nats: &Nats, from: u64, entries: mpsc::Sender<LogItem>) {
+    let mut backoff = Backoff::default();
+    let mut tail = AudioLog::new(nats).tail(from);
+    loop {
+        match tail.next().await {
+            Ok(item) => {
+                backoff = Backoff::default();
+                if entries.send(item).await.is_err() {
+                    // The next start is on its way, or the end.
+                    return std::future::pending().await;
+                }
+            }
+            Err(LogError::Server(ServerError::Closed)) => return,
+            Err(error) => {
+                tracing::warn!(error = %error, "log not readable now");
+                backoff.wait().await;
+            }
+        }
+    }
 }
 
 /// Whether the audio stream and the server answer, at each tick.
@@ -127,7 +145,7 @@ pub(super) async fn probe(
         loop {
             ticks.tick().await;
             let (bounds, rtt) = tokio::join!(tokio::time::timeout(every, log.bounds()), nats.rtt(every));
-            let stream = matches!(bounds, Ok(Ok(_)));
+            let stream = bounds.ok().and_then(Result::ok).map(|b| b.first_seq);
             if inputs.send(Input::Probed { stream, server: rtt.is_ok() }).await.is_err() {
                 return;
             }
@@ -179,6 +197,14 @@ pub(super) async fn sweep(
                     }
                 }
                 Err(error) => tracing::warn!(error = %error, "consumers cannot be listed now"),
+            }
+            match topology::usage(&nats).await {
+                Ok(streams) => {
+                    if inputs.send(Input::Usage(streams)).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => tracing::warn!(error = %error, "how full the streams are cannot be read now"),
             }
         }
     };

@@ -27,6 +27,7 @@ use voxfleet_nats::{
     lease::Lease,
     log::LogItem,
     publish::Publisher,
+    topology::Usage,
 };
 use voxfleet_schema::{
     fleet::Heartbeat,
@@ -36,7 +37,7 @@ use voxfleet_schema::{
 
 use crate::{
     config::DispatcherConfig,
-    core::{Admission, AppendError, AskReply, Core, Loaded, Mark, SaveError, WalkEnd},
+    core::{Admission, AppendError, AskReply, Core, Effect, Loaded, Mark, SaveError, WalkEnd},
     moment::Moment,
     run::DispatcherError,
     sessions::{CallId, ChainMark},
@@ -50,6 +51,9 @@ const HEAR_FIRST: Duration = Duration::from_millis(1_200);
 const LATE: Duration = Duration::from_secs(1);
 /// Most entries taken at once before other inputs get their turn.
 const BATCH: usize = 256;
+/// Jobs under way or waiting for a permit, as a multiple of the permits, at which the loop takes no new entries and
+/// requests: enough to keep every permit busy, and what strangers send waits in the log instead of in memory.
+const JOBS_PER_PERMIT: usize = 4;
 /// How long what is under way may take when the dispatcher stops.
 const STOP_WITHIN: Duration = Duration::from_secs(2);
 
@@ -65,17 +69,57 @@ pub(crate) enum Ended {
 enum Input {
     Heartbeat(Box<Heartbeat>, Duration),
     Final(Box<Final>),
-    Probed { stream: bool, server: bool },
-    Consumers { complete: Vec<WorkerName>, partial: Vec<WorkerName> },
-    Loaded { id: StreamId, result: Result<Box<Loaded>, String> },
-    Saved { id: StreamId, result: Result<u64, SaveError> },
-    Asked { id: StreamId, epoch: u64, worker: WorkerName, reply: AskReply },
-    Released { worker: WorkerName, id: StreamId, epoch: u64, done: bool },
-    Appended { id: StreamId, mark: Mark, result: Result<u64, AppendError> },
-    Walked { id: StreamId, result: Result<Box<WalkEnd>, String> },
-    ChainRead { id: StreamId, chain: Option<ChainMark> },
-    Admitted { worker: WorkerName, admission: Admission },
-    Buried { worker: WorkerName, written: Result<(), String> },
+    /// The audio stream's oldest sequence, if it answered.
+    Probed {
+        stream: Option<u64>,
+        server: bool,
+    },
+    Usage(Vec<Usage>),
+    Consumers {
+        complete: Vec<WorkerName>,
+        partial: Vec<WorkerName>,
+    },
+    Loaded {
+        id: StreamId,
+        result: Result<Box<Loaded>, String>,
+    },
+    Saved {
+        id: StreamId,
+        result: Result<u64, SaveError>,
+    },
+    Asked {
+        id: StreamId,
+        epoch: u64,
+        worker: WorkerName,
+        reply: AskReply,
+    },
+    Released {
+        worker: WorkerName,
+        id: StreamId,
+        epoch: u64,
+        done: bool,
+    },
+    Appended {
+        id: StreamId,
+        mark: Mark,
+        result: Result<u64, AppendError>,
+    },
+    Walked {
+        id: StreamId,
+        result: Result<Box<WalkEnd>, String>,
+    },
+    ChainRead {
+        id: StreamId,
+        chain: Option<ChainMark>,
+    },
+    Admitted {
+        worker: WorkerName,
+        admission: Admission,
+    },
+    Buried {
+        worker: WorkerName,
+        written: Result<(), String>,
+    },
     CursorSaved,
 }
 
@@ -112,6 +156,7 @@ pub(crate) async fn run(
     let clock = Clock { start: Instant::now() };
     let (inputs, mut received) = mpsc::channel::<Input>(4_096);
     let (entries, mut log) = mpsc::channel::<LogItem>(4 * BATCH);
+    let (tails, tail_starts) = mpsc::channel(1);
     let (held_until, lease_until) = watch::channel(until);
 
     let publisher = Publisher::new(nats);
@@ -135,6 +180,7 @@ pub(crate) async fn run(
         saving_cursor: false,
         permits: Arc::new(Semaphore::new(config.io_in_flight)),
         inputs: inputs.clone(),
+        go_back: None,
     };
 
     let renewing = listen::renew(lease, Duration::from_millis(config.lease_ms), held_until, stop.clone());
@@ -161,7 +207,7 @@ pub(crate) async fn run(
         state.core.recover(loaded, now);
     }
     state.saved_cursor = from;
-    listeners.spawn(listen::tail(nats.clone(), from + 1, entries, stop.clone()));
+    listeners.spawn(listen::tail(nats.clone(), (from + 1, entries), tail_starts, stop.clone()));
 
     let period = Duration::from_millis(config.tick_ms);
     let mut ticks = tokio::time::interval(period);
@@ -171,6 +217,7 @@ pub(crate) async fn run(
     let mut batch = Vec::with_capacity(BATCH);
     let ended = loop {
         let acting = clock.mono() >= act_from;
+        let taking = acting && state.jobs.len() < JOBS_PER_PERMIT * config.io_in_flight;
         tokio::select! {
             () = shutdown.cancelled() => break Ended::Shutdown,
             () = &mut renewing => break Ended::LeaseLost,
@@ -183,7 +230,7 @@ pub(crate) async fn run(
                     state.take(input);
                 }
             }
-            count = log.recv_many(&mut batch, BATCH), if acting => {
+            count = log.recv_many(&mut batch, BATCH), if taking => {
                 if count == 0 {
                     return Err(DispatcherError::TaskEnded("tail".to_owned()));
                 }
@@ -192,7 +239,7 @@ pub(crate) async fn run(
                     state.core.entry(&item.id, item.entry, now);
                 }
             }
-            call = api.next(), if acting => {
+            call = api.next(), if taking => {
                 let Some((call, responder)) = call else { return Err(DispatcherError::Closed) };
                 state.request(&call, responder);
             }
@@ -217,6 +264,14 @@ pub(crate) async fn run(
             state.core.settle(clock.now());
         }
         state.carry_out();
+        if let Some(from) = state.go_back.take() {
+            // What the old channel holds is above that and comes again.
+            let (entries, again) = mpsc::channel(4 * BATCH);
+            log = again;
+            if tails.try_send((from, entries)).is_err() {
+                return Err(DispatcherError::TaskEnded("tail".to_owned()));
+            }
+        }
     };
     if ended == Ended::Shutdown {
         state.finish().await;
@@ -237,6 +292,8 @@ struct Active {
     saving_cursor: bool,
     permits: Arc<Semaphore>,
     inputs: mpsc::Sender<Input>,
+    /// Where the tail is to read again from.
+    go_back: Option<u64>,
 }
 
 impl Active {
@@ -246,7 +303,13 @@ impl Active {
         match input {
             Input::Heartbeat(heartbeat, heard) => core.heartbeat(*heartbeat, Moment { mono: heard, ..now }),
             Input::Final(stored) => core.finished(&stored, now),
-            Input::Probed { stream, server } => core.probed(stream, server, now),
+            Input::Probed { stream, server } => {
+                core.probed(stream.is_some(), server, now);
+                if let Some(first_seq) = stream {
+                    core.oldest(first_seq);
+                }
+            }
+            Input::Usage(streams) => core.usage(&streams, now),
             Input::Consumers { complete, partial } => core.consumers(&complete, &partial, now),
             Input::Loaded { id, result } => core.loaded(&id, result.map(|l| *l), now),
             Input::Saved { id, result } => core.saved(&id, result, now),
@@ -270,6 +333,10 @@ impl Active {
 
     fn carry_out(&mut self) {
         for effect in self.core.effects() {
+            if let Effect::GoBack { from } = effect {
+                self.go_back = Some(from);
+                continue;
+            }
             self.effects.start(effect, &mut self.jobs, &mut self.calls, &self.permits);
         }
     }

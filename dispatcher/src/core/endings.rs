@@ -44,9 +44,7 @@ impl Core {
         let Some(chain) = session.chain.filter(|_| open && session.settled() && session.end_stands()) else {
             return;
         };
-        let walked = session.walker.as_ref().filter(|w| w.to_seq() == chain.to_seq).map(|w| w.next_seq());
-        let clear = session.last.is_none_or(|last| last <= chain.to_seq || walked.is_some_and(|next| last < next));
-        if !clear {
+        if !session.read_to_the_last(chain.to_seq) {
             return self.look_behind_end(id, now);
         }
         let next = SessionRecord {
@@ -64,6 +62,7 @@ impl Core {
             return;
         };
         session.enter(Stage::Walking, now.mono);
+        session.last_before_walk = session.last;
         let from = session.walker.clone();
         self.effect(Effect::Walk { id: id.clone(), from });
     }
@@ -96,6 +95,13 @@ impl Core {
             }
             Some(_) => self.go_on(id, now),
             None => {
+                // The leader says what the log ends with, unless the tail has read more meanwhile. What stands there and
+                // was not found is on a replica that lags; what was found and stands there no longer has expired.
+                if session.last == session.last_before_walk {
+                    session.last = end.last;
+                    session.last_audio = session.last_audio.filter(|seq| end.last.is_some_and(|last| *seq <= last));
+                }
+                let to_seq = end.walker.to_seq();
                 let behind = session.last_audio.is_some_and(|seq| seq >= end.walker.next_seq());
                 session.walker = Some(end.walker);
                 if !behind {
@@ -104,7 +110,10 @@ impl Core {
                 for rejected in &end.rejected {
                     self.rejected(id.as_str(), rejected, now);
                 }
-                self.check_end(id, now);
+                // Otherwise the next tick looks again, not this answer: it would go round at the speed of the network.
+                if self.book.session(id).is_some_and(|s| s.read_to_the_last(to_seq)) {
+                    self.check_end(id, now);
+                }
             }
         }
     }
@@ -159,6 +168,7 @@ impl Core {
         let refused = session.why_waiting.take().filter(|_| !session.opens.is_empty());
         let worker = session.charged.clone();
         session.displaced_from = None;
+        (session.unplaced_since, session.told_failed, session.closing_since) = (None, false, None);
         let behind = session.last_audio.is_some_and(|seq| record.ended_seq.is_none_or(|end| seq > end));
         self.charge(id, None);
         if let Some(failure) = refused {

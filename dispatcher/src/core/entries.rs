@@ -35,6 +35,10 @@ impl Core {
         let idle_now = self.idle_now(now);
         match self.book.get_mut(id) {
             Some(Known::Session(session)) => {
+                if session.prev.is_some_and(|prev| entry.seq <= prev) {
+                    // The tail went back for somebody else.
+                    return;
+                }
                 let note = EntryNote::of(&entry);
                 let prev = session.prev.replace(entry.seq);
                 note_entry(session, note, idle_now);
@@ -65,11 +69,12 @@ impl Core {
         match open::first(entry) {
             First::Bad(rejected) => {
                 self.rejected(id.as_str(), &rejected, now);
-                if let Some(seen) = ContainerSeen::of(entry) {
+                if let Some(seen) = ContainerSeen::of(entry).filter(|_| !self.full()) {
                     self.book.insert(id.clone(), Known::Container { seen, at: now.mono });
                 }
                 return;
             }
+            First::Mark | First::Opens(_) if self.full() => return self.pass_over(id, entry.seq, now),
             First::Mark => loading.bare_mark = Some(entry.seq),
             First::Opens(opener) => {
                 loading.opener = Some(opener);
@@ -79,6 +84,31 @@ impl Core {
         }
         loading.last = Some(entry.seq);
         self.load(id, loading);
+    }
+
+    /// No place for another session. While somebody waits for one in the log nobody overtakes, so that a session is opened
+    /// by its first chunk.
+    pub(super) fn full(&self) -> bool {
+        self.book.has_passed() || self.book.len() >= self.config.max_sessions
+    }
+
+    fn pass_over(&mut self, id: &StreamId, seq: u64, now: Moment) {
+        if !self.book.pass_over(seq) {
+            return;
+        }
+        tracing::warn!(session = %id, seq, sessions = self.book.len(), "too many sessions, new ones wait in the log");
+        let failure = self.no_place();
+        self.session_event(id, What::Waiting, now, |e| {
+            e.seq = Some(seq);
+            e.error = Some(failure);
+        });
+    }
+
+    fn no_place(&self) -> Failure {
+        Failure {
+            retry_after_ms: Some(self.config.retry_after_ms),
+            ..Failure::new(FailureClass::NoCapacity, "No GPU resources available: too many sessions")
+        }
     }
 
     fn load(&mut self, id: &StreamId, loading: Loading) {
@@ -245,9 +275,14 @@ impl Core {
     }
 
     pub(super) fn ask_about(&mut self, id: &StreamId, call: CallId, asked: Asked, now: Moment) {
+        let full = self.full();
         match self.book.get_mut(id) {
             Some(Known::Session(_)) => self.asks(id, vec![(call, asked)], now),
             Some(Known::Loading(loading)) => loading.asks.push((call, asked)),
+            Some(Known::Container { .. }) | None if full && matches!(asked, Asked::Open(_)) => {
+                let failure = self.no_place();
+                self.refuse(call, failure);
+            }
             Some(Known::Container { .. }) | None => {
                 self.load(id, Loading { asks: vec![(call, asked)], ..Loading::default() });
             }

@@ -7,10 +7,12 @@
 //! | [`placing`] | choosing a worker, writing the record, asking the worker |
 //! | [`endings`] | finals, ends, what stands in the log behind them |
 //! | [`requests`] | the session API |
+//! | [`expiry`] | audio that leaves the log before anybody had room, streams that fill up |
 //! | [`upkeep`] | heartbeats, verdicts, idle times, reconciliation |
 
 mod endings;
 mod entries;
+mod expiry;
 mod placing;
 mod requests;
 #[cfg(test)]
@@ -87,6 +89,16 @@ pub enum Effect {
     /// Read the last final -> [`Core::chain_read`].
     ReadChain {
         id: StreamId,
+    },
+    /// Write the end final of a session whose log is empty -> [`Core::chain_read`].
+    CloseChain {
+        id: StreamId,
+        epoch: u64,
+        to_seq: u64,
+    },
+    /// Let the tail read again from here: there is room for who was passed over.
+    GoBack {
+        from: u64,
     },
     /// Never answered: a lost hint costs latency only.
     Hint {
@@ -170,6 +182,8 @@ pub struct WalkEnd {
     pub walker: Box<Walker>,
     pub opener: Option<Opener>,
     pub rejected: Vec<Rejected>,
+    /// The session's last entry as the leader knows it, read after the walk found nothing more.
+    pub last: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -195,7 +209,12 @@ pub struct Core {
     /// Their consumers could not be made yet.
     readmit: HashSet<WorkerName>,
     effects: Vec<Effect>,
+    expiry: expiry::Expiry,
+    /// When the tail last went back.
+    went_back: std::time::Duration,
 }
+
+pub(crate) use expiry::closing_final;
 
 impl Core {
     pub fn new(config: DispatcherConfig, name: String, subjects: Subjects) -> Self {
@@ -211,6 +230,8 @@ impl Core {
             burying: HashSet::new(),
             readmit: HashSet::new(),
             effects: Vec::new(),
+            expiry: expiry::Expiry::default(),
+            went_back: std::time::Duration::ZERO,
         }
     }
 
@@ -253,6 +274,7 @@ impl Core {
             self.place_due = true;
         }
         let mut session = Session::new(record, revision, now.mono, self.idle_now(now));
+        session.unplaced_since = (session.state() == SessionState::Waiting).then_some(now.mono);
         session.chain = chain;
         if let Some((seq, audio)) = last {
             session.last = Some(seq);

@@ -2,7 +2,7 @@
 
 use voxfleet_schema::{
     event::What,
-    failure::Failure,
+    failure::{Failure, FailureClass},
     fleet::Assignment,
     id::{Kind, StreamId, WorkerName},
     session::{Opened, SessionRecord, SessionState},
@@ -37,7 +37,7 @@ impl Core {
                     .any(|(who, seq)| who == name && worker.heartbeat.seq < seq + HEARTBEATS_LEFT_OUT),
             })
             .collect();
-        let request = Request { options: &session.record.options, vad: session.chain.map(|c| c.vad) };
+        let request = Request { options: &session.record.options, vad: session.vad() };
         let decision = routing::route(request, &candidates, &self.config);
         let reasons = routing::explain(&candidates, &decision);
         (decision.pick.map(|at| candidates[at].name.clone()), reasons)
@@ -87,6 +87,7 @@ impl Core {
             next.ended_seq = session.chain.filter(|c| c.end).map(|c| c.to_seq).or(next.ended_seq);
         }
         session.waiting_since = now.mono;
+        session.unplaced_since.get_or_insert(now.mono);
         self.save(id, next, now);
     }
 
@@ -174,10 +175,15 @@ impl Core {
         };
         match result {
             Ok(revision) => self.written(id, *next, revision, now),
-            Err(error) => {
-                tracing::warn!(session = %id, ?error, "session record not written, reading it again");
+            Err(SaveError::Conflict) => {
+                tracing::info!(session = %id, "session record was written by somebody else, reading it");
                 session.enter(Stage::Reading(next), now.mono);
                 self.effect(Effect::Load { id: id.clone() });
+            }
+            // It may stand there or not. Upkeep looks after a pause: a bucket that is full refuses at once, each time.
+            Err(SaveError::Failed(error)) => {
+                tracing::warn!(session = %id, error, "session record not written, reading it soon");
+                session.enter(Stage::Reading(next), now.mono);
             }
         }
     }
@@ -231,12 +237,14 @@ impl Core {
         let Some(worker) = session.record.worker.clone() else {
             return;
         };
-        let assignment = Assignment {
-            kind: Kind::Session,
-            id: id.clone(),
-            epoch: session.record.epoch,
-            options: session.record.options.clone(),
-        };
+        // The record keeps what was asked for; the worker is told what it can run.
+        let mut options = session.record.options.clone();
+        let stand_in = self.fleet.get(&worker).and_then(|w| routing::stand_in(&options, &w.heartbeat, &self.config));
+        session.stand_in = stand_in.map(str::to_owned);
+        if let Some(model) = stand_in {
+            options.model = Some(model.to_owned());
+        }
+        let assignment = Assignment { kind: Kind::Session, id: id.clone(), epoch: session.record.epoch, options };
         session.enter(Stage::Asking, now.mono);
         self.effect(Effect::Ask { worker, assignment: Box::new(assignment) });
     }
@@ -270,11 +278,15 @@ impl Core {
         };
         session.refused.clear();
         session.why_waiting = None;
+        (session.unplaced_since, session.told_failed, session.closing_since) = (None, false, None);
         let opens = std::mem::take(&mut session.opens);
         if session.told_epoch < epoch {
             session.told_epoch = epoch;
             let reasons = std::mem::take(&mut session.reasons);
             let from = session.displaced_from.take();
+            let asked = &session.record.options.model;
+            let smaller =
+                session.stand_in.as_ref().map(|model| serde_json::json!({ "model": model, "model_asked": asked }));
             self.log_slot("session assigned", id, epoch, worker);
             if let Some(from) = from {
                 // A draining worker waits for this; a dead one is not in the fleet any more.
@@ -294,7 +306,19 @@ impl Core {
                 e.epoch = Some(epoch);
                 e.gpu_id = Some(worker.gpu_id.to_string());
                 e.detail = serde_json::json!({ "incarnation": worker.incarnation, "candidates": reasons });
+                if let Some(smaller) = &smaller {
+                    e.detail["model"] = smaller["model"].clone();
+                    e.detail["model_asked"] = smaller["model_asked"].clone();
+                }
             });
+            if let Some(smaller) = smaller {
+                tracing::warn!(session = %id, epoch, gpu = %worker.gpu_id, detail = %smaller, "a smaller model stands in");
+                self.session_event(id, What::Degraded, now, |e| {
+                    e.epoch = Some(epoch);
+                    e.gpu_id = Some(worker.gpu_id.to_string());
+                    e.detail = smaller;
+                });
+            }
         }
         for call in opens {
             self.answer_opened(id, call);
@@ -370,6 +394,12 @@ impl Core {
             }
             None => {
                 session.revision = None;
+                // Nothing stands there: whoever asked for it hears so, instead of nothing.
+                let failure = Failure {
+                    retry_after_ms: Some(self.config.retry_after_ms),
+                    ..Failure::new(FailureClass::Timeout, "the session's record cannot be written now")
+                };
+                self.refuse_opens(id, &failure);
                 self.save(id, next, now);
             }
         }
@@ -402,7 +432,7 @@ impl Core {
             let needs = session.refused.is_empty().then(|| Needs {
                 model: session.record.options.model.clone(),
                 policy: session.record.options.policy.into(),
-                vad: session.chain.map(|c| c.vad),
+                vad: session.vad(),
             });
             if needs.as_ref().is_some_and(|n| hopeless.contains(n)) {
                 continue;

@@ -84,6 +84,8 @@ impl Core {
         };
         let ended = session.state() == SessionState::Ended && session.settled();
         if ended {
+            let before =
+                (session.record.clone(), session.refused.clone(), session.displaced_from.clone(), session.idle);
             session.record.options = *options;
             session.record.implicit = false;
             session.record.ended_seq = session.chain.map(|c| c.to_seq).or(session.record.ended_seq);
@@ -91,9 +93,15 @@ impl Core {
             session.displaced_from = None;
             session.idle = crate::idle::Idle::new(idle_now);
             session.opens.push(call);
-            tracing::info!(session = %id, "opened again by request");
-            if let Err(failure) = self.place(id, now) {
-                self.refuse_opens(id, &failure);
+            match self.place(id, now) {
+                Ok(()) => tracing::info!(session = %id, "opened again by request"),
+                Err(failure) => {
+                    // Refused: it stays as it ended.
+                    if let Some(session) = self.book.session_mut(id) {
+                        (session.record, session.refused, session.displaced_from, session.idle) = before;
+                    }
+                    self.refuse_opens(id, &failure);
+                }
             }
             return;
         }

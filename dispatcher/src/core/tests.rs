@@ -1,3 +1,5 @@
+mod troubles;
+
 use std::time::Duration;
 
 use voxfleet_schema::{
@@ -215,6 +217,8 @@ fn a_write_whose_answer_was_lost_is_looked_up() {
     let Some(Effect::Save { record, revision: None, .. }) = world.kept.pop() else { panic!("a new key") };
     world.core.saved(&id("s"), Err(SaveError::Failed("timeout".to_owned())), world.now);
     world.run();
+    assert!(world.kept.is_empty(), "not at once");
+    world.seconds(2, |w| w.beat(0, |_| ()));
     assert!(matches!(world.kept.pop(), Some(Effect::Load { .. })));
     let found = Loaded { record: Some((*record, 7)), ..Loaded::default() };
     world.core.loaded(&id("s"), Ok(found), world.now);
@@ -341,7 +345,7 @@ fn audio_read_while_the_end_is_written_is_not_lost() {
     let Some(Effect::Walk { from: None, .. }) = world.kept.pop() else { panic!("a look behind the end") };
     let walker = Box::new(Walker::after(&end_final("s", 0, 1, 2)));
     let opener = Some(Opener { seq: 3, options: None, source: None });
-    world.core.walked(&id("s"), Ok(WalkEnd { walker, opener, rejected: Vec::new() }), world.now);
+    world.core.walked(&id("s"), Ok(WalkEnd { walker, opener, rejected: Vec::new(), last: None }), world.now);
     world.run();
     assert_eq!(world.core.cursor(), 2);
     world.answer_kept();
@@ -370,7 +374,7 @@ fn a_missing_key_opens_above_the_last_final_and_never_by_an_entry_it_covers() {
     assert!(matches!(world.kept.pop(), Some(Effect::Walk { .. })));
     let walker = Box::new(Walker::after(&last));
     let opener = Some(Opener { seq: 5, options: None, source: None });
-    world.core.walked(&id("s"), Ok(WalkEnd { walker, opener, rejected: Vec::new() }), world.now);
+    world.core.walked(&id("s"), Ok(WalkEnd { walker, opener, rejected: Vec::new(), last: None }), world.now);
     world.run();
     assert_eq!(world.assigned, [("s".to_owned(), "g0".to_owned(), 10)]);
 }

@@ -23,6 +23,8 @@ const REMEMBER_DEAD: Duration = Duration::from_secs(3_600);
 /// A read that was lost is asked for again.
 const READ_AGAIN: Duration = Duration::from_secs(2);
 const KEEP_CONTAINER: Duration = Duration::from_secs(300);
+/// Going back reads again all that came since: not at each place that comes free.
+const GO_BACK_EVERY: Duration = Duration::from_secs(10);
 
 impl Core {
     pub fn heartbeat(&mut self, heartbeat: Heartbeat, now: Moment) {
@@ -141,6 +143,7 @@ impl Core {
             }
         }
         self.look_at_sessions(now);
+        self.look_at_expiry(now);
         self.reconcile(now);
         self.place_waiting(now);
     }
@@ -155,7 +158,8 @@ impl Core {
     fn look_at_sessions(&mut self, now: Moment) {
         let idle_now = self.idle_now(now);
         let flush_after = Duration::from_millis(self.config.flush_after_ms);
-        let keep = requests::keep_ended(&self.config);
+        let crowded = self.book.len() >= self.config.max_sessions;
+        let keep = if crowded { Duration::ZERO } else { requests::keep_ended(&self.config) };
         let mut due = Vec::new();
         let mut ends = Vec::new();
         let mut walks = Vec::new();
@@ -172,7 +176,7 @@ impl Core {
                     continue;
                 }
                 Known::Container { at, .. } => {
-                    if now.since(*at) >= KEEP_CONTAINER {
+                    if crowded || now.since(*at) >= KEEP_CONTAINER {
                         forget.push(id.clone());
                     }
                     continue;
@@ -208,6 +212,15 @@ impl Core {
         }
         for id in forget {
             self.book.remove(&id);
+        }
+        let max = self.config.max_sessions;
+        let room = self.book.len() < max && self.book.len() <= max - max / 10;
+        if room
+            && now.since(self.went_back) >= GO_BACK_EVERY
+            && let Some(from) = self.book.go_back()
+        {
+            self.went_back = now.mono;
+            self.effect(Effect::GoBack { from });
         }
         for id in loads {
             match self.book.get_mut(&id) {

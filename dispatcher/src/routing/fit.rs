@@ -15,7 +15,7 @@ pub(super) fn is_cpu(beat: &Heartbeat) -> bool {
     beat.device.index.is_none() || (beat.engine.state == EngineRunState::Ready && beat.engine.effective_device == "cpu")
 }
 
-pub(super) fn lists(beat: &Heartbeat, model: &str) -> bool {
+fn lists(beat: &Heartbeat, model: &str) -> bool {
     usable(beat).any(|m| m.name == model)
 }
 
@@ -23,8 +23,30 @@ fn usable(beat: &Heartbeat) -> impl Iterator<Item = &ModelState> {
     beat.models.iter().filter(|m| m.state != Residency::Failed)
 }
 
-/// Whether a model the session allows fits; `Ok(true)` if it is loaded already.
-pub(super) fn model(options: &SessionOptions, beat: &Heartbeat, reserve_percent: u8) -> Result<bool, Refusal> {
+/// The names smaller than `wanted` that the session allows in its place, largest first.
+fn smaller(options: &SessionOptions, wanted: &str) -> &'static [&'static str] {
+    if !matches!(options.policy, Policy::AllowSmaller | Policy::AllowCpu | Policy::Unknown) {
+        return &[];
+    }
+    LADDER.iter().position(|name| *name == wanted).map_or(&[], |rung| &LADDER[rung + 1..])
+}
+
+/// Whether the model, or one the session allows in its place, is there at all.
+pub(super) fn lists_any(options: &SessionOptions, beat: &Heartbeat, wanted: &str) -> bool {
+    lists(beat, wanted) || smaller(options, wanted).iter().any(|name| lists(beat, name))
+}
+
+/// What a device would run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Fit {
+    /// Loaded already.
+    pub(super) warm: bool,
+    /// A smaller model than asked for, and how many sizes smaller.
+    pub(super) stand_in: Option<(&'static str, usize)>,
+}
+
+/// Which model the session allows fits.
+pub(super) fn model(options: &SessionOptions, beat: &Heartbeat, reserve_percent: u8) -> Result<Fit, Refusal> {
     let reserve_mb = beat.device.total_mb * u64::from(reserve_percent) / 100;
     let judge = |m: &ModelState| {
         if m.state == Residency::Loaded {
@@ -43,19 +65,13 @@ pub(super) fn model(options: &SessionOptions, beat: &Heartbeat, reserve_percent:
     let Some(wanted) = &options.model else {
         // The worker's default: one that is loaded, else the first of its list.
         let chosen = usable(beat).find(|m| m.state == Residency::Loaded).or_else(|| usable(beat).next());
-        return chosen.map_or(Err(Refusal::ModelNotHere), judge);
+        return chosen.map_or(Err(Refusal::ModelNotHere), judge).map(|warm| Fit { warm, stand_in: None });
     };
-    let exact = usable(beat).find(|m| m.name == *wanted).map_or(Err(Refusal::ModelNotHere), judge);
-    if exact.is_ok() || !matches!(options.policy, Policy::AllowSmaller | Policy::AllowCpu) {
-        return exact;
-    }
-    let Some(rung) = LADDER.iter().position(|name| name == wanted) else {
-        return exact;
-    };
-    LADDER[rung + 1..]
-        .iter()
-        .filter_map(|name| usable(beat).find(|m| m.name == *name))
-        .map(judge)
-        .find(|fits| fits.is_ok())
-        .unwrap_or(exact)
+    let named = |name: &str| usable(beat).find(|m| m.name == name).map_or(Err(Refusal::ModelNotHere), judge);
+    named(wanted).map(|warm| Fit { warm, stand_in: None }).or_else(|refusal| {
+        let mut rungs = smaller(options, wanted).iter().enumerate();
+        let found =
+            rungs.find_map(|(at, name)| named(name).ok().map(|warm| Fit { warm, stand_in: Some((name, at + 1)) }));
+        found.ok_or(refusal)
+    })
 }

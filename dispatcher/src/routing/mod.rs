@@ -93,6 +93,8 @@ impl Refusal {
 pub struct Score {
     /// CPU workers come last, unless the session asks for one.
     pub cpu: bool,
+    /// How many sizes below the model asked for; the one asked for comes first.
+    pub smaller: usize,
     pub used: u32,
     pub slots: u32,
     /// Per mille of device memory in use by others, above the threshold.
@@ -106,6 +108,7 @@ impl Score {
         let share = |a: &Self, b: &Self| u64::from(a.used) * u64::from(b.slots);
         self.cpu
             .cmp(&other.cpu)
+            .then_with(|| self.smaller.cmp(&other.smaller))
             .then_with(|| share(self, other).cmp(&share(other, self)))
             .then_with(|| self.pressure.cmp(&other.pressure))
             .then_with(|| other.warm.cmp(&self.warm))
@@ -167,7 +170,8 @@ fn judge(
     }
     let cpu = fit::is_cpu(beat);
     let device_ok = match request.options.policy {
-        Policy::AllowCpu => true,
+        // What a newer version means is not known here: as if nothing had been said.
+        Policy::AllowCpu | Policy::Unknown => true,
         Policy::ForceCpu => cpu,
         // On a fleet without any GPU a CPU stands in for nothing.
         Policy::ExactModel | Policy::AllowSmaller => !cpu || !any_gpu,
@@ -175,7 +179,7 @@ fn judge(
     if !device_ok {
         return Err(Refusal::WrongDevice);
     }
-    let warm = fit::model(request.options, beat, config.reserve_percent)?;
+    let fit = fit::model(request.options, beat, config.reserve_percent)?;
     if candidate.used >= beat.slots.total {
         return Err(Refusal::NoSlot);
     }
@@ -191,11 +195,12 @@ fn judge(
     let device = &beat.device;
     let others = device.used_by_others_mb.saturating_mul(1_000) / device.total_mb.max(1);
     Ok(Score {
+        smaller: fit.stand_in.map_or(0, |(_, sizes)| sizes),
         cpu: cpu && request.options.policy != Policy::ForceCpu,
         used: candidate.used,
         slots: beat.slots.total,
         pressure: others.saturating_sub(PRESSURE_FROM) as u32,
-        warm,
+        warm: fit.warm,
         free_mb: device.free_mb,
     })
 }
@@ -209,7 +214,7 @@ fn refuse(request: Request<'_>, candidates: &[Candidate<'_>], reasons: &Reasons,
         return retry(FailureClass::NoWorkers, "no worker is ready");
     }
     if let Some(model) = &request.options.model
-        && !candidates.iter().any(|c| fit::lists(c.heartbeat, model))
+        && !candidates.iter().any(|c| fit::lists_any(request.options, c.heartbeat, model))
     {
         return Failure::new(FailureClass::ModelMissing, format!("no worker has model {model:?}"));
     }
@@ -221,6 +226,11 @@ fn refuse(request: Request<'_>, candidates: &[Candidate<'_>], reasons: &Reasons,
         return Failure::new(FailureClass::ModelDoesNotFit, "no device of the fleet can hold the model");
     }
     retry(FailureClass::NoCapacity, "No GPU resources available")
+}
+
+/// The smaller model that `beat`'s worker is to run in place of the one asked for, if that does not fit there.
+pub fn stand_in(options: &SessionOptions, beat: &Heartbeat, config: &DispatcherConfig) -> Option<&'static str> {
+    fit::model(options, beat, config.reserve_percent).ok()?.stand_in.map(|(name, _)| name)
 }
 
 /// Every candidate's reason as a person reads it, chosen one marked.
@@ -240,6 +250,9 @@ pub fn explain(candidates: &[Candidate<'_>], decision: &Decision) -> serde_json:
                     row["used"] = score.used.into();
                     row["slots"] = score.slots.into();
                     row["warm"] = score.warm.into();
+                    if score.smaller > 0 {
+                        row["sizes_smaller"] = score.smaller.into();
+                    }
                     row["free_mb"] = score.free_mb.into();
                     row["pressure_permille"] = score.pressure.into();
                     row["chosen"] = (picked == Some(at)).into();

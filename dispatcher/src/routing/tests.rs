@@ -140,6 +140,19 @@ fn a_smaller_model_stands_in_where_the_policy_lets_it() {
     assert_eq!(class(&fleet, &wants("medium", Policy::ExactModel)), FailureClass::ModelDoesNotFit);
     assert_eq!(pick(&fleet, &wants("medium", Policy::AllowSmaller)), Ok(0));
     assert_eq!(pick(&fleet, &wants("medium", Policy::AllowCpu)), Ok(0));
+    let config = DispatcherConfig::default();
+    assert_eq!(stand_in(&wants("medium", Policy::AllowCpu), &fleet[0].beat, &config), Some("base"));
+    assert_eq!(stand_in(&wants("base", Policy::AllowCpu), &fleet[0].beat, &config), None, "as asked");
+    fleet[0].beat.models.remove(0);
+    fleet[0].used = 4;
+    let full = class(&fleet, &wants("medium", Policy::AllowSmaller));
+    assert_eq!(full, FailureClass::NoCapacity, "what stands in is only busy");
+    assert_eq!(class(&fleet, &wants("medium", Policy::ExactModel)), FailureClass::ModelMissing);
+    fleet.extend(gpus(2).pop());
+    fleet[0].used = 0;
+    fleet[1].used = 3;
+    fleet[1].beat.models = vec![model("medium", Residency::Available, 2_000)];
+    assert_eq!(pick(&fleet, &wants("medium", Policy::AllowSmaller)), Ok(1), "what was asked for comes first");
 }
 
 #[test]

@@ -111,6 +111,16 @@ pub struct Session {
     pub later: Vec<(CallId, Asked)>,
     /// What the log behind the end final has shown so far.
     pub walker: Option<Box<Walker>>,
+    /// [`Self::last`] when the walk under way began.
+    pub last_before_walk: Option<u64>,
+    /// A smaller model than the one asked for, while its worker runs that.
+    pub stand_in: Option<String>,
+    /// Monotonic time since when no worker has had it; not started over by workers that refuse.
+    pub unplaced_since: Option<Duration>,
+    /// It was told that its audio expires.
+    pub told_failed: bool,
+    /// When its chain was last tried to be closed because nothing of it is left in the log.
+    pub closing_since: Option<Duration>,
 }
 
 impl Session {
@@ -136,6 +146,11 @@ impl Session {
             opens: Vec::new(),
             later: Vec::new(),
             walker: None,
+            last_before_walk: None,
+            stand_in: None,
+            unplaced_since: None,
+            told_failed: false,
+            closing_since: None,
         }
     }
 
@@ -166,6 +181,17 @@ impl Session {
         self.chain.is_some_and(|c| c.end && self.record.ended_seq.is_none_or(|past| c.to_seq > past))
     }
 
+    /// No entry is known that lies above `to_seq` and that the walk from there has not read.
+    pub fn read_to_the_last(&self, to_seq: u64) -> bool {
+        let walked = self.walker.as_ref().filter(|w| w.to_seq() == to_seq).map(|w| w.next_seq());
+        self.last.is_none_or(|last| last <= to_seq || walked.is_some_and(|next| last < next))
+    }
+
+    /// The VAD kind it keeps: that of its finals, unless none of them heard anything.
+    pub fn vad(&self) -> Option<VadKind> {
+        self.chain.map(|c| c.vad).filter(|vad| *vad != VadKind::Unknown)
+    }
+
     /// Epoch of its next assignment: above its last and above the last final's.
     pub fn next_epoch(&self) -> u64 {
         self.record.epoch.max(self.chain.map_or(0, |c| c.epoch)) + 1
@@ -191,6 +217,8 @@ pub struct Book {
     holds: HashMap<StreamId, u64>,
     /// Highest entry read by the tail.
     read: u64,
+    /// First entry that would have opened a session for which there was no place: the tail goes back to it.
+    passed: Option<u64>,
 }
 
 impl Book {
@@ -235,6 +263,32 @@ impl Book {
         self.known.iter()
     }
 
+    pub fn len(&self) -> usize {
+        self.known.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.known.is_empty()
+    }
+
+    pub fn has_passed(&self) -> bool {
+        self.passed.is_some()
+    }
+
+    /// Leaves an entry in the log for later; true if it is the first.
+    pub fn pass_over(&mut self, seq: u64) -> bool {
+        let first = self.passed.is_none();
+        self.passed = Some(self.passed.map_or(seq, |at| at.min(seq)));
+        first
+    }
+
+    /// Where the tail reads on once there is room; what lies above counts as not read.
+    pub fn go_back(&mut self) -> Option<u64> {
+        let from = self.passed.take()?;
+        self.read = self.read.min(from.saturating_sub(1));
+        Some(from)
+    }
+
     /// Notes how far the tail has read.
     pub fn read_to(&mut self, seq: u64) {
         self.read = self.read.max(seq);
@@ -252,7 +306,7 @@ impl Book {
 
     /// The last entry a successor need not read again.
     pub fn cursor(&self) -> u64 {
-        self.holds.values().min().map_or(self.read, |first| self.read.min(first.saturating_sub(1)))
+        self.holds.values().chain(&self.passed).min().map_or(self.read, |first| self.read.min(first.saturating_sub(1)))
     }
 }
 

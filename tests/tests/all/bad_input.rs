@@ -10,10 +10,11 @@ use serde_json::{Value, json};
 use voxfleet_harness::{
     audio::{self, Pcm},
     checker,
-    fleet::{self, Fleet},
+    fleet::{self, Engine, Fleet},
     producer::{Pace, Producer},
     wait::eventually,
 };
+use voxfleet_schema::session::SessionOptions;
 
 use crate::direct;
 
@@ -75,14 +76,20 @@ fn bad_chunks() -> Vec<Case> {
 /// A session that nothing is wrong with, in real time: how late its end final came.
 async fn healthy(js: jetstream::Context, session: &str, seconds: f64) -> Result<Duration> {
     let pcm = audio::bursts(900, seconds);
+    let text = direct::simulated_text(&pcm)?;
+    spoken(js, session, &pcm, &text).await
+}
+
+/// The same with this audio, which must give this text.
+async fn spoken(js: jetstream::Context, session: &str, pcm: &Pcm, expected: &str) -> Result<Duration> {
     let mut producer = Producer::named(js.clone(), session, "s1");
-    producer.stream(&pcm, 200, Pace::Speed(1.0)).await?;
+    producer.stream(pcm, 200, Pace::Speed(1.0)).await?;
     producer.end().await?;
     let ended = Instant::now();
     let text = fleet::wait_end(&js, session, SOON).await?;
     let late = ended.elapsed();
     checker::check(&js, session).await?.clean()?;
-    ensure!(text == direct::simulated_text(&pcm)?, "the healthy session's text is wrong: {text}");
+    ensure!(text == expected, "{session}: a healthy session's text is wrong:\n  {text}\nnot\n  {expected}");
     Ok(late)
 }
 
@@ -120,15 +127,36 @@ async fn between_good_audio(js: jetstream::Context, bad: Case) -> Result<()> {
     Ok(())
 }
 
-/// The bad chunk comes first: told, and nothing is opened by it.
+/// The bad chunk comes first: told.
 async fn as_the_first_chunk(js: jetstream::Context, bad: Case) -> Result<()> {
     let session = format!("first-{}", bad.name);
     let mut producer = Producer::bare(js.clone(), &session);
     producer.send(bad.chunk.1.clone(), bad.chunk.0).await?;
     told(&js, &session, "rejected", Some(bad.class)).await?;
-    ensure!(checker::finals(&js, &session).await?.is_empty(), "{session}: a final");
-    let opened = checker::events(&js, &session).await?.iter().any(|(what, _)| what == "opened");
-    ensure!(!opened, "{session}: opened by a bad chunk");
+    Ok(())
+}
+
+/// Nothing is opened by bad first chunks. The log is read in order: once a good session that came behind them has ended,
+/// whatever they could have caused has been caused.
+async fn opened_nothing(js: jetstream::Context) -> Result<()> {
+    spoken_fast(js.clone(), "behind-the-first").await?;
+    for bad in bad_chunks() {
+        let session = format!("first-{}", bad.name);
+        ensure!(checker::finals(&js, &session).await?.is_empty(), "{session}: a final");
+        let events = checker::events(&js, &session).await?;
+        ensure!(events.iter().all(|(what, _)| what == "rejected"), "{session}: {events:?}");
+    }
+    Ok(())
+}
+
+/// A good session as fast as it is taken.
+async fn spoken_fast(js: jetstream::Context, session: &str) -> Result<()> {
+    let pcm = audio::bursts(901, 2.0);
+    let mut producer = Producer::bare(js.clone(), session);
+    producer.stream(&pcm, 200, Pace::AsFastAsPossible).await?;
+    producer.end().await?;
+    let text = fleet::wait_end(&js, session, SOON).await?;
+    ensure!(text == direct::simulated_text(&pcm)?, "{session}: {text}");
     Ok(())
 }
 
@@ -139,6 +167,7 @@ async fn bad_chunks_are_told_and_left_out() -> Result<()> {
     let js = fleet.js();
     let work = async {
         try_join_all(bad_chunks().into_iter().map(|c| as_the_first_chunk(js.clone(), c))).await?;
+        opened_nothing(js.clone()).await?;
         try_join_all(bad_chunks().into_iter().map(|c| between_good_audio(js.clone(), c))).await?;
         Ok::<_, anyhow::Error>(())
     };
@@ -347,6 +376,71 @@ async fn bad_requests_are_answered_with_their_class() -> Result<()> {
     let first = ask(&client, "session.open", open.as_bytes(), JSON).await?;
     let second = ask(&client, "session.open", open.as_bytes(), JSON).await?;
     ensure!(first["ok"]["session"] == "twice" && first == second, "{first}\n{second}");
+    // With other options it is refused, and stays open as it was.
+    let other = json!({"session": "twice", "options": {"endpoint_ms": 400}}).to_string();
+    let refused = ask(&client, "session.open", other.as_bytes(), JSON).await?;
+    ensure!(refused["error"]["class"] == "bad_request", "{refused}");
+    ensure!(refused["error"]["message"].as_str().is_some_and(|m| m.contains("other options")), "{refused}");
+    let status = ask(&client, "session.status", br#"{"session":"twice"}"#, JSON).await?;
+    ensure!(status["ok"]["record"]["options"]["endpoint_ms"] == 300, "{status}");
+    ensure!(status["ok"]["record"]["state"] == "assigned", "{status}");
+    fleet.check_alive()?;
+    Ok(())
+}
+
+/// A model's languages are known where the model is loaded: its session is taken, and every final says why it has no text.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_model_lacks_is_said_by_the_finals() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let mut fleet = Fleet::builder().workers(1).slots(8).engine(Engine::Micro).start().await?;
+    let (js, client) = (fleet.js(), fleet.client());
+    let call = audio::call(1)?;
+    let seconds = |n: usize| {
+        let samples = n * call.rate_hz as usize * call.channels;
+        Pcm { samples: call.samples[..samples].to_vec(), ..call.clone() }
+    };
+    let (long, short) = (seconds(20), seconds(4));
+    let texts = {
+        let (long, short) = (direct::log(&long, 200), direct::log(&short, 200));
+        let (mut micro, vad) = (direct::micro()?, direct::best_vad());
+        let mut text = |log: &[_]| -> Result<String> {
+            let finals = direct::transcribe(&mut *micro, &*vad, &SessionOptions::default(), log)?;
+            Ok(direct::text(&finals))
+        };
+        (text(&long)?, text(&short)?)
+    };
+    let lacking = async {
+        for (option, value) in [("language", "de"), ("task", "translate")] {
+            for by_request in [false, true] {
+                let session = format!("{option}-{}", if by_request { "opened" } else { "published" });
+                let header = format!("Asr-Opt-{option}");
+                let mut first = vec![(header.as_str(), value)];
+                if by_request {
+                    let open = json!({"session": session, "options": {option: value}}).to_string();
+                    let answer = ask(&client, "session.open", open.as_bytes(), "application/json").await?;
+                    ensure!(answer["ok"]["session"] == session, "{answer}");
+                    first.clear();
+                }
+                let mut producer = Producer::bare(js.clone(), &session);
+                producer.stream_with(&short, 200, Pace::AsFastAsPossible, &first).await?;
+                producer.end().await?;
+                let text = fleet::wait_end(&js, &session, SOON).await?;
+                let report = checker::check(&js, &session).await?.clean()?;
+                ensure!(text.is_empty(), "{session}: {text}");
+                let says = |f: &checker::StoredFinal| f.json["error"]["class"] == "bad_request";
+                ensure!(report.finals.iter().all(says), "{session}: {:?}", report.finals);
+                // Whoever comes next is served as if nothing had been.
+                let next = format!("after-{session}");
+                let late = spoken(js.clone(), &next, &short, &texts.1).await?;
+                ensure!(late < Duration::from_secs(4), "{next}: its end came {late:?} late");
+            }
+        }
+        Ok::<_, anyhow::Error>(())
+    };
+    let (late, outcome) = tokio::join!(spoken(js.clone(), "healthy", &long, &texts.0), lacking);
+    outcome.with_context(|| fleet.logs())?;
+    let late = late.with_context(|| fleet.logs())?;
+    ensure!(late < Duration::from_secs(4), "the healthy session's end came {late:?} late");
     fleet.check_alive()?;
     Ok(())
 }

@@ -9,10 +9,14 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use voxfleet_harness::{
-    audio, checker, find,
+    audio, checker,
+    child::Child,
+    find,
     fleet::{self, Fleet},
     process::{Settings, voxfleet},
+    producer::{Pace, Producer},
     server::{NatsServer, ServerOptions},
+    wait::eventually,
 };
 
 use crate::direct;
@@ -164,6 +168,87 @@ async fn status_works_without_a_dispatcher() -> Result<()> {
     Ok(())
 }
 
+/// The server goes away in the middle of a session and comes back with its store: each final is shown once, to the last.
+#[tokio::test(flavor = "multi_thread")]
+async fn watch_survives_a_restart_of_the_server() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let mut fleet = Fleet::builder().workers(1).start().await?;
+    let dir = tempfile::tempdir()?;
+    let (before, after) = (audio::bursts(603, 4.0), audio::bursts(604, 4.0));
+    let arguments = ["watch", "restart", "--from", "start", "--until-end", "--json"];
+    let command = command(&fleet.url(), dir.path(), &arguments)?;
+    let mut watch = Child::start("watch", command, &dir.path().join("watch.log"))?;
+    let shown = |watch: &Child| -> Vec<Value> {
+        let lines = watch.log().lines().filter_map(|l| serde_json::from_str(l).ok()).collect::<Vec<Value>>();
+        lines.into_iter().filter(|l| l["type"] == "final").collect()
+    };
+
+    let mut producer = Producer::named(fleet.js(), "restart", "s1");
+    producer.stream(&before, 200, Pace::AsFastAsPossible).await?;
+    producer.flush().await?;
+    eventually("a final before", Duration::from_secs(20), || async { (!shown(&watch).is_empty()).then_some(()) })
+        .await?;
+    fleet.server()?.restart().await?;
+    // As every producer does: what was not acknowledged is sent again under its own number.
+    let pieces: Vec<Vec<u8>> = after.bytes().chunks(after.chunk_bytes(200)).map(<[u8]>::to_vec).collect();
+    for (piece, end) in pieces.iter().map(|p| (p.clone(), false)).chain([(Vec::new(), true)]) {
+        let headers: &[(&str, &str)] = if end { &[("Asr-End", "1")] } else { &[] };
+        let begun = std::time::Instant::now();
+        while let Err(error) = producer.send(piece.clone(), headers).await {
+            ensure!(begun.elapsed() < Duration::from_secs(30), "{error}");
+        }
+    }
+    let status = watch.wait(Duration::from_secs(60)).await.with_context(|| fleet.logs())?;
+    ensure!(status.success(), "{status}: {}", watch.log_tail());
+
+    let report = checker::check(&fleet.js(), "restart").await?.clean()?;
+    let stored: Vec<u64> = report.finals.iter().filter_map(|f| f.json["index"].as_u64()).collect();
+    let seen: Vec<u64> = shown(&watch).iter().filter_map(|l| l["final"]["index"].as_u64()).collect();
+    ensure!(seen == stored && stored.len() >= 2, "shown {seen:?}, stored {stored:?}");
+    let both = audio::Pcm::mono_16k([before.samples, after.samples].concat());
+    ensure!(report.covered == both.samples.len() as u64, "{} samples covered", report.covered);
+    Ok(())
+}
+
+/// One object, and the words of the call in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_demo_prints_one_object_with_its_word_error_rate() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let dir = tempfile::tempdir()?;
+    let output = demo(dir.path(), &["--speed", "4", "--json"]).await?;
+    ensure!(output.status.code() == Some(0), "{}", said(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).with_context(|| said(&output))?;
+    for rate in [&report["wer"], &report["live"]["wer"], &report["offline"]["wer"]] {
+        ensure!(rate.as_f64().is_some_and(|r| r <= 0.02), "{report:#}");
+    }
+    ensure!(report["offline"]["same_text"] == true && report["speed"] == 4.0, "{report:#}");
+    ensure!(report["live"]["final_lag_p50_ms"].is_u64(), "{report:#}");
+    Ok(())
+}
+
+/// For people: transcript beside reference, and what the `nats` command shows of the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_demo_shows_the_same_through_the_nats_command() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let dir = tempfile::tempdir()?;
+    let output = demo(dir.path(), &["--speed", "4"]).await?;
+    ensure!(output.status.code() == Some(0), "{}", said(&output));
+    let shown = out(&output);
+    for part in
+        ["what was said", "word error rate 0.0 %", "$ nats stream ls", "ASR_AUDIO", "$ nats stream get ASR_TRANSCRIPT"]
+    {
+        ensure!(shown.contains(part), "{part:?} is not in:\n{shown}");
+    }
+    ensure!(shown.lines().any(|l| l.starts_with("final ")) && shown.contains("\"gpu_id\""), "{shown}");
+    Ok(())
+}
+
+async fn demo(dir: &Path, arguments: &[&str]) -> Result<Output> {
+    let mut command = voxfleet(&Settings::new(), dir)?;
+    command.arg("demo").args(arguments);
+    Ok(tokio::task::spawn_blocking(move || command.output()).await??)
+}
+
 /// Ctrl-C leaves nothing running.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_interrupted_demo_takes_its_processes_along() -> Result<()> {
@@ -172,8 +257,8 @@ async fn an_interrupted_demo_takes_its_processes_along() -> Result<()> {
     let mut command = voxfleet(&Settings::new(), dir.path())?;
     command.arg("demo");
     let log = dir.path().join("demo.log");
-    let mut demo = voxfleet_harness::child::Child::start("demo", command, &log)?;
-    let shown = voxfleet_harness::wait::eventually("its processes", Duration::from_secs(60), || async {
+    let mut demo = Child::start("demo", command, &log)?;
+    let shown = eventually("its processes", Duration::from_secs(60), || async {
         demo.log().lines().find(|l| l.contains("workers (pids")).map(str::to_owned)
     })
     .await?;
@@ -184,7 +269,7 @@ async fn an_interrupted_demo_takes_its_processes_along() -> Result<()> {
     ensure!(signal.success(), "{signal}");
     let status = demo.wait(Duration::from_secs(15)).await?;
     ensure!(status.code() == Some(130), "{status}: {}", demo.log_tail());
-    voxfleet_harness::wait::eventually("an end of them all", Duration::from_secs(10), || async {
+    eventually("an end of them all", Duration::from_secs(10), || async {
         pids.iter().all(|pid| !alive(*pid)).then_some(())
     })
     .await?;

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use voxfleet_dispatcher::DispatcherConfig;
 use voxfleet_harness::{server::NatsServer, wait::eventually};
-use voxfleet_nats::{Nats, NatsConfig};
+use voxfleet_nats::{Nats, NatsConfig, topology::TopologyConfig};
 
 const SOON: Duration = Duration::from_secs(15);
 const AUDIO: &[u8] = &[0, 1, 0, 1];
@@ -25,15 +25,20 @@ struct Setup {
     server: NatsServer,
     js: jetstream::Context,
     client: async_nats::Client,
+    topology: TopologyConfig,
     stop: CancellationToken,
     tasks: JoinSet<()>,
 }
 
 impl Setup {
     async fn new() -> Result<Self> {
+        Self::with(TopologyConfig::default()).await
+    }
+
+    async fn with(topology: TopologyConfig) -> Result<Self> {
         let server = NatsServer::start().await?;
         let (js, client) = (server.jetstream().await?, server.client().await?);
-        let mut setup = Self { server, js, client, stop: CancellationToken::new(), tasks: JoinSet::new() };
+        let mut setup = Self { server, js, client, topology, stop: CancellationToken::new(), tasks: JoinSet::new() };
         setup.start_dispatcher("d1").await?;
         setup.ask("fleet.status", "").await?;
         Ok(setup)
@@ -43,7 +48,9 @@ impl Setup {
         let config = NatsConfig { urls: vec![self.server.url()], ..NatsConfig::default() };
         let nats = Nats::connect(&config, name).await?;
         let stop = self.stop.child_token();
-        let config = DispatcherConfig { name: name.to_owned(), lease_ms: 1_500, ..DispatcherConfig::default() };
+        let topology = self.topology.clone();
+        let config =
+            DispatcherConfig { name: name.to_owned(), lease_ms: 1_500, topology, ..DispatcherConfig::default() };
         let token = stop.clone();
         self.tasks.spawn(async move {
             let ended = voxfleet_dispatcher::run(nats, config, token).await;
@@ -624,5 +631,57 @@ async fn a_silent_worker_is_dead_and_its_sessions_move() -> Result<()> {
     ensure!(first.hints().await.is_err(), "a dead incarnation's heartbeat makes nothing");
     first.stop.cancel();
     second.stop.cancel();
+    setup.finish().await
+}
+
+#[tokio::test]
+async fn a_waiting_session_whose_audio_expired_is_closed_and_its_id_can_speak_again() -> Result<()> {
+    let mut setup = Setup::with(TopologyConfig { audio_max_age_s: 10, ..TopologyConfig::default() }).await?;
+    let seq = setup.say("late", AUDIO, &[]).await?;
+    setup.event("late", "waiting", 1).await?;
+    // Its audio, then the flush behind it, are there for ten seconds each.
+    setup.event("late", "failed", 1).await?;
+    let record = setup.state("late", "ended").await?;
+    let stream = setup.js.get_stream("ASR_TRANSCRIPT").await?;
+    let stored = stream.get_last_raw_message_by_subject("asr.v1.transcript.session.late.final").await?;
+    let end: Value = serde_json::from_slice(&stored.payload)?;
+    ensure!(end["index"] == 0, "{end}");
+    ensure!(end["end"] == true && end["from_sample"] == 0 && end["to_sample"] == 0, "{end}");
+    ensure!(end["lost"]["to_seq"].as_u64().is_some_and(|to| to >= seq), "{end}");
+    ensure!(record["ended_seq"] == end["audio"]["to_seq"], "{record}");
+
+    let worker = setup.worker("g0", 1).await?;
+    setup.say("late", AUDIO, &[]).await?;
+    worker.has("late", 1).await?;
+    ensure!(setup.events("late", "failed").await?.len() == 1);
+    worker.stop.cancel();
+    setup.finish().await
+}
+
+#[tokio::test]
+async fn a_smaller_model_is_given_to_the_worker_and_told() -> Result<()> {
+    let mut setup = Setup::new().await?;
+    let worker = setup.worker("g0", 1).await?;
+    // The worker has `small` only.
+    let open = json!({ "session": "call", "options": { "model": "medium" } }).to_string();
+    let opened = eventually("an acceptance", SOON, || async {
+        setup.ask("session.open", open.clone()).await.ok().filter(|r| r["ok"].is_object())
+    })
+    .await?;
+    ensure!(opened["ok"]["epoch"] == 1, "{opened}");
+    let asked = worker.requests("assign");
+    ensure!(asked[0]["options"]["model"] == "small", "{asked:?}");
+    let record = setup.state("call", "assigned").await?;
+    ensure!(record["options"]["model"] == "medium", "{record}");
+    for what in ["assigned", "degraded"] {
+        let events = setup.event("call", what, 1).await?;
+        ensure!(
+            events[0]["detail"]["model"] == "small" && events[0]["detail"]["model_asked"] == "medium",
+            "{events:?}"
+        );
+    }
+    let exact = json!({ "session": "other", "options": { "model": "medium", "policy": "exact_model" } }).to_string();
+    ensure!(class(&setup.ask("session.open", exact).await?) == "model_missing");
+    worker.stop.cancel();
     setup.finish().await
 }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`floors`] | who may depend on whom |
 //! | [`live_simulated`], [`live_micro`] | many sessions at once; text as the engine gives it when called directly |
-//! | [`nats_pub`], [`examples`] | producers that know nothing of us: the `nats` command, shell, Python |
+//! | [`nats_pub`], [`examples`] | producers that know nothing of us: the `nats` command, shell, Python, Rust |
 //! | [`bad_input`] | every bad input gets its typed error and costs nobody else anything |
 //! | [`cluster_r3`] | the same on three servers |
 //! | [`nats_topology`], [`nats_log`], [`nats_chain`], [`nats_claim`], [`nats_fleet`] | what the `nats` crate promises, on one server and on three |

@@ -5,7 +5,6 @@
 //! partials, the oldest ready window first; partials only where a thread is idle. The loop ends when the supervisor
 //! closes the socket or dies.
 
-mod arrivals;
 mod desk;
 
 use std::{

@@ -14,6 +14,7 @@
 //! [`Recognizer`] and [`Vad`] are the two interfaces that real and simulated engines implement; one conformance suite
 //! runs over all of them.
 
+pub mod checksum;
 pub mod child;
 pub mod direct;
 pub mod guards;

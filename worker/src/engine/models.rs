@@ -2,7 +2,8 @@
 //!
 //! whisper.cpp trusts its files: a wrong count makes it read past arrays or ask for terabytes. Here header, vocabulary
 //! and the list of tensors are walked (seeking over the weights), so that a cut-off, foreign or damaged file becomes
-//! [`EngineError::Model`] with a reason. Damage inside the weights themselves is found by checksums at download, not here.
+//! [`EngineError::Model`] with a reason. Damage inside the weights themselves is found by
+//! their [`checksum`](super::checksum), not here.
 
 use std::{
     collections::HashSet,

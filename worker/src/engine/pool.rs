@@ -67,13 +67,12 @@ pub fn expected_mb(config: &EngineConfig, file: &ModelFile) -> Result<u64, Engin
     }
 }
 
-/// Whether a session cannot go on with this model after such an error; any other makes one final without text.
+/// Whether a session cannot go on here after such an error; any other makes one final without text. A language or task the
+/// model lacks is of the second kind: the session would fail at every worker alike, and its finals say why.
 pub fn ends_session(error: &EngineError) -> bool {
     match error {
-        EngineError::Model { .. } | EngineError::OutOfMemory(_) | EngineError::Unsupported(_) | EngineError::Vad(_) => {
-            true
-        }
-        EngineError::Cancelled | EngineError::Decode(_) => false,
+        EngineError::Model { .. } | EngineError::OutOfMemory(_) | EngineError::Vad(_) => true,
+        EngineError::Cancelled | EngineError::Decode(_) | EngineError::Unsupported(_) => false,
     }
 }
 

@@ -14,8 +14,8 @@ use whisper_rs::{
 };
 
 use super::{
-    Cancel, EngineError, HeardSegment, HeardWord, Hypothesis, Purpose, Recognizer, RecognizerInfo, Window, guards,
-    models,
+    Cancel, EngineError, HeardSegment, HeardWord, Hypothesis, Purpose, Recognizer, RecognizerInfo, Window, checksum,
+    guards, models,
 };
 
 /// Encoder positions per second of audio.
@@ -50,6 +50,9 @@ impl WhisperModel {
         // Silences its prints; without a backend compiled in they go nowhere.
         whisper_rs::install_logging_hooks();
         let facts = models::check(name, path)?;
+        if !checksum::verify(name, path)? {
+            tracing::debug!(model = name, "no checksum beside the model");
+        }
         let device = device(use_gpu);
         let on_gpu = device != "cpu";
         // whisper.cpp goes on with a null buffer where this allocation fails.

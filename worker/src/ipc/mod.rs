@@ -18,6 +18,10 @@ use voxfleet_schema::{
     transcript::{AudioRange, Checkpoint, Final, Lost, Resume, Segment, Timings, VadKind},
 };
 
+/// Bytes each log entry counts beside its payload while the engine keeps it: its place in the queue, its share of the
+/// producers' state and the allocation of its audio. Without it, entries of a few bytes would cost far more than they pay.
+pub const ENTRY_COST: u64 = 256;
+
 /// Where a session starts: at its beginning, or behind a final.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StartPoint {
@@ -116,23 +120,11 @@ pub struct SimulatedConfig {
     /// Decodes after the n-th never return; 0 = never.
     pub hang_at: u64,
     pub load_ms: u64,
-    /// Where it writes how long each entry that carries `Asr-Sent-Us` was under way; the process id is appended.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub arrivals: Option<std::path::PathBuf>,
 }
 
 impl Default for SimulatedConfig {
     fn default() -> Self {
-        Self {
-            speed: 20.0,
-            weights_mb: 0,
-            state_mb: 0,
-            fail_every: 0,
-            abort_at: 0,
-            hang_at: 0,
-            load_ms: 0,
-            arrivals: None,
-        }
+        Self { speed: 20.0, weights_mb: 0, state_mb: 0, fail_every: 0, abort_at: 0, hang_at: 0, load_ms: 0 }
     }
 }
 
@@ -196,7 +188,8 @@ pub enum FromEngine {
         handle: u64,
         failure: Failure,
     },
-    /// Sent each 200 ms while there is work and it moves: decodes finished, audio decoded, time spent.
+    /// Sent each 200 ms while there is work and it moves: decodes finished, audio heard, time that took. A decode that failed
+    /// or was cancelled is only finished: it says nothing about speed.
     Progress {
         decodes: u64,
         audio_ms: u64,

@@ -33,6 +33,31 @@ pub(super) enum HintVerdict {
     Later,
 }
 
+/// Entries in order, each with an amount.
+#[derive(Debug, Default)]
+struct Ledger(VecDeque<(u64, u64)>);
+
+impl Ledger {
+    fn add(&mut self, seq: u64, amount: u64) {
+        if self.0.len() == MAX_KNOWN
+            && let (Some(first), Some(second)) = (self.0.pop_front(), self.0.front_mut())
+        {
+            second.1 += first.1;
+        }
+        self.0.push_back((seq, amount));
+    }
+
+    fn drop_to(&mut self, seq: u64) {
+        while self.0.front().is_some_and(|(first, _)| *first <= seq) {
+            self.0.pop_front();
+        }
+    }
+
+    fn sum(&self) -> u64 {
+        self.0.iter().map(|(_, amount)| amount).sum()
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Feed {
     /// Last entry handed over; none before the first.
@@ -40,7 +65,9 @@ pub(super) struct Feed {
     /// Lowest sequence that may still be fed.
     next_from: u64,
     /// Entries known to stand in the log beyond that: sequence and bytes.
-    known: VecDeque<(u64, u64)>,
+    known: Ledger,
+    /// Audio handed over that no final covers.
+    uncovered: Ledger,
     next_look: Instant,
     /// Nothing is fed before this.
     hold_until: Option<Instant>,
@@ -55,7 +82,8 @@ impl Feed {
         Self {
             last_fed: None,
             next_from: first_seq,
-            known: VecDeque::new(),
+            known: Ledger::default(),
+            uncovered: Ledger::default(),
             next_look: now,
             hold_until: None,
             done_end,
@@ -80,13 +108,8 @@ impl Feed {
         if follows && room && !self.is_held(now) {
             return HintVerdict::Feed;
         }
-        if self.known.back().is_none_or(|(last, _)| *last < seq) {
-            if self.known.len() == MAX_KNOWN
-                && let (Some(first), Some(second)) = (self.known.pop_front(), self.known.front_mut())
-            {
-                second.1 += first.1;
-            }
-            self.known.push_back((seq, len));
+        if self.known.0.back().is_none_or(|(last, _)| *last < seq) {
+            self.known.add(seq, len);
         }
         if !self.is_held(now) {
             self.next_look = self.next_look.min(now);
@@ -98,19 +121,18 @@ impl Feed {
     pub(super) fn fed(&mut self, now: Instant, entry: &RawEntry) {
         self.last_fed = Some(entry.seq);
         self.next_from = entry.seq + 1;
-        while self.known.front().is_some_and(|(seq, _)| *seq <= entry.seq) {
-            self.known.pop_front();
-        }
+        self.known.drop_to(entry.seq);
         if let Some(format) = header(entry, ASR_FORMAT).and_then(|text| text.parse().ok()) {
             self.format = format;
         }
+        self.uncovered.add(entry.seq, self.ms_of(entry.payload.len() as u64));
         self.next_look = now + LOOK_EVERY;
         self.hold_until = None;
         let says_end = header(entry, ASR_END).is_some_and(|v| matches!(v.trim(), "1" | "true"));
         if says_end && entry.seq > self.done_end {
             self.hold_until = Some(now + HOLD_AFTER_END);
             self.next_look = now + HOLD_AFTER_END;
-        } else if !self.known.is_empty() {
+        } else if !self.known.0.is_empty() {
             self.next_look = now;
         }
     }
@@ -128,7 +150,7 @@ impl Feed {
             // A hint was faster.
             Some(_) => false,
             None => {
-                self.next_look = now + if self.known.is_empty() { LOOK_EVERY } else { NOT_YET };
+                self.next_look = now + if self.known.0.is_empty() { LOOK_EVERY } else { NOT_YET };
                 false
             }
         }
@@ -156,7 +178,21 @@ impl Feed {
 
     /// Audio known to stand in the log and not handed over, in ms.
     pub(super) fn unfed_ms(&self) -> u64 {
-        let bytes: u64 = self.known.iter().map(|(_, len)| len).sum();
+        self.ms_of(self.known.sum())
+    }
+
+    /// A final covers what was handed over up to `seq`.
+    pub(super) fn covered(&mut self, seq: u64) {
+        self.uncovered.drop_to(seq);
+    }
+
+    /// Audio handed over that no final covers, in ms. Never more than the `held` bytes that the engine still has: entries it
+    /// did not use are covered by no final.
+    pub(super) fn uncovered_ms(&self, held: u64) -> u64 {
+        self.uncovered.sum().min(self.ms_of(held))
+    }
+
+    fn ms_of(&self, bytes: u64) -> u64 {
         let frames = bytes / self.format.frame_bytes().max(1) as u64;
         self.format.sample_of_frame(frames) * 1_000 / u64::from(SAMPLE_RATE_HZ)
     }
@@ -277,6 +313,20 @@ mod tests {
             feed.hint(now, seq, Some(seq - 1), 384_000, true);
         }
         assert_eq!(feed.unfed_ms(), 997_000, "all are counted");
-        assert!(feed.known.len() <= MAX_KNOWN);
+        assert!(feed.known.0.len() <= MAX_KNOWN);
+    }
+
+    #[test]
+    fn what_no_final_covers_is_counted_while_the_engine_holds_it() {
+        let now = Instant::now();
+        let fed: Vec<u64> = (1..=600).collect();
+        let mut feed = after(now, &fed);
+        assert_eq!(feed.uncovered_ms(1 << 40), 60_000);
+        assert!(feed.uncovered.0.len() <= MAX_KNOWN);
+        assert_eq!(feed.uncovered_ms(32_000), 1_000, "the rest was not used");
+        feed.covered(400);
+        assert_eq!(feed.uncovered_ms(1 << 40), 20_000);
+        feed.covered(600);
+        assert_eq!(feed.uncovered_ms(1 << 40), 0);
     }
 }

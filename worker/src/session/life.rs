@@ -7,12 +7,13 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 use voxfleet_nats::{
+    ServerError,
     log::LogError,
     publish::PublishError,
     retry::Backoff,
     transcript::{ChainError, Outcome, StoredFinal},
 };
-use voxfleet_schema::{audio::RawEntry, event::What, transcript::Final};
+use voxfleet_schema::{audio::RawEntry, codec, event::What, transcript::Final};
 
 use super::{
     Desired, End, Session, Shared,
@@ -20,7 +21,7 @@ use super::{
     outputs::{LagAlarm, Names, without_text},
 };
 use crate::{
-    ipc::{FinalDraft, PartialDraft, StartPoint},
+    ipc::{ENTRY_COST, FinalDraft, PartialDraft, StartPoint},
     lifecycle::EngineSession,
 };
 
@@ -30,6 +31,10 @@ const MAX_DRAFTS: usize = 8;
 const FINISH_CHECK: Duration = Duration::from_millis(50);
 /// What was fed last shows as work only with the engine's next report.
 const FINISH_SETTLE: Duration = Duration::from_millis(300);
+/// How often the lag is looked at when nothing else happens.
+const LAG_LOOK: Duration = Duration::from_secs(1);
+/// The engine collects this much before a window is full or silence is committed; beyond it, it is behind.
+const LONGEST_WINDOW_MS: u64 = 31_000;
 /// A partial nobody could send in this time is old news.
 const PARTIAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// A log read is one small request; a server that does not answer is asked again.
@@ -64,6 +69,7 @@ pub(super) struct Life<'a> {
     pending: Option<RawEntry>,
     lag: LagAlarm,
     engine_lag_ms: u64,
+    next_lag_look: Instant,
     gone: bool,
     finishing_since: Option<Instant>,
 }
@@ -93,6 +99,7 @@ impl<'a> Life<'a> {
             pending: None,
             lag: LagAlarm::default(),
             engine_lag_ms: 0,
+            next_lag_look: Instant::now() + LAG_LOOK,
             gone: false,
             finishing_since: None,
         }
@@ -149,7 +156,7 @@ impl<'a> Life<'a> {
             let mut has_room = true;
             if self.pending.is_none() {
                 self.take_hints(may_feed);
-                has_room = self.engine.outbox().account.has_room(shared.max_entry);
+                has_room = self.engine.outbox().account.has_room(shared.max_entry + ENTRY_COST);
             }
             let may_read = may_feed && self.pending.is_none() && has_room && reading.is_none();
             if may_read && self.feed.next_look() <= Instant::now() {
@@ -185,6 +192,7 @@ impl<'a> Life<'a> {
                 () = session.hints.arrived() => {}
                 () = sleep_until(self.feed.next_look()), if may_read && reading.is_none() => {}
                 () = &mut room_again, if !has_room => {}
+                () = sleep_until(self.next_lag_look) => self.observe_lag(),
                 () = sleep_until(Instant::now() + FINISH_CHECK), if desired.finish => {}
             }
         }
@@ -204,6 +212,7 @@ impl<'a> Life<'a> {
         for draft in taken.finals {
             if !self.end_drafted {
                 self.end_drafted = draft.end;
+                self.feed.covered(draft.audio.to_seq);
                 self.partial = None;
                 self.drafts.push_back(draft);
             }
@@ -224,8 +233,12 @@ impl<'a> Life<'a> {
     }
 
     fn observe_lag(&mut self) {
+        self.next_lag_look = Instant::now() + LAG_LOOK;
         let storing_ms = self.storing_since.map_or(0, |since| since.elapsed().as_millis() as u64);
-        let lag_ms = (self.engine_lag_ms + self.feed.unfed_ms()).max(storing_ms);
+        // Partials tell how far behind the engine is; where none come, what it holds beyond a window does.
+        let held_ms = self.feed.uncovered_ms(self.engine.outbox().account.used());
+        let engine_ms = self.engine_lag_ms.max(held_ms.saturating_sub(LONGEST_WINDOW_MS));
+        let lag_ms = (engine_ms + self.feed.unfed_ms()).max(storing_ms);
         if let Some(what) = self.lag.observe(lag_ms) {
             let mut event = self.session.names.event(what, self.epoch);
             event.seq = self.feed.last_fed();
@@ -242,7 +255,7 @@ impl<'a> Life<'a> {
             let now = Instant::now();
             let entry = &waiting.hint.entry;
             let len = entry.payload.len() as u64;
-            let room = may_feed && self.engine.outbox().account.has_room(len);
+            let room = may_feed && self.engine.outbox().account.has_room(len + ENTRY_COST);
             if self.feed.hint(now, entry.seq, waiting.hint.prev, len, room) == HintVerdict::Feed {
                 self.feed.fed(now, entry);
                 self.hand_over(waiting.hint.entry);
@@ -252,7 +265,7 @@ impl<'a> Life<'a> {
 
     fn hand_over(&mut self, entry: RawEntry) {
         self.session.figures.fed(entry.seq);
-        self.engine.outbox().account.take(entry.payload.len() as u64);
+        self.engine.outbox().account.take(entry.payload.len() as u64 + ENTRY_COST);
         self.pending = Some(entry);
     }
 
@@ -263,7 +276,7 @@ impl<'a> Life<'a> {
             let _reading = session.shared.log_reads.acquire().await.ok();
             match timeout(READ_TIMEOUT, session.shared.log.next(&session.names.id, from)).await {
                 Ok(answer) => answer,
-                Err(_) => Err(LogError::Server(voxfleet_nats::ServerError::Timeout)),
+                Err(_) => Err(LogError::Server(ServerError::Timeout)),
             }
         })
     }
@@ -301,7 +314,7 @@ impl<'a> Life<'a> {
         Box::pin(async move {
             match timeout(PARTIAL_TIMEOUT, publisher.partial(&partial)).await {
                 Ok(sent) => sent,
-                Err(_) => Err(PublishError::Server(voxfleet_nats::ServerError::Timeout)),
+                Err(_) => Err(PublishError::Server(ServerError::Timeout)),
             }
         })
     }
@@ -376,8 +389,9 @@ async fn store(
     let value = names.final_of(draft, epoch, last_index, checkpoint_seq);
     match shared.chain.store(&value, predecessor).await {
         Ok(outcome) => Ok(Kept { outcome, value }),
-        Err(ChainError::TooLarge { len, .. }) => {
-            tracing::error!(id = %names.id, len, "final too large even without words");
+        Err(error) if is_too_large(&error) => {
+            let len = codec::to_json(&value).map_err(ChainError::Encode)?.len();
+            tracing::error!(id = %names.id, len, %error, "final too large, stored without its text");
             let value = without_text(value, len);
             Ok(Kept { outcome: shared.chain.store(&value, predecessor).await?, value })
         }
@@ -385,10 +399,30 @@ async fn store(
     }
 }
 
+/// Over our limit, or over that of a server configured with a smaller one.
+fn is_too_large(error: &ChainError) -> bool {
+    matches!(error, ChainError::TooLarge { .. } | ChainError::Server(ServerError::TooLarge))
+}
+
 /// Waits for what is running; for ever when nothing is.
 async fn resolve<T>(running: &mut Running<'_, T>) -> T {
     match running {
         Some(future) => future.await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_final_that_no_server_takes_is_stored_without_its_text() {
+        assert!(is_too_large(&ChainError::TooLarge { len: 300_000, limit: 262_144 }));
+        assert!(is_too_large(&ChainError::Server(ServerError::TooLarge)), "as where max_payload is below our limit");
+        for error in [ServerError::Timeout, ServerError::Closed] {
+            assert!(!is_too_large(&ChainError::Server(error)));
+        }
+        assert!(!is_too_large(&ChainError::Conflict));
     }
 }

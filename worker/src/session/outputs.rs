@@ -82,6 +82,7 @@ impl Names {
         let scope = match self.kind {
             Kind::Session => Scope::Session,
             Kind::Job => Scope::Job,
+            Kind::Unknown => Scope::Unknown,
         };
         let mut event = Event::new(scope, self.id.as_str(), what, unix_ms());
         event.epoch = Some(epoch);

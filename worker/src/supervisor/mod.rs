@@ -10,6 +10,7 @@
 
 pub(crate) mod events;
 pub(crate) mod holdings;
+mod neighbours;
 mod serve;
 
 use std::{sync::Arc, time::Duration};
@@ -74,7 +75,7 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     if !problems.is_empty() {
         return Err(WorkerError::Config(problems));
     }
-    let (probe, first_figures) = {
+    let (mut probe, first_figures) = {
         let config = config.clone();
         tokio::task::spawn_blocking(move || {
             let mut probe = Probe::open(&config)?;
@@ -83,6 +84,10 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         })
         .await??
     };
+    if config.gpu_id.is_none() && !probe.is_gpu() {
+        let taken = shutdown.run_until_cancelled(neighbours::names_taken(&nats, &probe.host)).await;
+        probe.rename_cpu(config.index, &taken.unwrap_or_default())?;
+    }
     let max_entry = nats.max_payload() as u64;
     let hint_bytes = (config.surplus_bytes() / 2).max(max_entry);
     let budget = Budget::new(config.share_bytes(), config.surplus_bytes().saturating_sub(hint_bytes));
@@ -127,6 +132,15 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     tasks.spawn(heartbeat::run(nats.clone(), sources, stop_tasks.clone()));
     tasks.spawn(heartbeat::sample_device(probe, engine.clone(), figures, stop_tasks.clone()));
     tasks.spawn(event_queue.run(publisher.clone()));
+    tasks.spawn({
+        let (nats, me, stop) = (nats.clone(), identity.clone(), stop_tasks.clone());
+        async move {
+            let taken = stop.run_until_cancelled(neighbours::names_taken(&nats, &me.host)).await;
+            if taken.is_some_and(|taken| taken.contains(&me.gpu_id)) {
+                tracing::warn!(gpu_id = %me.gpu_id, "another worker of this host has the same gpu_id, one of them will be superseded");
+            }
+        }
+    });
 
     let supervisor = Supervisor {
         nats: nats.clone(),

@@ -2,11 +2,13 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | `accuracy` | what the real engine hears, and when |
 //! | `child` | the child process's loop over a real socketpair |
 //! | `conformance` | what every engine promises, real and simulated |
 //! | `official` | models of the official shapes |
 //! | `support` | audio, logs, recognizers, detectors |
 
+mod accuracy;
 mod child;
 mod conformance;
 mod official;

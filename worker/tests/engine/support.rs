@@ -263,3 +263,7 @@ pub(crate) fn word_errors(reference: &str, heard: &str) -> (usize, usize) {
 pub(crate) fn resident_mb() -> u64 {
     voxfleet_worker::engine::pool::resident_mb()
 }
+
+pub(crate) fn as_f32(samples: &[i16]) -> Vec<f32> {
+    samples.iter().map(|s| f32::from(*s) / 32_768.0).collect()
+}

@@ -158,8 +158,9 @@ mod worker {
         if files.is_empty() {
             return vec![Check::warn(
                 "models",
-                "none found; a worker here could not start",
-                "put ggml *.bin files into worker.models_dir (--set worker.models_dir=DIR)",
+                "none in this configuration; a worker started with it alone would refuse",
+                "set worker.models_dir to a folder of ggml *.bin files. A worker that was given --models-dir knows more than \
+                 these settings: ask with --set worker.models_dir=DIR to have that folder looked at",
             )];
         }
         let look = |file: &voxfleet_worker::ipc::ModelFile| match models::check(&file.name, &file.path) {

@@ -35,7 +35,10 @@ pub(super) async fn look(settings: &Settings) -> Vec<Check> {
     let dispatcher = api::request::<_, FleetStatus>(&nats, Endpoint::FleetStatus, &json!({}), ASK).await;
     checks.extend(streams(&problems, dispatcher.is_ok()));
     checks.push(payload(&nats, &problems));
-    checks.extend(usage(&nats).await);
+    let jetstream = answers(&problems);
+    if jetstream {
+        checks.extend(usage(&nats).await);
+    }
     checks.push(match dispatcher {
         Ok(status) => Check::ok("dispatcher", status.dispatcher),
         Err(error) => Check::warn(
@@ -44,7 +47,7 @@ pub(super) async fn look(settings: &Settings) -> Vec<Check> {
             "start `voxfleet dispatcher`; audio waits in the log until then",
         ),
     });
-    checks.extend(workers(&nats).await);
+    checks.extend(workers(&nats, jetstream).await);
     nats.close(Duration::from_secs(1)).await;
     checks
 }
@@ -82,6 +85,12 @@ fn version(nats: &Nats, problems: &[TopologyError]) -> Check {
         Some(problem) => Check::fail("server version", problem.to_string(), "install nats-server 2.12 or newer"),
         None => Check::ok("server version", nats.server_version()),
     }
+}
+
+/// Whether JetStream answers at all: where it did not, each further question would wait for its time to run out again.
+fn answers(problems: &[TopologyError]) -> bool {
+    use TopologyError::{NoJetStream, Server, Stream};
+    !problems.iter().any(|p| matches!(p, NoJetStream | Server(_) | Stream { .. }))
 }
 
 /// One line where all is well, else one line a problem. What is missing while nobody makes it is no failure yet.
@@ -159,7 +168,7 @@ async fn usage(nats: &Nats) -> Vec<Check> {
     vec![Check::ok("stream space", format!("{messages} messages, {} MiB", bytes >> 20))]
 }
 
-async fn workers(nats: &Nats) -> Vec<Check> {
+async fn workers(nats: &Nats, jetstream: bool) -> Vec<Check> {
     let workers = match heard(nats).await {
         Ok(workers) => workers,
         Err(error) => return vec![Check::fail("workers", format!("{error:#}"), "cannot listen to heartbeats")],
@@ -171,7 +180,7 @@ async fn workers(nats: &Nats) -> Vec<Check> {
         ];
     }
     let mut checks = vec![Check::ok("workers", format!("{} beat", workers.len())), clock(&workers)];
-    if let Ok(consumers) = topology::list_worker_consumers(nats).await {
+    if jetstream && let Ok(consumers) = topology::list_worker_consumers(nats).await {
         let lacking = |w: &&WorkerStatus| !consumers.iter().any(|c| c.live && c.worker == w.heartbeat.worker());
         checks.extend(workers.iter().filter(lacking).map(|w| {
             let found = format!("{} has no consumer for live audio", w.heartbeat.gpu_id);
@@ -215,5 +224,13 @@ mod tests {
         assert_eq!(worst(&missing, true), Some(Verdict::Fail));
         assert_eq!(worst(&[TopologyError::NoJetStream], false), Some(Verdict::Fail));
         assert_eq!(worst(&[], false), Some(Verdict::Ok));
+    }
+
+    #[test]
+    fn a_server_that_did_not_answer_is_not_asked_again() {
+        let timeout = || voxfleet_nats::ServerError::Timeout;
+        assert!(!answers(&[TopologyError::NoJetStream]) && !answers(&[TopologyError::Server(timeout())]));
+        assert!(!answers(&[TopologyError::Stream { stream: "ASR_AUDIO".to_owned(), source: timeout() }]));
+        assert!(answers(&[]) && answers(&[TopologyError::Missing { stream: "ASR_AUDIO".to_owned() }]));
     }
 }

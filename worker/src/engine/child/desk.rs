@@ -14,7 +14,6 @@ use voxfleet_schema::{
     transcript::Timings,
 };
 
-use super::arrivals::Arrivals;
 use crate::{
     engine::{
         Cancel, EngineError, Purpose, Window,
@@ -23,7 +22,7 @@ use crate::{
         vad::VadFactory,
     },
     ipc::{
-        EngineConfig, EngineKind, FromEngine, ModelFile, StartPoint, ToEngine,
+        EngineConfig, FromEngine, ModelFile, StartPoint, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
@@ -73,7 +72,6 @@ pub(super) struct Desk {
     totals: Totals,
     /// What was last told: totals, signs of life, working.
     told: (Totals, u64, bool),
-    arrivals: Option<Arrivals>,
 }
 
 impl Desk {
@@ -84,10 +82,6 @@ impl Desk {
         out: BlockingWriter<UnixStream>,
     ) -> Self {
         let models = config.models.iter().map(|file| (file.name.clone(), shelve(&config, file))).collect();
-        let wanted = config.simulated.arrivals.as_ref().filter(|_| config.engine == EngineKind::Simulated);
-        let arrivals = wanted.and_then(|path| {
-            Arrivals::open(path).inspect_err(|error| tracing::warn!(%error, "arrival times cannot be written")).ok()
-        });
         Self {
             config,
             pool,
@@ -97,7 +91,6 @@ impl Desk {
             models,
             totals: Totals::default(),
             told: (Totals::default(), 0, false),
-            arrivals,
         }
     }
 
@@ -125,7 +118,6 @@ impl Desk {
 
     /// Told while there is work and it moves, and once when it begins or ends: a hung decode is silent.
     pub(super) fn progress(&mut self, now: Instant) -> Said {
-        self.arrivals.iter_mut().for_each(Arrivals::flush);
         let working = self.working();
         let flags = self.sessions.values().flat_map(|s| s.decoding.iter().chain(&s.partial));
         let looks = flags.map(Cancel::looks).fold(0, u64::wrapping_add);
@@ -151,7 +143,6 @@ impl Desk {
             ToEngine::Open { handle, options, start } => return self.open(handle, &options, *start),
             // Audio of a session that failed or was closed a moment ago.
             ToEngine::Entry(for_session) => {
-                self.arrivals.iter_mut().for_each(|arrivals| arrivals.note(&for_session.entry));
                 if let Some(session) = self.sessions.get_mut(&for_session.handle) {
                     session.stream.push(for_session.entry);
                     session.dirty = true;
@@ -327,8 +318,9 @@ impl Desk {
     pub(super) fn done(&mut self, done: Done) -> Said {
         self.pool.freed(done.thread);
         self.totals.decodes += 1;
-        self.totals.busy_ms += done.took.as_millis() as u64;
+        // Both or neither: time of a decode that was cancelled or failed would read as a slow device.
         if done.heard.is_ok() {
+            self.totals.busy_ms += done.took.as_millis() as u64;
             self.totals.audio_ms += done.window.samples.len() as u64 / 16;
         }
         if done.state_mb > 0
@@ -388,7 +380,8 @@ impl Desk {
             Err(error) => {
                 session.stream.partial_failed();
                 match error {
-                    EngineError::Cancelled => Ok(()),
+                    // What the model cannot do is told once for each final.
+                    EngineError::Cancelled | EngineError::Unsupported(_) => Ok(()),
                     error if ends_session(error) => self.fail(handle, error),
                     error => {
                         tracing::warn!(handle, %error, "partial pass failed");

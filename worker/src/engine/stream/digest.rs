@@ -1,5 +1,7 @@
 //! Log entries -> pieces of mono audio on the session's clock. Each entry is judged once, in log order.
 
+use std::sync::Arc;
+
 use voxfleet_schema::{
     audio::{AudioFormat, BadChunk, ChunkHeaders, Encoding, RawEntry, sniff_container},
     event::What,
@@ -7,13 +9,27 @@ use voxfleet_schema::{
     source::{Note, SourceState, Verdict},
 };
 
-use crate::ipc::{AfterFinal, StreamNote};
+use crate::ipc::{AfterFinal, ENTRY_COST, StreamNote};
 
 /// What ends a stretch of audio because the log says so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Barrier {
     Flush,
     End,
+}
+
+/// The producers' state before an entry. Names are shared between entries: they are long, and change seldom.
+#[derive(Debug)]
+pub(super) struct Producers {
+    named: Arc<SourceState>,
+    asr_seq: Option<u64>,
+    asr_seen: u64,
+}
+
+impl Producers {
+    pub(super) fn state(&self) -> SourceState {
+        SourceState { asr_seq: self.asr_seq, asr_seen: self.asr_seen, ..SourceState::clone(&self.named) }
+    }
 }
 
 /// One used log entry.
@@ -26,7 +42,7 @@ pub(super) struct Piece {
     pub(super) at_frame: u64,
     pub(super) format: AudioFormat,
     pub(super) format_sample: u64,
-    pub(super) producers_before: SourceState,
+    pub(super) producers_before: Producers,
     /// One value per frame: the mean of its channels.
     pub(super) mono: Vec<f32>,
     /// Stands behind the audio.
@@ -66,6 +82,8 @@ pub(super) struct Digested {
 #[derive(Debug)]
 pub(super) struct Digest {
     producers: SourceState,
+    /// Its sources and `container`; the numbers in it are those of some earlier entry.
+    named: Arc<SourceState>,
     format: AudioFormat,
     format_sample: u64,
     frame: u64,
@@ -77,6 +95,7 @@ impl Digest {
     pub(super) fn beginning() -> Self {
         Self {
             producers: SourceState::default(),
+            named: Arc::default(),
             format: AudioFormat::default(),
             format_sample: 0,
             frame: 0,
@@ -84,12 +103,15 @@ impl Digest {
         }
     }
 
+    /// Where log entries are gone (`expired`), the producers' state is that before `resume.seq`, although entries up to
+    /// `to_seq` were judged: numbers taken in between are noted as a gap, and a repetition of one of them would be used.
     pub(super) fn after(after: &AfterFinal, expired: bool) -> Self {
         let resume = &after.resume;
         let (format_sample, frame) =
             if expired { (after.to_sample, 0) } else { (resume.format_sample, resume.at_frame) };
         Self {
             producers: resume.producers.clone(),
+            named: Arc::new(resume.producers.clone()),
             format: resume.format,
             format_sample,
             frame,
@@ -109,7 +131,7 @@ impl Digest {
 
     pub(super) fn take(&mut self, entry: RawEntry) -> Digested {
         let (seq, raw_bytes) = (entry.seq, entry.payload.len() as u64);
-        let mut digested = Digested { freed_bytes: raw_bytes, ..Digested::default() };
+        let mut digested = Digested { freed_bytes: raw_bytes + ENTRY_COST, ..Digested::default() };
         let headers = match ChunkHeaders::of(&entry) {
             Ok(headers) => headers,
             Err(bad) => {
@@ -117,7 +139,7 @@ impl Digest {
                 return digested;
             }
         };
-        let producers_before = self.producers.clone();
+        let producers_before = self.producers();
         match self.producers.judge(&headers, !entry.payload.is_empty()) {
             Verdict::Use(note) => self.note_used(seq, note, &mut digested.notes),
             Verdict::DropDuplicate => {
@@ -159,8 +181,8 @@ impl Digest {
         if mono.is_empty() && barrier.is_none() {
             return digested;
         }
-        let permit_bytes = raw_bytes.min(size_of_val(mono.as_slice()) as u64);
-        digested.freed_bytes = raw_bytes - permit_bytes;
+        let audio_bytes = raw_bytes.min(size_of_val(mono.as_slice()) as u64);
+        digested.freed_bytes = raw_bytes - audio_bytes;
         let piece = Piece {
             seq,
             at_sample: self.position(),
@@ -170,11 +192,19 @@ impl Digest {
             producers_before,
             mono,
             barrier,
-            permit_bytes,
+            permit_bytes: audio_bytes + ENTRY_COST,
         };
         self.frame += piece.mono.len() as u64;
         digested.piece = Some(piece);
         digested
+    }
+
+    fn producers(&mut self) -> Producers {
+        let now = &self.producers;
+        if self.named.sources != now.sources || self.named.container != now.container {
+            self.named = Arc::new(now.clone());
+        }
+        Producers { named: Arc::clone(&self.named), asr_seq: now.asr_seq, asr_seen: now.asr_seen }
     }
 
     fn decode(&mut self, payload: &[u8]) -> Result<Vec<f32>, BadChunk> {
@@ -276,7 +306,7 @@ mod tests {
         for (seq, (headers, payload, class)) in cases.into_iter().enumerate() {
             let digested = digest.take(entry(seq as u64 + 1, headers, payload));
             assert!(digested.piece.is_none(), "{headers:?}");
-            assert_eq!(digested.freed_bytes, payload.len() as u64);
+            assert_eq!(digested.freed_bytes, payload.len() as u64 + ENTRY_COST);
             let [note] = digested.notes.as_slice() else { panic!("one note for {headers:?}") };
             assert_eq!(note.failure.as_ref().map(|f| f.class), Some(class), "{headers:?} {payload:?}");
         }
@@ -298,6 +328,25 @@ mod tests {
         let loud: Vec<u8> = [1e30f32, -1e30].iter().flat_map(|s| s.to_le_bytes()).collect();
         let piece = digest.take(entry(3, &[("Asr-Format", "pcm_f32le")], &loud)).piece.expect("piece");
         assert_eq!(piece.mono, [1.0, -1.0]);
+    }
+
+    #[test]
+    fn entries_share_the_names_of_their_producers() {
+        let mut digest = Digest::beginning();
+        let mut expected = SourceState::default();
+        let mut pieces = Vec::new();
+        for (seq, (source, number)) in [("a", "0"), ("a", "1"), ("a", "2"), ("b", "0"), ("b", "1")].iter().enumerate() {
+            let entry = entry(seq as u64 + 1, &[("Asr-Source", source), ("Asr-Seq", number)], &[0; 4]);
+            let headers = ChunkHeaders::of(&entry).expect("headers");
+            let piece = digest.take(entry).piece.expect("piece");
+            assert_eq!(piece.producers_before.state(), expected, "before entry {seq}");
+            assert_eq!(piece.permit_bytes, 4 + ENTRY_COST);
+            assert!(matches!(expected.judge(&headers, true), Verdict::Use(_)));
+            pieces.push(piece);
+        }
+        let shares =
+            |a: usize, b: usize| Arc::ptr_eq(&pieces[a].producers_before.named, &pieces[b].producers_before.named);
+        assert!(shares(1, 2) && shares(2, 3) && !shares(3, 4));
     }
 
     #[test]

@@ -166,8 +166,14 @@ impl SessionStream {
                 self.segment.listen_to_rest(self.vad.as_mut(), self.options.endpoint_ms)?;
                 return Ok(self.finish(place, Some((seq, barrier)), true));
             }
-            self.piece += 1;
             self.frame = 0;
+            // Done once is done for good, so it would only be passed over again. The first piece is the resume point.
+            if self.piece > 0 && piece.mono.is_empty() {
+                let dropped = self.pieces.remove(self.piece);
+                self.consumed_bytes += dropped.map_or(0, |p| p.permit_bytes);
+            } else {
+                self.piece += 1;
+            }
         }
     }
 
@@ -319,7 +325,7 @@ impl SessionStream {
         self.partial_to = to;
         self.partial_pending = None;
         let (seq, at_sample, at_frame, format, format_sample, producers) = match self.pieces.front() {
-            Some(p) => (p.seq, p.at_sample, p.at_frame, p.format, p.format_sample, p.producers_before.clone()),
+            Some(p) => (p.seq, p.at_sample, p.at_frame, p.format, p.format_sample, p.producers_before.state()),
             None => self.digest.resume_here(),
         };
         Resume { seq, at_sample, at_frame, format, format_sample, producers, language: self.language.clone() }

@@ -7,7 +7,7 @@ use voxfleet_schema::transcript::VadKind;
 use super::*;
 use crate::{
     engine::{HeardSegment, VAD_FRAME},
-    ipc::AfterFinal,
+    ipc::{AfterFinal, ENTRY_COST},
 };
 
 struct Loudness;
@@ -254,7 +254,7 @@ fn permits_come_back() {
     let mut stream = SessionStream::new(&SessionOptions::default(), StartPoint::beginning(), Box::new(Loudness));
     let (mut given, mut back, mut most) = (0, 0, 0);
     for entry in log {
-        given += entry.payload.len() as u64;
+        given += entry.payload.len() as u64 + ENTRY_COST;
         stream.push(entry);
         while let Ok(Step::Final(_) | Step::Draft(_)) = stream.step() {
             stream.complete(Ok(Hypothesis::default()), Vec::new(), &RecognizerInfo::none(), Timings::default());
@@ -263,6 +263,36 @@ fn permits_come_back() {
         most = most.max(given - back);
     }
     assert!(most < 200_000 && given - back <= 32_000, "{most} at most, {} at the end", given - back);
+}
+
+#[test]
+fn flushes_that_are_done_are_not_kept() {
+    let mut stream = SessionStream::new(&SessionOptions::default(), StartPoint::beginning(), Box::new(Loudness));
+    let pcm = call(&[(900, 0)], 16_000);
+    let mut log = entries(&pcm, 3_200, &[]);
+    log.truncate(9);
+    let flush = vec![("Asr-Flush".to_owned(), "1".to_owned())];
+    log.extend((0..5_000).map(|n| RawEntry { seq: 1_000 + n, headers: flush.clone(), payload: Default::default() }));
+    let (mut given, mut back) = (0, 0);
+    let mut finals = Vec::new();
+    for entry in &log {
+        given += entry.payload.len() as u64 + ENTRY_COST;
+        stream.push(entry.clone());
+        while let Ok(Step::Final(window)) = stream.step() {
+            let heard = Ok(checksum(&window));
+            finals.extend(stream.complete(heard, Vec::new(), &RecognizerInfo::none(), Timings::default()));
+        }
+        back += stream.take_consumed();
+        assert!(given - back < 9 * (3_200 + ENTRY_COST) + 3 * ENTRY_COST, "{} bytes kept", given - back);
+    }
+    assert_eq!(finals.len(), 1, "the first flush ends the audio, the others have nothing to end");
+    // What follows them is heard from the same resume point as by somebody who was never here before.
+    log.extend(entries(&pcm, 3_200, &[]).into_iter().map(|e| RawEntry { seq: e.seq + 10_000, ..e }));
+    let whole = run(&SessionOptions::default(), StartPoint::beginning(), &log);
+    check_chain(&whole, 9 * 1_600 + pcm.len() as u64 / 2);
+    for n in 0..whole.len() {
+        assert_eq!(run(&SessionOptions::default(), after(n, &whole[n]), &log), whole[n + 1..]);
+    }
 }
 
 proptest! {

@@ -1,0 +1,221 @@
+//! Full buckets, lagging replicas, refusals, audio that expires.
+
+use voxfleet_nats::topology::Usage;
+use voxfleet_schema::{fleet::Residency, session::Policy};
+
+use super::*;
+use crate::testing::model;
+
+#[test]
+fn a_bucket_that_refuses_at_once_is_asked_again_after_a_pause() {
+    let mut world = World::new(1);
+    world.keep = |e| matches!(e, Effect::Save { .. });
+    world.open(1, "s");
+    let mut attempts = 0;
+    for _ in 0..20 {
+        for _ in world.kept.drain(..).collect::<Vec<_>>() {
+            attempts += 1;
+            world.core.saved(&id("s"), Err(SaveError::Failed("bucket is full".to_owned())), world.now);
+            world.run();
+        }
+        world.seconds(1, |w| w.beat(0, |_| ()));
+    }
+    assert!((5..=12).contains(&attempts), "{attempts} writes in 20 s");
+    let answer = world.answers.iter().find(|(c, _)| *c == CallId(1)).map(|(_, a)| a.clone());
+    assert_eq!(refused(answer), FailureClass::Timeout, "whoever asked hears of it");
+    world.keep = |_| false;
+    world.answer_kept();
+    world.seconds(3, |w| w.beat(0, |_| ()));
+    assert_eq!(world.state("s"), SessionState::Assigned);
+}
+
+/// A session whose end final stands at 2 and whose entry 3 no walk finds; the first walk is under way.
+fn unseen_behind_the_end(world: &mut World) {
+    world.audio("s", 1);
+    world.entry("s", 2, &[("Asr-End", "1")], b"");
+    world.audio("s", 3);
+    world.core.finished(&end_final("s", 0, 1, 2), world.now);
+    world.run();
+    assert!(matches!(world.kept.pop(), Some(Effect::Walk { .. })));
+}
+
+fn found_nothing(world: &mut World, last: Option<u64>) {
+    let walker = Box::new(Walker::after(&end_final("s", 0, 1, 2)));
+    let end = WalkEnd { walker, opener: None, rejected: Vec::new(), last };
+    world.core.walked(&id("s"), Ok(end), world.now);
+    world.run();
+}
+
+#[test]
+fn an_entry_the_walk_cannot_see_is_looked_for_at_the_pace_of_the_tick() {
+    let mut world = World::new(1);
+    unseen_behind_the_end(&mut world);
+    for _ in 0..5 {
+        found_nothing(&mut world, Some(3));
+        assert_eq!(world.kept(|e| matches!(e, Effect::Walk { .. })), 0, "not at once");
+        world.seconds(1, |w| w.beat(0, |b| b.held = vec![held("s", 1)]));
+        assert!(matches!(world.kept.pop(), Some(Effect::Walk { .. })));
+    }
+    assert_eq!(world.state("s"), SessionState::Assigned);
+}
+
+#[test]
+fn an_entry_that_expired_behind_the_end_keeps_nothing_open() {
+    let mut world = World::new(1);
+    unseen_behind_the_end(&mut world);
+    found_nothing(&mut world, None);
+    assert_eq!(world.state("s"), SessionState::Ended);
+}
+
+#[test]
+fn what_the_tail_reads_during_the_walk_outlives_what_the_leader_said_before() {
+    let mut world = World::new(1);
+    unseen_behind_the_end(&mut world);
+    world.audio("s", 4);
+    found_nothing(&mut world, None);
+    assert_eq!(world.state("s"), SessionState::Assigned, "entry 4 has not been looked at");
+}
+
+#[test]
+fn a_refused_reopening_changes_nothing() {
+    let mut world = World::new(1);
+    world.audio("s", 1);
+    world.entry("s", 2, &[("Asr-End", "1")], b"");
+    world.core.finished(&end_final("s", 0, 1, 2), world.now);
+    world.run();
+    let before = world.record("s").clone();
+    assert!(before.implicit && before.state == SessionState::Ended);
+    let options = SessionOptions { model: Some("nothing".to_owned()), ..SessionOptions::default() };
+    world.ask(1, "s", crate::sessions::Asked::Open(Box::new(options)));
+    assert_eq!(refused(world.answers.pop().map(|(_, a)| a)), FailureClass::ModelMissing);
+    assert_eq!(*world.record("s"), before);
+}
+
+#[test]
+fn a_smaller_model_is_what_the_worker_is_told_and_the_record_keeps_what_was_asked() {
+    let mut world = World::new(0);
+    world.beat(0, |b| {
+        b.models = vec![model("medium", Residency::Available, 30_000), model("base", Residency::Available, 388)]
+    });
+    world.keep = |e| matches!(e, Effect::Ask { .. });
+    let options = SessionOptions { model: Some("medium".to_owned()), ..SessionOptions::default() };
+    world.ask(1, "s", crate::sessions::Asked::Open(Box::new(options.clone())));
+    let Some(Effect::Ask { worker, assignment }) = world.kept.pop() else { panic!("asked") };
+    assert_eq!(assignment.options, SessionOptions { model: Some("base".to_owned()), ..options.clone() });
+    world.core.asked(&id("s"), 1, &worker, AskReply::Taken, world.now);
+    world.run();
+    assert_eq!(world.record("s").options, options);
+    for what in [What::Assigned, What::Degraded] {
+        let event = world.told.iter().find(|e| e.what == what).expect("told");
+        assert_eq!((&event.detail["model"], &event.detail["model_asked"]), (&"base".into(), &"medium".into()));
+    }
+    world.ask(2, "s", crate::sessions::Asked::Open(Box::new(options)));
+    assert!(matches!(world.answers.last(), Some((CallId(2), Answer::Opened(_)))), "asking again says the same");
+}
+
+#[test]
+fn refusals_of_an_open_say_what_is_missing() {
+    let ask = |world: &mut World, model: &str| {
+        let options =
+            SessionOptions { model: Some(model.to_owned()), policy: Policy::ExactModel, ..SessionOptions::default() };
+        world.ask(1, "new", crate::sessions::Asked::Open(Box::new(options)));
+        refused(world.answers.pop().map(|(_, a)| a))
+    };
+    let mut world = World::new(0);
+    assert_eq!(ask(&mut world, "small"), FailureClass::NoWorkers);
+    world.beat(0, |b| b.models.push(model("large", Residency::Available, 30_000)));
+    assert_eq!(ask(&mut world, "nothing"), FailureClass::ModelMissing);
+    assert_eq!(ask(&mut world, "large"), FailureClass::ModelDoesNotFit);
+    for n in 0..4 {
+        world.audio(&format!("s{n}"), n + 1);
+    }
+    assert_eq!(ask(&mut world, "small"), FailureClass::NoCapacity);
+    assert_eq!(ask(&mut world, "nothing"), FailureClass::ModelMissing, "a full fleet has it no more");
+}
+
+fn close_chains(effect: &Effect) -> bool {
+    matches!(effect, Effect::CloseChain { .. })
+}
+
+#[test]
+fn a_waiting_session_is_told_before_its_audio_expires_and_closed_once_it_has() {
+    let mut world = World::new(0);
+    world.audio("s", 5);
+    world.entry("s", 6, &[("Asr-Flush", "1"), ("Asr-Cause", "pause")], b"");
+    world.core.oldest(1);
+    world.seconds(3_290, |_| ());
+    assert_eq!(world.told(What::Failed), 0);
+    world.seconds(20, |_| ());
+    assert_eq!(world.told(What::Failed), 1);
+    world.core.oldest(6);
+    world.seconds(300, |_| ());
+    assert_eq!((world.told(What::Failed), world.kept(close_chains)), (1, 0), "once; and one entry is left");
+    world.core.oldest(7);
+    world.seconds(20, |_| ());
+    assert_eq!(world.kept(close_chains), 1, "one attempt at a time");
+    world.kept.retain(close_chains);
+    let Some(Effect::CloseChain { epoch: 0, to_seq: 6, .. }) = world.kept.pop() else { panic!("{:?}", world.kept) };
+    world.core.chain_read(&id("s"), Some(ChainMark::from(&end_final("s", 0, 0, 6))), world.now);
+    world.run();
+    assert_eq!((world.state("s"), world.record("s").ended_seq), (SessionState::Ended, Some(6)));
+    assert!(world.core.waiting.is_empty());
+}
+
+#[test]
+fn a_session_that_found_room_is_not_failing() {
+    let mut world = World::new(0);
+    world.audio("s", 5);
+    world.core.oldest(1);
+    world.seconds(100, |_| ());
+    world.beat(0, |_| ());
+    assert_eq!(world.state("s"), SessionState::Assigned);
+    world.core.oldest(100);
+    world.seconds(3_600, |w| w.beat(0, |b| b.held = vec![held("s", 1)]));
+    assert_eq!((world.told(What::Failed), world.kept(close_chains)), (0, 0));
+}
+
+#[test]
+fn a_stream_that_fills_is_told_once_per_crossing() {
+    let mut world = World::new(0);
+    let told: Vec<usize> = [79, 81, 90, 76, 81, 74, 81]
+        .into_iter()
+        .map(|bytes| {
+            let usage =
+                |stream: &str| Usage { stream: stream.to_owned(), messages: 1, bytes, max_bytes: 100, consumers: 0 };
+            world.core.usage(&[usage("ASR_AUDIO"), usage("ASR_EVENT")], world.now);
+            world.run();
+            world.told(What::StreamFilling)
+        })
+        .collect();
+    assert_eq!(told, [0, 1, 1, 1, 1, 1, 2]);
+    assert!(world.told.iter().all(|e| e.id == "ASR_AUDIO"), "one that drops what is old is full by nature");
+}
+
+#[test]
+fn beyond_the_limit_new_sessions_wait_in_the_log_in_their_order() {
+    let mut world = World::new(0);
+    world.core.config.max_sessions = 2;
+    for (seq, session) in [(1, "a"), (2, "b"), (3, "c"), (4, "d"), (5, "c")] {
+        world.audio(session, seq);
+    }
+    assert_eq!((world.core.book.len(), world.core.cursor()), (2, 2));
+    assert_eq!(world.told(What::Waiting), 3, "said once of all that are passed over");
+    assert_eq!(refused(world.open(1, "new")), FailureClass::NoCapacity);
+    let beats = |w: &mut World| w.beat(0, |b| b.held = vec![held("b", 1)]);
+    beats(&mut world);
+    world.entry("a", 6, &[("Asr-End", "1")], b"");
+    world.core.finished(&end_final("a", 0, 1, 6), world.now);
+    world.run();
+    assert_eq!(world.state("a"), SessionState::Ended);
+    world.seconds(1, beats);
+    let Some(Effect::GoBack { from: 3 }) = world.kept.pop() else { panic!("{:?}", world.kept) };
+    assert_eq!(world.core.cursor(), 2, "until they are read again");
+    for (seq, session) in [(3, "c"), (4, "d"), (5, "c"), (6, "a")] {
+        let (payload, end): (&'static [u8], &[(&str, &str)]) =
+            if seq == 6 { (b"", &[("Asr-End", "1")]) } else { (b"ab", &[]) };
+        world.entry(session, seq, end, payload);
+    }
+    assert_eq!(world.state("c"), SessionState::Assigned);
+    assert!(world.core.book.session(&id("d")).is_none());
+    assert_eq!(world.core.cursor(), 3, "d has its turn later");
+}
