@@ -51,7 +51,11 @@ pub(crate) fn install(config: &LogConfig, fallback: &str) {
     use std::io::IsTerminal as _;
     let directives = if config.filter.is_empty() { fallback } else { &config.filter };
     let filter = EnvFilter::builder().parse_lossy(directives);
-    let builder = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter);
+    let builder = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        // It would be told on standard error too, and panic there: a service goes on without anybody reading its logs.
+        .log_internal_errors(false)
+        .with_env_filter(filter);
     // The only error is a subscriber that is installed already, by a test harness; logs go there then.
     let _installed = match config.format {
         LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).try_init(),

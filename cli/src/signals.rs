@@ -25,8 +25,8 @@ pub(crate) fn listen(
                         std::process::exit(i32::from(Exit::Interrupted.code()));
                     }
                     told = true;
-                    tracing::info!(signal = name, "stopping; once more stops at once");
                     shutdown.cancel();
+                    tracing::info!(signal = name, "stopping; once more stops at once");
                 }
             }
         }

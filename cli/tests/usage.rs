@@ -136,17 +136,32 @@ fn mistakes_of_every_kind_are_named_together() {
 
 #[test]
 fn a_service_waits_for_its_server_and_can_be_stopped_meanwhile() {
-    let dir = tempfile::tempdir().expect("temporary folder");
-    let mut service = voxfleet(dir.path(), &["dispatcher", "--url", "nats://127.0.0.1:1"])
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("voxfleet runs");
-    let mut lines = std::io::BufReader::new(service.stderr.take().expect("stderr")).lines();
-    let told = lines.by_ref().map_while(Result::ok).find(|l| l.contains("trying again to connect to nats"));
-    assert!(told.is_some(), "it says that it waits");
-    let stopped = Command::new("kill").args(["-INT", &service.id().to_string()]).status().expect("kill runs");
-    assert!(stopped.success());
-    assert_eq!(service.wait().expect("its end").code(), Some(0));
+    for somebody_reads_its_logs in [true, false] {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let mut service = voxfleet(dir.path(), &["dispatcher", "--url", "nats://127.0.0.1:1"])
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("voxfleet runs");
+        let mut lines = std::io::BufReader::new(service.stderr.take().expect("stderr")).lines();
+        let told = lines.by_ref().map_while(Result::ok).find(|l| l.contains("trying again to connect to nats"));
+        assert!(told.is_some(), "it says that it waits");
+        let lines = somebody_reads_its_logs.then_some(lines);
+        let stopped = Command::new("kill").args(["-INT", &service.id().to_string()]).status().expect("kill runs");
+        assert!(stopped.success());
+        let begun = std::time::Instant::now();
+        let code = loop {
+            if let Some(status) = service.try_wait().expect("its end") {
+                break status.code();
+            }
+            if begun.elapsed() > std::time::Duration::from_secs(20) {
+                service.kill().expect("kill");
+                break None;
+            }
+            std::thread::yield_now();
+        };
+        assert_eq!(code, Some(0), "logs are read: {somebody_reads_its_logs}");
+        drop(lines);
+    }
 }
 
 async fn with_server(server: &NatsServer, arguments: &[&str]) -> Output {
