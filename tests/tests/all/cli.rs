@@ -99,6 +99,29 @@ async fn doctor_sees_a_damaged_model_and_a_library_that_is_none() -> Result<()> 
     Ok(())
 }
 
+/// What a library of ONNX Runtime 1.10 says to one who asks for its interface: its version, and nothing newer.
+const OLD_RUNTIME: &str = r#"
+struct base { const void *(*api)(unsigned); const char *(*version)(void); };
+static const void *api(unsigned wanted) { (void)wanted; return 0; }
+static const char *version(void) { return "1.10.0"; }
+const struct base *OrtGetApiBase(void) { static const struct base b = { api, version }; return &b; }
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_sees_a_runtime_of_a_wrong_version() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    std::fs::write(dir.path().join("old.c"), OLD_RUNTIME)?;
+    let mut compiler = std::process::Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-o", "libonnxruntime.so", "old.c"]).current_dir(dir.path());
+    ensure!(compiler.status().context("cc, which building whisper.cpp needs too")?.success());
+    let library = format!("worker.onnxruntime={}", dir.path().join("libonnxruntime.so").display());
+    let output = run("nats://127.0.0.1:1", dir.path(), &["doctor", "--json", "--set", &library]).await?;
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(verdict(&report, "onnxruntime") == "fail", "{report:#}");
+    ensure!(report.to_string().contains("1.10.0"), "it names the version it found: {report:#}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn stream_watch_and_status_agree_with_the_engine() -> Result<()> {
     let _turn = fleet::turn().await;
