@@ -86,9 +86,14 @@ async fn no_more_is_taken_than_there_is_room_for() -> Result<()> {
     for seq in 1..=20 {
         publisher.hint(&w, &id, &entry(seq), None).await;
     }
+    let js = server.jetstream().await?;
+    eventually("all hints are stored", SOON, || async {
+        let stored = js.get_stream(names::LIVE).await.ok()?.get_info().await.ok()?.state.last_sequence;
+        (stored == 20).then_some(())
+    })
+    .await?;
     let mut pull = LivePull::new(&nats, &w);
     take(&mut pull, 1).await?;
-    let js = server.jetstream().await?;
     let live = js.get_stream(names::LIVE).await?;
     let info = live.consumer_info("gpu-1=a").await?;
     ensure!(info.delivered.consumer_sequence == 1 && info.num_pending == 19, "{info:?}");
