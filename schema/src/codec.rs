@@ -48,8 +48,17 @@ pub fn from_msgpack<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> 
 
 /// Decodes a request from a stranger: bounded, JSON unless `content_type` says MessagePack.
 pub fn from_request<T: DeserializeOwned>(bytes: &[u8], content_type: Option<&str>) -> Result<T, CodecError> {
-    if bytes.len() > MAX_REQUEST_BYTES {
-        return Err(CodecError::TooLarge { len: bytes.len(), limit: MAX_REQUEST_BYTES });
+    from_request_of(bytes, content_type, MAX_REQUEST_BYTES)
+}
+
+/// The same for requests that may be longer.
+pub fn from_request_of<T: DeserializeOwned>(
+    bytes: &[u8],
+    content_type: Option<&str>,
+    limit: usize,
+) -> Result<T, CodecError> {
+    if bytes.len() > limit {
+        return Err(CodecError::TooLarge { len: bytes.len(), limit });
     }
     match content_type.map(|t| t.split(';').next().unwrap_or("").trim()) {
         None | Some("" | JSON) => from_json(bytes),

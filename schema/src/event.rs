@@ -53,6 +53,11 @@ pub enum What {
     Ended,
     Failed,
     Done,
+    /// A job was accepted.
+    Submitted,
+    Cancelled,
+    /// A job's result was deleted at the end of its time.
+    Expired,
     /// A worker joined, drained, died, was told to renew.
     Joined,
     Draining,
@@ -86,6 +91,9 @@ impl What {
             Ended => "ended",
             Failed => "failed",
             Done => "done",
+            Submitted => "submitted",
+            Cancelled => "cancelled",
+            Expired => "expired",
             Joined => "joined",
             Draining => "draining",
             Dead => "dead",

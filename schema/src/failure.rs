@@ -30,6 +30,10 @@ pub enum FailureClass {
     Timeout,
     Cancelled,
     NotFound,
+    /// The owner of the audio, or the allow-list of this fleet, does not let us have it.
+    Forbidden,
+    /// A server that holds what is needed cannot be reached or breaks off; trying again may help.
+    Unavailable,
     Internal,
     #[serde(other)]
     Unknown,
@@ -54,9 +58,22 @@ impl FailureClass {
             Timeout => "timeout",
             Cancelled => "cancelled",
             NotFound => "not_found",
+            Forbidden => "forbidden",
+            Unavailable => "unavailable",
             Internal => "internal",
             Unknown => "unknown",
         }
+    }
+}
+
+impl FailureClass {
+    /// The input or the request is at fault: another worker, or another try, ends the same way.
+    pub fn is_permanent(self) -> bool {
+        use FailureClass::*;
+        matches!(
+            self,
+            BadRequest | BadAudio | UnsupportedFormat | TooLarge | AudioAfterEnd | Cancelled | NotFound | Forbidden
+        )
     }
 }
 

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     failure::Failure,
     id::{GpuId, Incarnation, Kind, StreamId, WorkerName},
+    job::JobProgress,
     session::SessionOptions,
     transcript::VadKind,
 };
@@ -63,6 +64,19 @@ pub struct Held {
     /// Last final stored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub final_index: Option<u64>,
+    /// Of a job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<JobProgress>,
+}
+
+/// A job this incarnation was given and let go without finishing it. Said in each heartbeat until the dispatcher's answer
+/// (another epoch, or the end) makes it old, at most a minute.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GivenUp {
+    pub kind: Kind,
+    pub id: StreamId,
+    pub epoch: u64,
+    pub failure: Failure,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,6 +153,8 @@ pub struct Heartbeat {
     /// Job slots: `max_ack_pending` of its `ASR_WORK` consumer.
     pub job_slots: Slots,
     pub held: Vec<Held>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub given_up: Vec<GivenUp>,
     pub models: Vec<ModelState>,
     pub engine: EngineState,
     pub draining: bool,
@@ -206,6 +222,10 @@ pub struct FleetStatus {
     pub workers: Vec<WorkerStatus>,
     pub sessions_waiting: u32,
     pub sessions_assigned: u32,
+    #[serde(default)]
+    pub jobs_queued: u32,
+    #[serde(default)]
+    pub jobs_assigned: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,6 +8,7 @@
 //! | [`id`] | validated names: sessions, jobs, GPUs, incarnations, sources |
 //! | [`audio`] | chunk headers, sample formats, the frame -> sample clock |
 //! | [`source`] | the producer state machine: duplicates, gaps, stale sources, ends |
+//! | [`job`] | file jobs: request, record, work item, progress, aggregate |
 //! | [`session`] | session options, API requests and answers, the stored session record |
 //! | [`transcript`] | finals, partials, revisions, checkpoints: the chain |
 //! | [`fleet`] | heartbeats, control requests, device figures |
@@ -23,6 +24,7 @@ pub mod event;
 pub mod failure;
 pub mod fleet;
 pub mod id;
+pub mod job;
 pub mod session;
 pub mod source;
 pub mod transcript;

@@ -291,7 +291,7 @@ pub struct OpenRequest {
 }
 
 /// In a request an unknown option or value is the sender's mistake and he is told, unlike in records of a newer version.
-fn strict_options<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SessionOptions, D::Error> {
+pub(crate) fn strict_options<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SessionOptions, D::Error> {
     let value = serde_json::Value::deserialize(deserializer)?;
     if let serde_json::Value::Object(map) = &value
         && let Some(name) = map.keys().find(|k| !SessionOptions::NAMES.contains(&k.as_str()))

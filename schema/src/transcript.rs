@@ -9,6 +9,7 @@ use crate::{
     audio::AudioFormat,
     failure::Failure,
     id::{GpuId, Kind, StreamId},
+    job::JobProgress,
     source::SourceState,
 };
 
@@ -223,6 +224,9 @@ pub struct Partial {
     pub tentative: String,
     /// Logged minus decoded audio.
     pub lag_ms: u64,
+    /// Of a job: how far it is. Its `committed` is the text of its last final.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<JobProgress>,
 }
 
 /// Replaces the segments of a final.

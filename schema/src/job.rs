@@ -1,0 +1,570 @@
+//! File jobs: what a producer asks for, what the dispatcher keeps of it, what a worker is given, and what comes out.
+//!
+//! A job is a recording with an id. Its transcript is a chain of finals like a session's, on
+//! `asr.v1.transcript.job.<job>.final`; the end final of a job that succeeded names its aggregate ([`JobResult`]), that of
+//! one that did not carries the error. Positions count in the decoded audio, whose entries number from 1.
+
+use std::collections::BTreeMap;
+
+use base64::Engine as _;
+use bytes::Bytes;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::{
+    codec::{self, CodecError},
+    failure::Failure,
+    id::{StreamId, WorkerName},
+    session::{SessionOptions, strict_options},
+};
+
+/// Largest recording a request may carry itself, in bytes; as base64 it stays under the server's `max_payload` of our files.
+pub const MAX_INLINE_BYTES: usize = 2 * 1024 * 1024;
+/// Largest job request: an inline recording as base64 and the rest.
+pub const MAX_JOB_REQUEST_BYTES: usize = MAX_INLINE_BYTES / 3 * 4 + 64 * 1024;
+/// Longest audio URL, in bytes; presigned ones run to about 2,000.
+pub const MAX_URL_BYTES: usize = 4_096;
+/// Longest file name kept for people, in bytes.
+pub const MAX_NAME_BYTES: usize = 256;
+/// Bucket of the object store that `object://` means.
+pub const MEDIA_BUCKET: &str = "asr_media";
+
+/// How long a result is kept when its request does not say, in s: as long as the transcript itself.
+pub const DEFAULT_RESULT_TTL_S: u32 = 86_400;
+pub const MAX_RESULT_TTL_S: u32 = 30 * 86_400;
+
+/// Where a recording lies. Parsed here, allowed or refused by the worker's configuration: it is data from a stranger.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum AudioUrl {
+    /// `object://asr_media/<key>`: the object store of this NATS account.
+    Object { key: String },
+    /// `file:///path` on the worker's machine.
+    File { path: String },
+    /// `https://...`, or `http://...` where a worker's configuration names that host.
+    Http { url: String, host: String, tls: bool },
+    /// `s3://<bucket>/<key>`, with the worker's own credentials.
+    S3 { bucket: String, key: String },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum UrlError {
+    #[error("the audio URL is {len} bytes long, the limit is {MAX_URL_BYTES}")]
+    TooLong { len: usize },
+    #[error("the audio URL has no scheme; use object://asr_media/<key>, https://, s3:// or file:///")]
+    NoScheme,
+    #[error("scheme {0:?} is not among object, https, http, s3 and file")]
+    Scheme(String),
+    #[error("{0}")]
+    Shape(&'static str),
+}
+
+impl AudioUrl {
+    pub fn parse(text: &str) -> Result<Self, UrlError> {
+        if text.len() > MAX_URL_BYTES {
+            return Err(UrlError::TooLong { len: text.len() });
+        }
+        if text.chars().any(|c| c.is_control() || c.is_whitespace()) {
+            return Err(UrlError::Shape(
+                "the audio URL has spaces or control characters; write them as %20 and the like",
+            ));
+        }
+        let (scheme, rest) = text.split_once("://").ok_or(UrlError::NoScheme)?;
+        match scheme.to_ascii_lowercase().as_str() {
+            "object" => match rest.split_once('/') {
+                Some((MEDIA_BUCKET, key)) if !key.is_empty() => Ok(AudioUrl::Object { key: key.to_owned() }),
+                _ => Err(UrlError::Shape("an object URL is object://asr_media/<key>")),
+            },
+            "file" => match rest.strip_prefix("localhost").unwrap_or(rest) {
+                path if path.starts_with('/') && path.len() > 1 => Ok(AudioUrl::File { path: path.to_owned() }),
+                _ => Err(UrlError::Shape("a file URL is file:///absolute/path")),
+            },
+            "s3" => match rest.split_once('/') {
+                Some((bucket, key)) if !bucket.is_empty() && !key.is_empty() => {
+                    Ok(AudioUrl::S3 { bucket: bucket.to_owned(), key: key.to_owned() })
+                }
+                _ => Err(UrlError::Shape("an S3 URL is s3://<bucket>/<key>")),
+            },
+            scheme @ ("https" | "http") => {
+                let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+                if authority.contains('@') {
+                    return Err(UrlError::Shape("an audio URL carries no user name and no password"));
+                }
+                let host = match authority.strip_prefix('[') {
+                    Some(v6) => v6.split(']').next().unwrap_or_default(),
+                    None => authority.split(':').next().unwrap_or_default(),
+                };
+                if host.is_empty() {
+                    return Err(UrlError::Shape("the audio URL has no host"));
+                }
+                let host = host.to_ascii_lowercase();
+                Ok(AudioUrl::Http { url: text.to_owned(), host, tls: scheme == "https" })
+            }
+            other => Err(UrlError::Scheme(other.chars().take(16).collect())),
+        }
+    }
+
+    /// URL of a key in the object store.
+    pub fn object(key: &str) -> String {
+        format!("object://{MEDIA_BUCKET}/{key}")
+    }
+
+    /// The URL as it may be shown: without its query, which may hold a signature.
+    pub fn redacted(text: &str) -> &str {
+        text.split('?').next().unwrap_or_default()
+    }
+
+    /// Last part of its path, a hint at the container.
+    pub fn file_name(&self) -> Option<&str> {
+        let path = match self {
+            AudioUrl::Object { key } | AudioUrl::S3 { key, .. } => key,
+            AudioUrl::File { path } => path,
+            AudioUrl::Http { url, .. } => url.split(['?', '#']).next()?.split_once("://")?.1.split_once('/')?.1,
+        };
+        path.rsplit('/').next().filter(|name| !name.is_empty())
+    }
+}
+
+/// A recording inside a request: base64 in JSON, bytes in MessagePack.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inline(pub Bytes);
+
+impl Serialize for Inline {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() {
+            base64::engine::general_purpose::STANDARD.encode(&self.0).serialize(serializer)
+        } else {
+            serializer.serialize_bytes(&self.0)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Inline {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if deserializer.is_human_readable() {
+            let text = String::deserialize(deserializer)?;
+            let bytes = base64::engine::general_purpose::STANDARD
+                .decode(text.trim())
+                .map_err(|error| serde::de::Error::custom(format!("data is not base64: {error}")))?;
+            Ok(Self(bytes.into()))
+        } else {
+            Ok(Self(Bytes::deserialize(deserializer)?))
+        }
+    }
+}
+
+/// A request: body of `job.submit`, and of a bare publish to `asr.v1.jobs.<priority>.<job>`, where the subject's id and
+/// priority stand for those of the body. Idempotent by id.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobRequest {
+    /// Needed by the API; a publish may leave it out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<StreamId>,
+    /// Where the recording lies. Either this or `data`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audio: Option<String>,
+    /// The recording itself, at most 2 MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<Inline>,
+    /// File name for people, and a hint at the container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    #[serde(default, deserialize_with = "strict_options")]
+    pub options: SessionOptions,
+    /// How long the result is kept once the job has ended, in s. At most 30 days.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result_ttl_s: Option<u32>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    #[error("a job needs its id")]
+    NoId,
+    #[error("a job needs its recording: either audio (a URL) or data (base64), not both and not neither")]
+    Audio,
+    #[error(transparent)]
+    Url(#[from] UrlError),
+    #[error("data is {len} bytes, the limit is {MAX_INLINE_BYTES}; put it into the object store and name it in audio")]
+    TooLarge { len: usize },
+    #[error("data is empty")]
+    Empty,
+    #[error("name is longer than {MAX_NAME_BYTES} bytes or has control characters")]
+    Name,
+    #[error("result_ttl_s is outside 60 to {MAX_RESULT_TTL_S}")]
+    Ttl,
+    #[error(transparent)]
+    Option(#[from] crate::session::OptionError),
+}
+
+impl JobRequest {
+    /// Decodes a stranger's request. Without a content type a body that begins like a MessagePack map is one.
+    pub fn decode(bytes: &[u8], content_type: Option<&str>) -> Result<Self, CodecError> {
+        let looks_msgpack = bytes.first().is_some_and(|b| matches!(b, 0x80..=0x8f | 0xde | 0xdf));
+        let content_type = content_type.or(looks_msgpack.then_some(codec::MSGPACK));
+        codec::from_request_of(bytes, content_type, MAX_JOB_REQUEST_BYTES)
+    }
+
+    pub fn validate(&self) -> Result<(), RequestError> {
+        match (&self.audio, &self.data) {
+            (Some(url), None) => {
+                AudioUrl::parse(url)?;
+            }
+            (None, Some(Inline(data))) if data.is_empty() => return Err(RequestError::Empty),
+            (None, Some(Inline(data))) if data.len() > MAX_INLINE_BYTES => {
+                return Err(RequestError::TooLarge { len: data.len() });
+            }
+            (None, Some(_)) => {}
+            _ => return Err(RequestError::Audio),
+        }
+        if self.name.as_ref().is_some_and(|n| n.len() > MAX_NAME_BYTES || n.chars().any(char::is_control)) {
+            return Err(RequestError::Name);
+        }
+        if self.result_ttl_s.is_some_and(|ttl| !(60..=MAX_RESULT_TTL_S).contains(&ttl)) {
+            return Err(RequestError::Ttl);
+        }
+        Ok(self.options.validate()?)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    /// Waits for a free slot.
+    Queued,
+    /// Given to a worker.
+    Assigned,
+    /// It failed or was cancelled; the end of its chain is being written.
+    Closing,
+    Done,
+    Failed,
+    Cancelled,
+    #[serde(other)]
+    Unknown,
+}
+
+impl JobState {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            JobState::Queued => "queued",
+            JobState::Assigned => "assigned",
+            JobState::Closing => "closing",
+            JobState::Done => "done",
+            JobState::Failed => "failed",
+            JobState::Cancelled => "cancelled",
+            JobState::Unknown => "unknown",
+        }
+    }
+
+    /// Nothing more happens to it but its expiry.
+    pub fn has_ended(self) -> bool {
+        matches!(self, JobState::Done | JobState::Failed | JobState::Cancelled)
+    }
+}
+
+/// Value of key `<job>` in `asr_jobs`; written by compare-and-set only. A work item can be made again from it alone.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    pub id: StreamId,
+    pub state: JobState,
+    /// URL of the recording; an inline one lies at `object://asr_media/audio/<job>`.
+    pub audio: String,
+    /// SHA-256 of an inline recording, in hex: tells a repeated request from another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_sha256: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub options: SessionOptions,
+    pub result_ttl_s: u32,
+    /// Grows with each assignment, never below the epoch of the last final.
+    pub epoch: u64,
+    /// Tries begun, counted before each.
+    pub attempts: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<WorkerName>,
+    /// Unix times in ms.
+    pub submitted_ms: u64,
+    pub changed_ms: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_ms: Option<u64>,
+    /// Not tried again before this Unix time in ms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_before_ms: Option<u64>,
+    /// Why it failed, or why its last try did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Failure>,
+    /// URL of the aggregate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<String>,
+    /// Length of the recording, once known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duration_ms: Option<u64>,
+    /// Its result and inline recording have been deleted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub expired: bool,
+}
+
+/// Key of an inline recording in the object store; it belongs to the job and goes with its result.
+pub fn audio_key(job: &StreamId) -> String {
+    format!("audio/{job}")
+}
+
+/// Key of an aggregate. Random in its last part: of two workers that race only one is named by the end final.
+pub fn result_key(job: &StreamId, final_id: &str) -> String {
+    format!("result/{job}/{final_id}.json")
+}
+
+/// What a worker is given, on `asr.v1.gpu.<gpu_id>.<incarnation>.job.<job>`. MessagePack.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WorkItem {
+    pub job: StreamId,
+    pub epoch: u64,
+    /// From 1.
+    pub attempt: u32,
+    pub audio: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub options: SessionOptions,
+    /// Unix times in ms.
+    pub submitted_ms: u64,
+    pub assigned_ms: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobStage {
+    /// The recording is being brought to the worker.
+    Fetching,
+    Transcribing,
+    /// The aggregate is being written.
+    Finishing,
+    #[serde(other)]
+    Unknown,
+}
+
+/// How far a job is: in its partials, in heartbeats and in `job.status`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobProgress {
+    pub stage: JobStage,
+    /// Audio covered by finals, in ms.
+    pub done_ms: u64,
+    /// Length of the recording where it is known, in ms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_ms: Option<u64>,
+}
+
+impl JobProgress {
+    /// 0 to 1; none while the length is not known.
+    pub fn fraction(self) -> Option<f64> {
+        self.total_ms.filter(|t| *t > 0).map(|total| (self.done_ms as f64 / total as f64).min(1.0))
+    }
+}
+
+/// Subjects somebody who waits for a job reads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobSubjects {
+    pub finals: String,
+    pub partials: String,
+    pub events: String,
+}
+
+/// Answer to `job.submit`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Submitted {
+    pub job: StreamId,
+    pub state: JobState,
+    pub subjects: JobSubjects,
+}
+
+/// `job.status` and `job.cancel` name a job only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobQuery {
+    pub job: StreamId,
+}
+
+/// Answer to `job.status`, and to `job.cancel`: how it stands now.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobStatus {
+    pub record: JobRecord,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<JobProgress>,
+    /// Jobs before it in the queue; none unless it waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ahead: Option<u32>,
+    /// Why it waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// `job.list`. Newest first.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct JobListRequest {
+    /// Only those in this state.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state: Option<JobState>,
+    /// 100 unless told, at most 1,000.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
+}
+
+/// One line of `job.list`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobSummary {
+    pub job: StreamId,
+    pub state: JobState,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub priority: crate::session::Priority,
+    pub submitted_ms: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duration_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_id: Option<crate::id::GpuId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<JobProgress>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Failure>,
+}
+
+/// Answer to `job.list`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobList {
+    pub jobs: Vec<JobSummary>,
+    /// How many there are in all, beyond `limit` too.
+    pub total: u64,
+}
+
+/// A job's aggregate: one JSON object in `asr_media`. Times are seconds since the recording's start.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobResult {
+    pub full_text: String,
+    pub segments: Vec<ResultSegment>,
+    /// The same segments with the times of their words.
+    pub aligned_segments: Vec<AlignedSegment>,
+    /// That of most of the text; none when nothing was said.
+    pub language: Option<String>,
+    /// Length of the recording, in s.
+    pub duration: f64,
+    /// Empty without diarization.
+    pub speaker_turns: Vec<SpeakerTurn>,
+    /// Where the worker is rented: `vast_ai`, `runpod`, `lambda`, `local`.
+    pub provider: String,
+    pub performance_metrics: PerformanceMetrics,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ResultSegment {
+    /// Counts over the whole recording, from 0.
+    pub id: u64,
+    pub start: f64,
+    pub end: f64,
+    pub text: String,
+    pub speaker: Option<String>,
+    /// 0 to 1.
+    pub confidence: f32,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AlignedSegment {
+    pub start: f64,
+    pub end: f64,
+    pub text: String,
+    pub speaker: Option<String>,
+    pub words: Vec<AlignedWord>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AlignedWord {
+    pub word: String,
+    pub start: f64,
+    pub end: f64,
+    /// Confidence, 0 to 1.
+    pub score: f32,
+    pub speaker: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SpeakerTurn {
+    pub speaker: String,
+    pub start: f64,
+    pub end: f64,
+}
+
+/// Where a job's time went, in s.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct PerformanceMetrics {
+    /// From the start on the worker that finished it to the aggregate.
+    pub total_duration: f64,
+    /// `fetch`, `transcribe` (wall clock), `decode` (inside the model, summed over its states), `queue` (submitted to
+    /// started).
+    pub stages: BTreeMap<String, f64>,
+    /// `total_duration` over the recording's length: below 1 is faster than real time.
+    pub realtime_factor: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_are_told_apart() {
+        let parse = |text: &str| AudioUrl::parse(text);
+        let http = |url: &str, host: &str, tls| Ok(AudioUrl::Http { url: url.into(), host: host.into(), tls });
+        assert_eq!(
+            parse("object://asr_media/audio/a b"),
+            Err(UrlError::Shape("the audio URL has spaces or control characters; write them as %20 and the like"))
+        );
+        assert_eq!(parse("object://asr_media/a/b.wav"), Ok(AudioUrl::Object { key: "a/b.wav".into() }));
+        assert!(matches!(parse("object://other/a"), Err(UrlError::Shape(_))));
+        assert!(matches!(parse("object://asr_media/"), Err(UrlError::Shape(_))));
+        assert_eq!(parse("file:///tmp/a.wav"), Ok(AudioUrl::File { path: "/tmp/a.wav".into() }));
+        assert!(matches!(parse("file://tmp/a.wav"), Err(UrlError::Shape(_))));
+        assert_eq!(parse("s3://b/k/1.flac"), Ok(AudioUrl::S3 { bucket: "b".into(), key: "k/1.flac".into() }));
+        assert_eq!(parse("https://H.example:8443/a?x=1"), http("https://H.example:8443/a?x=1", "h.example", true));
+        assert_eq!(parse("http://[::1]:80/a"), http("http://[::1]:80/a", "::1", false));
+        assert!(matches!(parse("https://user:pass@host/a"), Err(UrlError::Shape(_))));
+        assert!(matches!(parse("https:///a"), Err(UrlError::Shape(_))));
+        assert_eq!(parse("ftp://host/a"), Err(UrlError::Scheme("ftp".into())));
+        assert_eq!(parse("call.wav"), Err(UrlError::NoScheme));
+        assert_eq!(parse(&format!("https://h/{}", "x".repeat(5_000))), Err(UrlError::TooLong { len: 5_010 }));
+        assert_eq!(parse("https://h/p/call.mp3?sig=s").expect("url").file_name(), Some("call.mp3"));
+        assert_eq!(parse("https://h").expect("url").file_name(), None);
+        assert_eq!(AudioUrl::redacted("https://h/a?X-Amz-Signature=s"), "https://h/a");
+    }
+
+    #[test]
+    fn requests_are_strict_and_either_codec_will_do() {
+        let text = br#"{"data":"aGk=","options":{"language":"en"}}"#;
+        let request = JobRequest::decode(text, None).expect("JSON");
+        assert_eq!(request.data, Some(Inline(Bytes::from_static(b"hi"))));
+        assert_eq!(request.validate(), Ok(()));
+        let packed = codec::to_msgpack(&request).expect("packs");
+        assert_eq!(JobRequest::decode(&packed, None).expect("recognised"), request);
+        assert_eq!(JobRequest::decode(&packed, Some(codec::MSGPACK)).expect("told"), request);
+        for bad in [
+            &b"{"[..],
+            br#"{"audoi":"x"}"#,
+            br#"{"data":"***"}"#,
+            br#"{"audio":"x","options":{"lang":"en"}}"#,
+            b"[]",
+            b"",
+        ] {
+            assert!(JobRequest::decode(bad, None).is_err(), "{}", String::from_utf8_lossy(bad));
+        }
+    }
+
+    #[test]
+    fn what_a_request_lacks_is_named() {
+        let request = |json: &str| JobRequest::decode(json.as_bytes(), None).expect("JSON").validate();
+        assert_eq!(request("{}"), Err(RequestError::Audio));
+        assert_eq!(request(r#"{"audio":"https://h/a","data":"aGk="}"#), Err(RequestError::Audio));
+        assert_eq!(request(r#"{"audio":"a.wav"}"#), Err(RequestError::Url(UrlError::NoScheme)));
+        assert_eq!(request(r#"{"data":""}"#), Err(RequestError::Empty));
+        assert_eq!(request(r#"{"data":"aGk=","result_ttl_s":1}"#), Err(RequestError::Ttl));
+        assert_eq!(request(r#"{"data":"aGk=","name":"a\u0007"}"#), Err(RequestError::Name));
+        assert!(matches!(request(r#"{"data":"aGk=","options":{"endpoint_ms":1}}"#), Err(RequestError::Option(_))));
+    }
+}
