@@ -13,13 +13,15 @@
 //! | [`log`] | the audio log: next, last, append, tail |
 //! | [`publish`] | hints, events, partials, dead letters |
 //! | [`claim`] | a worker's capacity-limited pull of hints |
+//! | [`jobs`] | submitted jobs on their way in, work items on their way to a worker |
+//! | [`media`] | the object store: recordings and results |
 //! | [`transcript`] | the chain of finals, checkpoints, and readers of what workers publish |
 //! | [`fleet`] | heartbeats and control requests |
 //! | [`kv`] | typed records with compare-and-set |
 //! | [`api`] | the request/reply service and its client |
 //! | [`lease`] | which dispatcher is active |
 //! | [`retry`] | how long to wait before the next attempt |
-//! | `feed`, `raw` | endless ordered reading; the JetStream API in its own words |
+//! | `feed`, `pull`, `raw` | endless ordered reading; a durable consumer's pull; the JetStream API in its own words |
 //!
 //! Invariants: an expected-sequence conflict is 10071 or 10164, whichever the server's replica count makes of it; the end
 //! of any endless read is an error, never silence; nothing here spawns a task per message.
@@ -31,10 +33,13 @@ pub mod connect;
 pub mod error;
 mod feed;
 pub mod fleet;
+pub mod jobs;
 pub mod kv;
 pub mod lease;
 pub mod log;
+pub mod media;
 pub mod publish;
+mod pull;
 mod raw;
 pub mod retry;
 pub mod subjects;

@@ -56,6 +56,8 @@ pub(crate) struct Get<'a> {
 pub(crate) struct Stored {
     pub(crate) seq: u64,
     pub(crate) subject: String,
+    /// Unix time in ms at which it was stored.
+    pub(crate) stored_ms: u64,
     /// None when the header block cannot be read at all.
     pub(crate) headers: Option<HeaderMap>,
     pub(crate) payload: Bytes,
@@ -74,6 +76,7 @@ pub(crate) async fn leader_get(nats: &Nats, stream: &str, which: &Get<'_>) -> Re
     };
     let mut raw = answer.message;
     let (seq, subject) = (raw.sequence, raw.subject.clone());
+    let stored_ms = u64::try_from(raw.time.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
     let read = StreamMessage::try_from(raw.clone()).map(|message| (Some(message.headers), message.payload));
     let (headers, payload) = match read {
         Ok(read) => read,
@@ -83,12 +86,26 @@ pub(crate) async fn leader_get(nats: &Nats, stream: &str, which: &Get<'_>) -> Re
             (None, StreamMessage::try_from(raw).map_err(ServerError::Unreadable)?.payload)
         }
     };
-    Ok(Some(Stored { seq, subject, headers, payload }))
+    Ok(Some(Stored { seq, subject, stored_ms, headers, payload }))
 }
 
 /// Publishes into a stream and waits for its answer.
 pub(crate) async fn publish(nats: &Nats, subject: String, message: PublishMessage) -> Result<PublishAck, ServerError> {
     Ok(nats.js().send_publish(subject, message).await?.await?)
+}
+
+/// Removes what stands on `filter`, up to the message before `below` where that is given. Gone already is done.
+pub(crate) async fn purge(nats: &Nats, stream: &str, filter: &str, below: Option<u64>) -> Result<(), ServerError> {
+    #[derive(Serialize)]
+    struct Purge<'a> {
+        filter: &'a str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        seq: Option<u64>,
+    }
+    #[derive(Deserialize)]
+    struct Done {}
+    let Done {} = api(nats, format!("STREAM.PURGE.{stream}"), &Purge { filter, seq: below }).await?;
+    Ok(())
 }
 
 pub(crate) fn json_headers() -> HeaderMap {
@@ -134,6 +151,8 @@ pub(crate) fn asr_headers(headers: Option<&HeaderMap>) -> Vec<(String, String)> 
 /// What the reply subject of a consumer's message says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Delivery {
+    /// How often the server has sent it, this time included.
+    pub(crate) delivered: u64,
     pub(crate) stream_seq: u64,
     pub(crate) consumer_seq: u64,
     /// Unix time in ms at which the server stored the message.
@@ -161,6 +180,7 @@ impl Delivery {
         };
         let number = |at: usize| tokens.get(at)?.parse::<u64>().ok();
         Some(Self {
+            delivered: number(from - 1)?,
             stream_seq: number(from)?,
             consumer_seq: number(from + 1)?,
             stored_ms: number(from + 2)? / 1_000_000,
@@ -235,7 +255,7 @@ mod tests {
 
     #[test]
     fn reply_subjects_of_both_forms_are_read() {
-        let want = Delivery { stream_seq: 42, consumer_seq: 7, stored_ms: 1_700_000_000_123, pending: 3 };
+        let want = Delivery { delivered: 1, stream_seq: 42, consumer_seq: 7, stored_ms: 1_700_000_000_123, pending: 3 };
         for reply in [
             "$JS.ACK.ASR_AUDIO.c1.1.42.7.1700000000123456789.3",
             "$JS.ACK.hub.ACCHASH.ASR_AUDIO.c1.1.42.7.1700000000123456789.3",

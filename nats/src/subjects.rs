@@ -4,7 +4,8 @@ use std::fmt;
 
 use voxfleet_schema::{
     event::{Event, Scope},
-    id::{self, GpuId, Incarnation, Kind, StreamId, WorkerName},
+    id::{self, GpuId, IdError, Incarnation, Kind, StreamId, WorkerName},
+    job::JobSubjects,
     session::{Priority, SessionSubjects},
 };
 
@@ -239,6 +240,15 @@ impl Subjects {
         format!("{}.audio.>", self.prefix)
     }
 
+    /// What somebody who waits for a job reads.
+    pub fn job_subjects(&self, id: &StreamId) -> JobSubjects {
+        JobSubjects {
+            finals: self.finals(Kind::Job, id),
+            partials: self.partial(Kind::Job, id),
+            events: format!("{}.event.job.{id}.*", self.prefix),
+        }
+    }
+
     pub fn audio_all(&self) -> String {
         format!("{}.audio.*", self.prefix)
     }
@@ -343,6 +353,15 @@ impl Subjects {
             ["control", gpu, incarnation] => Subject::Control(worker(gpu, incarnation)?),
             _ => return None,
         })
+    }
+
+    /// Priority and id of a job's subject, each as far as it can be read: strangers publish there. The priority that is none
+    /// is cut to 16 characters.
+    pub(crate) fn parse_job(&self, text: &str) -> (Result<Priority, String>, Result<StreamId, IdError>) {
+        let rest = text.strip_prefix(self.prefix.as_str()).and_then(|rest| rest.strip_prefix(".jobs.")).unwrap_or(text);
+        let (priority, id) = rest.split_once('.').unwrap_or((rest, ""));
+        let priority = parse_priority(priority).ok_or_else(|| priority.chars().take(16).collect());
+        (priority, StreamId::new(id))
     }
 
     /// The last token of an audio subject, whatever it is: the log may hold entries no session can have.
@@ -450,6 +469,21 @@ mod tests {
         ] {
             assert_eq!(subjects.parse(hostile), None, "{:.60}", hostile);
         }
+    }
+
+    #[test]
+    fn a_strangers_job_subject_is_read_as_far_as_it_goes() {
+        let subjects = Subjects::new("asr.v1");
+        let (priority, job) = subjects.parse_job("asr.v1.jobs.low.j-1");
+        assert_eq!((priority, job), (Ok(Priority::Low), Ok(id("j-1"))));
+        let (priority, job) = subjects.parse_job("asr.v1.jobs.urgent.j-1");
+        assert_eq!((priority, job), (Err("urgent".into()), Ok(id("j-1"))));
+        let (priority, job) = subjects.parse_job("asr.v1.jobs.high.>");
+        assert!(priority == Ok(Priority::High) && job.is_err());
+        let (priority, job) = subjects.parse_job("asr.v1.jobs.unknown.é");
+        assert!(priority.is_err() && job.is_err());
+        let (priority, job) = subjects.parse_job("elsewhere");
+        assert!(priority.is_err() && job.is_err());
     }
 
     #[test]

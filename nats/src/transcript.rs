@@ -125,8 +125,23 @@ impl Chain {
     /// The last final, from the stream's leader. None: there is none.
     pub async fn last(&self, kind: Kind, id: &StreamId) -> Result<Option<StoredFinal>, ChainError> {
         let subject = self.nats.subjects().finals(kind, id);
-        let which = Get { last_by_subj: Some(&subject), ..Get::default() };
-        let Some(stored) = raw::leader_get(&self.nats, TRANSCRIPT, &which).await? else { return Ok(None) };
+        self.read(&Get { last_by_subj: Some(&subject), ..Get::default() }).await
+    }
+
+    /// The first final at or after `from_seq` of the stream, from its leader. None: there is no such final (yet). With the
+    /// sequence behind the one found, the next call goes on: a whole chain is read without a consumer.
+    pub async fn next_final(
+        &self,
+        kind: Kind,
+        id: &StreamId,
+        from_seq: u64,
+    ) -> Result<Option<StoredFinal>, ChainError> {
+        let subject = self.nats.subjects().finals(kind, id);
+        self.read(&Get { seq: Some(from_seq.max(1)), next_by_subj: Some(&subject), ..Get::default() }).await
+    }
+
+    async fn read(&self, which: &Get<'_>) -> Result<Option<StoredFinal>, ChainError> {
+        let Some(stored) = raw::leader_get(&self.nats, TRANSCRIPT, which).await? else { return Ok(None) };
         let value =
             codec::from_json(&stored.payload).map_err(|source| ChainError::Foreign { seq: stored.seq, source })?;
         Ok(Some(StoredFinal { seq: stored.seq, value }))

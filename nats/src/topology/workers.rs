@@ -94,20 +94,16 @@ fn failed(stream: &str, consumer: String, source: ServerError) -> TopologyError 
 
 /// Deletes them (which fences this incarnation's acks: its name is never used again) and purges its subjects.
 pub async fn remove_worker(nats: &Nats, worker: &WorkerName) -> Result<(), TopologyError> {
-    #[derive(Serialize)]
-    struct Purge {
-        filter: String,
-    }
     #[derive(Deserialize)]
     struct Done {}
     let name = consumer_name(worker);
     let subjects = nats.subjects();
     for (stream, filter) in [(LIVE, subjects.live_of(worker)), (WORK, subjects.work_of(worker))] {
         let deleted: Result<Done, _> = raw::api(nats, format!("CONSUMER.DELETE.{stream}.{name}"), &raw::Empty {}).await;
-        let purged: Result<Done, _> = raw::api(nats, format!("STREAM.PURGE.{stream}"), &Purge { filter }).await;
-        for result in [deleted, purged] {
+        let purged = raw::purge(nats, stream, &filter, None).await;
+        for result in [deleted.map(|Done {}| ()), purged] {
             match result {
-                Ok(Done {}) => {}
+                Ok(()) => {}
                 // Gone already: what was asked for.
                 Err(error)
                     if error.is_code(ErrorCode::CONSUMER_NOT_FOUND) || error.is_code(ErrorCode::STREAM_NOT_FOUND) => {}
