@@ -5,7 +5,7 @@
 #   sh deploy/bootstrap.sh test     build and run every test
 #
 # Fetches what cargo cannot (nats-server, the nats CLI, cmake, ONNX Runtime, the Silero VAD model; for the tests also the
-# Python client nats-py) into a user cache, never system-wide, then builds and runs. Safe to repeat and to run twice at once. POSIX sh; see `help` below.
+# Python client nats-py and an S3 server) into a user cache, never system-wide, then builds and runs. Safe to repeat and to run twice at once. POSIX sh; see `help` below.
 #
 # Invariants: a file appears in the cache only when it is whole and checked (staged beside it, then renamed); what comes
 # with a known checksum is refused when it differs; every fall-back says what it does. Steps go to standard error, so
@@ -37,7 +37,8 @@ usage: sh deploy/bootstrap.sh <verb> [arguments]
   test [args]    build and run every test; arguments go to `cargo test`
   bench [args]   release build, then `voxfleet bench [args]`
   lint           cargo fmt --check and cargo clippy with warnings as errors
-  deps           only fetch what cargo cannot: nats-server, nats, cmake, ONNX Runtime, Silero VAD, nats-py
+  deps           only fetch what cargo cannot: nats-server, nats, cmake, ONNX Runtime, Silero VAD, nats-py,
+                 an S3 server for tests
   env            print `export` lines for a shell: eval "$(sh deploy/bootstrap.sh env)"
   help           this text
 
@@ -278,13 +279,21 @@ wheel() {
         return 1
     fi
     PIP_WHY="pip could not get $1 $2 for $ARCH"
+    printf '%s==%s%s\n' "$1" "$2" "${3:+ --hash=sha256:$3}" >"$STAGE/wheel.txt"
+    wheels "$STAGE/wheel.txt" "$STAGE/wheel" || return 1
+    WHEEL=$(ls "$STAGE"/wheel/*.whl)
+    PINNED=${3:+"checksum verified"}
+    PINNED=${PINNED:-"checksum not pinned"}
+}
+
+# wheels REQUIREMENTS FOLDER: the same for a list. find_pip comes first.
+wheels() {
     pip_=$PIP
     if [ "$PIP" = venv ]; then
         pip_=
         [ -x "$STAGE/venv/bin/pip" ] || logged python3 -m venv "$STAGE/venv" || return 1
     fi
-    mkdir -p "$STAGE/wheel"
-    printf '%s==%s%s\n' "$1" "$2" "${3:+ --hash=sha256:$3}" >"$STAGE/wheel.txt"
+    mkdir -p "$2"
     PIP_REQUIRE_VIRTUALENV=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
     export PIP_REQUIRE_VIRTUALENV PIP_NO_INPUT PIP_DISABLE_PIP_VERSION_CHECK
     # shellcheck disable=SC2086 # PIP is a command with its arguments
@@ -292,10 +301,7 @@ wheel() {
         --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none \
         --platform "manylinux_2_28_$ARCH" --platform "manylinux_2_27_$ARCH" --platform "manylinux_2_17_$ARCH" \
         --platform "manylinux2014_$ARCH" --platform any \
-        -d "$STAGE/wheel" -r "$STAGE/wheel.txt" || return 1
-    WHEEL=$(ls "$STAGE"/wheel/*.whl)
-    PINNED=${3:+"checksum verified"}
-    PINNED=${PINNED:-"checksum not pinned"}
+        -d "$2" -r "$1"
 }
 
 # ---------------------------------------------------------------------------------------------- what must be there
@@ -732,6 +738,67 @@ install_nats_py() {
     mv "$STAGE/python" "$python_"
 }
 
+# ---------------------------------------------------------------------------------------------- S3 server
+
+# What the tests of s3:// URLs talk to: moto, run by whatever Python 3 is here.
+s3_server() {
+    step_begin
+    s3_=$CACHE/s3-server
+    s3_pins_=$ROOT/deploy/tools/s3-server.txt
+    s3_sum_=$(sha256_of "$s3_pins_")
+    if ! have python3; then
+        step "S3 server: no Python here, so s3:// URLs are not tested"
+    elif s3_server_ok; then
+        step "S3 server: in the cache"
+    else
+        lock
+        new_stage
+        if install_s3_server; then
+            step "S3 server: $SOURCE"
+        else
+            step "S3 server: not to be had here; the tests of s3:// URLs need it"
+        fi
+    fi
+}
+
+s3_server_ok() { [ -f "$s3_/moto/server.py" ] && [ "$(cat "$s3_/VERSION" 2>/dev/null)" = "$s3_sum_" ]; }
+
+install_s3_server() {
+    if s3_server_ok; then
+        SOURCE="in the cache" # another bootstrap was here
+        return 0
+    fi
+    if offline; then
+        note "S3 server: VOXFLEET_OFFLINE=1, so no download"
+        return 1
+    fi
+    if ! find_pip; then
+        note "S3 server: no Python 3 with pip here ($install_ $py_)"
+        return 1
+    fi
+    note "S3 server: taking moto and what it imports from PyPI wheels (25 MB)"
+    if ! wheels "$s3_pins_" "$STAGE/wheels"; then
+        show_log 4
+        return 1
+    fi
+    mkdir "$STAGE/s3-server"
+    for wheel_ in "$STAGE"/wheels/*.whl; do
+        case ${wheel_##*/} in
+            # Its descriptions of all other services are 100 MB.
+            botocore-*) unpack "$wheel_" "$STAGE/s3-server" 'botocore/*.py' 'botocore/*.pem' 'botocore-*' \
+                'botocore/data/*endpoints.json' 'botocore/data/*partitions.json' 'botocore/data/_retry.json' \
+                'botocore/data/sdk-default-configuration.json' 'botocore/data/s3/*' || return 1 ;;
+            *) unpack "$wheel_" "$STAGE/s3-server" || return 1 ;;
+        esac
+    done
+    # Compiled for another Python; each has its pure form beside it.
+    find "$STAGE/s3-server" -name '*.so' -exec rm -f {} +
+    echo "$s3_sum_" >"$STAGE/s3-server/VERSION"
+    rm -rf "$s3_"
+    mv "$STAGE/s3-server" "$s3_"
+    SOURCE="from PyPI wheels (checksums verified)"
+}
+
 # ---------------------------------------------------------------------------------------------- verbs
 
 # Everything that cargo cannot bring; leaves the environment ready for it.
@@ -751,7 +818,7 @@ prepare() {
     tool cmake install_cmake
     onnxruntime
     silero
-    case $VERB in test | deps) nats_py ;; esac
+    case $VERB in test | deps) nats_py; s3_server ;; esac
     clean_up
     if [ -n "$ABSENT" ]; then
         die "these parts are needed and could not be had:$ABSENT

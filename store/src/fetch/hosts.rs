@@ -1,0 +1,186 @@
+//! Which hosts may be asked, and where their names may lead. Pure; [`super::http`] asks before each hop.
+
+use std::net::IpAddr;
+
+use reqwest::Url;
+
+use super::address::is_public;
+
+/// One entry of an allow-list: `host`, `host:port` or `*.example.com`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct HostRule {
+    /// Any name below `host`, not `host` itself.
+    below: bool,
+    /// As the URL parser writes it.
+    host: String,
+    port: Option<u16>,
+}
+
+impl HostRule {
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let wrong = |why: &str| Err(format!("{text:?} is not a host ({why}); use host, host:port or *.example.com"));
+        let (below, rest) = match text.strip_prefix("*.") {
+            Some(rest) => (true, rest),
+            None => (false, text),
+        };
+        let bare_v6 = !rest.starts_with('[') && rest.matches(':').count() > 1;
+        let (host, port) = match rest.rsplit_once(':') {
+            Some((host, port)) if !bare_v6 && !port.ends_with(']') => match port.parse::<u16>() {
+                Ok(port) if port > 0 => (host, Some(port)),
+                _ => return wrong("its port is no number from 1 to 65535"),
+            },
+            _ => (rest, None),
+        };
+        let host = if bare_v6 { format!("[{host}]") } else { host.to_owned() };
+        if host.is_empty() || host.contains(['/', '@', '?', '#', '\\', '*', ' ']) {
+            return wrong("it is only a name or an address");
+        }
+        let parsed = Url::parse(&format!("https://{host}/")).ok();
+        match parsed.as_ref().and_then(Url::host_str) {
+            Some(host) => Ok(Self { below, host: host.to_owned(), port }),
+            None => wrong("no URL has such a host"),
+        }
+    }
+
+    fn covers(&self, host: &str, port: u16) -> bool {
+        let named = match self.below {
+            true => host.strip_suffix(&self.host).is_some_and(|front| front.len() > 1 && front.ends_with('.')),
+            false => host == self.host,
+        };
+        named && self.port.is_none_or(|p| p == port)
+    }
+}
+
+/// Where a hop's host may lead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// Public addresses only.
+    Public,
+    /// Anywhere: the operator named this host.
+    Anywhere,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum Hosts {
+    /// The operator chose the URL.
+    All,
+    Listed {
+        /// Empty: any, as far as it is public.
+        https: Vec<HostRule>,
+        http: Vec<HostRule>,
+    },
+}
+
+impl Hosts {
+    /// Judges one hop; the reason of a refusal is for the one who named the URL.
+    pub(super) fn judge(&self, url: &Url) -> Result<Reach, &'static str> {
+        let (Some(host), Some(port)) = (url.host_str(), url.port_or_known_default()) else {
+            return Err("it has no host");
+        };
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err("it carries a user name or a password");
+        }
+        let (https, http) = match self {
+            Hosts::All if matches!(url.scheme(), "https" | "http") => return Ok(Reach::Anywhere),
+            Hosts::All => return Err("only https and http are followed"),
+            Hosts::Listed { https, http } => (https, http),
+        };
+        let listed = |rules: &[HostRule]| rules.iter().any(|rule| rule.covers(host, port));
+        match url.scheme() {
+            "https" if listed(https) => Ok(Reach::Anywhere),
+            "https" if !https.is_empty() => Err("its host is not among worker.fetch.https_hosts"),
+            "https" if is_literal_private(host) => Err("its address is not a public one"),
+            "https" => Ok(Reach::Public),
+            "http" if listed(http) => Ok(Reach::Anywhere),
+            "http" => Err("plain http is only for hosts in worker.fetch.http_hosts"),
+            _ => Err("only https is followed"),
+        }
+    }
+}
+
+/// An address instead of a name never reaches the resolver, so it is judged here. The URL parser has already brought every
+/// notation (0x7f.1, 2130706433) into the usual one.
+fn is_literal_private(host: &str) -> bool {
+    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    bare.parse::<IpAddr>().is_ok_and(|ip| !is_public(ip))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hosts(https: &[&str], http: &[&str]) -> Hosts {
+        let rules = |list: &[&str]| list.iter().map(|t| HostRule::parse(t).expect(t)).collect();
+        Hosts::Listed { https: rules(https), http: rules(http) }
+    }
+
+    fn judge(hosts: &Hosts, url: &str) -> Option<Reach> {
+        hosts.judge(&Url::parse(url).expect(url)).ok()
+    }
+
+    #[test]
+    fn without_a_list_any_public_https_host_is_asked() {
+        let open = hosts(&[], &[]);
+        assert_eq!(judge(&open, "https://example.com/a"), Some(Reach::Public));
+        assert_eq!(judge(&open, "https://8.8.8.8/a"), Some(Reach::Public));
+        assert_eq!(judge(&open, "http://example.com/a"), None);
+        for url in [
+            "https://127.0.0.1/a",
+            "https://0x7f.1/a",
+            "https://2130706433/a",
+            "https://0177.0.0.1/a",
+            "https://127.1/a",
+            "https://169.254.169.254/latest/meta-data",
+            "https://[::1]/a",
+            "https://[::ffff:127.0.0.1]/a",
+            "https://[::ffff:8.8.8.8]/a",
+            "https://[fd00::1]/a",
+            "https://\u{ff11}27.0.0.1/a",
+            "ftp://example.com/a",
+            "https://user@example.com/a",
+            "https://user:pass@example.com/a",
+        ] {
+            assert_eq!(judge(&open, url), None, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_listed_host_may_be_private_and_others_are_refused() {
+        let listed = hosts(&["127.0.0.1:8443", "audio.example.com", "*.cdn.example.com", "[::1]"], &["minio:9000"]);
+        for url in [
+            "https://127.0.0.1:8443/a",
+            "https://0x7f.1:8443/a",
+            "https://AUDIO.example.com/a",
+            "https://audio.example.com:8443/a",
+            "https://a.cdn.example.com/",
+            "https://a.b.cdn.example.com/",
+            "https://[::1]/a",
+            "http://minio:9000/a",
+        ] {
+            assert_eq!(judge(&listed, url), Some(Reach::Anywhere), "{url}");
+        }
+        for url in [
+            "https://127.0.0.1/a",
+            "https://other.example.com/a",
+            "https://cdn.example.com/",
+            "https://evilcdn.example.com/",
+            "https://audio.example.com.evil.org/",
+            "http://minio/a",
+            "http://audio.example.com/a",
+            "https://minio:9000/a",
+        ] {
+            assert_eq!(judge(&listed, url), None, "{url}");
+        }
+    }
+
+    #[test]
+    fn rules_are_hosts_and_nothing_else() {
+        for text in ["a", "a:1", "*.a.b", "*.a.b:8443", "[::1]", "[::1]:443", "::1", "10.0.0.1:443"] {
+            assert!(HostRule::parse(text).is_ok(), "{text}");
+        }
+        for text in ["", "*", "*.", "https://a", "a/b", "a:0", "a:x", "a:70000", "u@a", "a b", "a*b"] {
+            assert!(HostRule::parse(text).is_err(), "{text}");
+        }
+        assert_eq!(HostRule::parse("A.Example").expect("rule").host, "a.example");
+    }
+}
