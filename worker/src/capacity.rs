@@ -94,7 +94,14 @@ impl Budget {
         let mut counts = locked(&self.counts);
         let number = counts.next_account;
         counts.next_account += 1;
-        Account { budget: self.clone(), number, used: Mutex::new(Some(0)) }
+        Account { budget: self.clone(), number, apart: None, used: Mutex::new(Some(0)) }
+    }
+
+    /// An account of its own size that neither gives to the others nor takes from them.
+    pub(crate) fn apart(&self, bytes: u64) -> Account {
+        let mut account = self.account();
+        account.apart = Some(bytes);
+        account
     }
 
     /// Wakes when some session gave bytes back. Enable it before asking [`Account::has_room`].
@@ -108,6 +115,8 @@ impl Budget {
 pub(crate) struct Account {
     budget: Budget,
     number: u64,
+    /// Its own limit, apart from the shares.
+    apart: Option<u64>,
     /// None once closed: what comes later changes nothing.
     used: Mutex<Option<u64>>,
 }
@@ -116,7 +125,10 @@ impl Account {
     /// Whether an entry of at most `len` bytes may be taken now.
     pub(crate) fn has_room(&self, len: u64) -> bool {
         let used = locked(&self.used);
-        used.is_some_and(|used| locked(&self.budget.counts).may_take(self.number, used, len))
+        used.is_some_and(|used| match self.apart {
+            Some(limit) => used + len <= limit,
+            None => locked(&self.budget.counts).may_take(self.number, used, len),
+        })
     }
 
     /// Counts an entry that was let in.
@@ -137,7 +149,9 @@ impl Account {
     pub(crate) fn close(&self) {
         let mut used = locked(&self.used);
         if let Some(before) = used.take() {
-            locked(&self.budget.counts).change(self.number, before, 0);
+            if self.apart.is_none() {
+                locked(&self.budget.counts).change(self.number, before, 0);
+            }
             self.budget.room.notify_waiters();
         }
     }
@@ -147,7 +161,9 @@ impl Account {
         if let Some(before) = *used {
             let after = change(before);
             *used = Some(after);
-            locked(&self.budget.counts).change(self.number, before, after);
+            if self.apart.is_none() {
+                locked(&self.budget.counts).change(self.number, before, after);
+            }
         }
     }
 }
@@ -281,6 +297,26 @@ mod tests {
         assert!(b.has_room(1), "the surplus has room again");
         a.consumed(15);
         assert!(b.has_room(5));
+    }
+
+    #[test]
+    fn an_account_apart_neither_gives_nor_takes() {
+        let budget = Budget::new(10, 20);
+        let (live, apart) = (budget.account(), budget.apart(100));
+        while apart.has_room(30) {
+            apart.take(30);
+        }
+        assert_eq!(apart.used(), 90, "never above its limit");
+        live.take(10);
+        assert!(live.has_room(20), "all the surplus is there");
+        live.take(20);
+        assert!(!apart.has_room(11) && apart.has_room(10));
+        apart.consumed(90);
+        apart.take(100);
+        drop(apart);
+        assert!(live.has_room(1), "what it held was never theirs");
+        live.take(25);
+        assert!(budget.account().has_room(1));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use voxfleet_schema::{fleet::Provider, id::GpuId};
+use voxfleet_store::fetch::FetchConfig;
 
 use crate::ipc::{EngineKind, ModelFile, SimulatedConfig};
 
@@ -87,8 +88,14 @@ pub struct WorkerConfig {
     pub index: u32,
     /// Sessions held at once.
     pub slots: u32,
-    /// Jobs held at once.
+    /// Jobs held at once; 0 = none are taken.
     pub job_slots: u32,
+    /// Longest recording, in s.
+    pub max_recording_s: u64,
+    /// Memory of the process that decodes a recording, in MB.
+    pub decoder_memory_mb: u64,
+    /// A decoder that says nothing for so long is ended, in ms.
+    pub decoder_stall_ms: u64,
     pub engine: EngineKind,
     /// Folder whose `*.bin` files are models, named by their stem.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -111,6 +118,8 @@ pub struct WorkerConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub price_per_hour: Option<f64>,
     pub simulated: SimulatedConfig,
+    /// Where recordings may come from.
+    pub fetch: FetchConfig,
     /// Audio in memory, in MB; 0 = 4 for each slot and 64 beyond.
     pub buffer_mb: u64,
     /// The one budget for everything a stop has to do.
@@ -131,8 +140,14 @@ impl Default for WorkerConfig {
             index: 0,
             // What one small GPU holds of live sessions with a base model; measured figures replace it.
             slots: 4,
-            // File jobs are not served yet.
-            job_slots: 0,
+            // A recording uses every moment that live sessions leave; a second one at once would only share it.
+            job_slots: 1,
+            // A day: longer recordings are split by whoever makes them.
+            max_recording_s: 86_400,
+            // An m4a's index for a day of audio is about 20 MB; libraries and the binary itself need the rest.
+            decoder_memory_mb: 512,
+            // A decoder works thousands of times faster than this; a silent one hangs.
+            decoder_stall_ms: 30_000,
             engine: EngineKind::WhisperCpp,
             models_dir: None,
             models: BTreeMap::new(),
@@ -148,6 +163,7 @@ impl Default for WorkerConfig {
             provider: Provider::Local,
             price_per_hour: None,
             simulated: SimulatedConfig::default(),
+            fetch: FetchConfig::default(),
             buffer_mb: 0,
             // Docker's and systemd's patience before SIGKILL is ten seconds or more.
             shutdown_ms: 10_000,
@@ -171,7 +187,19 @@ impl WorkerConfig {
         };
         check(self.slots >= 1, "worker.slots: 0, a worker without slots takes nothing".to_owned());
         check(self.slots <= 10_000, format!("worker.slots: {}, the most is 10000", self.slots));
-        check(self.job_slots == 0, "worker.job_slots: file jobs are not available in this version".to_owned());
+        check(self.job_slots <= 64, format!("worker.job_slots: {}, the most is 64", self.job_slots));
+        check(
+            (1..=31 * 86_400).contains(&self.max_recording_s),
+            format!("worker.max_recording_s: {}, allowed are 1 to {}", self.max_recording_s, 31 * 86_400),
+        );
+        check(
+            (64..=65_536).contains(&self.decoder_memory_mb),
+            format!("worker.decoder_memory_mb: {}, allowed are 64 to 65536", self.decoder_memory_mb),
+        );
+        check(
+            (1_000..=600_000).contains(&self.decoder_stall_ms),
+            format!("worker.decoder_stall_ms: {}, allowed are 1000 to 600000", self.decoder_stall_ms),
+        );
         check(self.decode_states >= 1, "worker.decode_states: 0, nothing would be decoded".to_owned());
         check(
             self.decode_states <= 8,
@@ -227,10 +255,12 @@ impl WorkerConfig {
         if self.engine == EngineKind::WhisperCpp {
             check(
                 !models.is_empty(),
-                "worker.models: no model found; name one, or a folder of *.bin files in worker.models_dir".to_owned(),
+                "worker.models: no model found; `voxfleet models pull base.en` brings one, or name a file here, or a folder of *.bin \
+                 files in worker.models_dir"
+                    .to_owned(),
             );
             match &self.default_model {
-                Some(name) => check(known(name), format!("worker.default_model: {name:?} is not one of the models")),
+                Some(name) => check(known(name), format!("worker.default_model: {}", not_here(name))),
                 None => check(
                     models.len() <= 1,
                     format!(
@@ -240,9 +270,10 @@ impl WorkerConfig {
                 ),
             }
             for name in &self.preload {
-                check(known(name), format!("worker.preload: {name:?} is not one of the models"));
+                check(known(name), format!("worker.preload: {}", not_here(name)));
             }
         }
+        found.extend(self.fetch.problems());
         found
     }
 
@@ -276,7 +307,8 @@ impl WorkerConfig {
     }
 
     pub fn resolved_silero(&self) -> Option<PathBuf> {
-        self.silero_model.clone().or_else(|| self.cached(Path::new("models/silero_vad.onnx")))
+        let pulled = || Some(self.models_dir.as_ref()?.join("silero_vad.onnx")).filter(|p| p.is_file());
+        self.silero_model.clone().or_else(pulled).or_else(|| self.cached(Path::new("models/silero_vad.onnx")))
     }
 
     pub fn resolved_onnxruntime(&self) -> Option<PathBuf> {
@@ -285,6 +317,15 @@ impl WorkerConfig {
 
     fn cached(&self, path: &Path) -> Option<PathBuf> {
         Some(self.cache_dir.as_ref()?.join(path)).filter(|p| p.is_file())
+    }
+
+    /// Limits of the process that decodes a stranger's recording.
+    pub(crate) fn decoding(&self) -> voxfleet_audio::Limits {
+        voxfleet_audio::Limits {
+            max_seconds: self.max_recording_s,
+            memory_mb: self.decoder_memory_mb,
+            stall: std::time::Duration::from_millis(self.decoder_stall_ms),
+        }
     }
 
     /// Bytes of audio all sessions together may hold, beyond their guaranteed shares.
@@ -302,6 +343,15 @@ impl WorkerConfig {
 
 /// The simulated engine needs no file; its one model is called like this.
 pub const SIMULATED_MODEL: &str = "simulated";
+
+/// Says which command brings it, where one does.
+fn not_here(name: &str) -> String {
+    // Only names of the catalog can be pulled; a binary whose own catalog is broken has nothing to offer.
+    match voxfleet_store::models::Catalog::built_in().is_ok_and(|catalog| catalog.get(name).is_some()) {
+        true => format!("model {name:?} is not here; `voxfleet models pull {name}` brings it"),
+        false => format!("{name:?} is not one of the models"),
+    }
+}
 
 fn good_model_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= MAX_MODEL_NAME && !name.starts_with('.') && !name.contains(['/', '\\', '\0'])
@@ -364,6 +414,20 @@ mod tests {
         for choice in [GpuChoice::Auto, GpuChoice::None, GpuChoice::Index(3), GpuChoice::Uuid("GPU-x".to_owned())] {
             assert_eq!(GpuChoice::from(String::from(choice.clone()).as_str()), choice);
         }
+    }
+
+    #[test]
+    fn a_model_that_is_not_here_is_answered_with_the_command_that_brings_it() {
+        let told = |name: &str| {
+            let wanted = WorkerConfig {
+                default_model: Some(name.to_owned()),
+                models: [("m".to_owned(), concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml").into())].into(),
+                ..WorkerConfig::default()
+            };
+            wanted.problems().join("; ")
+        };
+        assert!(told("small.en").contains("`voxfleet models pull small.en` brings it"), "{}", told("small.en"));
+        assert!(told("mine").contains("\"mine\" is not one of the models"), "{}", told("mine"));
     }
 
     #[test]

@@ -11,11 +11,16 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{Nats, fleet::heartbeat_publish};
 use voxfleet_schema::{
-    fleet::{Device, Heartbeat, Provider, Slots},
+    fleet::{Device, Heartbeat, Provider},
     id::{GpuId, Incarnation},
 };
 
-use crate::{device::Probe, lifecycle::Engine, session::unix_ms, supervisor::holdings::Holdings};
+use crate::{
+    device::Probe,
+    lifecycle::Engine,
+    session::unix_ms,
+    supervisor::holdings::{Holdings, Snapshot},
+};
 
 const EVERY: Duration = Duration::from_secs(1);
 
@@ -26,7 +31,6 @@ pub(crate) struct Identity {
     pub(crate) host: String,
     pub(crate) provider: Provider,
     pub(crate) price_per_hour: Option<f64>,
-    pub(crate) job_slots: u32,
 }
 
 /// What it is read from.
@@ -41,7 +45,7 @@ pub(crate) struct Sources {
 
 impl Sources {
     fn heartbeat(&self, incarnation: Incarnation, seq: u64, now: Instant) -> Heartbeat {
-        let (slots, held, draining) = self.holdings.snapshot();
+        let Snapshot { slots, job_slots, held, given_up, draining } = self.holdings.snapshot(now);
         let (engine, models) = self.engine.heartbeat_state(now);
         let identity = &self.identity;
         Heartbeat {
@@ -54,8 +58,9 @@ impl Sources {
             provider: identity.provider,
             device: self.device.borrow().clone(),
             slots,
-            job_slots: Slots { total: identity.job_slots, used: 0 },
+            job_slots,
             held,
+            given_up,
             models,
             engine,
             draining,

@@ -6,14 +6,17 @@
 
 mod capacity;
 pub mod config;
+pub mod decoder;
 pub mod device;
 pub mod engine;
 mod heartbeat;
 pub mod ipc;
+mod job;
 mod lifecycle;
 mod pull;
 mod session;
 mod shutdown;
+mod spawner;
 mod supervisor;
 
 pub use config::WorkerConfig;

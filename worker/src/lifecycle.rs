@@ -50,6 +50,9 @@ const HEALTHY_AFTER: Duration = Duration::from_secs(30);
 const MAX_FAILED_STARTS: u32 = 5;
 /// How often a failed engine is tried again, in case a missing file came back.
 const RETRY_FAILED: Duration = Duration::from_secs(30);
+/// Bytes of audio a job may hold: the longest window at the highest rate, and what is read ahead. Apart from what live
+/// sessions share, so that no recording takes their room.
+pub(crate) const JOB_BYTES: u64 = 32 << 20;
 /// Frames on their way to the child, beyond one for each session's end.
 const FRAMES: usize = 64;
 
@@ -202,15 +205,22 @@ impl Engine {
     }
 
     /// Opens a session with a child that is ready. None: the child is gone, ask [`Self::ready`] again.
-    pub(crate) async fn open(&self, link: &Link, options: SessionOptions, start: StartPoint) -> Option<EngineSession> {
+    pub(crate) async fn open(
+        &self,
+        link: &Link,
+        options: SessionOptions,
+        start: StartPoint,
+        background: bool,
+    ) -> Option<EngineSession> {
         let frames = link.frames.clone();
         // Reserved first, so that the end of a session can always be said, in order.
         let close = frames.clone().reserve_owned().await.ok()?;
         let handle = self.0.next_handle.fetch_add(1, Ordering::Relaxed);
-        let outbox = Arc::new(Outbox::new(self.0.budget.account()));
+        let account = if background { self.0.budget.apart(JOB_BYTES) } else { self.0.budget.account() };
+        let outbox = Arc::new(Outbox::new(account));
         locked(&self.0.outboxes).insert(handle, Arc::clone(&outbox));
         let session = EngineSession { handle, frames, close: Some(close), outbox, engine: self.clone() };
-        let open = ToEngine::Open { handle, options: Box::new(options), start: Box::new(start) };
+        let open = ToEngine::Open { handle, options: Box::new(options), start: Box::new(start), background };
         session.frames.send(open).await.ok()?;
         Some(session)
     }

@@ -6,6 +6,8 @@
 //! not masked, and it would switch off alignment by cross attention. Word times are whisper.cpp's own estimate from
 //! timestamp probabilities and energy, and say so ([`WordTiming::TokenEstimate`]).
 
+pub mod whole;
+
 use std::{collections::HashMap, ffi::c_void, path::Path, sync::Arc};
 
 use voxfleet_schema::{session::Task, transcript::WordTiming};

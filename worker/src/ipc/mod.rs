@@ -140,6 +140,9 @@ pub enum ToEngine {
         handle: u64,
         options: Box<SessionOptions>,
         start: Box<StartPoint>,
+        /// Live sessions come first.
+        #[serde(default)]
+        background: bool,
     },
     Entry(EntryFor),
     /// Forget it; running decodes of it are cancelled.

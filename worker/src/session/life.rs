@@ -13,7 +13,7 @@ use voxfleet_nats::{
     retry::Backoff,
     transcript::{ChainError, Outcome, StoredFinal},
 };
-use voxfleet_schema::{audio::RawEntry, codec, event::What, transcript::Final};
+use voxfleet_schema::{audio::RawEntry, codec, event::What, failure::Failure, job::JobStage, transcript::Final};
 
 use super::{
     Desired, End, Session, Shared,
@@ -39,8 +39,20 @@ const LONGEST_WINDOW_MS: u64 = 31_000;
 const PARTIAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// A log read is one small request; a server that does not answer is asked again.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a job says how far it is, at most.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+/// Largest entry of a recording: 200 ms of eight channels at 192 kHz are 1.2 MB.
+const MAX_RECORDED_ENTRY: u64 = 2 << 20;
 
 type Running<'a, T> = Option<Pin<Box<dyn Future<Output = T> + Send + 'a>>>;
+
+/// Why an entry could not be read.
+#[derive(Debug)]
+enum ReadFailed {
+    Log(LogError),
+    /// The recording cannot be decoded; asking again gives the same.
+    Recording(Failure),
+}
 
 /// What comes after a life.
 #[derive(Debug)]
@@ -72,6 +84,7 @@ pub(super) struct Life<'a> {
     next_lag_look: Instant,
     gone: bool,
     finishing_since: Option<Instant>,
+    next_progress: Instant,
 }
 
 impl<'a> Life<'a> {
@@ -102,6 +115,7 @@ impl<'a> Life<'a> {
             next_lag_look: Instant::now() + LAG_LOOK,
             gone: false,
             finishing_since: None,
+            next_progress: Instant::now(),
         }
     }
 
@@ -117,9 +131,10 @@ impl<'a> Life<'a> {
         let shared = &session.shared;
         let engine = Arc::clone(&self.engine);
         let _hints = session.hints.read();
-        let mut storing: Running<'a, Result<Kept, ChainError>> = None;
+        let max_entry = if session.work.is_some() { MAX_RECORDED_ENTRY } else { shared.max_entry };
+        let mut storing: Running<'a, Result<Kept, StoreFailed>> = None;
         let mut sending: Running<'a, Result<(), PublishError>> = None;
-        let mut reading: Running<'a, Result<Option<RawEntry>, LogError>> = None;
+        let mut reading: Running<'a, Result<Option<RawEntry>, ReadFailed>> = None;
         loop {
             let desired = self.desired.borrow_and_update().clone();
             if desired.epoch > self.epoch {
@@ -133,8 +148,7 @@ impl<'a> Life<'a> {
                     Some(draft) => {
                         self.storing_since.get_or_insert_with(Instant::now);
                         storing = Some(Box::pin(store(
-                            shared,
-                            &session.names,
+                            session,
                             draft,
                             self.epoch,
                             self.last.as_ref().map(|l| (l.seq, l.value.index)),
@@ -156,7 +170,7 @@ impl<'a> Life<'a> {
             let mut has_room = true;
             if self.pending.is_none() {
                 self.take_hints(may_feed);
-                has_room = self.engine.outbox().account.has_room(shared.max_entry + ENTRY_COST);
+                has_room = self.engine.outbox().account.has_room(max_entry + ENTRY_COST);
             }
             let may_read = may_feed && self.pending.is_none() && has_room && reading.is_none();
             if may_read && self.feed.next_look() <= Instant::now() {
@@ -182,7 +196,9 @@ impl<'a> Life<'a> {
                 }
                 read = resolve(&mut reading) => {
                     reading = None;
-                    self.read(read);
+                    if let Some(end) = self.read(read) {
+                        return Next::Stop(end);
+                    }
                 }
                 permit = engine.room(), if self.pending.is_some() => match (permit, self.pending.take()) {
                     (Some(permit), Some(entry)) => permit.feed(entry),
@@ -234,6 +250,10 @@ impl<'a> Life<'a> {
 
     fn observe_lag(&mut self) {
         self.next_lag_look = Instant::now() + LAG_LOOK;
+        if self.session.work.is_some() {
+            // A recording is there at once; being behind it is no trouble.
+            return;
+        }
         let storing_ms = self.storing_since.map_or(0, |since| since.elapsed().as_millis() as u64);
         // Partials tell how far behind the engine is; where none come, what it holds beyond a window does.
         let held_ms = self.feed.uncovered_ms(self.engine.outbox().account.used());
@@ -269,19 +289,22 @@ impl<'a> Life<'a> {
         self.pending = Some(entry);
     }
 
-    fn read_log(&self) -> Pin<Box<dyn Future<Output = Result<Option<RawEntry>, LogError>> + Send + 'a>> {
+    fn read_log(&self) -> Pin<Box<dyn Future<Output = Result<Option<RawEntry>, ReadFailed>> + Send + 'a>> {
         let (session, from) = (self.session, self.feed.next_from());
+        if let Some(work) = &session.work {
+            return Box::pin(async move { work.recording.next(from).await.map_err(ReadFailed::Recording) });
+        }
         Box::pin(async move {
             // Never closed; without it the read would only be uncounted.
             let _reading = session.shared.log_reads.acquire().await.ok();
             match timeout(READ_TIMEOUT, session.shared.log.next(&session.names.id, from)).await {
-                Ok(answer) => answer,
-                Err(_) => Err(LogError::Server(ServerError::Timeout)),
+                Ok(answer) => answer.map_err(ReadFailed::Log),
+                Err(_) => Err(ReadFailed::Log(LogError::Server(ServerError::Timeout))),
             }
         })
     }
 
-    fn read(&mut self, read: Result<Option<RawEntry>, LogError>) {
+    fn read(&mut self, read: Result<Option<RawEntry>, ReadFailed>) -> Option<End> {
         let now = Instant::now();
         match read {
             Ok(found) => {
@@ -295,7 +318,7 @@ impl<'a> Life<'a> {
                     self.hand_over(entry);
                 }
             }
-            Err(error) => {
+            Err(ReadFailed::Log(error)) => {
                 tracing::warn!(
                     id = %self.session.names.id,
                     error = &error as &dyn std::error::Error,
@@ -303,13 +326,16 @@ impl<'a> Life<'a> {
                 );
                 self.feed.log_failed(now);
             }
+            Err(ReadFailed::Recording(failure)) => return Some(End::Failed(failure)),
         }
         self.observe_lag();
+        None
     }
 
     fn send_partial(&self, draft: PartialDraft) -> Pin<Box<dyn Future<Output = Result<(), PublishError>> + Send + 'a>> {
         let after_index = self.last.as_ref().map(|l| l.value.index);
-        let partial = self.session.names.partial_of(draft, self.epoch, after_index, self.feed.unfed_ms());
+        let mut partial = self.session.names.partial_of(draft, self.epoch, after_index, self.feed.unfed_ms());
+        partial.progress = self.session.work.is_some().then(|| self.session.figures.progress());
         let publisher = &self.session.shared.publisher;
         Box::pin(async move {
             match timeout(PARTIAL_TIMEOUT, publisher.partial(&partial)).await {
@@ -320,17 +346,28 @@ impl<'a> Life<'a> {
     }
 
     /// What became of a final.
-    fn kept(&mut self, kept: Result<Kept, ChainError>) -> Option<Next> {
+    fn kept(&mut self, kept: Result<Kept, StoreFailed>) -> Option<Next> {
         let session = self.session;
         let id = &session.names.id;
         self.storing_since = None;
         match kept {
-            Err(error) => Some(Next::Stop(session.chain_failed(self.epoch, &error))),
+            Err(StoreFailed::Chain(error)) => Some(Next::Stop(session.chain_failed(self.epoch, &error))),
+            Err(StoreFailed::Aggregate(failure)) => Some(Next::Stop(End::Failed(failure))),
             Ok(Kept { outcome: Outcome::Stored { seq, chain_lost }, value }) => {
                 if chain_lost {
                     session.shared.events.tell(session.names.event(What::ChainLost, self.epoch), None);
                 }
-                session.figures.stored(Some(value.index));
+                session.figures.stored(&value);
+                if session.work.is_some() && !value.end && self.next_progress <= Instant::now() {
+                    self.next_progress = Instant::now() + PROGRESS_EVERY;
+                    self.partial = Some(PartialDraft {
+                        from_sample: value.to_sample,
+                        to_sample: value.to_sample,
+                        committed: value.text(),
+                        tentative: String::new(),
+                        lag_ms: 0,
+                    });
+                }
                 tracing::debug!(%id, index = value.index, epoch = self.epoch, seq, end = value.end, "final stored");
                 let end = value.end;
                 self.last = Some(StoredFinal { seq, value });
@@ -356,14 +393,28 @@ pub(super) struct Kept {
     value: Final,
 }
 
-/// Writes the checkpoint, then the final that names it.
+/// Why a final could not be stored at all.
+#[derive(Debug)]
+enum StoreFailed {
+    Chain(ChainError),
+    /// The aggregate that it was to name.
+    Aggregate(Failure),
+}
+
+impl From<ChainError> for StoreFailed {
+    fn from(error: ChainError) -> Self {
+        StoreFailed::Chain(error)
+    }
+}
+
+/// Writes the checkpoint, then the final that names it; before a job's end final, its aggregate.
 async fn store(
-    shared: &Shared,
-    names: &Names,
+    session: &Session,
     mut draft: FinalDraft,
     epoch: u64,
     last: Option<(u64, u64)>,
-) -> Result<Kept, ChainError> {
+) -> Result<Kept, StoreFailed> {
+    let (shared, names): (&Shared, &Names) = (&session.shared, &session.names);
     let (predecessor, last_index) = last.unzip();
     let checkpoint_seq = match draft.checkpoint.take() {
         None => None,
@@ -373,7 +424,7 @@ async fn store(
             loop {
                 match shared.chain.checkpoint_put(names.kind, &names.id, &checkpoint).await {
                     Ok(seq) => break Some(seq),
-                    Err(error @ ChainError::Encode(_)) => return Err(error),
+                    Err(error @ ChainError::Encode(_)) => return Err(error.into()),
                     Err(error) => {
                         tracing::warn!(
                             id = %names.id,
@@ -386,7 +437,12 @@ async fn store(
             }
         }
     };
-    let value = names.final_of(draft, epoch, last_index, checkpoint_seq);
+    let mut value = names.final_of(draft, epoch, last_index, checkpoint_seq);
+    if let Some(work) = session.work.as_ref().filter(|_| value.end) {
+        session.figures.enter(JobStage::Finishing);
+        let url = work.aggregate(&shared.chain, &value).await.map_err(StoreFailed::Aggregate)?;
+        value.result = Some(url);
+    }
     match shared.chain.store(&value, predecessor).await {
         Ok(outcome) => Ok(Kept { outcome, value }),
         Err(error) if is_too_large(&error) => {
@@ -395,7 +451,7 @@ async fn store(
             let value = without_text(value, len);
             Ok(Kept { outcome: shared.chain.store(&value, predecessor).await?, value })
         }
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -4,6 +4,9 @@
 //! the finals that come back, one at a time. A dead engine, a conflict in the chain or a new epoch all lead to the same
 //! place: read the last final, open again. After an end final it stays, feeding nothing, until it is released or assigned
 //! at a higher epoch.
+//!
+//! A file job is a session whose log is its recording: the same feeding, engine and chain, and an end final that names the
+//! job's aggregate.
 
 mod feed;
 mod hints;
@@ -14,7 +17,7 @@ mod outputs;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -30,16 +33,21 @@ use voxfleet_schema::{
     event::What,
     failure::{Failure, FailureClass},
     fleet::Held,
+    id::Kind,
+    job::{JobProgress, JobStage},
     session::SessionOptions,
+    transcript::Final,
 };
 
 use self::life::{Life, Next};
 pub(crate) use self::{
     hints::{HintQueue, WaitingHint},
+    open::last_final,
     outputs::{Names, unix_ms},
 };
 use crate::{
     capacity::Budget,
+    job::Work,
     lifecycle::{Engine, EngineDown},
     supervisor::events::Events,
 };
@@ -77,13 +85,24 @@ pub(crate) struct Desired {
 pub(crate) struct Figures {
     last_audio_seq: AtomicU64,
     final_index: AtomicU64,
+    /// Of a job: its stage, the audio its finals cover and the length of the recording, in ms.
+    stage: AtomicU8,
+    done_ms: AtomicU64,
+    total_ms: AtomicU64,
 }
 
 const NONE: u64 = u64::MAX;
+const STAGES: [JobStage; 3] = [JobStage::Fetching, JobStage::Transcribing, JobStage::Finishing];
 
 impl Default for Figures {
     fn default() -> Self {
-        Self { last_audio_seq: AtomicU64::new(NONE), final_index: AtomicU64::new(NONE) }
+        Self {
+            last_audio_seq: AtomicU64::new(NONE),
+            final_index: AtomicU64::new(NONE),
+            stage: AtomicU8::new(0),
+            done_ms: AtomicU64::new(0),
+            total_ms: AtomicU64::new(NONE),
+        }
     }
 }
 
@@ -92,8 +111,27 @@ impl Figures {
         self.last_audio_seq.store(seq, Ordering::Relaxed);
     }
 
-    fn stored(&self, index: Option<u64>) {
-        self.final_index.store(index.unwrap_or(NONE), Ordering::Relaxed);
+    fn stored(&self, value: &Final) {
+        self.final_index.store(value.index, Ordering::Relaxed);
+        self.done_ms.store(value.to_sample / 16, Ordering::Relaxed);
+    }
+
+    pub(crate) fn enter(&self, stage: JobStage) {
+        let number = STAGES.iter().position(|known| *known == stage).unwrap_or(0);
+        self.stage.store(number as u8, Ordering::Relaxed);
+    }
+
+    pub(crate) fn length(&self, total_ms: Option<u64>) {
+        self.total_ms.store(total_ms.unwrap_or(NONE), Ordering::Relaxed);
+    }
+
+    pub(crate) fn progress(&self) -> JobProgress {
+        let stage = STAGES.get(usize::from(self.stage.load(Ordering::Relaxed)));
+        JobProgress {
+            stage: stage.copied().unwrap_or(JobStage::Unknown),
+            done_ms: self.done_ms.load(Ordering::Relaxed),
+            total_ms: Some(self.total_ms.load(Ordering::Relaxed)).filter(|ms| *ms != NONE),
+        }
     }
 }
 
@@ -130,13 +168,15 @@ impl Handle {
             epoch: self.epoch(),
             last_audio_seq: some(&self.figures.last_audio_seq),
             final_index: some(&self.figures.final_index),
+            progress: (self.names.kind == Kind::Job).then(|| self.figures.progress()),
         }
     }
 
-    /// The task that belongs to this handle, to be run by the supervisor.
-    pub(crate) fn session(&self, shared: Shared) -> Session {
+    /// The task that belongs to this handle, to be run by the supervisor; a job comes with its work.
+    pub(crate) fn session(&self, shared: Shared, work: Option<Arc<Work>>) -> Session {
         Session {
             shared,
+            work,
             names: self.names.clone(),
             desired: self.desired.subscribe(),
             hints: Arc::clone(&self.hints),
@@ -154,11 +194,15 @@ pub(crate) enum End {
     Failed(Failure),
     /// The worker is stopping.
     Finished,
+    /// A job's end final stands in its chain.
+    Done,
 }
 
 #[derive(Debug)]
 pub(crate) struct Session {
     shared: Shared,
+    /// Of a job: its recording, and where its aggregate goes.
+    work: Option<Arc<Work>>,
     names: Names,
     desired: watch::Receiver<Desired>,
     hints: Arc<HintQueue>,
@@ -192,6 +236,7 @@ impl Session {
                     known = found.map(|found| *found);
                     tokio::time::sleep(REOPEN_PAUSE).await;
                 }
+                Next::Ended if self.work.is_some() => return End::Done,
                 Next::Ended => {
                     let changed = wishes.wait_for(|now| now.finish || now.epoch > desired.epoch).await;
                     if changed.is_err() {
@@ -204,6 +249,10 @@ impl Session {
 
     fn failed(&self, epoch: u64, failure: Failure) -> End {
         tracing::error!(id = %self.names.id, epoch, %failure, "session failed");
+        if self.work.is_some() {
+            // A job may be tried again: the dispatcher says when it has failed.
+            return End::Failed(failure);
+        }
         let mut event = self.names.event(What::Failed, epoch);
         event.error = Some(failure.clone());
         self.shared.events.tell(event, None);
@@ -229,12 +278,15 @@ impl Session {
             if last.value.epoch > epoch {
                 return Err(End::LetGo { epoch: last.value.epoch });
             }
-            self.figures.stored(Some(last.value.index));
-            if last.value.end && last.value.epoch == epoch {
+            self.figures.stored(&last.value);
+            // A recording ends once.
+            if last.value.end && (last.value.epoch == epoch || self.work.is_some()) {
                 return Ok(Opened::Ended);
             }
         }
-        let start = open::locate(&self.shared.chain, &self.shared.log, *kind, id, last.as_ref().map(|l| &l.value))
+        // A recording never expires.
+        let log = self.work.is_none().then_some(&self.shared.log);
+        let start = open::locate(&self.shared.chain, log, *kind, id, last.as_ref().map(|l| &l.value))
             .await
             .map_err(|error| self.chain_failed(epoch, &error))?;
         let link = match self.shared.engine.ready().await {
@@ -265,7 +317,7 @@ impl Session {
             expired = start.expired,
             "session opened"
         );
-        match self.shared.engine.open(&link, (*desired.options).clone(), start.clone()).await {
+        match self.shared.engine.open(&link, (*desired.options).clone(), start.clone(), self.work.is_some()).await {
             None => Ok(Opened::EngineGone),
             Some(engine) => Ok(Opened::Life(Box::new(Life::new(self, engine, epoch, last, &start)))),
         }
@@ -278,4 +330,9 @@ enum Opened<'a> {
     Ended,
     /// The child died in between.
     EngineGone,
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    pub(crate) use super::outputs::tests::final_of;
 }

@@ -42,7 +42,7 @@ pub(super) fn start_point(last: &Final, checkpoint: Option<Option<Checkpoint>>, 
 }
 
 /// Reads the chain's last final from the leader; repeats until it answers.
-pub(super) async fn last_final(chain: &Chain, kind: Kind, id: &StreamId) -> Result<Option<StoredFinal>, ChainError> {
+pub(crate) async fn last_final(chain: &Chain, kind: Kind, id: &StreamId) -> Result<Option<StoredFinal>, ChainError> {
     let mut backoff = Backoff::default();
     loop {
         match chain.last(kind, id).await {
@@ -57,10 +57,10 @@ pub(super) async fn last_final(chain: &Chain, kind: Kind, id: &StreamId) -> Resu
     }
 }
 
-/// Everything else that [`start_point`] needs, from the server.
+/// Everything else that [`start_point`] needs, from the server. Without a log nothing expires.
 pub(super) async fn locate(
     chain: &Chain,
-    log: &AudioLog,
+    log: Option<&AudioLog>,
     kind: Kind,
     id: &StreamId,
     last: Option<&Final>,
@@ -72,7 +72,10 @@ pub(super) async fn locate(
         None => None,
         Some(seq) => Some(checkpoint(chain, kind, id, seq).await?),
     };
-    let chunk = resume_chunk(log, id, last.resume.seq).await;
+    let chunk = match log {
+        Some(log) => resume_chunk(log, id, last.resume.seq).await,
+        None => ResumeChunk::There,
+    };
     Ok(start_point(last, checkpoint, chunk))
 }
 

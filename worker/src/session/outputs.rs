@@ -75,6 +75,7 @@ impl Names {
             committed: draft.committed,
             tentative: draft.tentative,
             lag_ms: draft.lag_ms + unfed_ms,
+            progress: None,
         }
     }
 
@@ -140,7 +141,7 @@ impl LagAlarm {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use voxfleet_schema::{
         audio::AudioFormat,
         source::SourceState,
@@ -188,7 +189,7 @@ pub(super) mod tests {
     }
 
     /// A final with this index.
-    pub(in crate::session) fn final_of(index: u64) -> Final {
+    pub(crate) fn final_of(index: u64) -> Final {
         names().final_of(draft(), 1, index.checked_sub(1), None)
     }
 

@@ -1,7 +1,7 @@
 //! What this worker holds, and what it answers to assignments and releases.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -9,7 +9,7 @@ use std::{
 use tokio::time::Instant;
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
-    fleet::{Held, Slots},
+    fleet::{GivenUp, Held, Slots},
     id::{Kind, StreamId},
 };
 
@@ -22,6 +22,10 @@ use crate::{
 const REFUSE_AFTER_FAILURE: Duration = Duration::from_secs(10);
 /// Failures remembered at most.
 const MAX_FAILURES: usize = 256;
+/// How long heartbeats say that a job was given up: the dispatcher, or its successor, hears it long before.
+const TELL_GIVEN_UP: Duration = Duration::from_secs(60);
+/// Told at most; older ones were heard.
+const MAX_GIVEN_UP: usize = 64;
 
 /// What an assignment meets.
 #[derive(Debug, Clone, Copy)]
@@ -83,25 +87,59 @@ type Key = (Kind, StreamId);
 struct Inner {
     sessions: BTreeMap<Key, Arc<Handle>>,
     failures: HashMap<Key, (Instant, Failure)>,
+    given_up: VecDeque<(Instant, GivenUp)>,
     draining: bool,
 }
 
-/// Sessions held, by name. Read by heartbeat and pull, changed by control; locked for moments only.
+impl Inner {
+    fn used(&self, kind: Kind) -> u32 {
+        self.sessions.keys().filter(|(k, _)| *k == kind).count() as u32
+    }
+}
+
+/// What a heartbeat says of them.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    pub(crate) slots: Slots,
+    pub(crate) job_slots: Slots,
+    pub(crate) held: Vec<Held>,
+    pub(crate) given_up: Vec<GivenUp>,
+    pub(crate) draining: bool,
+}
+
+/// Sessions and jobs held, by name. Read by heartbeat and pulls, changed by control; locked for moments only.
 #[derive(Debug)]
 pub(crate) struct Holdings {
     slots: u32,
+    job_slots: u32,
     inner: Mutex<Inner>,
 }
 
 impl Holdings {
-    pub(super) fn new(slots: u32) -> Self {
-        Self { slots, inner: Mutex::default() }
+    pub(super) fn new(slots: u32, job_slots: u32) -> Self {
+        Self { slots, job_slots, inner: Mutex::default() }
     }
 
-    pub(crate) fn snapshot(&self) -> (Slots, Vec<Held>, bool) {
+    pub(crate) fn snapshot(&self, now: Instant) -> Snapshot {
+        let mut inner = locked(&self.inner);
+        inner.given_up.retain(|(at, _)| now.saturating_duration_since(*at) < TELL_GIVEN_UP);
+        Snapshot {
+            slots: Slots { total: self.slots, used: inner.used(Kind::Session) },
+            job_slots: Slots { total: self.job_slots, used: inner.used(Kind::Job) },
+            held: inner.sessions.values().map(|handle| handle.held()).collect(),
+            given_up: inner.given_up.iter().map(|(_, given_up)| given_up.clone()).collect(),
+            draining: inner.draining,
+        }
+    }
+
+    fn slots(&self, kind: Kind) -> u32 {
+        if kind == Kind::Job { self.job_slots } else { self.slots }
+    }
+
+    /// Jobs that may be taken now.
+    pub(super) fn free_job_slots(&self) -> usize {
         let inner = locked(&self.inner);
-        let held: Vec<Held> = inner.sessions.values().map(|handle| handle.held()).collect();
-        (Slots { total: self.slots, used: held.len() as u32 }, held, inner.draining)
+        if inner.draining { 0 } else { self.job_slots.saturating_sub(inner.used(Kind::Job)) as usize }
     }
 
     pub(super) fn set_draining(&self) {
@@ -135,7 +173,7 @@ impl Holdings {
         let key = (kind, id.clone());
         let situation = Situation {
             held_epoch: inner.sessions.get(&key).map(|handle| handle.epoch()),
-            free_slots: self.slots.saturating_sub(inner.sessions.len() as u32),
+            free_slots: self.slots(kind).saturating_sub(inner.used(kind)),
             draining: inner.draining,
             engine_failed,
             model_known,
@@ -146,7 +184,18 @@ impl Holdings {
 
     pub(super) fn put(&self, handle: Arc<Handle>) {
         let key = (handle.names.kind, handle.names.id.clone());
-        locked(&self.inner).sessions.insert(key, handle);
+        let mut inner = locked(&self.inner);
+        inner.given_up.retain(|(_, given_up)| (given_up.kind, &given_up.id) != (key.0, &key.1));
+        inner.sessions.insert(key, handle);
+    }
+
+    /// Says in the next heartbeats that a job was let go without an end.
+    pub(super) fn give_up(&self, given_up: GivenUp, now: Instant) {
+        let mut inner = locked(&self.inner);
+        if inner.given_up.len() == MAX_GIVEN_UP {
+            inner.given_up.pop_front();
+        }
+        inner.given_up.push_back((now, given_up));
     }
 
     /// Forgets a session whose task has ended, unless its name is held by a newer one.
@@ -210,5 +259,52 @@ mod tests {
         assert_eq!(class(Situation { model_known: false, ..FREE }), FailureClass::ModelMissing);
         assert_eq!(class(Situation { failure: Some(&failed), ..FREE }), FailureClass::OutOfMemory);
         assert_eq!(decide(5, Situation { draining: true, ..held(5) }), Decision::Held);
+    }
+
+    fn handle(kind: Kind, id: &str) -> Arc<Handle> {
+        let names = crate::session::Names {
+            kind,
+            id: StreamId::new(id).expect("id"),
+            gpu_id: voxfleet_schema::id::GpuId::new("g").expect("id"),
+        };
+        Arc::new(Handle::new(names, 1, Default::default()))
+    }
+
+    #[test]
+    fn jobs_and_sessions_take_no_slots_from_each_other() {
+        let holdings = Holdings::new(1, 1);
+        let now = Instant::now();
+        let consider = |kind, id: &str| holdings.consider(kind, &StreamId::new(id).expect("id"), 1, false, true, now);
+        holdings.put(handle(Kind::Session, "a"));
+        assert_eq!(consider(Kind::Job, "j"), Decision::Start);
+        assert!(matches!(consider(Kind::Session, "b"), Decision::Refuse(_)));
+        holdings.put(handle(Kind::Job, "a"));
+        assert_eq!(holdings.free_job_slots(), 0);
+        assert!(matches!(consider(Kind::Job, "k"), Decision::Refuse(f) if f.class == FailureClass::NoCapacity));
+        let told = holdings.snapshot(now);
+        assert_eq!((told.slots.used, told.job_slots.used, told.held.len()), (1, 1, 2));
+        assert!(told.held.iter().all(|held| held.progress.is_some() == (held.kind == Kind::Job)));
+    }
+
+    #[test]
+    fn a_job_given_up_is_told_until_it_comes_back_or_a_minute_has_passed() {
+        let holdings = Holdings::new(1, 1);
+        let now = Instant::now();
+        let given_up = |id: &str| GivenUp {
+            kind: Kind::Job,
+            id: StreamId::new(id).expect("id"),
+            epoch: 3,
+            failure: Failure::new(FailureClass::Timeout, "slow"),
+        };
+        holdings.give_up(given_up("a"), now);
+        holdings.give_up(given_up("b"), now + Duration::from_secs(30));
+        assert_eq!(holdings.snapshot(now).given_up.len(), 2);
+        holdings.put(handle(Kind::Job, "b"));
+        assert_eq!(holdings.snapshot(now).given_up, [given_up("a")]);
+        assert_eq!(holdings.snapshot(now + TELL_GIVEN_UP).given_up, []);
+        for n in 0..MAX_GIVEN_UP + 5 {
+            holdings.give_up(given_up(&format!("j{n}")), now);
+        }
+        assert_eq!(holdings.snapshot(now).given_up.len(), MAX_GIVEN_UP);
     }
 }

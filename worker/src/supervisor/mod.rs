@@ -5,11 +5,12 @@
 //! | heartbeat | one each second, from shared figures |
 //! | device | samples NVML or `/proc` |
 //! | engine | keeps the child alive ([`crate::lifecycle`]) |
-//! | serve | control requests, the sessions' tasks, the pull ([`serve`]) |
+//! | serve | control requests, the sessions' tasks, the pull ([`serve`]), jobs ([`jobs`]) |
 //! | events | publishes what happened |
 
 pub(crate) mod events;
 pub(crate) mod holdings;
+mod jobs;
 mod neighbours;
 mod serve;
 
@@ -21,8 +22,9 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use voxfleet_nats::{Nats, log::AudioLog, publish::Publisher, transcript::Chain};
+use voxfleet_nats::{Nats, log::AudioLog, media::Media, publish::Publisher, transcript::Chain};
 use voxfleet_schema::id::{IdError, Incarnation, WorkerName};
+use voxfleet_store::fetch::{FetchError, Fetcher};
 
 use self::{events::Events, holdings::Holdings, serve::Served};
 use crate::{
@@ -31,6 +33,7 @@ use crate::{
     device::{DeviceError, Probe},
     heartbeat::{self, Identity, Sources},
     ipc::EngineConfig,
+    job::Means,
     lifecycle::{Engine, Program},
     session::Shared,
     shutdown::{ShutdownBudget, Stage},
@@ -45,6 +48,8 @@ pub enum WorkerError {
     Config(Vec<String>),
     #[error("device")]
     Device(#[from] DeviceError),
+    #[error("recordings cannot be fetched")]
+    Fetch(#[from] FetchError),
     #[error("a task of the worker failed")]
     Task(#[from] JoinError),
     #[error("cannot make a name for this worker")]
@@ -66,6 +71,7 @@ pub(crate) struct Supervisor {
     holdings: Arc<Holdings>,
     engine: Engine,
     shared: Shared,
+    means: Means,
     hints: HintPool,
 }
 
@@ -99,8 +105,8 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         args: vec!["engine".to_owned()],
         visible_device: probe.visible_device().to_owned(),
     };
-    let engine = Engine::new(engine_config, program, config.slots as usize, budget.clone());
-    let holdings = Arc::new(Holdings::new(config.slots));
+    let engine = Engine::new(engine_config, program, (config.slots + config.job_slots) as usize, budget.clone());
+    let holdings = Arc::new(Holdings::new(config.slots, config.job_slots));
     let publisher = Publisher::new(&nats);
     let (events, event_queue) = Events::new();
     let identity = Identity {
@@ -108,7 +114,6 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         host: probe.host.clone(),
         provider: config.provider,
         price_per_hour: config.price_per_hour,
-        job_slots: config.job_slots,
     };
     tracing::info!(gpu_id = %identity.gpu_id, device = first_figures.name, slots = config.slots, "worker starts");
 
@@ -142,22 +147,32 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         }
     });
 
+    let shared = Shared {
+        chain: Chain::new(&nats),
+        log: AudioLog::new(&nats),
+        publisher,
+        events,
+        engine: engine.clone(),
+        budget,
+        log_reads: Arc::new(Semaphore::new(LOG_READS)),
+        max_entry,
+    };
+    let media = Media::new(&nats);
     let supervisor = Supervisor {
         nats: nats.clone(),
         models: Arc::new(models),
         default_model,
         gpu_id: identity.gpu_id.clone(),
         holdings,
-        shared: Shared {
-            chain: Chain::new(&nats),
-            log: AudioLog::new(&nats),
-            publisher,
-            events,
-            engine: engine.clone(),
-            budget,
-            log_reads: Arc::new(Semaphore::new(LOG_READS)),
-            max_entry,
+        means: Means {
+            shared: shared.clone(),
+            fetcher: Fetcher::new(config.fetch.clone(), media.clone())?,
+            media,
+            limits: config.decoding(),
+            exe: config.engine_exe.clone(),
+            provider: config.provider,
         },
+        shared,
         engine,
         hints: HintPool::new(hint_bytes, max_entry),
         config: Arc::new(config),

@@ -15,16 +15,17 @@ use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
     claim::LivePull,
     fleet::{ControlServer, serve_control},
+    jobs::WorkPull,
     retry::Backoff,
 };
 use voxfleet_schema::{
     event::What,
     failure::{Failure, FailureClass},
     fleet::{Assignment, ControlReply, ControlRequest, EngineRunState},
-    id::{Kind, WorkerName},
+    id::{Kind, StreamId, WorkerName},
 };
 
-use super::{Supervisor, WorkerError, holdings::Decision};
+use super::{Supervisor, WorkerError, holdings::Decision, jobs::JobFinished};
 use crate::{
     pull,
     session::{End, Handle, Names},
@@ -84,6 +85,8 @@ impl Supervisor {
         };
         tracing::info!(worker = %me, "serving");
         let mut sessions: JoinSet<Finished> = JoinSet::new();
+        let mut jobs: JoinSet<JobFinished> = JoinSet::new();
+        let mut work_pull = WorkPull::new(&self.nats, me);
         let mut loads: JoinSet<()> = JoinSet::new();
         for model in &self.config.preload {
             self.prewarm(&mut loads, model.clone());
@@ -109,6 +112,7 @@ impl Supervisor {
                 }
             }
             let deadline = phase.deadline();
+            let free_jobs = self.holdings.free_job_slots();
             tokio::select! {
                 request = control.next() => {
                     let Some((request, responder)) = request else {
@@ -130,6 +134,14 @@ impl Supervisor {
                     }
                 }
                 Some(finished) = sessions.join_next() => self.session_ended(finished)?,
+                Some(finished) = jobs.join_next() => self.job_ended(finished)?,
+                work = work_pull.next(free_jobs), if free_jobs > 0 && matches!(phase, Phase::Serving) => match work {
+                    Ok(work) => self.work(work, &mut jobs).await,
+                    Err(error) => {
+                        tracing::error!(error = &error as &dyn std::error::Error, "pull of jobs ended");
+                        return Err(WorkerError::Disconnected);
+                    }
+                },
                 Some(loaded) = loads.join_next() => loaded?,
                 error = &mut pulling, if matches!(phase, Phase::Serving | Phase::Draining { .. }) => {
                     tracing::error!(error = &error as &dyn std::error::Error, "pull ended");
@@ -139,6 +151,7 @@ impl Supervisor {
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {}
             }
         };
+        drop(work_pull);
         let cut_short = self.holdings.all();
         for handle in &cut_short {
             tracing::info!(id = %handle.names.id, "session let go");
@@ -153,7 +166,10 @@ impl Supervisor {
             Served::Renew => Instant::now(),
         };
         let budget = ShutdownBudget::begin(begun, Duration::from_millis(self.config.shutdown_ms));
-        let all_ended = pin!(async { while sessions.join_next().await.is_some() {} });
+        let all_ended = pin!(async {
+            while sessions.join_next().await.is_some() {}
+            while jobs.join_next().await.is_some() {}
+        });
         budget.run(Stage::Sessions, all_ended).await;
         Ok(served)
     }
@@ -193,13 +209,7 @@ impl Supervisor {
         let reply = match request {
             ControlRequest::Assign(assignment) => self.assign(assignment, sessions),
             ControlRequest::Release { kind, id, epoch } => {
-                if let Some(handle) = self.holdings.get(kind, &id)
-                    && handle.epoch() <= epoch
-                {
-                    tracing::info!(%id, epoch, "session released");
-                    handle.cancel.cancel();
-                    self.holdings.remove(kind, &id);
-                }
+                self.release(kind, &id, epoch);
                 ControlReply::Done
             }
             ControlRequest::Prewarm { model } if self.knows(&model) => {
@@ -213,15 +223,26 @@ impl Supervisor {
                 return (ControlReply::Done, After::Drain { until });
             }
             ControlRequest::Renew => return (ControlReply::Done, After::Renew),
-            ControlRequest::Cancel { .. } => {
-                refused(FailureClass::BadRequest, "cancel is not available in this version")
+            ControlRequest::Cancel { kind, id } => {
+                self.release(kind, &id, u64::MAX);
+                ControlReply::Done
             }
             ControlRequest::Unknown => refused(FailureClass::BadRequest, "unknown request"),
         };
         (reply, After::GoOn)
     }
 
-    fn knows(&self, model: &str) -> bool {
+    fn release(&self, kind: Kind, id: &StreamId, epoch: u64) {
+        if let Some(handle) = self.holdings.get(kind, id)
+            && handle.epoch() <= epoch
+        {
+            tracing::info!(%kind, %id, epoch, "released");
+            handle.cancel.cancel();
+            self.holdings.remove(kind, id);
+        }
+    }
+
+    pub(super) fn knows(&self, model: &str) -> bool {
         self.models.iter().any(|known| known == model)
     }
 
@@ -237,7 +258,7 @@ impl Supervisor {
     fn assign(&self, assignment: Assignment, sessions: &mut JoinSet<Finished>) -> ControlReply {
         let Assignment { kind, id, epoch, options } = assignment;
         if kind != Kind::Session {
-            let failure = Failure::new(FailureClass::BadRequest, "file jobs are not available in this version");
+            let failure = Failure::new(FailureClass::BadRequest, "jobs come as work items, not by request");
             return ControlReply::Refused(failure);
         }
         let model_known = self.knows(options.model.as_deref().unwrap_or(&self.default_model));
@@ -262,7 +283,7 @@ impl Supervisor {
                 let names = Names { kind, id, gpu_id: self.gpu_id.clone() };
                 let handle = Arc::new(Handle::new(names, epoch, options));
                 self.holdings.put(Arc::clone(&handle));
-                let session = handle.session(self.shared.clone());
+                let session = handle.session(self.shared.clone(), None);
                 sessions.spawn(async move {
                     let end = tokio::select! {
                         biased;
@@ -280,7 +301,7 @@ impl Supervisor {
         let (handle, end) = finished?;
         let id = &handle.names.id;
         let failure = match end {
-            None | Some(End::Finished) => None,
+            None | Some(End::Finished | End::Done) => None,
             Some(End::LetGo { epoch }) => {
                 tracing::info!(%id, held = handle.epoch(), epoch, "a higher epoch owns the session");
                 let mut event = handle.names.event(What::Released, handle.epoch());

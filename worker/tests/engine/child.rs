@@ -85,7 +85,12 @@ impl Child {
     }
 
     fn open(&mut self, handle: u64, options: SessionOptions) {
-        self.send(ToEngine::Open { handle, options: Box::new(options), start: Box::new(StartPoint::beginning()) });
+        self.open_as(handle, options, false);
+    }
+
+    fn open_as(&mut self, handle: u64, options: SessionOptions, background: bool) {
+        let start = Box::new(StartPoint::beginning());
+        self.send(ToEngine::Open { handle, options: Box::new(options), start, background });
     }
 
     fn feed(&mut self, handle: u64, log: &[RawEntry]) {
@@ -214,6 +219,27 @@ fn partials_come_while_a_thread_is_idle() {
         }
     }
     assert_eq!(partials_in(&child.seen, 2), [], "nobody asked for them");
+    child.end().expect("end");
+}
+
+#[test]
+fn a_recording_gives_way_to_live_sessions() {
+    // One thread, at 20 x: each of the recording's windows keeps it busy for a while.
+    let mut config = simulated_config(SimulatedConfig { speed: 20.0, ..instant() });
+    config.decode_states = 1;
+    let mut child = Child::start(config);
+    child.open_as(1, SessionOptions { interim: false, ..SessionOptions::default() }, true);
+    child.feed(1, &log_16k(&call(1), 200));
+    child.until("a final of the recording", |seen| finals_in(seen, 1).first().map(|_| ()));
+    child.open(2, SessionOptions::default());
+    let live = log_16k(&call(2), 200);
+    child.feed(2, &live);
+    child.finals_of(2);
+    let of_the_recording = finals_in(&child.seen, 1).len();
+    assert!(finals_in(&child.seen, 2).len() >= 4);
+    // The one that was being decoded when the live session came, and one begun while that session had no window ready.
+    assert!(of_the_recording <= 3, "{of_the_recording} finals of the recording came before the live session's end");
+    child.finals_of(1);
     child.end().expect("end");
 }
 

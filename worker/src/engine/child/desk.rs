@@ -32,6 +32,18 @@ type Said = Result<(), TransportError>;
 /// A load that takes longer than this is no longer a sign of life.
 const LONGEST_LOAD: Duration = Duration::from_secs(120);
 
+/// How long a recording's window waits behind partials.
+const OVERDUE: Duration = Duration::from_secs(5);
+
+/// Whose windows are looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Live,
+    /// Recordings that have waited for long.
+    Overdue,
+    Recordings,
+}
+
 struct Session {
     stream: SessionStream,
     model: String,
@@ -42,6 +54,8 @@ struct Session {
     /// A partial is being decoded.
     partial: Option<Cancel>,
     last_partial: Instant,
+    /// A file job: live sessions come first.
+    background: bool,
     /// There is input that has not been stepped over.
     dirty: bool,
 }
@@ -140,7 +154,9 @@ impl Desk {
                 }
                 return self.say_models();
             }
-            ToEngine::Open { handle, options, start } => return self.open(handle, &options, *start),
+            ToEngine::Open { handle, options, start, background } => {
+                return self.open(handle, &options, *start, background);
+            }
             // Audio of a session that failed or was closed a moment ago.
             ToEngine::Entry(for_session) => {
                 if let Some(session) = self.sessions.get_mut(&for_session.handle) {
@@ -153,7 +169,7 @@ impl Desk {
         Ok(())
     }
 
-    fn open(&mut self, handle: u64, options: &SessionOptions, start: StartPoint) -> Said {
+    fn open(&mut self, handle: u64, options: &SessionOptions, start: StartPoint, background: bool) -> Said {
         let model = options.model.clone().unwrap_or_else(|| self.config.default_model.clone());
         let was = self.models.get(&model).map(|m| m.state);
         if let Err(error) = self.want(&model) {
@@ -166,6 +182,7 @@ impl Desk {
             decoding: None,
             partial: None,
             last_partial: Instant::now(),
+            background,
             dirty: true,
         };
         self.sessions.insert(handle, session);
@@ -257,10 +274,16 @@ impl Desk {
         if bytes > 0 { self.say(&FromEngine::Consumed { handle, bytes }) } else { Ok(()) }
     }
 
-    /// Hands windows to idle threads: finals, the oldest first, then the partial that has waited longest.
+    /// Hands windows to idle threads: finals of live sessions, then the partial that has waited longest, then finals of
+    /// recordings; one of those that has waited for long goes before partials, so that it is done at all.
     fn dispatch(&mut self) {
         while self.pool.idle() {
-            let Some(job) = self.next_final().or_else(|| self.next_partial()) else {
+            let next = self
+                .next_final(Turn::Live)
+                .or_else(|| self.next_final(Turn::Overdue))
+                .or_else(|| self.next_partial())
+                .or_else(|| self.next_final(Turn::Recordings));
+            let Some(job) = next else {
                 return;
             };
             if let Err(job) = self.pool.decode(Box::new(job)) {
@@ -270,11 +293,24 @@ impl Desk {
         }
     }
 
-    fn next_final(&mut self) -> Option<Job> {
+    /// The window of a final that has waited longest among those whose turn it is.
+    fn next_final(&mut self, turn: Turn) -> Option<Job> {
+        let live = self.sessions.values().any(|s| !s.background);
+        let recordings = self.sessions.values().filter(|s| s.background && s.decoding.is_some()).count();
+        // Beside live sessions recordings leave one thread free, where there is more than one.
+        let most = if live { self.config.decode_states.saturating_sub(1).max(1) } else { usize::MAX };
+        if turn != Turn::Live && recordings >= most {
+            return None;
+        }
         let waiting = self.sessions.iter_mut().filter_map(|(handle, session)| {
             let since = session.ready.as_ref()?.1;
             let model = self.models.get(&session.model)?.model.as_ref()?;
-            Some((since, *handle, model, session))
+            let its_turn = match turn {
+                Turn::Live => !session.background,
+                Turn::Overdue => session.background && since.elapsed() >= OVERDUE,
+                Turn::Recordings => session.background,
+            };
+            its_turn.then_some((since, *handle, model, session))
         });
         let (_, handle, model, session) = waiting.min_by_key(|(since, handle, ..)| (*since, *handle))?;
         let (window, ready_at) = session.ready.take()?;

@@ -1,0 +1,190 @@
+//! The aggregate of a job, from the finals of its chain. Pure.
+
+use std::collections::BTreeMap;
+
+use voxfleet_schema::{
+    SAMPLE_RATE_HZ,
+    fleet::Provider,
+    job::{AlignedSegment, AlignedWord, JobResult, PerformanceMetrics, ResultSegment},
+    transcript::{Final, join_text},
+};
+
+/// Wall-clock times of a job, in s.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(crate) struct Times {
+    /// Submitted to taken by this worker; clocks of two machines, never below zero.
+    pub(crate) queue: f64,
+    pub(crate) fetch: f64,
+    pub(crate) transcribe: f64,
+}
+
+/// Takes finals in the order of their chain.
+#[derive(Debug, Default)]
+pub(crate) struct Aggregate {
+    segments: Vec<ResultSegment>,
+    aligned: Vec<AlignedSegment>,
+    /// Bytes of text by language: what was said most decides.
+    languages: BTreeMap<String, usize>,
+    decode_ms: u64,
+    to_sample: u64,
+}
+
+fn seconds(ms: u64) -> f64 {
+    ms as f64 / 1_000.0
+}
+
+impl Aggregate {
+    pub(crate) fn add(&mut self, value: &Final) {
+        self.decode_ms += value.timings.decode_ms;
+        self.to_sample = self.to_sample.max(value.to_sample);
+        for segment in &value.segments {
+            let text = segment.text.trim();
+            if text.is_empty() {
+                continue;
+            }
+            if let Some(language) = &segment.language {
+                *self.languages.entry(language.clone()).or_default() += text.len();
+            }
+            let (start, end) = (seconds(segment.start_ms), seconds(segment.end_ms));
+            self.segments.push(ResultSegment {
+                id: self.segments.len() as u64,
+                start,
+                end,
+                text: text.to_owned(),
+                speaker: segment.speaker.clone(),
+                confidence: segment.confidence,
+            });
+            let words = segment.words.iter().map(|word| AlignedWord {
+                word: word.text.trim().to_owned(),
+                start: seconds(word.start_ms),
+                end: seconds(word.end_ms),
+                score: word.confidence,
+                speaker: word.speaker.clone(),
+            });
+            self.aligned.push(AlignedSegment {
+                start,
+                end,
+                text: text.to_owned(),
+                speaker: segment.speaker.clone(),
+                words: words.collect(),
+            });
+        }
+    }
+
+    pub(crate) fn finish(self, provider: Provider, times: Times) -> JobResult {
+        let duration = self.to_sample as f64 / f64::from(SAMPLE_RATE_HZ);
+        let total = times.fetch + times.transcribe;
+        let stages = [
+            ("queue", times.queue),
+            ("fetch", times.fetch),
+            ("transcribe", times.transcribe),
+            ("decode", seconds(self.decode_ms)),
+        ];
+        JobResult {
+            full_text: join_text(self.segments.iter().map(|s| s.text.as_str())),
+            segments: self.segments,
+            aligned_segments: self.aligned,
+            language: self.languages.into_iter().max_by_key(|(_, bytes)| *bytes).map(|(language, _)| language),
+            duration,
+            speaker_turns: Vec::new(),
+            provider: provider_name(provider).to_owned(),
+            performance_metrics: PerformanceMetrics {
+                total_duration: total,
+                stages: stages.into_iter().map(|(name, s)| (name.to_owned(), s)).collect(),
+                realtime_factor: if duration > 0.0 { total / duration } else { 0.0 },
+            },
+        }
+    }
+}
+
+fn provider_name(provider: Provider) -> &'static str {
+    match provider {
+        Provider::VastAi => "vast_ai",
+        Provider::RunPod => "runpod",
+        Provider::Lambda => "lambda",
+        Provider::Local => "local",
+        Provider::Unknown => "unknown",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use voxfleet_schema::transcript::{Segment, Word};
+
+    use super::*;
+    use crate::session::tests::final_of;
+
+    fn segment(start_ms: u64, end_ms: u64, text: &str, language: &str) -> Segment {
+        Segment {
+            id: 0,
+            start_ms,
+            end_ms,
+            text: text.to_owned(),
+            speaker: None,
+            channel: None,
+            language: Some(language.to_owned()),
+            confidence: 0.5,
+            words: vec![Word { text: format!(" {text}"), start_ms, end_ms, confidence: 0.25, speaker: None }],
+        }
+    }
+
+    #[test]
+    fn segments_of_all_finals_become_one_result() {
+        let mut aggregate = Aggregate::default();
+        let mut first = final_of(0);
+        first.segments = vec![segment(100, 900, "guten tag", "de"), segment(900, 950, "  ", "de")];
+        (first.to_sample, first.timings.decode_ms) = (16_000, 300);
+        let mut second = final_of(1);
+        second.segments = vec![segment(1_200, 2_500, "good morning everybody", "en")];
+        (second.to_sample, second.timings.decode_ms) = (48_000, 200);
+        aggregate.add(&first);
+        aggregate.add(&second);
+        let result = aggregate.finish(Provider::RunPod, Times { queue: 9.0, fetch: 0.5, transcribe: 1.0 });
+        assert_eq!(result.full_text, "guten tag good morning everybody");
+        assert_eq!(
+            result.segments.iter().map(|s| (s.id, s.start, s.end)).collect::<Vec<_>>(),
+            [(0, 0.1, 0.9), (1, 1.2, 2.5)]
+        );
+        assert_eq!(result.aligned_segments[1].words[0].word, "good morning everybody");
+        assert_eq!(
+            (result.language.as_deref(), result.duration, result.provider.as_str()),
+            (Some("en"), 3.0, "runpod")
+        );
+        let metrics = result.performance_metrics;
+        assert_eq!((metrics.total_duration, metrics.realtime_factor), (1.5, 0.5), "waiting for a slot is no work");
+        assert_eq!((metrics.stages["decode"], metrics.stages["queue"]), (0.5, 9.0));
+    }
+
+    #[test]
+    fn silence_is_a_result_without_a_language() {
+        let mut aggregate = Aggregate::default();
+        let mut only = final_of(0);
+        only.to_sample = 160_000;
+        aggregate.add(&only);
+        let result = aggregate.finish(Provider::Local, Times::default());
+        assert_eq!((result.full_text.as_str(), result.language, result.duration), ("", None, 10.0));
+        assert!(result.segments.is_empty() && result.aligned_segments.is_empty());
+        let nothing = Aggregate::default().finish(Provider::Local, Times { transcribe: 1.0, ..Times::default() });
+        assert_eq!(nothing.performance_metrics.realtime_factor, 0.0, "a number even for no audio");
+    }
+
+    #[test]
+    fn the_fields_are_those_of_the_contract() {
+        let value = serde_json::to_value(Aggregate::default().finish(Provider::Local, Times::default())).expect("JSON");
+        let mut names: Vec<_> = value.as_object().expect("object").keys().map(String::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(
+            names,
+            [
+                "aligned_segments",
+                "duration",
+                "full_text",
+                "language",
+                "performance_metrics",
+                "provider",
+                "segments",
+                "speaker_turns"
+            ]
+        );
+    }
+}

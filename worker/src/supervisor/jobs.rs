@@ -1,0 +1,144 @@
+//! Jobs of one incarnation: takes work items while a job slot is free, keeps each acked while it runs, says how it ended.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    task::{JoinError, JoinSet},
+    time::{Instant, MissedTickBehavior, interval},
+};
+use voxfleet_nats::jobs::{Work, WorkAck};
+use voxfleet_schema::{
+    failure::{Failure, FailureClass},
+    fleet::{EngineRunState, GivenUp},
+    id::Kind,
+    job::WorkItem,
+};
+
+use super::{Supervisor, WorkerError, holdings::Decision};
+use crate::{
+    job::{Job, JobEnd, job_options},
+    session::{Handle, Names},
+};
+
+/// Progress acks: well within the consumer's ack wait of 30 s.
+const STILL_AT_IT: Duration = Duration::from_secs(10);
+
+/// How long a finished job waits to be released: no dispatcher needs longer to take over and read the chain.
+const UNTIL_RELEASED: Duration = Duration::from_secs(15);
+
+/// A job's task: the handle it ran under, its epoch, and its end unless it was released.
+pub(super) type JobFinished = (Arc<Handle>, Option<JobEnd>);
+
+impl Supervisor {
+    /// Takes a work item, or says why not.
+    pub(super) async fn work(&self, work: Work, jobs: &mut JoinSet<JobFinished>) {
+        let Work { item, ack, .. } = work;
+        let item = match item {
+            Ok(item) => item,
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "not a work item");
+                return ended(ack.term("not a work item").await);
+            }
+        };
+        let model_known = self.knows(item.options.model.as_deref().unwrap_or(&self.default_model));
+        let engine_failed = self.engine.status().state == EngineRunState::Failed;
+        let (id, epoch) = (&item.job, item.epoch);
+        match self.holdings.consider(Kind::Job, id, epoch, engine_failed, model_known, Instant::now()) {
+            // Delivered again while it runs here: its progress acks count for this delivery too.
+            Decision::Held => tracing::debug!(job = %id, epoch, "work item delivered again"),
+            Decision::Refuse(failure) => {
+                tracing::info!(job = %id, epoch, %failure, "job refused");
+                if failure.class != FailureClass::BadRequest {
+                    self.give_up(&item, failure);
+                }
+                ended(ack.term("refused").await);
+            }
+            Decision::Raise => {
+                if let Some(older) = self.holdings.get(Kind::Job, id) {
+                    older.cancel.cancel();
+                }
+                self.start(item, ack, jobs);
+            }
+            Decision::Start => self.start(item, ack, jobs),
+        }
+    }
+
+    fn give_up(&self, item: &WorkItem, failure: Failure) {
+        let given_up = GivenUp { kind: Kind::Job, id: item.job.clone(), epoch: item.epoch, failure };
+        self.holdings.give_up(given_up, Instant::now());
+    }
+
+    fn start(&self, item: WorkItem, ack: WorkAck, jobs: &mut JoinSet<JobFinished>) {
+        let names = Names { kind: Kind::Job, id: item.job.clone(), gpu_id: self.gpu_id.clone() };
+        let handle = Arc::new(Handle::new(names, item.epoch, job_options(&item.options)));
+        self.holdings.put(Arc::clone(&handle));
+        tracing::info!(job = %item.job, epoch = item.epoch, attempt = item.attempt, "job taken");
+        let job = Job { means: self.means.clone(), item, handle };
+        jobs.spawn(run(job, ack));
+    }
+
+    pub(super) fn job_ended(&self, finished: Result<JobFinished, JoinError>) -> Result<(), WorkerError> {
+        let (handle, end) = finished?;
+        let (job, epoch) = (&handle.names.id, handle.epoch());
+        match end {
+            None => tracing::info!(%job, epoch, "job released"),
+            Some(JobEnd::Done) => tracing::info!(%job, epoch, "job done"),
+            Some(JobEnd::LetGo) => tracing::info!(%job, epoch, "a higher epoch owns the job"),
+            Some(JobEnd::GivenUp(failure)) => {
+                tracing::warn!(%job, epoch, %failure, "job given up");
+                // Before it leaves what is held: no heartbeat may know nothing of it.
+                let given_up = GivenUp { kind: Kind::Job, id: job.clone(), epoch, failure };
+                self.holdings.give_up(given_up, Instant::now());
+            }
+        }
+        self.holdings.ended(&handle, None, Instant::now());
+        Ok(())
+    }
+}
+
+/// Runs one job under its work item's ack.
+async fn run(job: Job, ack: WorkAck) -> JobFinished {
+    let handle = Arc::clone(&job.handle);
+    let mut beats = interval(STILL_AT_IT);
+    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let end = {
+        let running = job.run();
+        tokio::pin!(running);
+        loop {
+            tokio::select! {
+                biased;
+                () = handle.cancel.cancelled() => break None,
+                end = &mut running => break Some(end),
+                _ = beats.tick() => {
+                    if let Err(error) = ack.progress().await {
+                        // The item comes again then, and finds the job held.
+                        tracing::warn!(job = %job.item.job, error = &error as &dyn std::error::Error, "progress not acked");
+                    }
+                }
+            }
+        }
+    };
+    match &end {
+        Some(JobEnd::Done) => {
+            ended(ack.done().await);
+            // Held until the dispatcher has read the end: to it, a job that vanishes has failed.
+            let mut wishes = handle.desired.subscribe();
+            tokio::select! {
+                () = handle.cancel.cancelled() => {}
+                _ = wishes.wait_for(|wish| wish.finish) => {}
+                () = tokio::time::sleep(UNTIL_RELEASED) => {}
+            }
+        }
+        Some(JobEnd::LetGo) => ended(ack.done().await),
+        Some(JobEnd::GivenUp(failure)) => ended(ack.term(failure.class.as_str()).await),
+        None => ended(ack.term("released").await),
+    }
+    (handle, end)
+}
+
+/// An item whose ack is lost comes again, and then the chain, or its epoch, tells that it is over.
+fn ended<E: std::error::Error + 'static>(acked: Result<(), E>) {
+    if let Err(error) = acked {
+        tracing::warn!(error = &error as &dyn std::error::Error, "work item not acked");
+    }
+}
