@@ -39,6 +39,10 @@ pub struct DispatcherConfig {
     /// Sessions in memory at once: a few kB each, and far above what a fleet has slots for. Whoever opens more by audio
     /// waits in the log, so that strangers with ever new names cost no memory.
     pub max_sessions: usize,
+    /// Tries after which a job that gets no further has failed: two may be bad luck, three are the recording.
+    pub max_attempts: u32,
+    /// Jobs that wait or run at once, each about a kB here and in their bucket; more wait at the door or are refused.
+    pub jobs_max_queued: usize,
     /// Ended sessions kept in memory for late audio and questions, in s; older ones are read from their key.
     pub keep_ended_s: u64,
 }
@@ -62,6 +66,8 @@ impl Default for DispatcherConfig {
             min_decode_rate: 1.0,
             io_in_flight: 256,
             max_sessions: 20_000,
+            max_attempts: 3,
+            jobs_max_queued: 100_000,
             keep_ended_s: 300,
         }
     }
@@ -93,6 +99,8 @@ impl DispatcherConfig {
             ("retry_after_ms", self.retry_after_ms, 1..=3_600_000),
             ("io_in_flight", self.io_in_flight as u64, 1..=4_096),
             ("max_sessions", self.max_sessions as u64, 1..=10_000_000),
+            ("max_attempts", u64::from(self.max_attempts), 1..=100),
+            ("jobs_max_queued", self.jobs_max_queued as u64, 1..=10_000_000),
             ("keep_ended_s", self.keep_ended_s, 1..=86_400),
         ] {
             need(range.contains(&value), {

@@ -27,10 +27,13 @@ pub struct Worker {
     pub order: u64,
     /// Its consumers exist, so it can be given work.
     pub ready: bool,
+    /// Live sessions.
     pub load: Load,
+    /// File jobs, which have slots of their own.
+    pub jobs: Load,
 }
 
-/// Sessions that fill a worker's slots: those the book gave to it, and those it says it holds.
+/// Sessions (or jobs) that fill a worker's slots: those the book gave to it, and those it says it holds.
 #[derive(Debug, Default)]
 pub struct Load {
     assigned: HashSet<StreamId>,
@@ -103,7 +106,8 @@ impl Fleet {
         if self.dead.contains_key(&name) {
             return Heard::Dead;
         }
-        let held = sessions_held(&heartbeat);
+        let held = held_by(&heartbeat, Kind::Session);
+        let jobs_held = held_by(&heartbeat, Kind::Job);
         if let Some(worker) = self.workers.get_mut(&name) {
             // Core NATS keeps the order of one connection, but a worker that reconnects may be heard twice.
             if heartbeat.seq < worker.heartbeat.seq {
@@ -112,13 +116,17 @@ impl Fleet {
             worker.heard = now;
             worker.heartbeat = heartbeat;
             worker.load.hold(held);
+            worker.jobs.hold(jobs_held);
             return Heard::Known;
         }
         self.joined += 1;
         self.newest.insert(name.gpu_id.clone(), name.incarnation.clone());
         let mut load = Load::default();
         load.hold(held);
-        self.workers.insert(name, Worker { heartbeat, heard: now, order: self.joined, ready: false, load });
+        let mut jobs = Load::default();
+        jobs.hold(jobs_held);
+        let worker = Worker { heartbeat, heard: now, order: self.joined, ready: false, load, jobs };
+        self.workers.insert(name, worker);
         Heard::Joined
     }
 
@@ -132,6 +140,10 @@ impl Fleet {
 
     pub fn load_mut(&mut self, name: &WorkerName) -> Option<&mut Load> {
         self.workers.get_mut(name).map(|w| &mut w.load)
+    }
+
+    pub fn job_load_mut(&mut self, name: &WorkerName) -> Option<&mut Load> {
+        self.workers.get_mut(name).map(|w| &mut w.jobs)
     }
 
     /// Whether a newer incarnation runs on the same GPU.
@@ -244,8 +256,8 @@ impl Worker {
     }
 }
 
-fn sessions_held(heartbeat: &Heartbeat) -> HashSet<StreamId> {
-    heartbeat.held.iter().filter(|h| h.kind == Kind::Session).map(|h| h.id.clone()).collect()
+fn held_by(heartbeat: &Heartbeat, kind: Kind) -> HashSet<StreamId> {
+    heartbeat.held.iter().filter(|h| h.kind == kind).map(|h| h.id.clone()).collect()
 }
 
 #[cfg(test)]

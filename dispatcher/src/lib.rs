@@ -1,4 +1,4 @@
-//! The dispatcher: takes live sessions in, gives each to a worker, passes its audio on as hints, and ends it.
+//! The dispatcher: takes live sessions and file jobs in, gives each to a worker, passes audio on as hints, and ends them.
 //!
 //! It stands between `voxfleet-nats` below and the command line above; it never meets a worker's code. The log and the
 //! chain are the truth, so a dispatcher that dies costs latency only: [`run`] of the next one reads what the keys say and
@@ -14,6 +14,7 @@
 //! | [`open`] | which entry opens or reopens a session |
 //! | [`reconcile`] | desired against actual -> actions |
 //! | [`sessions`] | the book of sessions in memory |
+//! | [`jobs`] | the book of file jobs, and what is to be done about each |
 //! | [`core`] | all of these as one state machine: inputs -> effects, without IO |
 //! | `active`, `run` | the IO around it: lease, recovery, listeners, effects |
 
@@ -23,6 +24,7 @@ pub mod config;
 pub mod core;
 pub mod fleet;
 pub mod idle;
+pub mod jobs;
 pub mod moment;
 pub mod open;
 pub mod reconcile;

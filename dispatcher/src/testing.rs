@@ -4,6 +4,8 @@ use voxfleet_schema::{
     audio::AudioFormat,
     fleet::{Device, EngineRunState, EngineState, Heartbeat, Held, ModelState, Provider, Residency, Slots},
     id::{GpuId, Incarnation, Kind, StreamId, WorkerName},
+    job::{JobRecord, JobState},
+    session::SessionOptions,
     source::SourceState,
     transcript::{AudioRange, Final, Resume, Timings, VadKind},
 };
@@ -20,7 +22,7 @@ pub(crate) fn worker(gpu: &str, incarnation: &str) -> WorkerName {
 }
 
 pub(crate) fn held(id_text: &str, epoch: u64) -> Held {
-    Held { kind: Kind::Session, id: id(id_text), epoch, last_audio_seq: None, final_index: None }
+    Held { kind: Kind::Session, id: id(id_text), epoch, last_audio_seq: None, final_index: None, progress: None }
 }
 
 pub(crate) fn model(name: &str, state: Residency, expected_mb: u64) -> ModelState {
@@ -54,6 +56,7 @@ pub(crate) fn beat(gpu: &str, incarnation: &str) -> Heartbeat {
         slots: Slots { total: 4, used: 0 },
         job_slots: Slots { total: 1, used: 0 },
         held: Vec::new(),
+        given_up: Vec::new(),
         models: vec![model("small", Residency::Available, 852)],
         engine: EngineState {
             state: EngineRunState::Ready,
@@ -108,4 +111,34 @@ pub(crate) fn end_final(id_text: &str, index: u64, epoch: u64, to_seq: u64) -> F
         guards: Vec::new(),
         timings: Timings::default(),
     }
+}
+
+/// A job that waits, with its recording elsewhere.
+pub(crate) fn job(id_text: &str) -> JobRecord {
+    JobRecord {
+        id: id(id_text),
+        state: JobState::Queued,
+        audio: "https://audio.example/a.wav".to_owned(),
+        data_sha256: None,
+        name: None,
+        options: SessionOptions::default(),
+        result_ttl_s: 86_400,
+        epoch: 0,
+        attempts: 0,
+        worker: None,
+        submitted_ms: 0,
+        changed_ms: 0,
+        started_ms: None,
+        ended_ms: None,
+        not_before_ms: None,
+        error: None,
+        result: None,
+        duration_ms: None,
+        expired: false,
+    }
+}
+
+/// A worker says that it holds a job.
+pub(crate) fn holds_job(id_text: &str, epoch: u64) -> Held {
+    Held { kind: Kind::Job, ..held(id_text, epoch) }
 }

@@ -10,7 +10,6 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
     Nats,
-    api::ApiResponder,
     fleet as workers,
     kv::{Bucket, KvError, Records},
     log::{AudioLog, LogError},
@@ -29,6 +28,7 @@ use voxfleet_schema::{
 use super::{
     Input,
     fleet_record::{self, FleetRecord, Verdict},
+    jobs::{Caller, JobTools},
     recover,
 };
 use crate::{
@@ -63,6 +63,7 @@ struct Tools {
     log: AudioLog,
     control_timeout: Duration,
     name: Arc<str>,
+    jobs: JobTools,
 }
 
 pub(super) struct Effects {
@@ -86,6 +87,7 @@ impl Effects {
         let (hints, hint_queue) = mpsc::channel(WAITING);
         let (events, event_queue) = mpsc::channel(WAITING);
         listeners.spawn(send_hints(publisher.clone(), hint_queue, stop.clone()));
+        let jobs = JobTools::new(nats, config, publisher.clone());
         listeners.spawn(send_events(publisher, event_queue, stop));
         let tools = Tools {
             nats: nats.clone(),
@@ -95,6 +97,7 @@ impl Effects {
             log: AudioLog::new(nats),
             control_timeout: Duration::from_millis(config.control_timeout_ms),
             name: name.into(),
+            jobs,
         };
         Self { tools, inputs, hints, events, hints_dropped: 0 }
     }
@@ -104,7 +107,7 @@ impl Effects {
         &mut self,
         effect: Effect,
         jobs: &mut JoinSet<()>,
-        calls: &mut HashMap<CallId, ApiResponder>,
+        calls: &mut HashMap<CallId, Caller>,
         permits: &Arc<Semaphore>,
     ) {
         match effect {
@@ -123,8 +126,13 @@ impl Effects {
                 }
             }
             Effect::Answer { call, answer } => {
-                if let Some(responder) = calls.remove(&call) {
-                    jobs.spawn(reply(responder, *answer));
+                match calls.remove(&call) {
+                    Some(Caller::Api(responder)) => drop(jobs.spawn(reply(responder, *answer))),
+                    Some(Caller::Door(at)) => {
+                        let tools = self.tools.jobs.clone();
+                        jobs.spawn(async move { tools.answer_door(*at, *answer).await });
+                    }
+                    None => {}
                 }
             }
             other => {
@@ -182,12 +190,15 @@ async fn send_events(
     "events"
 }
 
-async fn reply(responder: ApiResponder, answer: Answer) {
+async fn reply(responder: voxfleet_nats::api::ApiResponder, answer: Answer) {
     let sent = match answer {
         Answer::Opened(opened) => responder.reply(&Reply::Ok(opened)).await,
         Answer::Status(status) => responder.reply(&Reply::Ok(*status)).await,
         Answer::Closed(closed) => responder.reply(&Reply::Ok(closed)).await,
         Answer::Fleet(fleet) => responder.reply(&Reply::Ok(*fleet)).await,
+        Answer::Submitted(submitted) => responder.reply(&Reply::Ok(submitted)).await,
+        Answer::Job(status) => responder.reply(&Reply::Ok(*status)).await,
+        Answer::Jobs(list) => responder.reply(&Reply::Ok(*list)).await,
         Answer::Refused(failure) => responder.reply(&Reply::<()>::Error(failure)).await,
     };
     if let Err(error) = sent {
@@ -269,6 +280,7 @@ impl Tools {
                 }
                 return None;
             }
+            Effect::Job(effect) => Input::Job(Box::new(self.jobs.carry_out(effect).await?)),
             Effect::Hint { .. } | Effect::Tell { .. } | Effect::Answer { .. } | Effect::GoBack { .. } => return None,
         })
     }
@@ -356,12 +368,12 @@ impl Tools {
     }
 }
 
-fn unix_ms() -> u64 {
+pub(super) fn unix_ms() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
 /// An error with its causes, for the log.
-fn describe(error: &dyn std::error::Error) -> String {
+pub(super) fn describe(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut at = error.source();
     while let Some(cause) = at {

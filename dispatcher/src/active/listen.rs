@@ -57,11 +57,11 @@ pub(super) async fn heartbeats(
     "heartbeats"
 }
 
-/// Every final of a session from now on.
-pub(super) async fn finals(nats: Nats, inputs: mpsc::Sender<Input>, stop: CancellationToken) -> &'static str {
+/// Every final of one kind from now on.
+pub(super) async fn finals(nats: Nats, kind: Kind, inputs: mpsc::Sender<Input>, stop: CancellationToken) -> &'static str {
     let mut backoff = Backoff::default();
     let listen = async {
-        let mut finals = transcript::finals(&nats, &Filter::Kind(Kind::Session), Start::New);
+        let mut finals = transcript::finals(&nats, &Filter::Kind(kind), Start::New);
         loop {
             match finals.next().await {
                 Ok(read) => {

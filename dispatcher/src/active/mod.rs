@@ -3,8 +3,10 @@
 //! The loop never waits for the network. What it wants done goes to tasks or bounded channels; what comes back is the next
 //! input.
 
+mod door;
 mod effects;
 mod fleet_record;
+mod jobs;
 mod listen;
 mod recover;
 
@@ -22,7 +24,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
     Nats,
-    api::{ApiResponder, ApiServer},
+    api::{ApiCall, ApiResponder, ApiServer, Endpoint},
     kv::{Bucket, Records},
     lease::Lease,
     log::LogItem,
@@ -31,18 +33,23 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::{
     fleet::Heartbeat,
-    id::{StreamId, WorkerName},
+    failure::{Failure, FailureClass},
+    id::{Kind, StreamId, WorkerName},
     transcript::Final,
 };
 
 use crate::{
     config::DispatcherConfig,
-    core::{Admission, AppendError, AskReply, Core, Effect, Loaded, Mark, SaveError, WalkEnd},
+    core::{
+        Admission, AppendError, AskReply, Core, Effect, Loaded, Mark, SaveError, WalkEnd, jobs::JobInput,
+    },
+    jobs::Submission,
     moment::Moment,
     run::DispatcherError,
     sessions::{CallId, ChainMark},
 };
 use effects::Effects;
+use jobs::{Budget, Caller};
 use recover::Cursor;
 
 /// One heartbeat period and what its messages may be late: after that, whoever is alive has been heard.
@@ -54,6 +61,8 @@ const BATCH: usize = 256;
 /// Jobs under way or waiting for a permit, as a multiple of the permits, at which the loop takes no new entries and
 /// requests: enough to keep every permit busy, and what strangers send waits in the log instead of in memory.
 const JOBS_PER_PERMIT: usize = 4;
+/// What whoever submits a recording is told to wait while others are being stored.
+const BUSY_MS: u64 = 500;
 /// How long what is under way may take when the dispatcher stops.
 const STOP_WITHIN: Duration = Duration::from_secs(2);
 
@@ -65,7 +74,6 @@ pub(crate) enum Ended {
 }
 
 /// What comes back to the loop.
-#[derive(Debug)]
 enum Input {
     Heartbeat(Box<Heartbeat>, Duration),
     Final(Box<Final>),
@@ -120,6 +128,12 @@ enum Input {
         worker: WorkerName,
         written: Result<(), String>,
     },
+    /// Somebody wants a recording transcribed.
+    Submit {
+        caller: Caller,
+        submission: Result<Box<Submission>, Failure>,
+    },
+    Job(Box<JobInput>),
     CursorSaved,
 }
 
@@ -162,7 +176,9 @@ pub(crate) async fn run(
     let publisher = Publisher::new(nats);
     let mut listeners: JoinSet<&'static str> = JoinSet::new();
     listeners.spawn(listen::heartbeats(nats.clone(), clock, inputs.clone(), stop.clone()));
-    listeners.spawn(listen::finals(nats.clone(), inputs.clone(), stop.clone()));
+    for kind in [Kind::Session, Kind::Job] {
+        listeners.spawn(listen::finals(nats.clone(), kind, inputs.clone(), stop.clone()));
+    }
     listeners.spawn(listen::probe(nats.clone(), Duration::from_millis(config.tick_ms), inputs.clone(), stop.clone()));
     listeners.spawn(listen::sweep(nats.clone(), config.topology.clone(), inputs.clone(), stop.clone()));
 
@@ -181,17 +197,19 @@ pub(crate) async fn run(
         permits: Arc::new(Semaphore::new(config.io_in_flight)),
         inputs: inputs.clone(),
         go_back: None,
+        budget: Budget::new(),
     };
 
     let renewing = listen::renew(lease, Duration::from_millis(config.lease_ms), held_until, stop.clone());
     tokio::pin!(renewing);
     let ready = async {
         let recovered = recover::open_sessions(nats, config.io_in_flight).await?;
+        let jobs = recover::jobs(nats, config.io_in_flight).await?;
         tokio::time::sleep(HEAR_FIRST.saturating_sub(clock.mono())).await;
-        Ok::<_, DispatcherError>(recovered)
+        Ok::<_, DispatcherError>((recovered, jobs))
     };
     tokio::pin!(ready);
-    let (recovered, from) = loop {
+    let ((recovered, from), (open_jobs, ended_jobs)) = loop {
         tokio::select! {
             recovered = &mut ready => break recovered?,
             () = shutdown.cancelled() => return Ok(Ended::Shutdown),
@@ -206,6 +224,23 @@ pub(crate) async fn run(
     for loaded in recovered {
         state.core.recover(loaded, now);
     }
+    tracing::info!(jobs = open_jobs.len(), ended = ended_jobs.len(), "predecessor's jobs read");
+    for loaded in open_jobs {
+        state.core.recover_job(loaded, now);
+    }
+    for (id, at_ms) in ended_jobs {
+        state.core.job_expires(id, at_ms);
+    }
+    let (door, door_open) = watch::channel(false);
+    listeners.spawn(door::publishes(
+        nats.clone(),
+        door_open,
+        state.budget.clone(),
+        inputs.clone(),
+        stop.clone(),
+    ));
+    listeners.spawn(door::keys(nats.clone(), inputs.clone(), stop.clone()));
+    listeners.spawn(door::tidy(nats.clone(), config.topology.transcript_max_age_s, stop.clone()));
     state.saved_cursor = from;
     listeners.spawn(listen::tail(nats.clone(), (from + 1, entries), tail_starts, stop.clone()));
 
@@ -241,7 +276,7 @@ pub(crate) async fn run(
             }
             call = api.next(), if taking => {
                 let Some((call, responder)) = call else { return Err(DispatcherError::Closed) };
-                state.request(&call, responder);
+                state.request(call, responder);
             }
             _ = ticks.tick() => {
                 let now = clock.now();
@@ -263,6 +298,8 @@ pub(crate) async fn run(
         if clock.mono() >= act_from {
             state.core.settle(clock.now());
         }
+        let takes_jobs = taking && state.core.takes_jobs();
+        door.send_if_modified(|open| std::mem::replace(open, takes_jobs) != takes_jobs);
         state.carry_out();
         if let Some(from) = state.go_back.take() {
             // What the old channel holds is above that and comes again.
@@ -285,7 +322,7 @@ struct Active {
     clock: Clock,
     effects: Effects,
     jobs: JoinSet<()>,
-    calls: HashMap<CallId, ApiResponder>,
+    calls: HashMap<CallId, Caller>,
     next_call: u64,
     cursors: Records<Cursor>,
     saved_cursor: u64,
@@ -294,6 +331,8 @@ struct Active {
     inputs: mpsc::Sender<Input>,
     /// Where the tail is to read again from.
     go_back: Option<u64>,
+    /// Memory for recordings inside requests.
+    budget: Budget,
 }
 
 impl Active {
@@ -320,15 +359,47 @@ impl Active {
             Input::ChainRead { id, chain } => core.chain_read(&id, chain, now),
             Input::Admitted { worker, admission } => core.admitted(&worker, admission, now),
             Input::Buried { worker, written } => core.buried(&worker, written, now),
+            Input::Submit { caller, submission } => {
+                let call = self.call(caller);
+                self.core.job(JobInput::Submit { call, submission }, now);
+            }
+            Input::Job(input) => core.job(*input, now),
             Input::CursorSaved => self.saving_cursor = false,
         }
     }
 
-    fn request(&mut self, call: &voxfleet_nats::api::ApiCall, responder: ApiResponder) {
+    fn call(&mut self, caller: Caller) -> CallId {
         self.next_call += 1;
         let id = CallId(self.next_call);
-        self.calls.insert(id, responder);
-        self.core.request(id, call, self.clock.now());
+        self.calls.insert(id, caller);
+        id
+    }
+
+    fn request(&mut self, call: ApiCall, responder: ApiResponder) {
+        let caller = Caller::Api(responder);
+        if call.endpoint == Endpoint::JobSubmit {
+            return self.submit(call, caller);
+        }
+        let id = self.call(caller);
+        self.core.request(id, &call, self.clock.now());
+    }
+
+    /// A job request may carry a recording: it is read beside the loop, and only while there is memory for it.
+    fn submit(&mut self, call: ApiCall, caller: Caller) {
+        let Some(paid) = self.budget.try_take(call.body.len()) else {
+            let busy = Failure {
+                retry_after_ms: Some(BUSY_MS),
+                ..Failure::new(FailureClass::NoCapacity, "too many recordings are being submitted")
+            };
+            let id = self.call(caller);
+            return self.core.job(JobInput::Submit { call: id, submission: Err(busy) }, self.clock.now());
+        };
+        let inputs = self.inputs.clone();
+        self.jobs.spawn(async move {
+            let submission = door::read(call.body, call.content_type, None, Some(paid)).await;
+            // The loop is gone when this fails: the client asks again.
+            let _ = inputs.send(Input::Submit { caller, submission }).await;
+        });
     }
 
     fn carry_out(&mut self) {

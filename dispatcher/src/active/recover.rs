@@ -10,10 +10,16 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::{
     id::{Kind, StreamId},
+    job::JobRecord,
     session::{SessionRecord, SessionState},
 };
 
-use crate::{core::Loaded, run::DispatcherError, sessions::ChainMark};
+use super::jobs::last_mark;
+use crate::{
+    core::{Loaded, jobs::JobLoaded},
+    run::DispatcherError,
+    sessions::ChainMark,
+};
 
 const CURSOR_KEY: &str = "log-cursor";
 
@@ -39,6 +45,30 @@ pub(super) async fn open_sessions(nats: &Nats, in_flight: usize) -> Result<(Vec<
     });
     let loaded = stream::iter(reads).buffer_unordered(in_flight).try_collect().await?;
     Ok((loaded, from))
+}
+
+/// Every job that has not ended, with its last final; and when each of the others is to be looked at.
+pub(super) async fn jobs(
+    nats: &Nats,
+    in_flight: usize,
+) -> Result<(Vec<JobLoaded>, Vec<(StreamId, u64)>), DispatcherError> {
+    let records: Records<JobRecord> = Records::new(nats, Bucket::Jobs);
+    let (ended, open): (Vec<_>, Vec<_>) =
+        records.all().await?.into_iter().map(|(_, v)| v).partition(|v| v.value.state.has_ended());
+    // When exactly is decided from the key, when the time of its result is over.
+    let ends = |record: &JobRecord| record.ended_ms.unwrap_or(0).saturating_add(u64::from(record.result_ttl_s) * 1_000);
+    let ended = ended.into_iter().map(|v| (v.value.id.clone(), ends(&v.value))).collect();
+    let reads = open.into_iter().map(|v| {
+        let chain = Chain::new(nats);
+        async move {
+            // Nobody has worked on it yet.
+            let new = v.value.epoch == 0;
+            let mark = if new { None } else { last_mark(&chain, &v.value.id).await? };
+            Ok::<_, DispatcherError>(JobLoaded { record: Some((v.value, v.revision)), chain: mark })
+        }
+    });
+    let open = stream::iter(reads).buffer_unordered(in_flight).try_collect().await?;
+    Ok((open, ended))
 }
 
 /// Last final and last log entry of a session, from the leaders.

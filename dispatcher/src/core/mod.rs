@@ -6,13 +6,15 @@
 //! | [`entries`] | what the tail reads: first chunks, audio, audio behind an end |
 //! | [`placing`] | choosing a worker, writing the record, asking the worker |
 //! | [`endings`] | finals, ends, what stands in the log behind them |
-//! | [`requests`] | the session API |
+//! | [`requests`] | the API |
+//! | [`jobs`] | file jobs: the same again for recordings |
 //! | [`expiry`] | audio that leaves the log before anybody had room, streams that fill up |
 //! | [`upkeep`] | heartbeats, verdicts, idle times, reconciliation |
 
 mod endings;
 mod entries;
 mod expiry;
+pub mod jobs;
 mod placing;
 mod requests;
 #[cfg(test)]
@@ -27,7 +29,8 @@ use voxfleet_schema::{
     event::{Event, Scope, What},
     failure::Failure,
     fleet::{Assignment, FleetStatus, Heartbeat},
-    id::{StreamId, WorkerName},
+    id::{Kind, StreamId, WorkerName},
+    job::{JobList, JobStatus, Submitted},
     session::{Closed, Opened, SessionRecord, SessionState, SessionStatus},
     transcript::Final,
 };
@@ -132,6 +135,8 @@ pub enum Effect {
     RemoveConsumers {
         worker: WorkerName,
     },
+    /// -> [`Core::job`].
+    Job(jobs::JobEffect),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -140,6 +145,9 @@ pub enum Answer {
     Status(Box<SessionStatus>),
     Closed(Closed),
     Fleet(Box<FleetStatus>),
+    Submitted(Submitted),
+    Job(Box<JobStatus>),
+    Jobs(Box<JobList>),
     Refused(Failure),
 }
 
@@ -212,6 +220,7 @@ pub struct Core {
     expiry: expiry::Expiry,
     /// When the tail last went back.
     went_back: std::time::Duration,
+    jobs: jobs::Jobs,
 }
 
 pub(crate) use expiry::closing_final;
@@ -232,6 +241,7 @@ impl Core {
             effects: Vec::new(),
             expiry: expiry::Expiry::default(),
             went_back: std::time::Duration::ZERO,
+            jobs: jobs::Jobs::default(),
         }
     }
 
@@ -327,6 +337,10 @@ impl Core {
 
     /// A final was stored, by whichever worker.
     pub fn finished(&mut self, stored: &Final, now: Moment) {
-        self.chain_moved(&stored.id, ChainMark::from(stored), now);
+        match stored.kind {
+            Kind::Session => self.chain_moved(&stored.id, ChainMark::from(stored), now),
+            Kind::Job => self.job_final(stored, now),
+            Kind::Unknown => {}
+        }
     }
 }

@@ -30,6 +30,7 @@ impl Core {
                 heartbeat: &worker.heartbeat,
                 health: worker.health(now.mono, &self.config),
                 used: worker.load.used(),
+                slots: worker.heartbeat.slots.total,
                 superseded: self.fleet.superseded(name),
                 refused: session
                     .refused
@@ -37,7 +38,7 @@ impl Core {
                     .any(|(who, seq)| who == name && worker.heartbeat.seq < seq + HEARTBEATS_LEFT_OUT),
             })
             .collect();
-        let request = Request { options: &session.record.options, vad: session.vad() };
+        let request = Request { options: &session.record.options, vad: session.vad(), live: true };
         let decision = routing::route(request, &candidates, &self.config);
         let reasons = routing::explain(&candidates, &decision);
         (decision.pick.map(|at| candidates[at].name.clone()), reasons)

@@ -8,17 +8,16 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     fleet::FleetStatus,
     id::StreamId,
+    job::{JobListRequest, JobQuery},
     session::{Closed, OpenRequest, SessionOptions, SessionRequest, SessionState, SessionStatus},
 };
 
 use super::{Answer, Core, Effect, Mark};
 use crate::{
+    jobs::request::explain,
     moment::Moment,
     sessions::{Asked, CallId, Stage},
 };
-
-/// Longest part of a parser's message that goes back to its sender.
-const MAX_WHY: usize = 200;
 
 impl Core {
     pub fn request(&mut self, call: CallId, request: &ApiCall, now: Moment) {
@@ -39,6 +38,18 @@ impl Core {
                 Err(error) => self.refuse(call, bad_request(&error)),
             },
             Endpoint::FleetStatus => self.fleet_status(call, now),
+            Endpoint::JobStatus => match request.decode::<JobQuery>() {
+                Ok(query) => self.ask_status(call, query, now),
+                Err(error) => self.refuse(call, bad_request(&error)),
+            },
+            Endpoint::JobCancel => match request.decode::<JobQuery>() {
+                Ok(query) => self.ask_cancel(call, query, now),
+                Err(error) => self.refuse(call, bad_request(&error)),
+            },
+            Endpoint::JobList => match request.decode::<JobListRequest>() {
+                Ok(list) => self.ask_list(call, list),
+                Err(error) => self.refuse(call, bad_request(&error)),
+            },
             other => {
                 let message = format!("{other} is not available in this version");
                 self.refuse(call, Failure::new(FailureClass::BadRequest, message));
@@ -47,12 +58,15 @@ impl Core {
     }
 
     fn fleet_status(&mut self, call: CallId, now: Moment) {
+        let (jobs_queued, jobs_assigned) = self.job_counts();
         let count = |state| self.book.sessions().filter(|(_, s)| s.state() == state).count() as u32;
         let status = FleetStatus {
             dispatcher: self.name.clone(),
             workers: self.fleet.status(now.mono, &self.config),
             sessions_waiting: count(SessionState::Waiting),
             sessions_assigned: count(SessionState::Assigned),
+            jobs_queued,
+            jobs_assigned,
         };
         self.answer(call, Answer::Fleet(Box::new(status)));
     }
@@ -171,11 +185,7 @@ impl Core {
 }
 
 fn bad_request(error: &CodecError) -> Failure {
-    let mut why = error.to_string();
-    if let Some(source) = std::error::Error::source(error) {
-        why = format!("{why}: {source}");
-    }
-    Failure::new(FailureClass::BadRequest, why.chars().take(MAX_WHY).collect::<String>())
+    Failure::new(FailureClass::BadRequest, explain(error))
 }
 
 /// How long sessions that ended stay in memory.

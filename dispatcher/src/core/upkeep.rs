@@ -29,9 +29,18 @@ const GO_BACK_EVERY: Duration = Duration::from_secs(10);
 impl Core {
     pub fn heartbeat(&mut self, heartbeat: Heartbeat, now: Moment) {
         let name = heartbeat.worker();
-        match self.fleet.heard(heartbeat.clone(), now.mono) {
+        let free = |core: &Self| {
+            core.fleet.get(&name).map_or(0, |w| w.heartbeat.job_slots.total.saturating_sub(w.jobs.used()))
+        };
+        let free_before = free(self);
+        let heard = self.fleet.heard(heartbeat.clone(), now.mono);
+        if free(self) > free_before {
+            self.job_room();
+        }
+        match heard {
             Heard::Joined => {
                 self.recharge(&name);
+                self.recharge_jobs(&name);
                 self.effect(Effect::Admit { heartbeat: Box::new(heartbeat) });
             }
             Heard::Known => self.place_due = true,
@@ -70,6 +79,7 @@ impl Core {
                 }
                 self.fleet.set_ready(worker, true);
                 self.place_due = true;
+                self.job_room();
             }
             Admission::Dead => {
                 self.fleet.bury(worker, now.mono);
@@ -94,6 +104,7 @@ impl Core {
         self.fleet_event(worker, What::Dead, now, serde_json::json!({}));
         self.effect(Effect::RemoveConsumers { worker: worker.clone() });
         self.reconcile(now);
+        self.reconcile_jobs(now);
     }
 
     /// Consumers that exist on the server: those of unknown or dead incarnations go, missing ones are made again.
@@ -146,6 +157,7 @@ impl Core {
         self.look_at_expiry(now);
         self.reconcile(now);
         self.place_waiting(now);
+        self.tick_jobs(now);
     }
 
     /// After each batch of inputs: what came free goes to those who wait.
@@ -153,6 +165,7 @@ impl Core {
         if self.place_due {
             self.place_waiting(now);
         }
+        self.settle_jobs(now);
     }
 
     fn look_at_sessions(&mut self, now: Moment) {

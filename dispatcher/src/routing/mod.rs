@@ -1,4 +1,4 @@
-//! Which worker takes a session: filter, then score, then pick. Pure; time and load come in as values.
+//! Which worker takes a session or a file job: filter, then score, then pick. Pure; time and load come in as values.
 //!
 //! Every candidate leaves with a reason, chosen or not, so that an `assigned` or `waiting` event explains itself.
 
@@ -29,6 +29,8 @@ pub struct Request<'a> {
     pub options: &'a SessionOptions,
     /// A session that has finals keeps their VAD kind.
     pub vad: Option<VadKind>,
+    /// Somebody listens: it must keep up with speech. A file job need not.
+    pub live: bool,
 }
 
 /// One worker that could take it.
@@ -37,8 +39,10 @@ pub struct Candidate<'a> {
     pub name: &'a WorkerName,
     pub heartbeat: &'a Heartbeat,
     pub health: WorkerHealth,
-    /// Slots taken, the dispatcher's own pending assignments included.
+    /// Slots of the kind asked for that are taken, the dispatcher's own pending assignments included.
     pub used: u32,
+    /// Slots of that kind in all: those of live sessions and of jobs do not count against each other.
+    pub slots: u32,
     /// A newer incarnation runs on its GPU.
     pub superseded: bool,
     /// It refused this session and has not sent two heartbeats since.
@@ -180,10 +184,11 @@ fn judge(
         return Err(Refusal::WrongDevice);
     }
     let fit = fit::model(request.options, beat, config.reserve_percent)?;
-    if candidate.used >= beat.slots.total {
+    if candidate.used >= candidate.slots {
         return Err(Refusal::NoSlot);
     }
-    if let (Some(rate), Some(age)) = (beat.engine.decode_rate, beat.engine.decode_rate_age_ms)
+    if request.live
+        && let (Some(rate), Some(age)) = (beat.engine.decode_rate, beat.engine.decode_rate_age_ms)
         && age < DECODE_RATE_FRESH_MS
         && rate < config.min_decode_rate
     {
@@ -198,7 +203,7 @@ fn judge(
         smaller: fit.stand_in.map_or(0, |(_, sizes)| sizes),
         cpu: cpu && request.options.policy != Policy::ForceCpu,
         used: candidate.used,
-        slots: beat.slots.total,
+        slots: candidate.slots,
         pressure: others.saturating_sub(PRESSURE_FROM) as u32,
         warm: fit.warm,
         free_mb: device.free_mb,

@@ -27,6 +27,7 @@ fn candidates(gpus: &[Gpu]) -> Vec<Candidate<'_>> {
             heartbeat: &g.beat,
             health: WorkerHealth::Alive,
             used: g.used,
+            slots: g.beat.slots.total,
             superseded: false,
             refused: false,
         })
@@ -34,7 +35,7 @@ fn candidates(gpus: &[Gpu]) -> Vec<Candidate<'_>> {
 }
 
 fn pick(gpus: &[Gpu], options: &SessionOptions) -> Result<usize, Failure> {
-    route(Request { options, vad: None }, &candidates(gpus), &DispatcherConfig::default()).pick
+    route(Request { options, vad: None, live: true }, &candidates(gpus), &DispatcherConfig::default()).pick
 }
 
 fn class(gpus: &[Gpu], options: &SessionOptions) -> FailureClass {
@@ -83,7 +84,7 @@ fn each_filter_names_its_reason() {
         (tiny, Refusal::ModelTooLarge),
     ];
     let options = SessionOptions::default();
-    let request = Request { options: &options, vad: Some(VadKind::Silero) };
+    let request = Request { options: &options, vad: Some(VadKind::Silero), live: true };
     for (change, refusal) in cases {
         let mut fleet = gpus(2);
         change(&mut fleet[0]);
@@ -110,7 +111,7 @@ fn only_the_alive_take_new_work() {
     ] {
         let mut one = candidates(&fleet);
         one[0].health = health;
-        let decision = route(Request { options: &options, vad: None }, &one, &DispatcherConfig::default());
+        let decision = route(Request { options: &options, vad: None, live: true }, &one, &DispatcherConfig::default());
         assert_eq!(decision.reasons, [Err(Refusal::NotAlive(health))]);
         assert_eq!(decision.pick.expect_err("nobody").class, FailureClass::NoWorkers);
     }
@@ -128,7 +129,7 @@ fn refusals_tell_apart_what_waiting_cures() {
     let mut refused = candidates(&fleet);
     refused[0].refused = true;
     let options = SessionOptions::default();
-    let decision = route(Request { options: &options, vad: None }, &refused, &DispatcherConfig::default());
+    let decision = route(Request { options: &options, vad: None, live: true }, &refused, &DispatcherConfig::default());
     assert_eq!(decision.pick.expect_err("refused").class, FailureClass::NoCapacity);
 }
 
@@ -195,7 +196,7 @@ fn of_two_incarnations_the_newest_that_can_takes_it() {
     let both = |fleet: &[Gpu]| {
         let mut both = candidates(fleet);
         both[0].superseded = true;
-        route(Request { options: &options, vad: None }, &both, &DispatcherConfig::default()).pick
+        route(Request { options: &options, vad: None, live: true }, &both, &DispatcherConfig::default()).pick
     };
     assert_eq!(both(&fleet), Ok(1));
     fleet[1].used = 4;
@@ -208,7 +209,7 @@ fn an_explanation_names_every_candidate() {
     fleet[2].used = 4;
     let options = SessionOptions::default();
     let candidates = candidates(&fleet);
-    let decision = route(Request { options: &options, vad: None }, &candidates, &DispatcherConfig::default());
+    let decision = route(Request { options: &options, vad: None, live: true }, &candidates, &DispatcherConfig::default());
     let rows = explain(&candidates, &decision);
     assert_eq!(rows[0]["chosen"], true);
     assert_eq!(rows[1]["chosen"], false);

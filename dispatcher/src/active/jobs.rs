@@ -1,0 +1,401 @@
+//! File jobs: the door they come in by, and the effects carried out for them.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use voxfleet_nats::{
+    Nats,
+    api::ApiResponder,
+    fleet as workers,
+    jobs::{self as queue, JobAck, WorkError},
+    kv::{Bucket, KvError, Records},
+    media::{Media, MediaError},
+    publish::Publisher,
+    transcript::{Chain, ChainError, Outcome, StoredFinal},
+};
+use voxfleet_schema::{
+    event::{Event, Scope, What},
+    failure::{Failure, FailureClass},
+    fleet::{ControlReply, ControlRequest},
+    id::{Kind, StreamId, WorkerName},
+    job::{Inline, JobListRequest, JobRecord, WorkItem},
+};
+
+use super::effects::{describe, unix_ms};
+use crate::{
+    config::DispatcherConfig,
+    core::{
+        Answer,
+        jobs::{Expired, JobEffect, JobInput, JobLoaded, JobSaveError, PutError, Sent, Work},
+    },
+    jobs::{
+        JobMark, Recording,
+        decide::{self, Expiry},
+        request,
+    },
+};
+
+/// Memory for requests with a recording inside, in kB: twenty of the largest, decoded and not.
+const RECORDINGS_KB: u32 = 128 * 1024;
+/// How long writing the end of a job may take; it holds a permit.
+const CLOSE_WITHIN: Duration = Duration::from_secs(30);
+/// How much of a refused request is put away, in bytes.
+const MAX_KEPT: usize = 64 * 1024;
+/// A publish that cannot be taken now comes again after this, unless the refusal says otherwise.
+const COME_AGAIN: Duration = Duration::from_secs(1);
+/// The bucket has no room (JetStream's own code).
+const STORE_FAILED: u64 = 10_077;
+/// Stands for a name that is none, where a subject needs one.
+const NO_NAME: &str = "_invalid";
+
+/// What strangers' recordings may take of this process's memory.
+#[derive(Clone)]
+pub(super) struct Budget(Arc<Semaphore>);
+
+impl Budget {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Semaphore::new(RECORDINGS_KB as usize)))
+    }
+
+    /// A body and what is decoded from it, in kB.
+    fn cost(len: usize) -> u32 {
+        u32::try_from(2 * len / 1024 + 1).unwrap_or(u32::MAX).min(RECORDINGS_KB)
+    }
+
+    /// None: no room now.
+    pub(super) fn try_take(&self, len: usize) -> Option<OwnedSemaphorePermit> {
+        self.0.clone().try_acquire_many_owned(Self::cost(len)).ok()
+    }
+
+    /// Waits for room for the largest request.
+    pub(super) async fn take(&self, len: usize) -> Option<OwnedSemaphorePermit> {
+        // Never closed.
+        self.0.clone().acquire_many_owned(Self::cost(len)).await.ok()
+    }
+
+    /// Gives back what a smaller body than expected does not need.
+    pub(super) fn shrink(permit: &mut OwnedSemaphorePermit, len: usize) {
+        let excess = permit.num_permits().saturating_sub(Self::cost(len) as usize);
+        drop(permit.split(excess));
+    }
+}
+
+/// Who waits for an answer.
+pub(super) enum Caller {
+    Api(ApiResponder),
+    Door(Box<AtTheDoor>),
+}
+
+/// A bare publish: its answer is an ack, and what is refused for good is put away for its sender to find.
+pub(super) struct AtTheDoor {
+    pub(super) ack: JobAck,
+    pub(super) id: Option<StreamId>,
+    pub(super) seq: u64,
+    pub(super) content_type: Option<String>,
+    pub(super) body: Bytes,
+}
+
+/// What `ASR_DEAD` keeps of a request that was refused.
+#[derive(Serialize)]
+struct RefusedLetter<'a> {
+    error: &'a Failure,
+    at_ms: u64,
+    /// Sequence in `ASR_JOBS`.
+    seq: u64,
+    content_type: Option<&'a str>,
+    body_bytes: usize,
+    /// Its first 64 KiB, as text or else as base64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body_base64: Option<Inline>,
+}
+
+/// What `ASR_DEAD` keeps of a job that failed: enough to submit it again.
+#[derive(Serialize)]
+struct FailedLetter<'a> {
+    error: &'a Failure,
+    at_ms: u64,
+    record: &'a JobRecord,
+}
+
+/// Everything the effects of jobs need.
+#[derive(Clone)]
+pub(super) struct JobTools {
+    nats: Nats,
+    records: Records<JobRecord>,
+    chain: Chain,
+    media: Media,
+    publisher: Publisher,
+    /// Reading all keys takes memory: one at a time.
+    listing: Arc<Semaphore>,
+    control_timeout: Duration,
+    transcript_s: u64,
+}
+
+impl JobTools {
+    pub(super) fn new(nats: &Nats, config: &DispatcherConfig, publisher: Publisher) -> Self {
+        Self {
+            nats: nats.clone(),
+            records: Records::new(nats, Bucket::Jobs),
+            chain: Chain::new(nats),
+            media: Media::new(nats),
+            publisher,
+            listing: Arc::new(Semaphore::new(1)),
+            control_timeout: Duration::from_millis(config.control_timeout_ms),
+            transcript_s: config.topology.transcript_max_age_s,
+        }
+    }
+
+    pub(super) async fn carry_out(&self, effect: JobEffect) -> Option<JobInput> {
+        Some(match effect {
+            JobEffect::Load { id } => {
+                let result = self.load(&id).await.map(Box::new).map_err(|e| describe(&e));
+                JobInput::Loaded { id, result }
+            }
+            JobEffect::Put { id, recording } => {
+                let result = self.put(&id, recording).await;
+                JobInput::Put { id, result }
+            }
+            JobEffect::Save { id, record, revision } => {
+                let written = match revision {
+                    Some(revision) => self.records.update(id.as_str(), &record, revision).await,
+                    None => self.records.create(id.as_str(), &record).await,
+                };
+                JobInput::Saved { id, result: written.map_err(|error| save_error(&error)) }
+            }
+            JobEffect::Send { worker, item, publish } => {
+                let result = self.send(&worker, &item, publish).await;
+                JobInput::Sent { id: item.job, epoch: item.epoch, result }
+            }
+            JobEffect::Release { worker, id, epoch } => {
+                let done = self.release(&worker, &id, epoch).await;
+                JobInput::Released { worker, id, done }
+            }
+            JobEffect::ReadChain { id } => match self.chain.last(Kind::Job, &id).await {
+                Ok(last) => JobInput::Chain { mark: last.map(|s| JobMark::from(&s.value)), id },
+                Err(error) => {
+                    // The next tick sees the same difference.
+                    tracing::warn!(job = %id, error = %error, "last final cannot be read");
+                    return None;
+                }
+            },
+            JobEffect::Close { record } => {
+                let closing = tokio::time::timeout(CLOSE_WITHIN, self.close(&record)).await;
+                let result = closing.unwrap_or_else(|_| Err("no answer in time".to_owned()));
+                JobInput::Closed { id: record.id, result }
+            }
+            JobEffect::Expire { id } => {
+                let result = self.expire(&id).await;
+                JobInput::Expired { id, result }
+            }
+            JobEffect::List { call, request } => {
+                let result = self.list(&request).await.map_err(|e| describe(&e));
+                JobInput::Listed { call, result }
+            }
+        })
+    }
+
+    async fn load(&self, id: &StreamId) -> Result<JobLoaded, KvError> {
+        let (record, chain) = tokio::join!(self.records.get(id.as_str()), last_mark(&self.chain, id));
+        Ok(JobLoaded { record: record?.map(|v| (v.value, v.revision)), chain: chain? })
+    }
+
+    async fn put(&self, id: &StreamId, recording: Recording) -> Result<(), PutError> {
+        let key = voxfleet_schema::job::audio_key(id);
+        match self.media.put_bytes(&key, recording.bytes.clone()).await {
+            Ok(_) => Ok(()),
+            Err(MediaError::Full) => Err(PutError::Full),
+            Err(error) => Err(PutError::Failed(describe(&error))),
+        }
+    }
+
+    async fn send(&self, worker: &WorkerName, item: &WorkItem, publish: bool) -> Result<Sent, String> {
+        let chain = last_mark(&self.chain, &item.job).await.map_err(|e| describe(&e))?;
+        if chain.as_ref().is_some_and(|mark| mark.end.is_some()) {
+            return Ok(Sent { chain, work: Work::NotNeeded });
+        }
+        let queued = if publish {
+            queue::publish_work(&self.nats, worker, item).await.map(|_| true)
+        } else {
+            let found = queue::queued_work(&self.nats, worker, &item.job).await;
+            found.map(|found| found.is_some_and(|found| found.epoch == item.epoch))
+        };
+        let work = match queued {
+            Ok(true) => Work::Queued,
+            Ok(false) => Work::Missing,
+            Err(WorkError::Newer { epoch }) => Work::Newer { epoch },
+            Err(error) => return Err(describe(&error)),
+        };
+        Ok(Sent { chain, work })
+    }
+
+    /// True when the worker says that it holds the job no longer.
+    async fn release(&self, worker: &WorkerName, id: &StreamId, epoch: u64) -> bool {
+        // A later assignment to the same worker stays.
+        let stale = match queue::queued_work(&self.nats, worker, id).await {
+            Ok(item) => item.is_some_and(|item| item.epoch <= epoch),
+            Err(WorkError::Malformed { .. }) => true,
+            Err(error) => {
+                tracing::warn!(job = %id, gpu = %worker.gpu_id, error = %error, "queued work cannot be read");
+                false
+            }
+        };
+        if stale && let Err(error) = queue::purge_work(&self.nats, worker, id).await {
+            // A worker that takes it is told to let go when its heartbeat shows it.
+            tracing::warn!(job = %id, gpu = %worker.gpu_id, error = %error, "queued work not taken back");
+        }
+        let request = ControlRequest::Release { kind: Kind::Job, id: id.clone(), epoch };
+        match workers::control(&self.nats, worker, &request, self.control_timeout).await {
+            Ok(ControlReply::Done) => true,
+            Ok(reply) => {
+                tracing::info!(job = %id, gpu = %worker.gpu_id, ?reply, "worker did not let go");
+                false
+            }
+            Err(error) => {
+                tracing::info!(job = %id, gpu = %worker.gpu_id, error = %error, "worker did not answer");
+                false
+            }
+        }
+    }
+
+    /// Ends the chain of a job that failed or was cancelled. An end that stands there wins.
+    async fn close(&self, record: &JobRecord) -> Result<Option<JobMark>, String> {
+        let mark = loop {
+            let (last, predecessor) = match self.chain.last(Kind::Job, &record.id).await {
+                Ok(Some(StoredFinal { seq, value })) => (Some(value), Some(seq)),
+                Ok(None) => (None, None),
+                // Somebody else wrote there: the end comes behind it all the same.
+                Err(ChainError::Foreign { seq, .. }) => (None, Some(seq)),
+                Err(error) => return Err(describe(&error)),
+            };
+            if let Some(last) = last.as_ref().filter(|last| last.end) {
+                break JobMark::from(last);
+            }
+            let final_id = uuid::Uuid::new_v4().to_string();
+            let end = request::closing_final(record, last.as_ref(), final_id).map_err(|e| describe(&e))?;
+            match self.chain.store(&end, predecessor).await.map_err(|e| describe(&e))? {
+                Outcome::Stored { .. } => break JobMark::from(&end),
+                // Its worker was faster: behind that final, then.
+                Outcome::LetGo(_) | Outcome::Rebuild(_) => {}
+            }
+        };
+        let failed = mark.end.as_ref().and_then(|end| end.error.as_ref());
+        if let Some(error) = failed.filter(|error| error.class != FailureClass::Cancelled) {
+            let letter = FailedLetter { error, at_ms: unix_ms(), record };
+            self.publisher.dead(Kind::Job, &record.id, &letter).await.map_err(|e| describe(&e))?;
+        }
+        Ok(Some(mark))
+    }
+
+    async fn expire(&self, id: &StreamId) -> Result<Expired, String> {
+        let nothing = Expired { next_ms: None, told: false };
+        let Some(found) = self.records.get(id.as_str()).await.map_err(|e| describe(&e))? else {
+            return Ok(nothing);
+        };
+        match decide::expiry(&found.value, unix_ms(), self.transcript_s) {
+            None => Ok(nothing),
+            Some(Expiry::Later(at)) => Ok(Expired { next_ms: Some(at), told: false }),
+            Some(Expiry::Media) => {
+                for key in decide::media_of(&found.value) {
+                    self.media.delete(&key).await.map_err(|e| describe(&e))?;
+                }
+                let next = JobRecord { expired: true, changed_ms: unix_ms(), ..found.value };
+                self.records.update(id.as_str(), &next, found.revision).await.map_err(|e| describe(&e))?;
+                Ok(Expired { next_ms: Some(unix_ms()), told: true })
+            }
+            Some(Expiry::Key) => {
+                self.records.delete(id.as_str(), Some(found.revision)).await.map_err(|e| describe(&e))?;
+                Ok(nothing)
+            }
+        }
+    }
+
+    /// The newest of those asked for, and how many there are.
+    async fn list(&self, request: &JobListRequest) -> Result<(Vec<JobRecord>, u64), KvError> {
+        // Never closed.
+        let _one = self.listing.acquire().await;
+        let all = self.records.all().await?.into_iter().map(|(_, v)| v.value);
+        let mut records: Vec<JobRecord> =
+            all.filter(|record| request.state.is_none_or(|state| record.state == state)).collect();
+        let total = records.len() as u64;
+        records.sort_by(|a, b| b.submitted_ms.cmp(&a.submitted_ms).then_with(|| a.id.cmp(&b.id)));
+        records.truncate(request.limit.unwrap_or(u32::MAX) as usize);
+        Ok((records, total))
+    }
+
+    /// Answers a bare publish.
+    pub(super) async fn answer_door(&self, at: AtTheDoor, answer: Answer) {
+        let Answer::Refused(failure) = answer else {
+            if let Err(error) = at.ack.done().await {
+                // It comes again and is the same request.
+                tracing::warn!(error = %error, "submitted job not acked");
+            }
+            return;
+        };
+        let later = match failure.retry_after_ms {
+            Some(ms) => Some(Duration::from_millis(ms)),
+            None => match self.put_away(&at, &failure).await {
+                Ok(()) => None,
+                Err(error) => {
+                    tracing::warn!(error, "refused job not put away, it comes again");
+                    Some(COME_AGAIN)
+                }
+            },
+        };
+        let acked = match later {
+            Some(delay) => at.ack.later(delay.max(COME_AGAIN)).await,
+            None => at.ack.done().await,
+        };
+        if let Err(error) = acked {
+            tracing::warn!(error = %error, "submitted job not acked");
+        }
+    }
+
+    async fn put_away(&self, at: &AtTheDoor, failure: &Failure) -> Result<(), String> {
+        let id = match &at.id {
+            Some(id) => id.clone(),
+            None => StreamId::new(NO_NAME).map_err(|e| describe(&e))?,
+        };
+        tracing::info!(job = %id, seq = at.seq, error = %failure, "published job refused");
+        let kept = at.body.slice(..at.body.len().min(MAX_KEPT));
+        let text = std::str::from_utf8(&kept).ok();
+        let letter = RefusedLetter {
+            error: failure,
+            at_ms: unix_ms(),
+            seq: at.seq,
+            content_type: at.content_type.as_deref(),
+            body_bytes: at.body.len(),
+            body: text,
+            body_base64: text.is_none().then(|| Inline(kept.clone())),
+        };
+        self.publisher.dead(Kind::Job, &id, &letter).await.map_err(|e| describe(&e))?;
+        let mut event = Event::new(Scope::Job, id.as_str(), What::Rejected, unix_ms());
+        event.seq = Some(at.seq);
+        event.error = Some(failure.clone());
+        self.publisher.event(&event).await.map_err(|e| describe(&e))
+    }
+}
+
+fn save_error(error: &KvError) -> JobSaveError {
+    match error {
+        KvError::Conflict { .. } => JobSaveError::Conflict,
+        KvError::Server(server) if server.code() == Some(STORE_FAILED) => JobSaveError::Full,
+        other => JobSaveError::Failed(describe(other)),
+    }
+}
+
+/// What the leader knows of a job's last final.
+pub(super) async fn last_mark(chain: &Chain, id: &StreamId) -> Result<Option<JobMark>, voxfleet_nats::ServerError> {
+    match chain.last(Kind::Job, id).await {
+        Ok(stored) => Ok(stored.map(|s| JobMark::from(&s.value))),
+        Err(ChainError::Server(error)) => Err(error),
+        Err(error) => {
+            // Somebody else writes there; the job goes on without that knowledge, its worker meets the same wall.
+            tracing::error!(job = %id, error = %error, "last final cannot be read");
+            Ok(None)
+        }
+    }
+}

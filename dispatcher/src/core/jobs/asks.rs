@@ -1,0 +1,303 @@
+//! What strangers ask. Every request is idempotent by its id: it is answered from the key, whoever wrote that.
+
+use voxfleet_schema::{
+    event::What,
+    failure::{Failure, FailureClass},
+    id::StreamId,
+    job::{JobList, JobListRequest, JobQuery, JobRecord, JobState, JobStatus, Submitted},
+};
+
+use super::{Core, JobEffect, JobLoaded, PutError};
+use crate::{
+    core::Answer,
+    jobs::{Ask, Job, Known, Loading, Stage, Submission, request},
+    moment::Moment,
+    sessions::CallId,
+};
+
+/// Longest list.
+const MAX_LIST: u32 = 1_000;
+const DEFAULT_LIST: u32 = 100;
+
+impl Core {
+    pub(in crate::core) fn ask_status(&mut self, call: CallId, query: JobQuery, now: Moment) {
+        self.ask_job(query.job, call, Ask::Status, now);
+    }
+
+    pub(in crate::core) fn ask_cancel(&mut self, call: CallId, query: JobQuery, now: Moment) {
+        self.ask_job(query.job, call, Ask::Cancel, now);
+    }
+
+    pub(in crate::core) fn ask_list(&mut self, call: CallId, mut request: JobListRequest) {
+        request.limit = Some(request.limit.unwrap_or(DEFAULT_LIST).clamp(1, MAX_LIST));
+        self.job_effect(JobEffect::List { call, request });
+    }
+
+    pub(super) fn jobs_listed(&mut self, call: CallId, result: Result<(Vec<JobRecord>, u64), String>) {
+        match result {
+            Ok((records, total)) => {
+                let row = |record: JobRecord| {
+                    let progress = self.job_progress(&record);
+                    request::summary(record, progress)
+                };
+                let jobs = records.into_iter().map(row).collect();
+                self.answer(call, Answer::Jobs(Box::new(JobList { jobs, total })));
+            }
+            Err(error) => {
+                tracing::warn!(error, "jobs cannot be listed");
+                let failure = self.come_again(FailureClass::Timeout, "the jobs cannot be read now");
+                self.refuse(call, failure);
+            }
+        }
+    }
+
+    pub(super) fn job_submitted(
+        &mut self,
+        call: CallId,
+        submission: Result<Box<Submission>, Failure>,
+        now: Moment,
+    ) {
+        match submission {
+            Ok(submission) => self.ask_job(submission.id.clone(), call, Ask::Submit(submission), now),
+            Err(failure) => self.refuse(call, failure),
+        }
+    }
+
+    fn ask_job(&mut self, id: StreamId, call: CallId, ask: Ask, now: Moment) {
+        match self.jobs.book.get(&id) {
+            Some(Known::Job(_)) => self.ask_known_job(&id, call, ask, now),
+            Some(Known::Loading(_)) => {
+                if let Some(loading) = self.jobs.book.loading_mut(&id) {
+                    loading.asks.push((call, ask));
+                }
+            }
+            None => self.load_job(id, vec![(call, ask)]),
+        }
+    }
+
+    pub(super) fn load_job(&mut self, id: StreamId, asks: Vec<(CallId, Ask)>) {
+        let loading = Loading { asks };
+        self.jobs.book.insert(id.clone(), Known::Loading(loading));
+        self.job_effect(JobEffect::Load { id });
+    }
+
+    /// A key was read.
+    pub(super) fn job_loaded(&mut self, id: &StreamId, result: Result<JobLoaded, String>, now: Moment) {
+        let asks = match self.jobs.book.get(id) {
+            Some(Known::Job(_)) => return self.job_read_again(id, result, now),
+            Some(Known::Loading(_)) => match self.jobs.book.remove(id) {
+                Some(Known::Loading(loading)) => loading.asks,
+                _ => return,
+            },
+            None => return,
+        };
+        let loaded = match result {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                tracing::warn!(job = %id, error, "job cannot be read");
+                let failure = self.come_again(FailureClass::Timeout, "the job cannot be read now");
+                return asks.into_iter().for_each(|(call, _)| self.refuse(call, failure.clone()));
+            }
+        };
+        match loaded.record {
+            Some((record, _)) if record.state.has_ended() => {
+                self.release_job_holders(id);
+                for (call, ask) in asks {
+                    self.ask_ended_job(&record, call, &ask);
+                }
+            }
+            Some((record, revision)) => {
+                self.adopt_job(record, revision, loaded.chain, now);
+                for (call, ask) in asks {
+                    self.ask_job(id.clone(), call, ask, now);
+                }
+            }
+            None => {
+                self.release_job_holders(id);
+                for (call, ask) in asks {
+                    match ask {
+                        _ if self.jobs.book.get(id).is_some() => self.ask_job(id.clone(), call, ask, now),
+                        Ask::Submit(submission) => self.create_job(call, *submission, loaded.chain.is_some(), now),
+                        Ask::Status | Ask::Cancel => {
+                            self.refuse(call, Failure::new(FailureClass::NotFound, "there is no such job"));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn ask_ended_job(&mut self, record: &JobRecord, call: CallId, ask: &Ask) {
+        match ask {
+            Ask::Submit(submission) if submission.same_as(record) => self.answer_submitted(call, record),
+            Ask::Submit(_) => self.refuse(call, another()),
+            Ask::Status | Ask::Cancel => {
+                let status = JobStatus { record: record.clone(), progress: None, ahead: None, why: None };
+                self.answer(call, Answer::Job(Box::new(status)));
+            }
+        }
+    }
+
+    fn create_job(&mut self, call: CallId, mut submission: Submission, chain: bool, now: Moment) {
+        if chain {
+            // A worker would go on behind those finals, in another recording.
+            let why = "finals of an earlier job with this id still stand; choose another id";
+            return self.refuse(call, Failure::new(FailureClass::BadRequest, why));
+        }
+        if !self.takes_jobs() {
+            let failure = self.come_again(FailureClass::NoCapacity, "too many jobs wait");
+            return self.refuse(call, failure);
+        }
+        let record = submission.record(now);
+        let id = record.id.clone();
+        let recording = submission.recording.take();
+        let mut job = Job::new(record.clone(), None, None, now.mono);
+        job.submits.push(call);
+        let putting = recording.is_some();
+        if putting {
+            job.enter(Stage::Putting(Box::new(record.clone())), now.mono);
+        }
+        self.jobs.book.insert(id.clone(), Known::Job(Box::new(job)));
+        match recording {
+            Some(recording) => self.job_effect(JobEffect::Put { id, recording }),
+            None => self.save_job(&id, record, now),
+        }
+    }
+
+    /// An inline recording was stored, or not.
+    pub(super) fn job_put(&mut self, id: &StreamId, result: Result<(), PutError>, now: Moment) {
+        let Some(job) = self.jobs.book.job_mut(id) else {
+            return;
+        };
+        let Stage::Putting(record) = &job.stage else {
+            return;
+        };
+        let record = record.as_ref().clone();
+        match result {
+            Ok(()) => self.save_job(id, record, now),
+            Err(PutError::Full) => {
+                let failure = self.come_again(FailureClass::NoCapacity, "the object store is full");
+                self.forget_new_job(id, &failure);
+            }
+            Err(PutError::Failed(error)) => {
+                tracing::warn!(job = %id, error, "recording not stored");
+                let failure = self.come_again(FailureClass::Unavailable, "the recording cannot be stored now");
+                self.forget_new_job(id, &failure);
+            }
+        }
+    }
+
+    /// A job that never got its key: whoever asked for it hears so.
+    pub(super) fn forget_new_job(&mut self, id: &StreamId, failure: &Failure) {
+        let Some(Known::Job(job)) = self.jobs.book.remove(id) else {
+            return;
+        };
+        for call in job.submits {
+            self.refuse(call, failure.clone());
+        }
+        for (call, _) in job.later {
+            self.refuse(call, Failure::new(FailureClass::NotFound, "there is no such job"));
+        }
+    }
+
+    fn ask_known_job(&mut self, id: &StreamId, call: CallId, ask: Ask, now: Moment) {
+        let Some(job) = self.jobs.book.job_mut(id) else {
+            return;
+        };
+        let written = job.revision.is_some();
+        match ask {
+            Ask::Submit(submission) if !submission.same_as(job.wanted()) => self.refuse(call, another()),
+            Ask::Submit(_) if !written => job.submits.push(call),
+            Ask::Submit(_) => {
+                let record = job.record.clone();
+                self.answer_submitted(call, &record);
+            }
+            Ask::Status if !written => job.later.push((call, Ask::Status)),
+            Ask::Status => self.answer_status(id, call, now),
+            Ask::Cancel if job.settled() && matches!(job.state(), JobState::Queued | JobState::Assigned) => {
+                // Answered once it is written.
+                job.later.push((call, Ask::Status));
+                let why = Failure::new(FailureClass::Cancelled, "cancelled by request");
+                self.close_job(id, why, now);
+            }
+            Ask::Cancel if job.state() == JobState::Closing => self.answer_status(id, call, now),
+            Ask::Cancel => job.later.push((call, Ask::Cancel)),
+        }
+    }
+
+    /// Asks that came while something was under way.
+    pub(super) fn job_asks_later(&mut self, id: &StreamId, now: Moment) {
+        let later = self.jobs.book.job_mut(id).map(|job| std::mem::take(&mut job.later)).unwrap_or_default();
+        for (call, ask) in later {
+            self.ask_job(id.clone(), call, ask, now);
+        }
+    }
+
+    /// The job has ended and leaves the book: what is still asked is answered from its record.
+    pub(super) fn answer_ended(&mut self, job: Job) {
+        for call in job.submits {
+            self.answer_submitted(call, &job.record);
+        }
+        for (call, ask) in job.later {
+            self.ask_ended_job(&job.record, call, &ask);
+        }
+    }
+
+    pub(super) fn answer_submitted(&mut self, call: CallId, record: &JobRecord) {
+        let subjects = self.subjects.job_subjects(&record.id);
+        let submitted = Submitted { job: record.id.clone(), state: record.state, subjects };
+        self.answer(call, Answer::Submitted(submitted));
+    }
+
+    fn answer_status(&mut self, id: &StreamId, call: CallId, now: Moment) {
+        let Some(job) = self.jobs.book.job(id) else {
+            return;
+        };
+        let status = JobStatus {
+            progress: self.job_progress(&job.record),
+            ahead: self.jobs.book.ahead(&job.record),
+            why: self.why_job_waits(job, now),
+            record: job.record.clone(),
+        };
+        self.answer(call, Answer::Job(Box::new(status)));
+    }
+
+    fn why_job_waits(&self, job: &Job, now: Moment) -> Option<String> {
+        if job.state() != JobState::Queued {
+            return None;
+        }
+        let record = &job.record;
+        if record.not_before_ms.is_some_and(|at| at > now.unix_ms) {
+            let error = record.error.as_ref().map(ToString::to_string).unwrap_or_default();
+            return Some(format!("try {} failed, the next one comes soon: {error}", record.attempts));
+        }
+        self.decide_job(job, now).0.err().map(|failure| failure.to_string())
+    }
+
+    pub(super) fn tell_submitted(&mut self, id: &StreamId, now: Moment) {
+        let Some(job) = self.jobs.book.job(id) else {
+            return;
+        };
+        let detail = serde_json::json!({
+            "priority": job.record.options.priority, "audio": voxfleet_schema::job::AudioUrl::redacted(&job.record.audio),
+            "name": job.record.name,
+        });
+        self.job_event(id, What::Submitted, now, |e| e.detail = detail);
+    }
+
+    /// Whoever holds a job that has ended, or that nobody knows, lets go.
+    pub(super) fn release_job_holders(&mut self, id: &StreamId) {
+        let holders: Vec<_> = self
+            .job_holders()
+            .filter(|(_, _, held)| held.id == *id)
+            .map(|(name, _, held)| (name.clone(), held.epoch))
+            .collect();
+        for (worker, epoch) in holders {
+            self.job_effect(JobEffect::Release { worker, id: id.clone(), epoch });
+        }
+    }
+}
+
+fn another() -> Failure {
+    Failure::new(FailureClass::BadRequest, "a job with this id was submitted with another request; choose another id")
+}

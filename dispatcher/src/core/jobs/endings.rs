@@ -1,0 +1,176 @@
+//! How a job comes to its end: tries that failed, cancels, and the end that stands in its chain.
+
+use voxfleet_schema::{
+    event::What,
+    failure::Failure,
+    id::StreamId,
+    job::{JobRecord, JobState},
+    transcript::Final,
+};
+
+use super::{Core, JobEffect};
+use crate::{
+    jobs::{
+        Job, JobMark, Stage,
+        decide::{self, Expiry, Verdict},
+    },
+    moment::Moment,
+    sessions::CallId,
+};
+
+impl Core {
+    /// A final of a job was stored, by whichever worker.
+    pub(in crate::core) fn job_final(&mut self, stored: &Final, now: Moment) {
+        self.job_chain(&stored.id, Some(JobMark::from(stored)), now);
+    }
+
+    pub(super) fn job_chain(&mut self, id: &StreamId, mark: Option<JobMark>, now: Moment) {
+        let Some((job, mark)) = self.jobs.book.job_mut(id).zip(mark) else {
+            return;
+        };
+        job.saw(mark);
+        self.check_job_end(id, now);
+    }
+
+    /// Writes down what the end of the chain makes of the job, once nothing else is under way.
+    pub(super) fn check_job_end(&mut self, id: &StreamId, now: Moment) {
+        let Some(job) = self.jobs.book.job(id).filter(|job| job.settled()) else {
+            return;
+        };
+        let ended = job.chain.as_ref().and_then(|mark| decide::ended(&job.record, mark, now.unix_ms));
+        match ended {
+            // Its dead letter comes first, and that is written with the end.
+            Some(next) if next.state == JobState::Failed => {}
+            Some(next) => self.save_job(id, next, now),
+            None => {}
+        }
+    }
+
+    /// A try ended without the end of the job.
+    pub(super) fn try_failed(&mut self, id: &StreamId, failure: &Failure, now: Moment) {
+        let Some(job) = self.jobs.book.job(id) else {
+            return;
+        };
+        let verdict = decide::judge(&job.record, failure, job.progressed(), self.config.max_attempts);
+        tracing::info!(job = %id, epoch = job.record.epoch, attempts = job.record.attempts, error = %failure, ?verdict, "a try failed");
+        match verdict {
+            Verdict::Close => self.close_job(id, failure.clone(), now),
+            Verdict::Elsewhere { attempts } => {
+                self.leave_out(id);
+                self.requeue_job(id, |next| next.attempts = attempts, now);
+            }
+            Verdict::Again { attempts, pause_ms } => {
+                let failure = failure.clone();
+                let change = |next: &mut JobRecord| {
+                    next.attempts = attempts;
+                    next.error = Some(failure);
+                    next.not_before_ms = Some(now.unix_ms + pause_ms);
+                };
+                self.requeue_job(id, change, now);
+            }
+        }
+    }
+
+    /// It has failed or is cancelled: first its record says so, then the end of its chain is written.
+    pub(super) fn close_job(&mut self, id: &StreamId, why: Failure, now: Moment) {
+        let Some(job) = self.jobs.book.job(id) else {
+            return;
+        };
+        let next = JobRecord {
+            state: JobState::Closing,
+            // Above its worker's: that one lets go when it meets this end.
+            epoch: job.next_epoch(),
+            error: Some(why),
+            not_before_ms: None,
+            changed_ms: now.unix_ms,
+            ..job.record.clone()
+        };
+        self.save_job(id, next, now);
+    }
+
+    pub(super) fn write_job_end(&mut self, id: &StreamId, now: Moment) {
+        let Some(job) = self.jobs.book.job_mut(id).filter(|job| job.settled()) else {
+            return;
+        };
+        let record = Box::new(job.record.clone());
+        job.enter(Stage::Closing, now.mono);
+        self.jobs.book.file(id);
+        self.job_effect(JobEffect::Close { record });
+    }
+
+    /// The end final stands, and what failed was put away; or not.
+    pub(super) fn job_closed(&mut self, id: &StreamId, result: Result<Option<JobMark>, String>, now: Moment) {
+        let Some(job) = self.jobs.book.job_mut(id) else {
+            return;
+        };
+        if !matches!(job.stage, Stage::Closing) {
+            return;
+        }
+        job.enter(Stage::Settled, now.mono);
+        self.jobs.book.file(id);
+        let mark = match result {
+            Ok(mark) => mark,
+            // Upkeep tries again.
+            Err(error) => return tracing::warn!(job = %id, error, "end of the job not written, trying again"),
+        };
+        let Some((job, mark)) = self.jobs.book.job_mut(id).zip(mark) else {
+            return;
+        };
+        let next = decide::ended(&job.record, &mark, now.unix_ms);
+        job.saw(mark);
+        if let Some(next) = next {
+            self.save_job(id, next, now);
+        }
+    }
+
+    /// Its key says how it ended: it leaves the book.
+    pub(super) fn job_ended(&mut self, job: Job, submits: Vec<CallId>, now: Moment) {
+        let record = &job.record;
+        let id = record.id.clone();
+        if let Some(load) = job.charged.as_ref().and_then(|name| self.fleet.job_load_mut(name)) {
+            load.unassign(&id);
+        }
+        self.jobs.place_due = true;
+        if let Some(worker) = &record.worker {
+            let held = self.fleet.get(worker).and_then(|w| {
+                let mut held = w.heartbeat.held.iter();
+                held.find(|h| h.kind == voxfleet_schema::id::Kind::Job && h.id == id).map(|h| h.epoch)
+            });
+            self.release_job(worker, &id, held.unwrap_or(record.epoch), now);
+        }
+        let took_ms = record.ended_ms.zip(record.started_ms).map(|(end, start)| end.saturating_sub(start));
+        // Seconds of recording for each second since it was first given to a worker.
+        let realtime =
+            record.duration_ms.zip(took_ms.filter(|ms| *ms > 0)).map(|(long, took)| long as f64 / took as f64);
+        tracing::info!(
+            job = %id, state = record.state.as_str(), attempts = record.attempts, duration_ms = record.duration_ms,
+            took_ms, error = record.error.as_ref().map(tracing::field::display), "job ended"
+        );
+        let what = match record.state {
+            JobState::Failed => What::Failed,
+            JobState::Cancelled => What::Cancelled,
+            _ => What::Done,
+        };
+        let event = record.clone();
+        self.job_event(&id, what, now, |e| {
+            e.epoch = Some(event.epoch);
+            e.gpu_id = event.worker.map(|w| w.gpu_id.to_string());
+            e.error = event.error;
+            e.detail = serde_json::json!({ "attempts": event.attempts, "took_ms": took_ms });
+            if what == What::Done {
+                e.detail["result"] = event.result.into();
+                e.detail["duration_ms"] = event.duration_ms.into();
+                e.detail["realtime"] = realtime.into();
+            }
+        });
+        if let Some(Expiry::Later(at)) =
+            decide::expiry(record, now.unix_ms, self.config.topology.transcript_max_age_s)
+        {
+            self.jobs.book.expire_at(id, at);
+        }
+        for call in submits {
+            self.answer_submitted(call, &job.record);
+        }
+        self.answer_ended(job);
+    }
+}

@@ -1,0 +1,821 @@
+//! The whole of a job's life without IO: a world that answers effects as the servers would, in any order a test likes.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use proptest::prelude::*;
+use voxfleet_nats::Subjects;
+use voxfleet_schema::{
+    event::Event,
+    fleet::{GivenUp, Heartbeat},
+    job::JobQuery,
+    transcript::{Final, VadKind},
+};
+
+use super::*;
+use crate::{
+    config::DispatcherConfig,
+    core::{Admission, Answer},
+    jobs::JobEnd,
+    testing::{beat, holds_job, id, worker},
+};
+
+/// What servers keep: keys, chains, work queues, the object store. It outlives a dispatcher.
+#[derive(Default)]
+struct Stored {
+    keys: BTreeMap<StreamId, (JobRecord, u64)>,
+    /// Each job's finals, as what decides about them.
+    chains: BTreeMap<StreamId, Vec<JobMark>>,
+    work: BTreeMap<(WorkerName, StreamId), u64>,
+    dead: Vec<StreamId>,
+    revision: u64,
+}
+
+impl Stored {
+    fn last(&self, id: &StreamId) -> Option<JobMark> {
+        self.chains.get(id)?.last().cloned()
+    }
+}
+
+struct World {
+    core: Core,
+    now: Moment,
+    stored: Stored,
+    /// Effects that nobody has carried out yet.
+    open: Vec<Effect>,
+    told: Vec<Event>,
+    answers: Vec<(CallId, Answer)>,
+    released: Vec<(WorkerName, StreamId, u64)>,
+}
+
+fn core() -> Core {
+    Core::new(DispatcherConfig::default(), "d".to_owned(), Subjects::new("asr.v1"))
+}
+
+fn submission(name: &str) -> Box<Submission> {
+    let body = format!(r#"{{"job":"{name}","audio":"https://audio.example/a.wav"}}"#);
+    Box::new(Submission::read(body.as_bytes(), None, None, None).expect("a request"))
+}
+
+impl World {
+    fn new(gpus: usize) -> Self {
+        let now = Moment { mono: Duration::from_secs(10), unix_ms: 1_000_000 };
+        let mut world = Self {
+            core: core(),
+            now,
+            stored: Stored::default(),
+            open: Vec::new(),
+            told: Vec::new(),
+            answers: Vec::new(),
+            released: Vec::new(),
+        };
+        for n in 0..gpus {
+            world.beat(n, |_| ());
+        }
+        world.run();
+        world
+    }
+
+    fn beat(&mut self, n: usize, change: impl FnOnce(&mut Heartbeat)) {
+        let mut heartbeat = beat(&format!("g{n}"), "i");
+        change(&mut heartbeat);
+        self.core.heartbeat(heartbeat, self.now);
+        self.gather();
+    }
+
+    /// Collects what the core wants done.
+    fn gather(&mut self) {
+        self.core.settle(self.now);
+        let effects: Vec<Effect> = self.core.effects().collect();
+        for effect in effects {
+            match effect {
+                Effect::Tell { event, .. } => self.told.push(*event),
+                Effect::Answer { call, answer } => self.answers.push((call, *answer)),
+                Effect::Admit { heartbeat } => {
+                    self.core.admitted(&heartbeat.worker(), Admission::Ready, self.now);
+                    self.gather();
+                }
+                Effect::Bury { heartbeat } => {
+                    self.core.buried(&heartbeat.worker(), Ok(()), self.now);
+                    self.gather();
+                }
+                Effect::RemoveConsumers { worker } => self.stored.work.retain(|(name, _), _| *name != worker),
+                other => self.open.push(other),
+            }
+        }
+    }
+
+    fn run(&mut self) {
+        self.gather();
+        while !self.open.is_empty() {
+            self.carry_out(0);
+        }
+    }
+
+    /// What the servers do with one effect.
+    fn carry_out(&mut self, at: usize) {
+        let Effect::Job(effect) = self.open.remove(at) else {
+            return;
+        };
+        let input = self.serve(effect);
+        if let Some(input) = input {
+            self.core.job(input, self.now);
+        }
+        self.gather();
+    }
+
+    fn serve(&mut self, effect: JobEffect) -> Option<JobInput> {
+        let stored = &mut self.stored;
+        Some(match effect {
+            JobEffect::Load { id } => {
+                let loaded = JobLoaded { record: stored.keys.get(&id).cloned(), chain: stored.last(&id) };
+                JobInput::Loaded { id, result: Ok(Box::new(loaded)) }
+            }
+            JobEffect::Put { id, .. } => JobInput::Put { id, result: Ok(()) },
+            JobEffect::Save { id, record, revision } => {
+                let found = stored.keys.get(&id).map(|(_, revision)| *revision);
+                let result = if found == revision {
+                    stored.revision += 1;
+                    stored.keys.insert(id.clone(), (*record, stored.revision));
+                    Ok(stored.revision)
+                } else {
+                    Err(JobSaveError::Conflict)
+                };
+                JobInput::Saved { id, result }
+            }
+            JobEffect::Send { worker, item, publish } => {
+                let chain = stored.last(&item.job);
+                let place = (worker, item.job.clone());
+                let queued = stored.work.get(&place).copied();
+                let work = if chain.as_ref().is_some_and(|mark| mark.end.is_some()) {
+                    Work::NotNeeded
+                } else {
+                    match queued {
+                        Some(epoch) if epoch > item.epoch => Work::Newer { epoch },
+                        Some(epoch) if epoch == item.epoch => Work::Queued,
+                        _ if publish => {
+                            stored.work.insert(place, item.epoch);
+                            Work::Queued
+                        }
+                        _ => Work::Missing,
+                    }
+                };
+                JobInput::Sent { id: item.job, epoch: item.epoch, result: Ok(Sent { chain, work }) }
+            }
+            JobEffect::Release { worker, id, epoch } => {
+                let place = (worker.clone(), id.clone());
+                if stored.work.get(&place).is_some_and(|queued| *queued <= epoch) {
+                    stored.work.remove(&place);
+                }
+                self.released.push((worker.clone(), id.clone(), epoch));
+                JobInput::Released { worker, id, done: true }
+            }
+            JobEffect::ReadChain { id } => JobInput::Chain { mark: stored.last(&id), id },
+            JobEffect::Close { record } => {
+                let id = record.id.clone();
+                if stored.last(&id).is_none_or(|mark| mark.end.is_none()) {
+                    let epoch = record.epoch;
+                    let end = JobEnd { error: record.error.clone(), result: None, duration_ms: 0 };
+                    self.store(&id, epoch, Some(end));
+                }
+                let mark = self.stored.last(&id);
+                let failed = mark.as_ref().and_then(|m| m.end.as_ref()?.error.as_ref());
+                if failed.is_some_and(|error| error.class != FailureClass::Cancelled) {
+                    self.stored.dead.push(id.clone());
+                }
+                JobInput::Closed { id, result: Ok(mark) }
+            }
+            JobEffect::Expire { id } => {
+                JobInput::Expired { id, result: Ok(Expired { next_ms: None, told: false }) }
+            }
+            JobEffect::List { call, .. } => JobInput::Listed { call, result: Ok((Vec::new(), 0)) },
+        })
+    }
+
+    /// A final, fenced by its epoch: who comes with a lower one than the last has lost.
+    fn store(&mut self, id: &StreamId, epoch: u64, end: Option<JobEnd>) -> bool {
+        let chain = self.stored.chains.entry(id.clone()).or_default();
+        if chain.last().is_some_and(|last| last.end.is_some() || last.epoch > epoch) {
+            return false;
+        }
+        let index = chain.len() as u64;
+        chain.push(JobMark { index, epoch, vad: VadKind::Silero, end });
+        true
+    }
+
+    fn submit(&mut self, call: u64, name: &str) {
+        self.core.job(JobInput::Submit { call: CallId(call), submission: Ok(submission(name)) }, self.now);
+        self.gather();
+    }
+
+    fn seconds(&mut self, count: u64, beats: impl Fn(&mut Self)) {
+        for _ in 0..count {
+            self.pass(Duration::from_secs(1));
+            beats(self);
+            self.core.probed(true, true, self.now);
+            self.core.tick(self.now);
+            self.run();
+        }
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now.mono += time;
+        self.now.unix_ms += time.as_millis() as u64;
+    }
+
+    fn key(&self, name: &str) -> &JobRecord {
+        &self.stored.keys.get(&id(name)).expect("a key").0
+    }
+
+    fn state(&self, name: &str) -> JobState {
+        self.key(name).state
+    }
+
+    fn told(&self, what: What) -> usize {
+        self.told.iter().filter(|e| e.what == what).count()
+    }
+
+    fn answer(&self, call: u64) -> Option<&Answer> {
+        self.answers.iter().find(|(c, _)| *c == CallId(call)).map(|(_, answer)| answer)
+    }
+
+    /// The dispatcher is killed, and another one starts.
+    fn succeed(&mut self) {
+        self.open.clear();
+        self.core = core();
+        for (record, revision) in self.stored.keys.values().cloned().collect::<Vec<_>>() {
+            let chain = self.stored.last(&record.id);
+            self.core.recover_job(JobLoaded { record: Some((record, revision)), chain }, self.now);
+        }
+        self.gather();
+    }
+}
+
+fn done() -> Option<JobEnd> {
+    Some(JobEnd { error: None, result: Some("object://asr_media/r".to_owned()), duration_ms: 2_000 })
+}
+
+fn given_up(name: &str, epoch: u64, class: FailureClass) -> Vec<GivenUp> {
+    vec![GivenUp { kind: Kind::Job, id: id(name), epoch, failure: Failure::new(class, "x") }]
+}
+
+#[test]
+fn a_job_is_written_before_it_is_told_and_given_out() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    assert!(world.answers.is_empty() && world.told(What::Submitted) == 0);
+    world.run();
+    assert!(matches!(world.answer(1), Some(Answer::Submitted(s)) if s.state == JobState::Queued));
+    assert_eq!((world.state("a"), world.key("a").epoch, world.key("a").attempts), (JobState::Assigned, 1, 1));
+    assert_eq!(world.stored.work.get(&(worker("g0", "i"), id("a"))), Some(&1));
+    let whats: Vec<_> = world.told.iter().filter(|e| e.scope == Scope::Job).map(|e| e.what).collect();
+    assert_eq!(whats, [What::Submitted, What::Assigned]);
+    world.submit(2, "b");
+    world.run();
+    assert_eq!((world.state("b"), world.told(What::Waiting)), (JobState::Queued, 1), "one slot");
+}
+
+#[test]
+fn the_end_of_the_chain_ends_it_and_frees_the_slot() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    world.submit(2, "b");
+    world.run();
+    world.store(&id("a"), 1, done());
+    let mark = world.stored.last(&id("a"));
+    world.core.job(JobInput::Chain { id: id("a"), mark }, world.now);
+    world.run();
+    assert_eq!((world.state("a"), world.key("a").duration_ms), (JobState::Done, Some(2_000)));
+    assert_eq!(world.told(What::Done), 1);
+    assert!(world.released.iter().any(|(_, job, epoch)| *job == id("a") && *epoch == 1));
+    assert_eq!(world.state("b"), JobState::Assigned);
+    assert!(world.core.jobs.book.job(&id("a")).is_none(), "ended ones are not kept");
+}
+
+#[test]
+fn a_missed_end_is_found_by_the_heartbeat() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    world.store(&id("a"), 1, done());
+    world.seconds(3, |w| {
+        w.beat(0, |b| b.held = vec![Held { final_index: Some(0), ..holds_job("a", 1) }]);
+    });
+    assert_eq!(world.state("a"), JobState::Done);
+}
+
+#[test]
+fn asking_again_is_answered_and_another_request_is_refused() {
+    let mut world = World::new(0);
+    world.submit(1, "a");
+    world.submit(2, "a");
+    let other = Submission { name: Some("other".to_owned()), ..*submission("a") };
+    world.core.job(JobInput::Submit { call: CallId(3), submission: Ok(Box::new(other)) }, world.now);
+    world.run();
+    for call in [1, 2] {
+        assert!(matches!(world.answer(call), Some(Answer::Submitted(_))), "{call}");
+    }
+    assert!(matches!(world.answer(3), Some(Answer::Refused(f)) if f.class == FailureClass::BadRequest));
+    assert_eq!((world.told(What::Submitted), world.stored.revision), (1, 1));
+    world.core.ask_status(CallId(4), JobQuery { job: id("ghost") }, world.now);
+    world.run();
+    assert!(matches!(world.answer(4), Some(Answer::Refused(f)) if f.class == FailureClass::NotFound));
+    world.core.ask_status(CallId(5), JobQuery { job: id("a") }, world.now);
+    world.run();
+    let Some(Answer::Job(status)) = world.answer(5) else { panic!("{:?}", world.answers) };
+    assert_eq!((status.ahead, status.record.state), (Some(0), JobState::Queued));
+    assert!(status.why.as_ref().is_some_and(|why| why.contains("no_workers")));
+}
+
+#[test]
+fn what_cannot_be_stored_is_refused_and_forgotten() {
+    let mut world = World::new(0);
+    let mut submission = submission("a");
+    submission.recording = Some(Recording { bytes: bytes::Bytes::from_static(b"x"), paid: None });
+    world.core.job(JobInput::Submit { call: CallId(1), submission: Ok(submission) }, world.now);
+    world.gather();
+    world.carry_out(0);
+    let Some(Effect::Job(JobEffect::Put { .. })) = world.open.pop() else { panic!("the recording comes first") };
+    world.core.job(JobInput::Put { id: id("a"), result: Err(PutError::Full) }, world.now);
+    world.run();
+    let full = |answer: Option<&Answer>| {
+        matches!(answer, Some(Answer::Refused(f)) if f.class == FailureClass::NoCapacity && f.retry_after_ms.is_some())
+    };
+    assert!(full(world.answer(1)));
+    world.submit(2, "b");
+    world.carry_out(0);
+    world.open.clear();
+    world.core.job(JobInput::Saved { id: id("b"), result: Err(JobSaveError::Full) }, world.now);
+    world.run();
+    assert!(full(world.answer(2)));
+    assert!(world.core.jobs.book.is_empty());
+}
+
+#[test]
+fn a_write_whose_answer_was_lost_is_looked_up() {
+    let mut world = World::new(0);
+    world.submit(1, "a");
+    world.carry_out(0);
+    let Some(Effect::Job(save @ JobEffect::Save { .. })) = world.open.pop() else { panic!("a write") };
+    world.serve(save);
+    world.core.job(JobInput::Saved { id: id("a"), result: Err(JobSaveError::Failed("timeout".to_owned())) }, world.now);
+    world.seconds(3, |_| ());
+    assert!(matches!(world.answer(1), Some(Answer::Submitted(_))));
+    assert_eq!(world.told(What::Submitted), 1);
+}
+
+#[test]
+fn a_cancel_closes_the_chain_wherever_the_job_is() {
+    let mut world = World::new(1);
+    for name in ["a", "b"] {
+        world.submit(1, name);
+        world.run();
+    }
+    for (call, name) in [(2, "a"), (3, "b"), (4, "b")] {
+        world.core.ask_cancel(CallId(call), JobQuery { job: id(name) }, world.now);
+    }
+    world.run();
+    for name in ["a", "b"] {
+        assert_eq!(world.state(name), JobState::Cancelled, "{name}");
+        assert_eq!(world.stored.chains[&id(name)].len(), 1);
+    }
+    assert!(world.released.iter().any(|(_, job, epoch)| *job == id("a") && *epoch == 1));
+    assert!(world.stored.work.is_empty() && world.stored.dead.is_empty());
+    assert_eq!(world.told(What::Cancelled), 2);
+    for call in [2, 3, 4] {
+        assert!(matches!(world.answer(call), Some(Answer::Job(_))), "{call}");
+    }
+}
+
+#[test]
+fn who_finishes_before_the_cancel_has_finished() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    world.store(&id("a"), 1, done());
+    world.core.ask_cancel(CallId(2), JobQuery { job: id("a") }, world.now);
+    world.run();
+    assert_eq!((world.state("a"), world.told(What::Cancelled)), (JobState::Done, 0));
+    assert_eq!(world.key("a").error, None);
+}
+
+#[test]
+fn tries_that_fail_are_repeated_and_counted() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    for attempt in 1..=3u32 {
+        let record = world.key("a").clone();
+        assert_eq!((record.state, record.attempts), (JobState::Assigned, attempt));
+        let epoch = record.epoch;
+        let gives_up = |w: &mut World| w.beat(0, |b| b.given_up = given_up("a", epoch, FailureClass::Timeout));
+        world.seconds(1, gives_up);
+        if attempt < 3 {
+            assert_eq!(world.state("a"), JobState::Queued);
+            world.seconds(5, gives_up);
+        }
+    }
+    assert_eq!((world.state("a"), world.key("a").attempts), (JobState::Failed, 3));
+    assert_eq!((world.told(What::Failed), world.stored.dead.len()), (1, 1));
+}
+
+#[test]
+fn no_room_is_no_try_and_another_worker_comes_first() {
+    let mut world = World::new(2);
+    world.submit(1, "a");
+    world.run();
+    assert_eq!(world.key("a").worker, Some(worker("g0", "i")));
+    world.seconds(1, |w| {
+        w.beat(0, |b| b.given_up = given_up("a", 1, FailureClass::NoCapacity));
+        w.beat(1, |_| ());
+    });
+    let record = world.key("a");
+    assert_eq!((record.worker.clone(), record.attempts, record.epoch), (Some(worker("g1", "i")), 1, 2));
+}
+
+#[test]
+fn a_dead_workers_job_is_placed_again_above_its_epoch() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    world.beat(1, |_| ());
+    world.seconds(4, |w| w.beat(1, |_| ()));
+    let record = world.key("a");
+    assert_eq!((record.state, record.epoch, record.attempts), (JobState::Assigned, 2, 2));
+    assert_eq!(record.worker, Some(worker("g1", "i")));
+    assert_eq!(world.told(What::Moved), 1);
+}
+
+#[test]
+fn a_job_that_gets_on_survives_any_number_of_workers() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    for n in 1..6 {
+        let epoch = world.key("a").epoch;
+        world.store(&id("a"), epoch, None);
+        let mark = world.stored.last(&id("a"));
+        world.core.job(JobInput::Chain { id: id("a"), mark }, world.now);
+        world.beat(n, |_| ());
+        world.seconds(4, |w| w.beat(n, |_| ()));
+        assert_eq!(world.state("a"), JobState::Assigned, "worker {n}");
+    }
+    for n in 6..7 {
+        world.beat(n, |_| ());
+        world.seconds(4, |w| w.beat(n, |_| ()));
+    }
+    assert_eq!(world.state("a"), JobState::Failed, "a try without a final, after three");
+}
+
+#[test]
+fn a_lost_work_item_is_sent_again_and_a_silent_worker_is_passed_over() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    world.stored.work.clear();
+    world.seconds(3, |w| w.beat(0, |_| ()));
+    assert_eq!(world.stored.work.get(&(worker("g0", "i"), id("a"))), Some(&1));
+    world.beat(1, |_| ());
+    world.seconds(40, |w| {
+        w.beat(0, |_| ());
+        w.beat(1, |_| ());
+    });
+    let record = world.key("a");
+    assert_eq!((record.worker.clone(), record.attempts), (Some(worker("g1", "i")), 1));
+    assert!(!world.stored.work.contains_key(&(worker("g0", "i"), id("a"))));
+}
+
+#[test]
+fn a_job_nobody_knows_is_let_go() {
+    let mut world = World::new(1);
+    world.seconds(1, |w| w.beat(0, |b| b.held = vec![holds_job("ghost", 3)]));
+    assert_eq!(world.released, [(worker("g0", "i"), id("ghost"), 3)]);
+}
+
+#[test]
+fn a_job_another_process_wrote_is_placed() {
+    let mut world = World::new(1);
+    let record = crate::testing::job("theirs");
+    world.stored.keys.insert(id("theirs"), (record, 7));
+    world.core.job(JobInput::Changed { id: id("theirs"), revision: 7, open: true }, world.now);
+    world.run();
+    assert_eq!(world.state("theirs"), JobState::Assigned);
+}
+
+#[test]
+fn a_draining_worker_hands_over_when_there_is_room() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    let drains = |w: &mut World| {
+        w.beat(0, |b| {
+            b.draining = true;
+            b.held = vec![holds_job("a", 1)];
+        });
+    };
+    world.seconds(3, drains);
+    assert_eq!(world.key("a").epoch, 1, "nobody else has room");
+    world.seconds(2, |w| {
+        drains(w);
+        w.beat(1, |_| ());
+    });
+    let record = world.key("a");
+    assert_eq!((record.worker.clone(), record.epoch, record.attempts), (Some(worker("g1", "i")), 2, 1));
+    assert!(world.released.contains(&(worker("g0", "i"), id("a"), 1)));
+}
+
+/// What may happen next.
+#[derive(Debug, Clone)]
+enum Step {
+    /// One effect is carried out, or its answer is lost where that can be.
+    Serve(usize),
+    Lose(usize),
+    Submit(u8),
+    Cancel(u8),
+    Second,
+    /// A worker fetches, stores a final, ends, gives up, dies.
+    Take(u8),
+    Final(u8),
+    End(u8),
+    GiveUp(u8, bool),
+    Die(u8),
+    /// The dispatcher is killed and another takes over.
+    Succeed,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        8 => (0usize..8).prop_map(Step::Serve),
+        1 => (0usize..8).prop_map(Step::Lose),
+        3 => (0u8..4).prop_map(Step::Submit),
+        1 => (0u8..4).prop_map(Step::Cancel),
+        4 => Just(Step::Second),
+        4 => (0u8..3).prop_map(Step::Take),
+        2 => (0u8..3).prop_map(Step::Final),
+        2 => (0u8..3).prop_map(Step::End),
+        1 => ((0u8..3), any::<bool>()).prop_map(|(n, permanent)| Step::GiveUp(n, permanent)),
+        1 => (0u8..3).prop_map(Step::Die),
+        1 => Just(Step::Succeed),
+    ]
+}
+
+/// A worker as the world plays it.
+#[derive(Default, Clone)]
+struct Played {
+    generation: u32,
+    held: BTreeMap<StreamId, (u64, Option<u64>)>,
+    given_up: Vec<GivenUp>,
+}
+
+struct Play {
+    world: World,
+    workers: Vec<Played>,
+    submitted: std::collections::BTreeSet<StreamId>,
+    ended: BTreeMap<StreamId, usize>,
+}
+
+impl Play {
+    fn new() -> Self {
+        let mut play = Self {
+            world: World::new(0),
+            workers: vec![Played::default(); 3],
+            submitted: Default::default(),
+            ended: BTreeMap::new(),
+        };
+        play.beats();
+        play.world.run();
+        play
+    }
+
+    fn name(&self, n: usize) -> WorkerName {
+        worker(&format!("g{n}"), &format!("i{}", self.workers[n].generation))
+    }
+
+    fn beats(&mut self) {
+        for n in 0..self.workers.len() {
+            let name = self.name(n);
+            // What it was told to let go.
+            for (to, job, epoch) in &self.world.released {
+                if *to == name && self.workers[n].held.get(job).is_some_and(|(held, _)| held <= epoch) {
+                    self.workers[n].held.remove(job);
+                }
+                if *to == name {
+                    self.workers[n].given_up.retain(|g| g.id != *job || g.epoch > *epoch);
+                }
+            }
+            let played = &self.workers[n];
+            let mut heartbeat = beat(name.gpu_id.as_str(), name.incarnation.as_str());
+            heartbeat.held = played
+                .held
+                .iter()
+                .map(|(job, (epoch, index))| Held { final_index: *index, ..holds_job(job.as_str(), *epoch) })
+                .collect();
+            heartbeat.given_up = played.given_up.clone();
+            self.world.core.heartbeat(heartbeat, self.world.now);
+            self.world.gather();
+        }
+    }
+
+    fn second(&mut self) {
+        self.world.pass(Duration::from_secs(1));
+        self.beats();
+        self.world.core.probed(true, true, self.world.now);
+        self.world.core.tick(self.world.now);
+        self.world.gather();
+    }
+
+    fn take(&mut self, n: usize) {
+        let name = self.name(n);
+        let next = self.world.stored.work.iter().find(|((to, _), _)| *to == name);
+        let Some(((_, job), epoch)) = next.map(|(place, epoch)| (place.clone(), *epoch)) else {
+            return;
+        };
+        let index = self.world.stored.last(&job).map(|m| m.index);
+        let held = self.workers[n].held.get(&job).map_or(0, |(held, _)| *held);
+        if epoch > held {
+            self.workers[n].held.insert(job, (epoch, index));
+        }
+    }
+
+    /// The first job it holds and has not ended.
+    fn holds(&self, n: usize) -> Option<(StreamId, u64)> {
+        self.workers[n].held.iter().map(|(job, (epoch, _))| (job.clone(), *epoch)).find(|(job, _)| {
+            self.world.stored.last(job).is_none_or(|m| m.end.is_none())
+        })
+    }
+
+    fn publish(&mut self, n: usize, end: Option<JobEnd>) {
+        let Some((job, epoch)) = self.holds(n) else {
+            return;
+        };
+        if !self.world.store(&job, epoch, end) {
+            // Another has it: let go.
+            self.workers[n].held.remove(&job);
+            return;
+        }
+        let index = self.world.stored.last(&job).map(|m| m.index);
+        self.workers[n].held.insert(job.clone(), (epoch, index));
+        if self.world.stored.last(&job).is_some_and(|m| m.end.is_some()) {
+            self.world.stored.work.remove(&(self.name(n), job.clone()));
+        }
+        let mark = self.world.stored.last(&job);
+        self.world.core.job(JobInput::Chain { id: job, mark }, self.world.now);
+        self.world.gather();
+    }
+
+    fn step(&mut self, step: &Step) {
+        let count = self.world.open.len();
+        match step {
+            Step::Serve(at) if count > 0 => self.world.carry_out(at % count),
+            Step::Lose(at) if count > 0 => {
+                // Done, and the answer was lost.
+                if let Effect::Job(effect) = self.world.open.remove(at % count) {
+                    let answer = self.world.serve(effect);
+                    let lost = match answer {
+                        Some(JobInput::Saved { id, .. }) => {
+                            Some(JobInput::Saved { id, result: Err(JobSaveError::Failed("lost".to_owned())) })
+                        }
+                        Some(JobInput::Sent { id, epoch, .. }) => {
+                            Some(JobInput::Sent { id, epoch, result: Err("lost".to_owned()) })
+                        }
+                        Some(JobInput::Closed { id, .. }) => {
+                            Some(JobInput::Closed { id, result: Err("lost".to_owned()) })
+                        }
+                        Some(JobInput::Loaded { id, .. }) => {
+                            Some(JobInput::Loaded { id, result: Err("lost".to_owned()) })
+                        }
+                        Some(JobInput::Released { worker, id, .. }) => {
+                            Some(JobInput::Released { worker, id, done: false })
+                        }
+                        other => other,
+                    };
+                    if let Some(input) = lost {
+                        self.world.core.job(input, self.world.now);
+                    }
+                    self.world.gather();
+                }
+            }
+            Step::Submit(n) => {
+                let name = format!("j{n}");
+                self.world.submit(u64::from(*n), &name);
+                self.submitted.insert(id(&name));
+            }
+            Step::Cancel(n) => {
+                let query = JobQuery { job: id(&format!("j{n}")) };
+                self.world.core.ask_cancel(CallId(99), query, self.world.now);
+                self.world.gather();
+            }
+            Step::Second => self.second(),
+            Step::Take(n) => self.take(usize::from(*n)),
+            Step::Final(n) => self.publish(usize::from(*n), None),
+            Step::End(n) => self.publish(usize::from(*n), done()),
+            Step::GiveUp(n, permanent) => {
+                let n = usize::from(*n);
+                if let Some((job, epoch)) = self.holds(n) {
+                    self.workers[n].held.remove(&job);
+                    self.world.stored.work.remove(&(self.name(n), job.clone()));
+                    let class = if *permanent { FailureClass::BadAudio } else { FailureClass::Timeout };
+                    self.workers[n].given_up.extend(given_up(job.as_str(), epoch, class));
+                }
+            }
+            Step::Die(n) => {
+                let n = usize::from(*n);
+                let generation = self.workers[n].generation + 1;
+                self.workers[n] = Played { generation, ..Played::default() };
+            }
+            Step::Succeed => {
+                self.world.succeed();
+                self.beats();
+            }
+            Step::Serve(_) | Step::Lose(_) => {}
+        }
+        self.check();
+    }
+
+    /// What must hold at every moment.
+    fn check(&mut self) {
+        let mut owners: BTreeMap<(StreamId, u64), Vec<usize>> = BTreeMap::new();
+        for (n, played) in self.workers.iter().enumerate() {
+            for (job, (epoch, _)) in &played.held {
+                owners.entry((job.clone(), *epoch)).or_default().push(n);
+            }
+        }
+        for (what, who) in owners {
+            assert!(who.len() == 1, "{what:?} is held by {who:?}");
+        }
+        for (job, chain) in &self.world.stored.chains {
+            assert!(chain.iter().filter(|m| m.end.is_some()).count() <= 1, "{job} ends twice");
+            assert!(chain.windows(2).all(|w| w[0].epoch <= w[1].epoch), "{job}: epochs fall");
+            if let Some((record, _)) = self.world.stored.keys.get(job) {
+                assert!(chain.iter().all(|m| m.epoch <= record.epoch), "{job}: a final above its key");
+            }
+        }
+        for (job, (record, _)) in &self.world.stored.keys {
+            // Once ended, always ended.
+            let known = self.ended.contains_key(job);
+            assert!(!known || record.state.has_ended(), "{job} came back");
+            if record.state.has_ended() {
+                self.ended.insert(job.clone(), 1);
+                let end = self.world.stored.last(job).and_then(|m| m.end).expect("an end final");
+                assert_eq!(end.error.is_none(), record.state == JobState::Done, "{job}");
+            }
+        }
+    }
+
+    /// From here on everything works: workers fetch what they are given and end it.
+    fn finish(&mut self) {
+        for job in self.submitted.clone() {
+            // Whoever got no answer asks again.
+            self.world.submit(1, job.as_str());
+        }
+        for _ in 0..120 {
+            while !self.world.open.is_empty() {
+                self.world.carry_out(0);
+                self.check();
+            }
+            self.second();
+            for n in 0..self.workers.len() {
+                self.take(n);
+                self.publish(n, done());
+                self.check();
+            }
+        }
+        for job in &self.submitted {
+            let (record, _) = self.world.stored.keys.get(job).expect("a key");
+            assert!(record.state.has_ended(), "{job} is {record:?}, {:?}", self.world.core.jobs.book.get(job));
+        }
+        assert!(self.world.core.jobs.book.is_empty());
+        assert!(self.workers.iter().all(|w| w.held.is_empty()), "everybody let go");
+        let free = |w: &crate::fleet::Worker| w.jobs.used() == 0;
+        assert!(self.world.core.fleet.workers().all(|(_, w)| free(w)), "every slot is free");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    /// Whatever happens in whatever order, every submitted job ends, exactly once, and nobody keeps a slot.
+    #[test]
+    fn any_order_of_events_settles(steps in prop::collection::vec(step(), 0..80)) {
+        let mut play = Play::new();
+        for step in &steps {
+            play.step(step);
+        }
+        play.finish();
+    }
+}
+
+#[test]
+fn finals_are_told_by_their_kind() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    let mut end: Final = crate::testing::end_final("a", 0, 1, 2);
+    world.core.finished(&end, world.now);
+    world.run();
+    assert_eq!(world.state("a"), JobState::Assigned, "a session of the same name");
+    end.kind = Kind::Job;
+    world.core.finished(&end, world.now);
+    world.run();
+    assert_eq!((world.state("a"), world.key("a").duration_ms), (JobState::Done, Some(1_000)));
+}

@@ -1,0 +1,366 @@
+//! The book of jobs: every job that has not ended, in memory, and when the ended ones expire. One task owns it.
+//!
+//! A [`Job`] mirrors its key in `asr_jobs`, which is the queue; nothing here is the only copy of anything. What is to be
+//! done about a job is decided by the pure functions of [`decide`]; [`request`] turns what strangers send into records.
+
+pub mod decide;
+pub mod request;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    time::Duration,
+};
+
+use voxfleet_schema::{
+    failure::Failure,
+    id::{StreamId, WorkerName},
+    job::{JobRecord, JobState},
+    session::Priority,
+    transcript::{Final, VadKind},
+};
+
+use crate::sessions::CallId;
+pub use request::{Recording, Submission};
+
+/// What of a job's last final decides about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobMark {
+    pub index: u64,
+    pub epoch: u64,
+    pub vad: VadKind,
+    pub end: Option<JobEnd>,
+}
+
+/// What its end final says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobEnd {
+    pub error: Option<Failure>,
+    pub result: Option<String>,
+    pub duration_ms: u64,
+}
+
+/// Samples in a millisecond of the transcript's clock.
+const SAMPLES_PER_MS: u64 = 16;
+
+impl From<&Final> for JobMark {
+    fn from(f: &Final) -> Self {
+        let end = f.end.then(|| JobEnd {
+            error: f.error.clone(),
+            result: f.result.clone(),
+            duration_ms: f.to_sample / SAMPLES_PER_MS,
+        });
+        Self { index: f.index, epoch: f.epoch, vad: f.vad, end }
+    }
+}
+
+/// A question or order about one job.
+#[derive(Debug)]
+pub enum Ask {
+    Submit(Box<Submission>),
+    Status,
+    Cancel,
+}
+
+/// What is under way for a job.
+#[derive(Debug)]
+pub enum Stage {
+    Settled,
+    /// Its inline recording is being stored; this record comes next.
+    Putting(Box<JobRecord>),
+    /// This record is being written.
+    Saving(Box<JobRecord>),
+    /// The key is being read again, because a write was lost or its outcome is unknown: what was to be written.
+    Reading(Box<JobRecord>),
+    /// Its work item is being published, unless it is queued or the chain has its end.
+    Sending,
+    /// The end of its chain is being written.
+    Closing,
+}
+
+#[derive(Debug)]
+pub struct Job {
+    pub record: JobRecord,
+    /// Of the key; none while there is no key.
+    pub revision: Option<u64>,
+    pub stage: Stage,
+    /// Monotonic time at which the stage began.
+    pub since: Duration,
+    pub chain: Option<JobMark>,
+    /// Whose slot it is counted against.
+    pub charged: Option<WorkerName>,
+    /// Workers that had no room for it, and the number of the heartbeat they had sent then.
+    pub refused: Vec<(WorkerName, u64)>,
+    /// Who had it before.
+    pub moved_from: Option<WorkerName>,
+    /// Every worker's reason of the last decision, for the event.
+    pub reasons: serde_json::Value,
+    /// That it waits has been told.
+    pub told_waiting: bool,
+    /// Highest epoch whose assignment has been told.
+    pub told_epoch: u64,
+    /// Monotonic time at which it was assigned, or found assigned.
+    pub assigned_since: Duration,
+    /// Its worker was heard to hold this epoch.
+    pub taken: bool,
+    /// A smaller model than the one asked for, while its worker runs that.
+    pub stand_in: Option<String>,
+    /// Who waits for its record to be written.
+    pub submits: Vec<CallId>,
+    /// Asks that came while something was under way.
+    pub later: Vec<(CallId, Ask)>,
+}
+
+impl Job {
+    pub fn new(record: JobRecord, revision: Option<u64>, chain: Option<JobMark>, now: Duration) -> Self {
+        Self {
+            record,
+            revision,
+            stage: Stage::Settled,
+            since: now,
+            chain,
+            charged: None,
+            refused: Vec::new(),
+            moved_from: None,
+            reasons: serde_json::Value::Null,
+            told_waiting: false,
+            told_epoch: 0,
+            assigned_since: now,
+            taken: false,
+            stand_in: None,
+            submits: Vec::new(),
+            later: Vec::new(),
+        }
+    }
+
+    pub fn settled(&self) -> bool {
+        matches!(self.stage, Stage::Settled)
+    }
+
+    pub fn enter(&mut self, stage: Stage, now: Duration) {
+        self.stage = stage;
+        self.since = now;
+    }
+
+    pub fn state(&self) -> JobState {
+        self.record.state
+    }
+
+    /// The record as it will be once what is under way has gone well.
+    pub fn wanted(&self) -> &JobRecord {
+        match &self.stage {
+            Stage::Putting(next) | Stage::Saving(next) | Stage::Reading(next) => next,
+            Stage::Settled | Stage::Sending | Stage::Closing => &self.record,
+        }
+    }
+
+    /// Epoch of its next owner: above its last and above the last final's.
+    pub fn next_epoch(&self) -> u64 {
+        self.record.epoch.max(self.chain.as_ref().map_or(0, |c| c.epoch)) + 1
+    }
+
+    /// This try has stored a final.
+    pub fn progressed(&self) -> bool {
+        self.chain.as_ref().is_some_and(|c| c.epoch == self.record.epoch)
+    }
+
+    /// Takes a final that is newer than what is known; false if it is not.
+    pub fn saw(&mut self, mark: JobMark) -> bool {
+        let newer = self.chain.as_ref().is_none_or(|c| mark.index > c.index || mark.epoch > c.epoch);
+        if newer {
+            self.chain = Some(mark);
+        }
+        newer
+    }
+}
+
+/// A job whose key is being read.
+#[derive(Debug, Default)]
+pub struct Loading {
+    pub asks: Vec<(CallId, Ask)>,
+}
+
+#[derive(Debug)]
+pub enum Known {
+    Loading(Loading),
+    Job(Box<Job>),
+}
+
+/// Place in the queue: higher priority first, then who was submitted first.
+type Place = (Priority, u64, StreamId);
+
+fn place_of(record: &JobRecord) -> Place {
+    (record.options.priority, record.submitted_ms, record.id.clone())
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub struct Book {
+    known: HashMap<StreamId, Known>,
+    /// Queued and settled: what may be placed.
+    queue: BTreeSet<Place>,
+    /// Everything else that is not a queued job at rest: what upkeep looks at.
+    busy: BTreeSet<StreamId>,
+    /// When ended jobs are to be looked at again, as Unix times in ms.
+    expiries: BTreeMap<(u64, StreamId), ()>,
+}
+
+impl Book {
+    pub fn get(&self, id: &StreamId) -> Option<&Known> {
+        self.known.get(id)
+    }
+
+    pub fn job(&self, id: &StreamId) -> Option<&Job> {
+        match self.known.get(id) {
+            Some(Known::Job(job)) => Some(job),
+            _ => None,
+        }
+    }
+
+    /// Call [`Self::file`] after a change of state or stage.
+    pub fn job_mut(&mut self, id: &StreamId) -> Option<&mut Job> {
+        match self.known.get_mut(id) {
+            Some(Known::Job(job)) => Some(job),
+            _ => None,
+        }
+    }
+
+    pub fn loading_mut(&mut self, id: &StreamId) -> Option<&mut Loading> {
+        match self.known.get_mut(id) {
+            Some(Known::Loading(loading)) => Some(loading),
+            _ => None,
+        }
+    }
+
+    pub fn insert(&mut self, id: StreamId, known: Known) {
+        self.known.insert(id.clone(), known);
+        self.file(&id);
+    }
+
+    pub fn remove(&mut self, id: &StreamId) -> Option<Known> {
+        let known = self.known.remove(id);
+        if let Some(Known::Job(job)) = &known {
+            self.queue.remove(&place_of(&job.record));
+        }
+        self.busy.remove(id);
+        known
+    }
+
+    /// Puts a job where it belongs now: into the queue, or among those that upkeep looks at.
+    pub fn file(&mut self, id: &StreamId) {
+        match self.known.get(id) {
+            Some(Known::Job(job)) => {
+                let place = place_of(&job.record);
+                if job.settled() && job.state() == JobState::Queued {
+                    self.queue.insert(place);
+                    self.busy.remove(id);
+                } else {
+                    self.queue.remove(&place);
+                    self.busy.insert(id.clone());
+                }
+            }
+            Some(Known::Loading(_)) => {
+                self.busy.insert(id.clone());
+            }
+            None => {
+                self.busy.remove(id);
+            }
+        }
+    }
+
+    /// Jobs at rest that wait for a slot, in order.
+    pub fn queue(&self) -> impl Iterator<Item = &StreamId> {
+        self.queue.iter().map(|(_, _, id)| id)
+    }
+
+    pub fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Jobs before this one; none unless it waits.
+    pub fn ahead(&self, record: &JobRecord) -> Option<u32> {
+        let place = place_of(record);
+        self.queue.contains(&place).then(|| self.queue.range(..place).count() as u32)
+    }
+
+    /// Everything that is not at rest in the queue.
+    pub fn busy(&self) -> impl Iterator<Item = &StreamId> {
+        self.busy.iter()
+    }
+
+    pub fn len(&self) -> usize {
+        self.known.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.known.is_empty()
+    }
+
+    /// Looks at an ended job again at `at_ms`.
+    pub fn expire_at(&mut self, id: StreamId, at_ms: u64) {
+        self.expiries.insert((at_ms, id), ());
+    }
+
+    /// Ended jobs to look at now, the first `max` of them.
+    pub fn due(&mut self, now_ms: u64, max: usize) -> Vec<StreamId> {
+        let mut due = Vec::new();
+        while due.len() < max
+            && let Some(entry) = self.expiries.first_entry()
+            && entry.key().0 <= now_ms
+        {
+            let ((_, id), ()) = entry.remove_entry();
+            due.push(id);
+        }
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{id, job};
+
+    fn queued(name: &str, priority: Priority, submitted_ms: u64) -> Known {
+        let mut record = job(name);
+        record.options.priority = priority;
+        record.submitted_ms = submitted_ms;
+        Known::Job(Box::new(Job::new(record, Some(1), None, Duration::ZERO)))
+    }
+
+    #[test]
+    fn the_queue_is_in_order_of_priority_then_time() {
+        let mut book = Book::default();
+        for (name, priority, at) in [
+            ("late", Priority::Normal, 9),
+            ("low", Priority::Low, 1),
+            ("early", Priority::Normal, 2),
+            ("high", Priority::High, 30),
+        ] {
+            book.insert(id(name), queued(name, priority, at));
+        }
+        let order = |book: &Book| book.queue().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(order(&book), ["high", "early", "late", "low"]);
+        let ahead = |book: &Book, name: &str| book.job(&id(name)).and_then(|job| book.ahead(&job.record));
+        assert_eq!((ahead(&book, "high"), ahead(&book, "low")), (Some(0), Some(3)));
+        let job = book.job_mut(&id("early")).expect("known");
+        job.enter(Stage::Sending, Duration::ZERO);
+        book.file(&id("early"));
+        assert_eq!((order(&book), ahead(&book, "early")), (vec!["high".into(), "late".into(), "low".into()], None));
+        assert_eq!(book.busy().count(), 1);
+        let job = book.job_mut(&id("early")).expect("known");
+        job.enter(Stage::Settled, Duration::ZERO);
+        book.file(&id("early"));
+        book.remove(&id("high"));
+        assert_eq!((order(&book), book.busy().count()), (vec!["early".into(), "late".into(), "low".into()], 0));
+    }
+
+    #[test]
+    fn ended_jobs_come_due_in_order_and_not_all_at_once() {
+        let mut book = Book::default();
+        for (name, at) in [("c", 30), ("a", 10), ("b", 20)] {
+            book.expire_at(id(name), at);
+        }
+        assert_eq!(book.due(9, 5), Vec::<StreamId>::new());
+        assert_eq!(book.due(30, 2), [id("a"), id("b")]);
+        assert_eq!(book.due(30, 2), [id("c")]);
+    }
+}
