@@ -5,6 +5,9 @@
 
 use std::process::ExitCode;
 
+use voxfleet_nats::api::ApiError;
+use voxfleet_schema::failure::FailureClass;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Exit {
     Ok,
@@ -14,23 +17,26 @@ pub(crate) enum Exit {
     Usage,
     Config,
     Input,
+    /// What was named is not there, or is not for us.
+    NotFound,
     Unavailable,
     Internal,
-    /// Refused for now: no capacity. Trying again later may work.
+    /// Not now: no capacity, not done yet, not in time. Trying again later may work.
     Refused,
     Interrupted,
 }
 
 impl Exit {
-    pub(crate) const ALL: [(Exit, &'static str); 9] = [
+    pub(crate) const ALL: [(Exit, &'static str); 10] = [
         (Exit::Ok, "done"),
         (Exit::Failure, "failed, or a check found something wrong"),
         (Exit::Usage, "unknown command, option or value"),
         (Exit::Config, "bad configuration; every mistake is named"),
         (Exit::Input, "an input file cannot be read, or is not audio we can read"),
-        (Exit::Unavailable, "NATS cannot be reached, or lacks what we need"),
+        (Exit::NotFound, "no such job, session or recording, or it may not be read"),
+        (Exit::Unavailable, "NATS, or what holds a recording, cannot be reached or lacks what we need"),
         (Exit::Internal, "internal error: a bug"),
-        (Exit::Refused, "refused for now (no GPU, no capacity); try again later"),
+        (Exit::Refused, "not now (no capacity, not done yet, out of time); try again later"),
         (Exit::Interrupted, "stopped by Ctrl-C"),
     ];
 
@@ -41,10 +47,34 @@ impl Exit {
             Exit::Usage => 2,
             Exit::Config => 64,
             Exit::Input => 65,
+            Exit::NotFound => 66,
             Exit::Unavailable => 69,
             Exit::Internal => 70,
             Exit::Refused => 75,
             Exit::Interrupted => 130,
+        }
+    }
+
+    /// What a failure of this class means to whoever asked for the work.
+    pub(crate) fn of_class(class: FailureClass) -> Exit {
+        use FailureClass::*;
+        match class {
+            BadAudio | UnsupportedFormat | TooLarge | AudioAfterEnd | StaleSource => Exit::Input,
+            NotFound | Forbidden => Exit::NotFound,
+            Unavailable => Exit::Unavailable,
+            NoCapacity | NoWorkers | Timeout => Exit::Refused,
+            BadRequest | ModelMissing | ModelDoesNotFit | OutOfMemory | EngineCrash | Cancelled | Internal | Unknown => {
+                Exit::Failure
+            }
+        }
+    }
+
+    /// What it means that a request to the dispatcher came to nothing.
+    pub(crate) fn of_api(error: &ApiError) -> Exit {
+        match error {
+            ApiError::Refused(failure) => Exit::of_class(failure.class),
+            ApiError::NoDispatcher | ApiError::Timeout | ApiError::Server(_) => Exit::Unavailable,
+            ApiError::Encode(_) | ApiError::Malformed(_) => Exit::Internal,
         }
     }
 
@@ -123,6 +153,19 @@ mod tests {
     }
 
     #[test]
+    fn a_failure_has_the_code_of_its_class() {
+        use FailureClass::*;
+        for (class, code) in
+            [(BadAudio, 65), (TooLarge, 65), (NotFound, 66), (Forbidden, 66), (Unavailable, 69), (Timeout, 75), (NoWorkers, 75), (EngineCrash, 1)]
+        {
+            assert_eq!(Exit::of_class(class).code(), code, "{class}");
+        }
+        let refused = voxfleet_schema::failure::Failure::new(NotFound, "no such job");
+        assert_eq!(Exit::of_api(&ApiError::Refused(refused)), Exit::NotFound);
+        assert_eq!(Exit::of_api(&ApiError::NoDispatcher), Exit::Unavailable);
+    }
+
+    #[test]
     fn a_closed_pipe_is_no_failure() {
         let error = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::BrokenPipe));
         assert_eq!(exit_of(&error), Exit::Ok);
@@ -132,7 +175,7 @@ mod tests {
     fn every_code_is_in_the_table_once() {
         let mut codes: Vec<u8> = Exit::ALL.iter().map(|(e, _)| e.code()).collect();
         codes.dedup();
-        assert_eq!(codes, [0, 1, 2, 64, 65, 69, 70, 75, 130]);
-        assert!(Exit::help().contains(" 69  NATS"));
+        assert_eq!(codes, [0, 1, 2, 64, 65, 66, 69, 70, 75, 130]);
+        assert!(Exit::help().contains(" 69  NATS,"));
     }
 }

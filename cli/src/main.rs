@@ -9,16 +9,18 @@ mod bench;
 mod commands;
 mod config;
 mod decode;
+mod deliver;
 #[cfg(feature = "bench")]
 mod demo;
 mod env;
 mod exit;
+mod file_job;
+mod formats;
 mod logging;
 mod producer;
 mod signals;
 mod sound;
 mod transcript;
-#[cfg(any(test, feature = "bench"))]
 mod wer;
 
 use std::{process::ExitCode, time::Duration};
@@ -44,6 +46,8 @@ fn main() -> ExitCode {
         // Owns its threads and its device: no runtime, no configuration, no environment.
         #[cfg(feature = "worker")]
         Command::Engine(args) => commands::engine::run(&args),
+        #[cfg(feature = "worker")]
+        Command::AudioDecoder(args) => commands::audio_decoder::run(&args),
         Command::Decode(args) => commands::decode::run(&args),
         command => with_runtime(command, cli.global),
     };

@@ -1,7 +1,6 @@
-//! Reads what a producer sends: wav and flac files through symphonia, or raw PCM, as interleaved frames.
+//! Reads what a producer sends: recordings of every format that is taken, or raw PCM, as interleaved frames.
 //!
-//! Blocking; callers run it on a thread of its own. Samples of 16 bits or fewer stay `pcm_s16le`, wider ones become
-//! `pcm_f32le`, so nothing is lost on the way in.
+//! Blocking; callers run it on a thread of its own.
 
 use std::{
     fs::File,
@@ -10,13 +9,8 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use symphonia::core::{
-    codecs::audio::{AudioDecoder, AudioDecoderOptions},
-    formats::{FormatOptions, FormatReader, TrackType, probe::Hint},
-    io::{MediaSourceStream, ReadOnlySource},
-    meta::MetadataOptions,
-};
-use voxfleet_schema::audio::{AudioFormat, Encoding, MAX_CHANNELS, RATES_HZ, sniff_container};
+use voxfleet_audio::{AudioError, Decoder, Limits};
+use voxfleet_schema::audio::{AudioFormat, sniff_container};
 
 /// Bytes that tell what a file is.
 const HEAD_BYTES: usize = 64;
@@ -46,31 +40,28 @@ impl std::fmt::Display for Input {
 pub(crate) enum SoundError {
     #[error("cannot read")]
     Read(#[from] std::io::Error),
-    #[error("this is {0}; wav, flac and raw PCM can be streamed")]
-    Container(&'static str),
-    #[error("cannot decode")]
-    Decode(#[from] symphonia::core::errors::Error),
-    #[error("the file has no audio track")]
-    NoTrack,
-    #[error("{rate_hz} Hz with {channels} channels is outside what a session takes")]
-    OutOfRange { rate_hz: u32, channels: usize },
-    #[error("the format changes inside the file")]
+    #[error(transparent)]
+    Decode(#[from] AudioError),
+    #[error("the format changes inside the file, which a session cannot follow; send it as a job")]
     FormatChange,
+    #[error("the file is cut off or damaged; what was readable has been used")]
+    CutOff,
 }
 
 /// Audio being read, from its current position.
 pub(crate) struct Sound {
     format: AudioFormat,
-    /// Length where the file says it.
-    total_frames: Option<u64>,
+    total_ms: Option<u64>,
     /// Decoded and not yet handed out.
     pending: BytesMut,
     reader: Reader,
+    /// Why there is no more, told after what is pending.
+    broken: Option<SoundError>,
 }
 
 enum Reader {
     Raw(Box<dyn Read + Send>),
-    Decoded { track: u32, demuxer: Box<dyn FormatReader>, decoder: Box<dyn AudioDecoder> },
+    Decoded(Box<Decoder>),
     Done,
 }
 
@@ -78,78 +69,75 @@ impl Sound {
     /// `raw` takes the input as PCM of that format, whatever it looks like.
     pub(crate) fn open(input: &Input, raw: Option<AudioFormat>) -> Result<Self, SoundError> {
         match input {
-            Input::Stdin => Self::read(std::io::stdin(), None, raw),
+            Input::Stdin => Self::read(std::io::stdin(), raw),
             Input::File(path) => {
-                let file = File::open(path)?;
-                let length = file.metadata().ok().filter(|m| m.is_file()).map(|m| m.len());
-                Self::read(file, length, raw)
+                let mut file = File::open(path)?;
+                let metadata = file.metadata()?;
+                if !metadata.is_file() {
+                    return Self::read(file, raw);
+                }
+                let mut head = Vec::new();
+                file.by_ref().take(HEAD_BYTES as u64).read_to_end(&mut head)?;
+                if raw.is_none() && sniff_container(&head).is_some() {
+                    let name = path.to_string_lossy();
+                    return Ok(Self::decoded(Decoder::open(file, Some(&name), &unlimited())?));
+                }
+                let mut sound = Self::raw(Cursor::new(head).chain(file), raw);
+                let frames = metadata.len() / sound.format.frame_bytes() as u64;
+                sound.total_ms = Some(frames * 1000 / u64::from(sound.format.rate_hz));
+                Ok(sound)
             }
         }
     }
 
-    fn read(
-        mut from: impl Read + Send + Sync + 'static,
-        length: Option<u64>,
-        raw: Option<AudioFormat>,
-    ) -> Result<Self, SoundError> {
+    fn read(mut from: impl Read + Send + Sync + 'static, raw: Option<AudioFormat>) -> Result<Self, SoundError> {
         let mut head = Vec::new();
         from.by_ref().take(HEAD_BYTES as u64).read_to_end(&mut head)?;
         let container = if raw.is_some() { None } else { sniff_container(&head) };
         let whole = Cursor::new(head).chain(from);
         match container {
-            Some("flac" | "a wav file") => Self::decoded(whole),
-            Some(other) => Err(SoundError::Container(other)),
-            None => {
-                let format = raw.unwrap_or_default();
-                let total_frames = length.map(|l| l / format.frame_bytes() as u64);
-                Ok(Self { format, total_frames, pending: BytesMut::new(), reader: Reader::Raw(Box::new(whole)) })
-            }
+            Some(_) => Ok(Self::decoded(Decoder::read(whole, None, &unlimited())?)),
+            None => Ok(Self::raw(whole, raw)),
         }
     }
 
-    fn decoded(from: impl Read + Send + Sync + 'static) -> Result<Self, SoundError> {
-        let stream = MediaSourceStream::new(Box::new(ReadOnlySource::new(from)), Default::default());
-        let demuxer = symphonia::default::get_probe().probe(
-            &Hint::new(),
-            stream,
-            FormatOptions::default(),
-            MetadataOptions::default(),
-        )?;
-        let track = demuxer.default_track(TrackType::Audio).ok_or(SoundError::NoTrack)?;
-        let parameters = track.codec_params.as_ref().and_then(|p| p.audio()).ok_or(SoundError::NoTrack)?;
-        let rate_hz = parameters.sample_rate.unwrap_or(0);
-        let channels = parameters.channels.as_ref().map_or(0, |c| c.count());
-        let narrow = parameters.bits_per_sample.is_some_and(|bits| bits <= 16);
-        let (Some(track_channels), true) =
-            (u16::try_from(channels).ok().filter(|c| (1..=MAX_CHANNELS).contains(c)), RATES_HZ.contains(&rate_hz))
-        else {
-            return Err(SoundError::OutOfRange { rate_hz, channels });
-        };
-        let format = AudioFormat {
-            encoding: if narrow { Encoding::PcmS16Le } else { Encoding::PcmF32Le },
-            rate_hz,
-            channels: track_channels,
-        };
-        let decoder =
-            symphonia::default::get_codecs().make_audio_decoder(parameters, &AudioDecoderOptions::default())?;
-        let (id, total_frames) = (track.id, track.num_frames);
-        let reader = Reader::Decoded { track: id, demuxer, decoder };
-        Ok(Self { format, total_frames, pending: BytesMut::new(), reader })
+    fn raw(from: impl Read + Send + 'static, format: Option<AudioFormat>) -> Self {
+        let reader = Reader::Raw(Box::new(from));
+        Self { format: format.unwrap_or_default(), total_ms: None, pending: BytesMut::new(), reader, broken: None }
+    }
+
+    fn decoded(decoder: Decoder) -> Self {
+        let (format, total_ms) = (decoder.format(), decoder.total_ms());
+        Self { format, total_ms, pending: BytesMut::new(), reader: Reader::Decoded(Box::new(decoder)), broken: None }
     }
 
     pub(crate) fn format(&self) -> AudioFormat {
         self.format
     }
 
+    /// Length where the file says it.
     pub(crate) fn total_ms(&self) -> Option<u64> {
-        self.total_frames.map(|frames| frames * 1000 / u64::from(self.format.rate_hz))
+        self.total_ms
     }
 
     /// The next `frames` frames, fewer at the end, none after it. Bytes of an unfinished last frame are left out.
     pub(crate) fn next(&mut self, frames: usize) -> Result<Option<Bytes>, SoundError> {
         let wanted = frames.max(1) * self.format.frame_bytes();
-        while self.pending.len() < wanted && self.fill(wanted)? {}
+        while self.pending.len() < wanted {
+            match self.fill(wanted) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    // What came before is handed out first.
+                    (self.reader, self.broken) = (Reader::Done, Some(error));
+                    break;
+                }
+            }
+        }
         let whole = self.pending.len().min(wanted) / self.format.frame_bytes() * self.format.frame_bytes();
+        if let Some(error) = self.broken.take_if(|_| whole == 0) {
+            return Err(error);
+        }
         Ok((whole > 0).then(|| self.pending.split_to(whole).freeze()))
     }
 
@@ -167,33 +155,18 @@ impl Sound {
                 }
                 Ok(read > 0)
             }
-            Reader::Decoded { track, demuxer, decoder } => {
-                let Some(packet) = demuxer.next_packet()? else {
+            Reader::Decoded(decoder) => match decoder.next()? {
+                Some(chunk) if chunk.format.is_some_and(|format| format != self.format) => Err(SoundError::FormatChange),
+                Some(chunk) => {
+                    self.pending.extend_from_slice(&chunk.pcm);
+                    Ok(true)
+                }
+                None if decoder.truncated() => Err(SoundError::CutOff),
+                None => {
                     self.reader = Reader::Done;
-                    return Ok(false);
-                };
-                if packet.track_id != *track {
-                    return Ok(true);
+                    Ok(false)
                 }
-                let decoded = decoder.decode(&packet)?;
-                let spec = decoded.spec();
-                if (spec.rate(), spec.channels().count()) != (self.format.rate_hz, usize::from(self.format.channels)) {
-                    return Err(SoundError::FormatChange);
-                }
-                match self.format.encoding {
-                    Encoding::PcmS16Le => {
-                        let mut samples: Vec<i16> = Vec::new();
-                        decoded.copy_to_vec_interleaved(&mut samples);
-                        self.pending.extend(samples.into_iter().flat_map(i16::to_le_bytes));
-                    }
-                    Encoding::PcmF32Le => {
-                        let mut samples: Vec<f32> = Vec::new();
-                        decoded.copy_to_vec_interleaved(&mut samples);
-                        self.pending.extend(samples.into_iter().flat_map(f32::to_le_bytes));
-                    }
-                }
-                Ok(true)
-            }
+            },
         }
     }
 
@@ -208,6 +181,11 @@ impl Sound {
     }
 }
 
+/// A file of one's own, sent at its own pace, may be as long as it is.
+fn unlimited() -> Limits {
+    Limits { max_seconds: u64::MAX, ..Limits::default() }
+}
+
 /// A whole file.
 #[cfg(any(test, feature = "bench"))]
 pub(crate) fn read_file(path: &std::path::Path) -> Result<(AudioFormat, Vec<u8>), SoundError> {
@@ -217,6 +195,8 @@ pub(crate) fn read_file(path: &std::path::Path) -> Result<(AudioFormat, Vec<u8>)
 
 #[cfg(test)]
 mod tests {
+    use voxfleet_schema::audio::Encoding;
+
     use super::*;
 
     fn wav(bits: u16, channels: u16, data: &[u8]) -> Vec<u8> {
@@ -237,7 +217,7 @@ mod tests {
     #[test]
     fn wav_comes_back_bit_for_bit() {
         let samples: Vec<u8> = (0..2_000i16).map(|i| i * 16).flat_map(i16::to_le_bytes).collect();
-        let mut sound = Sound::read(Cursor::new(wav(16, 2, &samples)), None, None).expect("wav");
+        let mut sound = Sound::read(Cursor::new(wav(16, 2, &samples)), None).expect("wav");
         assert_eq!(sound.format().to_string(), "pcm_s16le;rate=8000;channels=2");
         assert_eq!(sound.total_ms(), Some(125));
         let first = sound.next(300).expect("readable").expect("audio");
@@ -248,7 +228,7 @@ mod tests {
 
     #[test]
     fn wider_samples_become_floats() {
-        let sound = Sound::read(Cursor::new(wav(24, 1, &[0, 0, 0x40].repeat(100))), None, None);
+        let sound = Sound::read(Cursor::new(wav(24, 1, &[0, 0, 0x40].repeat(100))), None);
         let mut sound = sound.expect("24 bit wav");
         assert_eq!(sound.format().encoding, Encoding::PcmF32Le);
         assert_eq!(sound.rest().expect("readable")[..4], 0.5f32.to_le_bytes());
@@ -256,7 +236,7 @@ mod tests {
 
     #[test]
     fn raw_is_cut_at_whole_frames() {
-        let mut sound = Sound::read(Cursor::new(vec![1; 1_001]), Some(1_001), None).expect("raw");
+        let mut sound = Sound::read(Cursor::new(vec![1; 1_001]), None).expect("raw");
         assert_eq!(sound.format(), AudioFormat::default());
         assert_eq!(sound.next(400).expect("readable").map(|b| b.len()), Some(800));
         assert_eq!(sound.next(400).expect("readable").map(|b| b.len()), Some(200));
@@ -264,11 +244,24 @@ mod tests {
     }
 
     #[test]
-    fn other_containers_are_refused_unless_called_raw() {
+    fn broken_containers_are_refused_unless_called_raw() {
         let ogg = || Cursor::new(b"OggS and more".to_vec());
-        assert!(matches!(Sound::read(ogg(), None, None), Err(SoundError::Container("ogg"))));
-        assert!(Sound::read(ogg(), None, Some(AudioFormat::default())).is_ok());
-        assert!(Sound::read(Cursor::new(b"fLaC\0\0\0\0".to_vec()), None, None).is_err());
+        assert!(matches!(Sound::read(ogg(), None), Err(SoundError::Decode(AudioError::Head { container: "ogg", .. }))));
+        assert!(Sound::read(ogg(), Some(AudioFormat::default())).is_ok());
+        assert!(Sound::read(Cursor::new(b"fLaC\0\0\0\0".to_vec()), None).is_err());
+    }
+
+    #[test]
+    fn what_a_broken_file_has_comes_before_its_error() {
+        let samples = [7u8; 2_000];
+        let cut = wav(16, 1, &samples)[..44 + 1_000].to_vec();
+        let mut file = tempfile::NamedTempFile::new().expect("file");
+        std::io::Write::write_all(&mut file, &cut).expect("written");
+        let mut sound = Sound::open(&Input::File(file.path().to_owned()), None).expect("wav");
+        assert_eq!(sound.next(400).expect("readable").map(|b| b.len()), Some(800));
+        assert_eq!(sound.next(400).expect("readable").map(|b| b.len()), Some(200));
+        assert!(matches!(sound.next(400), Err(SoundError::CutOff)));
+        assert_eq!(sound.next(400).expect("the end"), None);
     }
 
     #[test]

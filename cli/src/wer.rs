@@ -61,6 +61,7 @@ pub(crate) fn compare(reference: &str, heard: &str) -> WordErrors {
 }
 
 /// What was heard, laid beside one line of the reference.
+#[cfg(any(test, feature = "bench"))]
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Beside {
     pub(crate) reference: String,
@@ -69,6 +70,7 @@ pub(crate) struct Beside {
     pub(crate) missed: usize,
 }
 
+#[cfg(any(test, feature = "bench"))]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Heard {
     pub(crate) word: String,
@@ -76,6 +78,7 @@ pub(crate) struct Heard {
 }
 
 /// Gives each heard word to the reference line that it is aligned with. Whole matrix: for calls, not for hours.
+#[cfg(any(test, feature = "bench"))]
 pub(crate) fn beside(reference_lines: &[String], heard: &str) -> Vec<Beside> {
     let owned: Vec<(usize, String)> = reference_lines
         .iter()

@@ -42,7 +42,7 @@ fn decode(payload: &[u8], arguments: &[&str]) -> String {
 #[test]
 fn exit_codes_are_the_documented_ones() {
     let help = text(&run(&["--help"]).stdout);
-    let cases: [(&[&str], i32); 15] = [
+    let cases: &[(&[&str], i32)] = &[
         (&["--version"], 0),
         (&["config", "check"], 0),
         (&[], 2),
@@ -54,6 +54,23 @@ fn exit_codes_are_the_documented_ones() {
         (&["stream", "-", "--chunk-ms", "0"], 2),
         (&["stream", "-", "-o", "colour=red"], 2),
         (&["stream", "-", "--format", "mp3"], 2),
+        (&["transcribe"], 2),
+        (&["transcribe", "ftp://host/a.wav"], 2),
+        (&["transcribe", "https://host/a.wav", "--ttl", "1w"], 2),
+        (&["transcribe", "https://host/a.wav", "--speed", "2"], 2),
+        (&["transcribe", "https://host/a.wav", "--endpoint-ms", "7"], 2),
+        (&["transcribe", "https://host/a.wav", "-o", "/no/such/folder/a.srt"], 2),
+        (&["transcribe", "--live", "https://host/a.wav"], 2),
+        (&["transcribe", "/no/such/file.wav"], 65),
+        (&["transcribe", "/dev"], 65),
+        (&["transcribe", "https://host/a.wav", "--url", "nats://127.0.0.1:1"], 69),
+        (&["jobs"], 2),
+        (&["jobs", "list", "--state", "gone"], 2),
+        (&["jobs", "show", "a", "--url", "nats://127.0.0.1:1"], 69),
+        (&["export", "not an id"], 2),
+        (&["export", "a", "--job", "--session"], 2),
+        (&["eval", "wer", "-", "-"], 2),
+        (&["eval", "wer", "/no/such/file.txt", "-"], 65),
         (&["config", "check", "--set", "nats.no_such=1"], 64),
         (&["watch", "--config", "/no/such/file.toml"], 64),
         (&["stream", "/no/such/file.wav"], 65),
@@ -61,18 +78,54 @@ fn exit_codes_are_the_documented_ones() {
     ];
     for (arguments, code) in cases {
         let output = run(arguments);
-        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", text(&output.stderr));
+        assert_eq!(output.status.code(), Some(*code), "{arguments:?}: {}", text(&output.stderr));
         assert!(help.contains(&format!("{code:>3}  ")), "{code} is not in --help");
     }
 }
 
+/// The commands that a `--help` names, hidden ones left out.
+fn commands_of(help: &str) -> Vec<String> {
+    let section = help.split_once("Commands:\n").map(|(_, after)| after).unwrap_or_default();
+    let lines = section.lines().take_while(|line| !line.is_empty());
+    let names = lines.filter_map(|line| Some(line.strip_prefix("  ")?.split(' ').next()?.to_owned()));
+    names.filter(|name| !name.is_empty() && name != "help").collect()
+}
+
+/// That each example can be typed is tested where the arguments are.
 #[test]
 fn every_command_helps_with_examples() {
-    for command in ["dispatcher", "worker", "stream", "watch", "status", "doctor", "decode", "demo"] {
-        let output = run(&[command, "--help"]);
-        assert!(text(&output.stdout).contains("Examples:\n  "), "{command}");
+    let mut open: Vec<Vec<String>> = vec![Vec::new()];
+    let mut seen = Vec::new();
+    while let Some(words) = open.pop() {
+        let arguments: Vec<&str> = words.iter().map(String::as_str).chain(["--help"]).collect();
+        let help = text(&run(&arguments).stdout);
+        let below = commands_of(&help);
+        // The list of benches stands for all of them.
+        if below.is_empty() && words[0] != "bench" {
+            assert!(help.contains("Examples:\n  ") && help.contains("  voxfleet "), "{words:?}: {help}");
+        }
+        open.extend(below.into_iter().map(|name| [&words[..], &[name]].concat()));
+        seen.push(words.join(" "));
     }
-    assert!(!text(&run(&["--help"]).stdout).contains("engine  "), "the engine child is nobody's command");
+    for command in ["demo", "stream", "transcribe", "jobs submit", "jobs result", "export", "eval wer", "config check"] {
+        assert!(seen.iter().any(|s| s == command), "{command} is not among {seen:?}");
+    }
+    for child in ["engine", "audio-decoder"] {
+        assert!(!seen.iter().any(|s| s == child), "{child} is nobody's command");
+    }
+}
+
+#[test]
+fn word_errors_are_counted_without_a_fleet() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    std::fs::write(dir.path().join("said.txt"), "Good morning,\nmy name is Anna.\n").expect("file");
+    let mut command = voxfleet(dir.path(), &["eval", "wer", "said.txt", "-", "--json"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("voxfleet runs");
+    child.stdin.take().expect("stdin").write_all(b"good morning my name was").expect("text");
+    let output = child.wait_with_output().expect("output");
+    let object: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object");
+    let fields = ["wer", "substitutions", "deletions", "insertions", "words"].map(|name| object[name].as_f64());
+    assert_eq!(fields, [Some(2.0 / 6.0), Some(1.0), Some(1.0), Some(0.0), Some(6.0)], "{object}");
 }
 
 #[test]

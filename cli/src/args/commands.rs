@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use voxfleet_schema::{audio::AudioFormat, id::StreamId};
 
+use super::job::{OptionArgs, Typed};
 use crate::config::Role;
 
 #[cfg(feature = "dispatcher")]
@@ -57,12 +58,30 @@ pub(crate) struct EngineArgs {
     pub(crate) fd: i32,
 }
 
+#[cfg(feature = "worker")]
+#[derive(Debug, Clone, Args)]
+pub(crate) struct AudioDecoderArgs {
+    /// The inherited recording
+    #[arg(long)]
+    pub(crate) fd: i32,
+    /// The inherited socket
+    #[arg(long)]
+    pub(crate) out: i32,
+    #[arg(long)]
+    pub(crate) max_seconds: u64,
+    #[arg(long)]
+    pub(crate) memory_mb: u64,
+    #[arg(long)]
+    pub(crate) extension: Option<String>,
+}
+
 #[cfg(feature = "bench")]
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
   voxfleet demo
   voxfleet demo --speed 4 --call 03
   voxfleet demo --json > demo.json
+  voxfleet demo --serve
 
 It starts a server of its own, so --url and --creds are refused.")]
 pub(crate) struct DemoArgs {
@@ -78,6 +97,9 @@ pub(crate) struct DemoArgs {
     /// Leave the server and the processes running until Ctrl-C, to look around with `nats`
     #[arg(long)]
     pub(crate) keep: bool,
+    /// Only start the server and the fleet, and print lines to try on them; Ctrl-C stops all of it
+    #[arg(long, conflicts_with_all = ["keep", "json", "call", "speed"])]
+    pub(crate) serve: bool,
     /// Folder of the test calls [default: tests/audio of the source tree]
     #[arg(long, value_name = "DIR")]
     pub(crate) audio_dir: Option<PathBuf>,
@@ -89,7 +111,7 @@ pub(crate) struct DemoArgs {
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
   voxfleet stream call.flac --wait
-  voxfleet stream call.wav --session call-7 --speed 4 -o language=en -o endpoint_ms=300
+  voxfleet stream call.wav --session call-7 --speed 4 --language en -o interim=false
   arecord -q -f S16_LE -r 16000 -c 1 -t raw | voxfleet stream - --session mic --wait
   voxfleet stream --open --format 'pcm_s16le;rate=8000' phone.raw")]
 pub(crate) struct StreamArgs {
@@ -108,9 +130,9 @@ pub(crate) struct StreamArgs {
     /// Take the input as raw PCM of this format [default for what is no wav or flac: pcm_s16le;rate=16000;channels=1]
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Option<AudioFormat>,
-    /// A session option: model, language, task, prompt, hotwords, interim, endpoint_ms, policy, ...; can be repeated
+    /// Any session option by its name: interim, idle_timeout_s, carry_prompt, ...; can be repeated
     #[arg(short = 'o', long = "option", value_name = "NAME=VALUE", value_parser = super::pair)]
-    pub(crate) options: Vec<(String, String)>,
+    pub(crate) others: Vec<(String, String)>,
     /// Ask the dispatcher for a place first, and fail if there is none; without it the audio waits in the log
     #[arg(long)]
     pub(crate) open: bool,
@@ -126,6 +148,34 @@ pub(crate) struct StreamArgs {
     /// One object a line on standard output
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) flags: OptionArgs,
+}
+
+impl Default for StreamArgs {
+    /// What no flag at all means.
+    fn default() -> Self {
+        Self {
+            input: "-".to_owned(),
+            session: None,
+            speed: None,
+            chunk_ms: 200,
+            format: None,
+            others: Vec::new(),
+            open: false,
+            no_end: false,
+            wait: false,
+            give_up_s: 60,
+            json: false,
+            flags: OptionArgs::default(),
+        }
+    }
+}
+
+impl StreamArgs {
+    pub(crate) fn options(&self) -> Typed<'_> {
+        Typed { flags: &self.flags, others: &self.others }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -232,7 +282,7 @@ pub(crate) struct OutputArgs {
     pub(crate) json: bool,
 }
 
-fn speed(text: &str) -> Result<f64, String> {
+pub(super) fn speed(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(speed) if speed.is_finite() && (0.0..=1000.0).contains(&speed) => Ok(speed),
         _ => Err("expected a number from 0 to 1000".to_owned()),

@@ -35,6 +35,9 @@ const WORKERS: usize = 2;
 const LAST_WORDS: Duration = Duration::from_secs(300);
 
 #[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "Examples:
+  voxfleet bench accuracy
+  voxfleet bench accuracy --speed 2 --json")]
 pub(crate) struct AccuracyArgs {
     /// Times real time
     #[arg(long, default_value_t = 1.0, value_name = "N")]

@@ -3,16 +3,24 @@
 //! | module | measures |
 //! |---|---|
 //! | [`accuracy`] | word error rate of live calls beside the same engine offline, and how late finals come |
-//! | [`pipeline`] | audio through NATS and the fleet against the same engine called directly |
+//! | [`latency`] | from the end of a word to its first partial and to its final, and how many sessions this CPU carries |
+//! | [`peers`] | text and speed of our engine beside whisper.cpp by itself |
+//! | [`pipeline`] | audio through NATS and the fleet against the same engine called directly, live and ([`jobs`]) as a file |
 //! | [`route`] | added latency from a producer's publish to the engine, and what a fleet saturates at |
 //! | [`startup`] | start-up time of each process, and memory with idle sessions |
 //! | [`probe`] | the engine's door: where latency is measured |
+//! | [`recording`], [`memory`] | long recordings; memory of every process, second by second |
 //!
 //! Each prints a table, or with `--json` one object with fixed field names.
 
 mod accuracy;
+mod jobs;
+mod latency;
+mod memory;
+mod peers;
 mod pipeline;
 mod probe;
+mod recording;
 mod route;
 mod startup;
 
@@ -30,7 +38,9 @@ use crate::{exit::Exit, transcript::screen};
 
 Examples:
   voxfleet bench accuracy
-  voxfleet bench pipeline
+  voxfleet bench latency --quick
+  voxfleet bench peers
+  voxfleet bench pipeline --jobs
   voxfleet bench route --sessions 1000 --seconds 30 --json
   voxfleet bench startup")]
 pub(crate) struct BenchArgs {
@@ -45,6 +55,10 @@ pub(crate) struct BenchArgs {
 enum Bench {
     /// Word error rate of the test calls live, at the pace they were spoken, beside the same engine offline
     Accuracy(accuracy::AccuracyArgs),
+    /// From the end of a word to its first partial and its final, with one session and with the most this CPU carries
+    Latency(latency::LatencyArgs),
+    /// Our engine beside whisper.cpp by itself: text and speed
+    Peers(peers::PeersArgs),
     /// Audio per second through NATS and the fleet, against the same engine called directly
     Pipeline(pipeline::PipelineArgs),
     /// Added latency from publish to engine with many sessions, and the rate at which it saturates
@@ -63,6 +77,8 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
     let measured = async {
         match bench {
             Bench::Accuracy(args) => accuracy::run(args).await,
+            Bench::Latency(args) => latency::run(args).await,
+            Bench::Peers(args) => peers::run(args).await,
             Bench::Pipeline(args) => pipeline::run(args).await,
             Bench::Route(args) => route::run(args).await,
             Bench::Startup(args) => startup::run(args).await,
@@ -109,25 +125,57 @@ fn progress(text: &str) {
     eprintln!("bench: {text}");
 }
 
-/// Two columns, nested objects and rows indented by their names.
+/// Two columns, nested objects indented by their names; rows of an array as a table of their own below.
 fn table(prefix: &str, value: &Value) -> anyhow::Result<()> {
     for (name, value) in value.as_object().into_iter().flatten() {
         let name = format!("{prefix}{name}");
         match value {
             Value::Object(_) => table(&format!("{name}."), value)?,
             Value::Array(rows) => {
-                for (n, row) in rows.iter().enumerate() {
-                    table(&format!("{name}.{n}."), row)?;
+                screen::out(&name)?;
+                for line in grid(rows) {
+                    screen::out(&format!("  {line}"))?;
                 }
             }
-            Value::Number(n) if n.is_f64() => {
-                screen::out(&format!("{name:<42} {:>14.3}", n.as_f64().unwrap_or_default()))?;
-            }
-            other => screen::out(&format!("{name:<42} {other:>14}"))?,
+            other => screen::out(&format!("{name:<42} {:>14}", cell(other)))?,
         }
     }
     Ok(())
 }
+
+fn cell(value: &Value) -> String {
+    match value {
+        Value::Number(n) if n.is_f64() => format!("{:.3}", n.as_f64().unwrap_or_default()),
+        Value::String(text) => text.clone(),
+        Value::Null => "-".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+/// One line a field and one column a row, so that many fields fit: the first field heads the columns.
+fn grid(rows: &[Value]) -> Vec<String> {
+    let mut names: Vec<&String> = Vec::new();
+    for name in rows.iter().filter_map(Value::as_object).flatten().map(|(name, _)| name) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    // What tells rows apart comes first, wherever its name is in the alphabet.
+    names.sort_by_key(|name| !HEADS.contains(&name.as_str()));
+    let cells = |name: &str| rows.iter().map(|row| row.get(name).map(cell).unwrap_or_default()).collect::<Vec<_>>();
+    let widths: Vec<usize> = (0..rows.len())
+        .map(|n| names.iter().map(|name| cells(name)[n].chars().count()).max().unwrap_or(0))
+        .collect();
+    let line = |name: &&String| {
+        let cells = cells(name);
+        let columns = cells.iter().zip(&widths).map(|(cell, width)| format!("  {cell:>width$}"));
+        format!("{name:<24}{}", columns.collect::<String>())
+    };
+    names.iter().map(line).collect()
+}
+
+/// Fields that name a row.
+const HEADS: [&str; 4] = ["engine", "sessions", "process", "call"];
 
 /// Three digits behind the point are more than these measurements are good for.
 fn rounded(value: f64) -> f64 {
@@ -137,4 +185,21 @@ fn rounded(value: f64) -> f64 {
 /// What `bench` and the workers it starts find in the user cache.
 fn cached(path: &str) -> Option<PathBuf> {
     Some(voxfleet_harness::find::cache().join(path)).filter(|p| p.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_become_columns_under_what_names_them() {
+        let rows = [
+            serde_json::json!({"a_ms": 1, "sessions": 12, "wer": 0.5}),
+            serde_json::json!({"sessions": 1, "trouble": null}),
+        ];
+        let lines: Vec<String> =
+            grid(&rows).iter().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        assert_eq!(lines, ["sessions 12 1", "a_ms 1", "wer 0.500", "trouble -"]);
+        assert!(grid(&[]).is_empty());
+    }
 }

@@ -34,13 +34,21 @@ use voxfleet_worker::{
     ipc::{SimulatedConfig, StartPoint},
 };
 
-use super::{cached, progress, rounded};
+use super::{
+    cached,
+    jobs::{self, JobArgs},
+    progress, rounded,
+};
 
 pub(super) const CHUNK_MS: u64 = 200;
 const MICRO: &str = "micro.en-q8_0";
 const DEADLINE: Duration = Duration::from_secs(600);
 
 #[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "Examples:
+  voxfleet bench pipeline
+  voxfleet bench pipeline --jobs --simulated-only --json
+  voxfleet bench pipeline --jobs --hours 8")]
 pub(crate) struct PipelineArgs {
     /// Sessions at once
     #[arg(long, default_value_t = 16, value_name = "N")]
@@ -57,6 +65,8 @@ pub(crate) struct PipelineArgs {
     /// Leave out the real engine
     #[arg(long)]
     simulated_only: bool,
+    #[command(flatten)]
+    job: JobArgs,
 }
 
 /// How one kind of engine is loaded on both sides.
@@ -93,7 +103,14 @@ impl Kind {
         }
     }
 
-    fn engine(&self) -> Engine {
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Kind::Simulated { .. } => "simulated",
+            Kind::Micro => "real",
+        }
+    }
+
+    pub(super) fn engine(&self) -> Engine {
         match self {
             Kind::Simulated { speed } => Engine::Simulated { speed: *speed },
             Kind::Micro => Engine::Micro,
@@ -102,6 +119,9 @@ impl Kind {
 }
 
 pub(super) async fn run(args: PipelineArgs) -> Result<Value> {
+    if args.job.wanted() {
+        return jobs::run(&args.job, args.speed, args.simulated_only).await;
+    }
     ensure!(args.sessions >= 1 && args.threads >= 1 && args.seconds >= 1.0, "nothing to measure");
     let recordings: Vec<Pcm> = (0..args.sessions as u64).map(|n| audio::bursts(n, args.seconds)).collect();
     let simulated = measure(Kind::Simulated { speed: args.speed }, recordings, args.threads).await?;
@@ -120,10 +140,7 @@ pub(super) async fn run(args: PipelineArgs) -> Result<Value> {
 
 async fn measure(kind: Kind, recordings: Vec<Pcm>, threads: usize) -> Result<Value> {
     let audio_s: f64 = recordings.iter().map(Pcm::seconds).sum();
-    let name = match kind {
-        Kind::Simulated { .. } => "simulated",
-        Kind::Micro => "real",
-    };
+    let name = kind.name();
     progress(&format!("{name} engine called directly on {audio_s:.0} s of audio, {threads} threads"));
     let (direct_s, expected) = {
         let (kind, recordings) = (kind.clone(), recordings.clone());

@@ -25,6 +25,9 @@ use voxfleet_harness::{
 use super::{probe::Report, progress, rounded};
 
 #[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "Examples:
+  voxfleet bench route
+  voxfleet bench route --sessions 1000 --seconds 30 --json")]
 pub(crate) struct RouteArgs {
     /// Sessions at once, in real time
     #[arg(long, default_value_t = 1_000, value_name = "N")]
@@ -179,7 +182,11 @@ pub(super) struct Memory([f64; 4]);
 
 impl Memory {
     pub(super) fn of(fleet: &Fleet) -> Self {
-        Self(pids(fleet).map(|pid| resident_bytes(pid).unwrap_or(0) as f64 / f64::from(1 << 20)))
+        Self(pids(fleet).map(|pid| Self::mb(resident_bytes(pid).unwrap_or(0))))
+    }
+
+    pub(super) fn mb(bytes: u64) -> f64 {
+        bytes as f64 / f64::from(1 << 20)
     }
 
     pub(super) fn json(&self) -> Value {

@@ -22,6 +22,9 @@ const AT_ONCE: usize = 32;
 const MICRO: &str = "micro.en-q8_0";
 
 #[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "Examples:
+  voxfleet bench startup
+  voxfleet bench startup --sessions 100 --runs 3 --json")]
 pub(crate) struct StartupArgs {
     /// Idle sessions
     #[arg(long, default_value_t = 1_000, value_name = "N")]

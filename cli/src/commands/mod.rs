@@ -1,5 +1,7 @@
 //! One module a command. Each takes its arguments and the [`Context`], and answers with an exit code.
 
+#[cfg(feature = "worker")]
+pub(crate) mod audio_decoder;
 pub(crate) mod config;
 pub(crate) mod decode;
 #[cfg(feature = "dispatcher")]
@@ -7,8 +9,14 @@ mod dispatcher;
 mod doctor;
 #[cfg(feature = "worker")]
 pub(crate) mod engine;
+mod eval;
+mod export;
+mod jobs;
+mod models;
+mod plan;
 mod status;
 mod stream;
+mod transcribe;
 mod watch;
 #[cfg(feature = "worker")]
 mod worker;
@@ -63,8 +71,14 @@ pub(crate) async fn run(command: Command, context: Context) -> anyhow::Result<Ex
         #[cfg(feature = "worker")]
         Command::Worker(_) => worker::run(&context).await,
         Command::Stream(args) => stream::run(&args, &context).await,
+        Command::Transcribe(args) => transcribe::run(&args, &context).await,
+        Command::Jobs(args) => jobs::run(&args, &context).await,
+        Command::Export(args) => export::run(&args, &context).await,
+        Command::Eval(args) => eval::run(&args),
         Command::Watch(args) => watch::run(&args, &context).await,
         Command::Status(args) => status::run(&args, &context).await,
+        Command::Models(args) => models::run(&args, &context).await,
+        Command::Plan(args) => plan::run(&args, &context).await,
         Command::Doctor(args) => doctor::run(&args, &context).await,
         Command::Config(args) => config::run(&args, &context),
         #[cfg(feature = "bench")]
@@ -80,6 +94,8 @@ pub(crate) async fn run(command: Command, context: Context) -> anyhow::Result<Ex
         Command::Decode(args) => decode::run(&args),
         #[cfg(feature = "worker")]
         Command::Engine(args) => engine::run(&args),
+        #[cfg(feature = "worker")]
+        Command::AudioDecoder(args) => audio_decoder::run(&args),
     }
 }
 

@@ -13,14 +13,14 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use voxfleet_nats::{
     Nats,
-    api::{self, ApiError, Endpoint},
+    api::{self, Endpoint},
     transcript::Filter,
 };
 use voxfleet_schema::{
     event::{Event, What},
-    failure::FailureClass,
     id::{Kind, StreamId},
     session::{OpenRequest, Opened, SessionOptions},
+    transcript::Final,
 };
 
 use super::{close, need_jetstream};
@@ -59,11 +59,7 @@ impl Plan {
                 StreamId::new(format!("s-{}", &Uuid::new_v4().simple().to_string()[..12])).or_exit(Exit::Internal)?
             }
         };
-        let mut options = SessionOptions::default();
-        for (name, value) in &args.options {
-            options.set(name, value).or_exit(Exit::Usage)?;
-        }
-        options.validate().or_exit(Exit::Usage)?;
+        let options = args.options().parsed().or_exit(Exit::Usage)?;
         // A pipe has its own pace; a file would be over at once.
         let speed = args.speed.unwrap_or(if input == Input::Stdin { 0.0 } else { 1.0 });
         Ok(Self { input, id, options, speed: (speed > 0.0).then_some(speed) })
@@ -118,13 +114,24 @@ impl Answers {
 }
 
 pub(crate) async fn run(args: &StreamArgs, context: &Context) -> anyhow::Result<Exit> {
+    let mut screen = Screen::new(Style::of_stdout(args.json), Detail { names: false, words: false, partials: true });
+    stream(args, context, &mut screen, &mut |_| ()).await
+}
+
+/// The same with the transcript going elsewhere: to `screen` whatever is news, to `keep` each final once.
+pub(super) async fn stream(
+    args: &StreamArgs,
+    context: &Context,
+    screen: &mut Screen,
+    keep: &mut (dyn FnMut(&Final) + Send),
+) -> anyhow::Result<Exit> {
     let plan = Plan::of(args)?;
     let (input, format) = (plan.input.clone(), args.format);
     let opened = tokio::task::spawn_blocking(move || Sound::open(&input, format)).await.or_exit(Exit::Internal)?;
     let sound = opened.map_err(|e| anyhow::Error::new(e).context(plan.input.to_string())).or_exit(Exit::Input)?;
     let (nats, _) = context.client("voxfleet-stream").await?;
     let result = match need_jetstream(&nats).await {
-        Ok(()) => with_nats(args, &plan, sound, &nats, context).await,
+        Ok(()) => with_nats(args, &plan, sound, &nats, context, screen, keep).await,
         Err(error) => Err(error),
     };
     close(nats).await;
@@ -137,6 +144,8 @@ async fn with_nats(
     sound: Sound,
     nats: &Nats,
     context: &Context,
+    screen: &mut Screen,
+    keep: &mut (dyn FnMut(&Final) + Send),
 ) -> anyhow::Result<Exit> {
     let give_up = Duration::from_secs(args.give_up_s);
     let mut producer = Producer::new(nats, plan.id.clone(), sound.format(), give_up).or_exit(Exit::Internal)?;
@@ -144,7 +153,7 @@ async fn with_nats(
         let opened = open(nats, plan).await?;
         eprintln!("{} is on {} (epoch {})", opened.session, opened.worker.gpu_id, opened.epoch);
     } else {
-        producer = producer.with_options(&args.options);
+        producer = producer.with_options(&args.options().pairs());
     }
     let started = Instant::now();
     if !args.wait {
@@ -154,14 +163,17 @@ async fn with_nats(
     }
     // The reader is there before the first chunk; it outlives the sending, and Ctrl-C ends the sending only.
     let stop = CancellationToken::new();
-    let style = Style::of_stdout(args.json);
-    let mut screen = Screen::new(style, Detail { names: false, words: false, partials: true });
     let what = Follow { filter: Filter::One(Kind::Session, plan.id.clone()), from_start: false, until_end: true };
     let speed = plan.speed;
     let lag = move |ms: u64| speed.map(|speed| ago(started, ms, speed));
     let (note, mut answers) = watch::channel(Answers::default());
-    let mut seen = |seen: Seen<'_>| note.send_modify(|answers| answers.note(seen));
-    let following = follow_all(nats, &what, &mut screen, &lag, &mut seen, &stop);
+    let mut seen = |seen: Seen<'_>| {
+        if let Seen::Final(value) = seen {
+            keep(value);
+        }
+        note.send_modify(|answers| answers.note(seen));
+    };
+    let following = follow_all(nats, &what, screen, &lag, &mut seen, &stop);
     let sending = send(args, plan, sound, producer, started, context, false);
     tokio::pin!(following, sending);
     let (sent, followed) = tokio::select! {
@@ -206,17 +218,8 @@ async fn refusal(answers: &mut watch::Receiver<Answers>, sent: &Sent) -> String 
 
 async fn open(nats: &Nats, plan: &Plan) -> anyhow::Result<Opened> {
     let request = OpenRequest { session: plan.id.clone(), options: plan.options.clone() };
-    api::request(nats, Endpoint::SessionOpen, &request, OPEN_DEADLINE).await.map_err(|error| {
-        let exit = match &error {
-            ApiError::Refused(failure) => match failure.class {
-                FailureClass::NoCapacity | FailureClass::NoWorkers => Exit::Refused,
-                _ => Exit::Failure,
-            },
-            ApiError::NoDispatcher | ApiError::Timeout | ApiError::Server(_) => Exit::Unavailable,
-            ApiError::Encode(_) | ApiError::Malformed(_) => Exit::Internal,
-        };
-        coded(exit, anyhow::Error::new(error).context(format!("open {}", plan.id)))
-    })
+    (api::request(nats, Endpoint::SessionOpen, &request, OPEN_DEADLINE).await)
+        .map_err(|error| coded(Exit::of_api(&error), anyhow::Error::new(error).context(format!("open {}", plan.id))))
 }
 
 /// Sends everything and the end. Ctrl-C stops the reading; the session still gets its end, so its last words come.
@@ -334,7 +337,7 @@ fn report(args: &StreamArgs, plan: &Plan, sent: &Sent) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use voxfleet_schema::{event::Scope, failure::Failure};
+    use voxfleet_schema::{event::Scope, failure::{Failure, FailureClass}};
 
     fn rejected(seq: u64, gpu: Option<&str>) -> Event {
         let mut event = Event::new(Scope::Session, "s", What::Rejected, 0);

@@ -1,6 +1,7 @@
 //! `voxfleet worker`.
 
 use voxfleet_nats::topology::TopologyError;
+use voxfleet_store::models::InUse;
 
 use super::SERVICE_LOG;
 use crate::{
@@ -21,8 +22,12 @@ pub(crate) async fn run(context: &Context) -> anyhow::Result<Exit> {
         // The server may be given it while we run; a worker makes no stream, so it can only wait.
         tracing::warn!(error = %TopologyError::NoJetStream, "nothing can be done until the server has jetstream");
     }
+    // Whoever makes room for another model leaves these alone for as long as this process lives.
+    let held: Vec<InUse> = settings.worker.model_files().iter().filter_map(|m| InUse::hold(&m.path)).collect();
+    tracing::debug!(models = held.len(), "model files held");
     let result = voxfleet_worker::run(nats.clone(), settings.worker, context.shutdown.clone()).await;
     super::close(nats).await;
+    drop(held);
     result.or_exit(Exit::Failure)?;
     tracing::info!("worker stopped");
     Ok(Exit::Ok)

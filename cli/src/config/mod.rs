@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use voxfleet_nats::NatsConfig;
+use voxfleet_store::models::ModelsConfig;
 
 use crate::{
     env::{self, Env},
@@ -29,6 +30,7 @@ pub(crate) struct Settings {
     pub(crate) dispatcher: voxfleet_dispatcher::DispatcherConfig,
     #[cfg(feature = "worker")]
     pub(crate) worker: voxfleet_worker::WorkerConfig,
+    pub(crate) models: ModelsConfig,
     pub(crate) log: LogConfig,
     // One file serves a whole fleet: a slim build passes over the sections of parts it does not have.
     #[cfg(not(feature = "dispatcher"))]
@@ -48,6 +50,8 @@ pub(crate) enum Role {
     Dispatcher,
     #[cfg(feature = "worker")]
     Worker,
+    /// The folder of models.
+    Models,
 }
 
 impl Role {
@@ -58,11 +62,27 @@ impl Role {
             Role::Dispatcher => "dispatcher",
             #[cfg(feature = "worker")]
             Role::Worker => "worker",
+            Role::Models => "models",
         }
     }
 }
 
 impl Settings {
+    /// Models are pulled into the folder that workers look into, whichever of the two settings names it.
+    fn share_models_folder(&mut self) {
+        #[cfg(feature = "worker")]
+        {
+            let worker = &mut self.worker;
+            match (&self.models.dir, &worker.models_dir) {
+                // One that nothing was pulled into yet is no mistake.
+                (Some(dir), None) if dir.is_dir() => worker.models_dir = Some(dir.clone()),
+                (None, Some(dir)) => self.models.dir = Some(dir.clone()),
+                _ => {}
+            }
+            self.models.dir = self.models.folder(worker.cache_dir.as_deref());
+        }
+    }
+
     fn problems(&self, roles: &[Role]) -> Vec<String> {
         let mut found = self.nats.problems();
         for role in roles {
@@ -72,6 +92,7 @@ impl Settings {
                 Role::Dispatcher => found.extend(self.dispatcher.problems()),
                 #[cfg(feature = "worker")]
                 Role::Worker => found.extend(self.worker.problems()),
+                Role::Models => found.extend(self.models.problems()),
             }
         }
         found.extend(self.log.problems());
@@ -150,7 +171,8 @@ fn read(
     let roles = roles(&layers);
     let (set, mut problems) = layers.checked::<Settings>();
     match layers::assemble::<Settings>(&set) {
-        Ok(settings) => {
+        Ok(mut settings) => {
+            settings.share_models_folder();
             problems.extend(settings.problems(&roles));
             if problems.is_empty() {
                 return Ok((Loaded { settings, file, set }, roles));
@@ -165,10 +187,13 @@ fn read(
 
 /// Variables that others define and we follow: the lowest layer above the defaults.
 fn inherited(env: &impl Env, layers: &mut Layers) {
-    if cfg!(feature = "worker") {
-        if let Some((dir, name)) = env::cache_dir(env) {
-            layers.inherited(name, "worker.cache_dir", &dir.to_string_lossy());
+    if let Some((dir, name)) = env::cache_dir(env) {
+        match cfg!(feature = "worker") {
+            true => layers.inherited(name, "worker.cache_dir", &dir.to_string_lossy()),
+            false => layers.inherited(name, "models.dir", &dir.join("models").to_string_lossy()),
         }
+    }
+    if cfg!(feature = "worker") {
         if let Some(library) = env.var("ORT_DYLIB_PATH").filter(|l| !l.is_empty()) {
             layers.inherited("ORT_DYLIB_PATH", "worker.onnxruntime", &library);
         }

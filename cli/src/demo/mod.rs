@@ -1,5 +1,6 @@
 //! `voxfleet demo`: a server, a dispatcher and two workers as real processes here, a test call streamed through them as a
-//! producer would, its transcript growing on the screen; then the figures, and the same seen through `nats`.
+//! producer would, its transcript growing on the screen, and beside it the same call as a file job; then the figures, and
+//! the same seen through `nats`.
 //!
 //! Everything started lives in [`Fleet`], which ends it when dropped: at the end, after an error, at Ctrl-C alike.
 
@@ -8,11 +9,14 @@ mod inspect;
 pub(crate) mod report;
 
 use std::{
+    cell::Cell,
     io::IsTerminal as _,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -20,24 +24,28 @@ use voxfleet_harness::{
     find,
     fleet::{Engine, Fleet, models_dir},
 };
-use voxfleet_nats::{Nats, NatsConfig, transcript::Filter};
+use voxfleet_nats::{
+    Nats, NatsConfig,
+    transcript::{Chain, Filter},
+};
 use voxfleet_schema::{
     id::{Kind, StreamId},
+    job::JobResult,
     transcript::{Final, join_text},
 };
 use voxfleet_worker::WorkerConfig;
 
 use crate::{
     Context,
-    args::DemoArgs,
+    args::{DemoArgs, JobArgs},
     exit::{Exit, OrExit as _},
+    file_job::{Step, Wish, outcome, progress::Show, wait},
     producer::{Producer, ago, due},
     transcript::{
         follow::{Follow, Followed, follow},
         line::Paint,
         screen::{Detail, Screen, Style, object, out},
     },
-    wer,
 };
 use call::Call;
 
@@ -60,6 +68,15 @@ impl Live {
     }
 }
 
+/// What the file job gave.
+pub(crate) struct Recorded {
+    pub(crate) id: StreamId,
+    pub(crate) result: JobResult,
+    /// From the upload to the result.
+    pub(crate) wall: Duration,
+    pub(crate) gpu: Option<String>,
+}
+
 pub(crate) async fn run(args: &DemoArgs, context: &Context) -> anyhow::Result<Exit> {
     // Of the settings only what a worker needs counts here: the demo brings its own server.
     let mut worker = context.configure(&[], "error")?.settings.worker;
@@ -68,10 +85,30 @@ pub(crate) async fn run(args: &DemoArgs, context: &Context) -> anyhow::Result<Ex
         biased;
         () = context.shutdown.cancelled() => {
             eprintln!("stopped; everything that was started here is gone");
-            Ok(Exit::Interrupted)
+            // Serving has no end of its own: Ctrl-C is how one leaves.
+            Ok(if args.serve { Exit::Ok } else { Exit::Interrupted })
         }
         result = demo(args, worker, &context.shutdown) => result,
     }
+}
+
+/// The fleet and nothing else, to be used from other terminals.
+async fn serve(fleet: &Fleet, processes: &str, paint: Paint, shutdown: &CancellationToken) -> anyhow::Result<()> {
+    let voxfleet = std::env::current_exe().map_or_else(|_| "voxfleet".to_owned(), |exe| exe.display().to_string());
+    let call = find::root().join("tests/audio/call-01.flac");
+    out(&format!("{processes} run until Ctrl-C. In another terminal:\n"))?;
+    for line in [
+        format!("export VOXFLEET__NATS__URLS={}", fleet.url()),
+        format!("{voxfleet} transcribe {} -f srt", call.display()),
+        format!("{voxfleet} stream {} --wait", call.display()),
+        format!("{voxfleet} jobs list"),
+        format!("{voxfleet} status"),
+        format!("nats --server {} sub 'asr.v1.>' --translate '{voxfleet} decode'", fleet.url()),
+    ] {
+        out(&format!("  {}", paint.cyan(&line)))?;
+    }
+    shutdown.cancelled().await;
+    Ok(())
 }
 
 async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToken) -> anyhow::Result<Exit> {
@@ -79,10 +116,15 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
     find::nats_server()?;
     let speed = if args.speed > 0.0 { args.speed } else { 1.0 };
     let dir = args.audio_dir.clone().unwrap_or_else(|| find::root().join("tests/audio"));
-    let call = Arc::new(Call::load(&dir, &args.call).or_exit(Exit::Input)?);
     let terminal = std::io::stdout().is_terminal();
     let say = |text: &str| if args.json { Ok(()) } else { out(text) };
     let paint = Paint { colour: terminal && !args.json };
+    if args.serve {
+        let fleet = start(args).await?;
+        serve(&fleet, &report::processes(&fleet), paint, shutdown).await?;
+        return Ok(Exit::Ok);
+    }
+    let call = Arc::new(Call::load(&dir, &args.call).or_exit(Exit::Input)?);
 
     say(&paint.bold(&format!("voxfleet demo: {} ({:.0} s) at {speed} x real time", call.name, call.seconds())))?;
     let started = Instant::now();
@@ -100,7 +142,12 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
         (false, true) => Style::Terminal,
         (false, false) => Style::Plain,
     };
-    let live = transcribe(&nats, &call, &id, speed, style).await?;
+    let recording = dir.join(format!("{}.flac", call.name));
+    let patience = Duration::from_secs_f64(call.seconds() / speed) + LAST_WORDS;
+    let (live, job) = tokio::try_join!(
+        transcribe(&nats, &call, &id, speed, style),
+        in_time(patience, "the file job", file_job(&nats, &recording)),
+    )?;
     fleet.check_alive()?;
     let offline = {
         let (call, spinner) = (call.clone(), spinner(args, "the same call, the same engine called directly"));
@@ -109,12 +156,12 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
         offline.or_exit(Exit::Internal)??
     };
 
-    let errors = wer::compare(&call.reference(), &live.text());
+    let found = report::Found { call: &call, speed, live: &live, job: &job, offline: &offline };
     if args.json {
-        object(&report::object(&call, speed, &live, errors, &offline))?;
+        object(&found.object())?;
     } else {
-        report::print(&call, speed, &live, errors, &offline, paint)?;
-        inspect::print(&fleet.url(), &id, paint).await?;
+        found.print(paint)?;
+        inspect::print(&fleet.url(), &id, &job.id, paint).await?;
     }
     if args.keep {
         let hint = format!("still running: nats --server {} sub 'asr.v1.>'; Ctrl-C stops it", fleet.url());
@@ -152,6 +199,30 @@ fn spinner(args: &DemoArgs, message: &'static str) -> ProgressBar {
     let spinner = ProgressBar::new_spinner().with_style(style).with_message(message);
     spinner.enable_steady_tick(Duration::from_millis(120));
     spinner
+}
+
+/// The call as a recording: uploaded, submitted, waited for, as `voxfleet transcribe` does it.
+async fn file_job(nats: &Nats, path: &Path) -> anyhow::Result<Recorded> {
+    let begun = Instant::now();
+    let wish = Wish::of(&JobArgs { input: path.display().to_string(), ..JobArgs::default() })?;
+    let id = wish.submit(nats, true, &Cell::new(Step::default())).await?.job;
+    let ended = wait::until_end(nats, &id, &mut Show::new(true), false).await?;
+    let result = outcome::aggregate(nats, &id, ended).await?.value;
+    let wall = begun.elapsed();
+    let gpu = Chain::new(nats).last(Kind::Job, &id).await?.map(|last| last.value.gpu_id.to_string());
+    Ok(Recorded { id, result, wall, gpu })
+}
+
+/// Without a bound a broken fleet would hang the demo.
+async fn in_time<T>(
+    patience: Duration,
+    what: &str,
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    match tokio::time::timeout(patience, work).await {
+        Ok(result) => result.with_context(|| what.to_owned()),
+        Err(_) => anyhow::bail!("{what} was not done within {} s", patience.as_secs()),
+    }
 }
 
 /// Streams the call and follows its transcript to the end final.

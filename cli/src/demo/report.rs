@@ -4,12 +4,12 @@ use serde_json::{Value, json};
 use voxfleet_harness::fleet::Fleet;
 
 use super::{
-    Live,
+    Live, Recorded,
     call::{Call, Offline},
 };
 use crate::{
     transcript::{line::Paint, screen::out},
-    wer::{Beside, WordErrors, beside},
+    wer::{Beside, WordErrors, beside, compare},
 };
 
 /// Widest reference column.
@@ -33,70 +33,101 @@ pub(crate) fn quantile(values: &[u64], share: f64) -> Option<u64> {
     sorted.get(at).copied()
 }
 
-pub(crate) fn object(call: &Call, speed: f64, live: &Live, errors: WordErrors, offline: &Offline) -> Value {
-    let gpus: std::collections::BTreeSet<&str> = live.finals.iter().map(|f| f.gpu_id.as_str()).collect();
-    json!({
-        "wer": errors.rate(),
-        "live": {
-            "wer": errors.rate(),
-            "errors": errors,
-            "finals": live.finals.len(),
-            "final_lag_p50_ms": quantile(&live.lags_ms, 0.5),
-            "final_lag_p95_ms": quantile(&live.lags_ms, 0.95),
-            "wall_s": live.wall.as_secs_f64(),
-            "text": live.text(),
-            "gpu_ids": gpus,
-        },
-        "offline": {
-            "wer": offline.errors.rate(),
-            "errors": offline.errors,
-            "wall_s": offline.seconds,
-            "same_text": offline.text == live.text(),
-        },
-        "call": call.name,
-        "audio_s": call.seconds(),
-        "speed": speed,
-        "model": live.finals.first().map(|f| &f.model),
-        "engine": live.finals.first().map(|f| &f.engine),
-        "device": live.finals.first().map(|f| &f.device),
-        "vad": live.finals.first().map(|f| f.vad.as_str()),
-    })
+/// Everything the demo measured.
+pub(crate) struct Found<'a> {
+    pub(crate) call: &'a Call,
+    pub(crate) speed: f64,
+    pub(crate) live: &'a Live,
+    pub(crate) job: &'a Recorded,
+    pub(crate) offline: &'a Offline,
 }
 
-pub(crate) fn print(
-    call: &Call,
-    speed: f64,
-    live: &Live,
-    errors: WordErrors,
-    offline: &Offline,
-    paint: Paint,
-) -> std::io::Result<()> {
-    out("")?;
-    let column = call.lines.iter().map(|l| l.chars().count()).max().unwrap_or(0).clamp(13, COLUMN);
-    out(&paint.bold(&format!("{:<column$}  {}", "what was said", "what was heard")))?;
-    for line in beside(&call.lines, &live.text()) {
-        out(&row(&line, column, paint))?;
+impl Found<'_> {
+    fn errors(&self) -> (WordErrors, WordErrors) {
+        let reference = self.call.reference();
+        (compare(&reference, &self.live.text()), compare(&reference, &self.job.result.full_text))
     }
-    out("")?;
-    out(&format!("live:    {}", rate(errors, paint)))?;
-    let same = if offline.text == live.text() { "the same text" } else { "another text" };
-    out(&format!(
-        "offline: {}, the same engine called directly: {same}, {:.1} s for {:.1} s of audio",
-        rate(offline.errors, paint),
-        offline.seconds,
-        call.seconds()
-    ))?;
-    if let (Some(p50), Some(p95)) = (quantile(&live.lags_ms, 0.5), quantile(&live.lags_ms, 0.95)) {
+
+    /// `wer` is the worse of the two ways through the fleet.
+    pub(crate) fn object(&self) -> Value {
+        let Found { call, speed, live, job, offline } = self;
+        let (of_live, of_job) = self.errors();
+        let gpus: std::collections::BTreeSet<&str> = live.finals.iter().map(|f| f.gpu_id.as_str()).collect();
+        json!({
+            "wer": of_live.rate().max(of_job.rate()),
+            "live": {
+                "wer": of_live.rate(),
+                "errors": of_live,
+                "finals": live.finals.len(),
+                "final_lag_p50_ms": quantile(&live.lags_ms, 0.5),
+                "final_lag_p95_ms": quantile(&live.lags_ms, 0.95),
+                "wall_s": live.wall.as_secs_f64(),
+                "text": live.text(),
+                "gpu_ids": gpus,
+            },
+            "job": {
+                "wer": of_job.rate(),
+                "errors": of_job,
+                "wall_s": job.wall.as_secs_f64(),
+                "realtime_factor": job.result.performance_metrics.realtime_factor,
+                "text": job.result.full_text,
+                "same_text": job.result.full_text == offline.text,
+                "gpu_id": job.gpu,
+            },
+            "offline": {
+                "wer": offline.errors.rate(),
+                "errors": offline.errors,
+                "wall_s": offline.seconds,
+                "same_text": offline.text == live.text(),
+            },
+            "call": call.name,
+            "audio_s": call.seconds(),
+            "speed": speed,
+            "model": live.finals.first().map(|f| &f.model),
+            "engine": live.finals.first().map(|f| &f.engine),
+            "device": live.finals.first().map(|f| &f.device),
+            "vad": live.finals.first().map(|f| f.vad.as_str()),
+        })
+    }
+
+    pub(crate) fn print(&self, paint: Paint) -> std::io::Result<()> {
+        let Found { call, speed, live, job, offline } = self;
+        let (of_live, of_job) = self.errors();
+        out("")?;
+        let column = call.lines.iter().map(|l| l.chars().count()).max().unwrap_or(0).clamp(13, COLUMN);
+        out(&paint.bold(&format!("{:<column$}  {}", "what was said", "what was heard")))?;
+        for line in beside(&call.lines, &live.text()) {
+            out(&row(&line, column, paint))?;
+        }
+        out("")?;
+        let same = |text: &str| if offline.text == text { "the same text" } else { "another text" };
+        out(&format!("live:    {}", rate(of_live, paint)))?;
         out(&format!(
-            "lag:     finals came {:.1} s (median) and {:.1} s (95th percentile) after their last sound, at {speed} x real time",
-            p50 as f64 / 1000.0,
-            p95 as f64 / 1000.0
+            "job:     {}, the same call as a file on {}: {:.1} s from the upload to the result",
+            rate(of_job, paint),
+            job.gpu.as_deref().unwrap_or("a worker"),
+            job.wall.as_secs_f64()
         ))?;
+        out(&format!(
+            "offline: {}, the same engine called directly, {:.1} s for {:.1} s of audio: live {}, job {}",
+            rate(offline.errors, paint),
+            offline.seconds,
+            call.seconds(),
+            same(&live.text()),
+            same(&job.result.full_text)
+        ))?;
+        if let (Some(p50), Some(p95)) = (quantile(&live.lags_ms, 0.5), quantile(&live.lags_ms, 0.95)) {
+            out(&format!(
+                "lag:     finals came {:.1} s (median) and {:.1} s (95th percentile) after their last sound, at {speed} x real time",
+                p50 as f64 / 1000.0,
+                p95 as f64 / 1000.0
+            ))?;
+        }
+        if let Some(f) = live.finals.first() {
+            out(&format!("engine:  {} {} on {}, speech found by {}", f.engine, f.model, f.device, f.vad.as_str()))?;
+        }
+        Ok(())
     }
-    if let Some(f) = live.finals.first() {
-        out(&format!("engine:  {} {} on {}, speech found by {}", f.engine, f.model, f.device, f.vad.as_str()))?;
-    }
-    Ok(())
 }
 
 fn rate(errors: WordErrors, paint: Paint) -> String {

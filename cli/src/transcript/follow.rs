@@ -60,6 +60,7 @@ pub(crate) async fn follow(
 }
 
 /// What a follower came by.
+#[derive(Clone, Copy)]
 pub(crate) enum Seen<'a> {
     /// New, each once.
     Final(&'a Final),
@@ -121,7 +122,7 @@ pub(crate) async fn follow_all(
 }
 
 /// A read that failed is logged and tried again; a connection that is closed for good ends it.
-async fn good<T>(
+pub(crate) async fn good<T>(
     read: Result<Read<T>, ReadError>,
     nats: &Nats,
     backoff: &mut Backoff,

@@ -20,7 +20,6 @@ pub(crate) enum Style {
     Plain,
     Json,
     /// Nothing at all: somebody else reports.
-    #[cfg(feature = "bench")]
     Silent,
 }
 
@@ -71,7 +70,6 @@ impl Screen {
         if self.style == Style::Json {
             return self.objects(news, lag_ms);
         }
-        #[cfg(feature = "bench")]
         if self.style == Style::Silent {
             return Ok(());
         }
@@ -129,7 +127,6 @@ impl Screen {
         match self.style {
             Style::Terminal => self.multi.println(text),
             Style::Plain | Style::Json => out(text),
-            #[cfg(feature = "bench")]
             Style::Silent => Ok(()),
         }
     }

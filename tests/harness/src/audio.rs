@@ -33,6 +33,27 @@ impl Pcm {
         self.samples.iter().flat_map(|s| s.to_le_bytes()).collect()
     }
 
+    /// As a wav file.
+    pub fn wav(&self) -> Vec<u8> {
+        let data = self.bytes();
+        let frame = self.channels as u32 * 2;
+        let mut file = Vec::with_capacity(44 + data.len());
+        file.extend_from_slice(b"RIFF");
+        file.extend_from_slice(&(36 + data.len() as u32).to_le_bytes());
+        file.extend_from_slice(b"WAVEfmt ");
+        file.extend_from_slice(&16u32.to_le_bytes());
+        file.extend_from_slice(&1u16.to_le_bytes());
+        file.extend_from_slice(&(self.channels as u16).to_le_bytes());
+        file.extend_from_slice(&self.rate_hz.to_le_bytes());
+        file.extend_from_slice(&(self.rate_hz * frame).to_le_bytes());
+        file.extend_from_slice(&(frame as u16).to_le_bytes());
+        file.extend_from_slice(&16u16.to_le_bytes());
+        file.extend_from_slice(b"data");
+        file.extend_from_slice(&(data.len() as u32).to_le_bytes());
+        file.extend_from_slice(&data);
+        file
+    }
+
     /// Bytes of `ms` milliseconds, whole frames.
     pub fn chunk_bytes(&self, ms: u64) -> usize {
         let frames = u64::from(self.rate_hz) * ms / 1_000;

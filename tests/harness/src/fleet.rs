@@ -282,8 +282,10 @@ impl Fleet {
     }
 
     /// The newest logs of all processes, for a failing test's message.
-    pub fn logs(&mut self) -> String {
-        self.children().map(|c| format!("---- {}\n{}\n", c.name(), c.log_tail())).collect()
+    pub fn logs(&self) -> String {
+        let workers = self.workers.iter().map(|w| &**w);
+        let children = workers.chain(self.dispatchers.iter().map(|d| &**d));
+        children.map(|c| format!("---- {}\n{}\n", c.name(), c.log_tail())).collect()
     }
 }
 

@@ -7,6 +7,8 @@
 //! | [`child`] | one child process: log in a file, killed and reaped on drop, dies with its parent |
 //! | [`server`] | a nats-server of one's own, single or a cluster of three |
 //! | [`relay`] | a TCP relay that pauses, swallows and cuts |
+//! | [`https`] | a web server that serves, refuses, redirects and misbehaves as told |
+//! | [`s3`] | a real S3 service |
 //! | [`process`] | `voxfleet dispatcher` and `voxfleet worker`, configured through the environment |
 //! | [`fleet`] | all of it together, ready to be spoken to |
 //! | [`producer`] | a stranger's producer: plain publishes |
@@ -24,11 +26,13 @@ pub mod checker;
 pub mod child;
 pub mod find;
 pub mod fleet;
+pub mod https;
 pub mod load;
 pub mod probe_api;
 pub mod process;
 pub mod producer;
 pub mod relay;
+pub mod s3;
 pub mod server;
 pub mod wait;
 

@@ -17,7 +17,7 @@ use crate::direct;
 async fn live_sessions_on_three_replicas_end_with_the_right_text() -> Result<()> {
     let _turn = fleet::turn().await;
     let cluster = Cluster::start(3).await?;
-    let mut fleet =
+    let fleet =
         Fleet::builder().on(Servers::Many(cluster)).set("dispatcher.topology.replicas", 3).workers(2).start().await?;
     let js = fleet.js();
     let sessions = (0..6).map(|n| {

@@ -11,26 +11,51 @@ use serde_json::Value;
 use voxfleet_harness::find;
 
 /// Crates of ours that each crate may name; dispatcher and worker never meet.
-const EDGES: [(&str, &[&str]); 7] = [
+const EDGES: [(&str, &[&str]); 9] = [
     ("voxfleet-schema", &[]),
+    ("voxfleet-audio", &["voxfleet-schema"]),
     ("voxfleet-nats", &["voxfleet-schema"]),
+    ("voxfleet-store", &["voxfleet-schema", "voxfleet-nats"]),
     ("voxfleet-dispatcher", &["voxfleet-schema", "voxfleet-nats"]),
-    ("voxfleet-worker", &["voxfleet-schema", "voxfleet-nats"]),
+    ("voxfleet-worker", &["voxfleet-schema", "voxfleet-audio", "voxfleet-nats", "voxfleet-store"]),
     // What checks the product does not share its code.
     ("voxfleet-harness", &[]),
-    ("voxfleet", &["voxfleet-schema", "voxfleet-nats", "voxfleet-dispatcher", "voxfleet-worker", "voxfleet-harness"]),
+    (
+        "voxfleet",
+        &[
+            "voxfleet-schema",
+            "voxfleet-audio",
+            "voxfleet-nats",
+            "voxfleet-store",
+            "voxfleet-dispatcher",
+            "voxfleet-worker",
+            "voxfleet-harness",
+        ],
+    ),
     (
         "voxfleet-tests",
-        &["voxfleet-schema", "voxfleet-nats", "voxfleet-dispatcher", "voxfleet-worker", "voxfleet-harness", "voxfleet"],
+        &[
+            "voxfleet-schema",
+            "voxfleet-audio",
+            "voxfleet-nats",
+            "voxfleet-store",
+            "voxfleet-dispatcher",
+            "voxfleet-worker",
+            "voxfleet-harness",
+            "voxfleet",
+        ],
     ),
 ];
 
 /// Libraries that only these crates may name.
-const CONFINED: [(&str, &[&str]); 5] = [
+const CONFINED: [(&str, &[&str]); 8] = [
     ("async-nats", &["voxfleet-nats", "voxfleet-harness", "voxfleet-tests"]),
     ("whisper-rs", &["voxfleet-worker"]),
     ("ort", &["voxfleet-worker"]),
     ("nvml-wrapper", &["voxfleet-worker"]),
+    ("symphonia-adapter-libopus", &["voxfleet-audio"]),
+    ("object_store", &["voxfleet-store"]),
+    ("reqwest", &["voxfleet-store"]),
     // Unmaintained; `backon` stands for it.
     ("backoff", &[]),
 ];

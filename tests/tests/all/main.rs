@@ -7,26 +7,38 @@
 //! | [`nats_pub`], [`examples`] | producers that know nothing of us: the `nats` command, shell, Python, Rust |
 //! | [`bad_input`] | every bad input gets its typed error and costs nobody else anything |
 //! | [`cluster_r3`] | the same on three servers |
-//! | [`nats_topology`], [`nats_log`], [`nats_chain`], [`nats_claim`], [`nats_fleet`] | what the `nats` crate promises, on one server and on three |
-//! | [`cli`] | what people type, with its output and exit codes |
+//! | [`nats_topology`], [`nats_log`], [`nats_chain`], [`nats_claim`], [`nats_jobs`], [`nats_media`], [`nats_fleet`] | what the `nats` crate promises, on one server and on three |
+//! | [`cli`], [`cli_jobs`] | what people type, with its output and exit codes |
+//! | [`models`] | models brought here over breaks, kills, wrong bytes and full disks; what fits on a device |
 //! | [`dispatcher_sessions`] | the dispatcher without a worker's code: open, wait, move, end, go on, take over |
+//! | [`dispatcher_jobs`] | the same for file jobs: submit, queue, give out, fail, cancel, expire, take over |
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
+//! | [`audio_decoder`] | recordings are decoded by a confined process whose every death is a typed failure |
+//! | [`fetch`] | recordings come from allowed places only, whole or not at all |
 //! | [`direct`] | the engine without a fleet, for comparison |
 
 // Tests may unwrap; what is forbidden in the product is forbidden here too.
+mod audio_decoder;
 mod bad_input;
 mod cli;
+mod cli_jobs;
 mod cluster_r3;
 mod direct;
+mod dispatcher_jobs;
 mod dispatcher_sessions;
 mod examples;
+mod fetch;
 mod floors;
+mod jobs_fleet;
 mod live_micro;
 mod live_simulated;
+mod models;
 mod nats_chain;
 mod nats_claim;
 mod nats_fleet;
+mod nats_jobs;
 mod nats_log;
+mod nats_media;
 mod nats_pub;
 mod nats_topology;
 mod worker_supervisor;

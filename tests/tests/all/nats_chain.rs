@@ -23,7 +23,7 @@ use super::nats_topology::ready;
 const SOON: Duration = Duration::from_secs(10);
 const AFTER_FAILOVER: Duration = Duration::from_secs(60);
 
-fn a_final(id: &str, index: u64, epoch: u64) -> Result<Final> {
+pub(super) fn a_final(id: &str, index: u64, epoch: u64) -> Result<Final> {
     Ok(Final {
         kind: Kind::Session,
         id: StreamId::new(id)?,

@@ -54,6 +54,7 @@ fn heartbeat(gpu: &str) -> Result<Heartbeat> {
         slots: Slots { total: 1, used: 0 },
         job_slots: Slots { total: 0, used: 0 },
         held: Vec::new(),
+        given_up: Vec::new(),
         models: Vec::new(),
         engine: EngineState {
             state: EngineRunState::Ready,
@@ -316,6 +317,7 @@ async fn events_and_partials_are_read_by_whoever_comes_late() -> Result<()> {
         committed: "one".into(),
         tentative: String::new(),
         lag_ms: 0,
+        progress: None,
     };
     publisher.partial(&partial).await?;
     partial.committed = "one two".into();

@@ -28,7 +28,7 @@ pub(crate) fn nats(url: &str, home: &Path) -> Result<Command> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_raw_file_becomes_a_readable_transcript() -> Result<()> {
     let _turn = fleet::turn().await;
-    let mut fleet = Fleet::builder().workers(1).slots(2).engine(Engine::Micro).start().await?;
+    let fleet = Fleet::builder().workers(1).slots(2).engine(Engine::Micro).start().await?;
     let home = tempfile::tempdir()?;
     let raw = home.path().join("call.raw");
     let call = audio::call(2)?;

@@ -1,0 +1,347 @@
+//! Arguments of what has to do with recordings: jobs, their results, transcripts as files.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+use voxfleet_schema::{
+    id::StreamId,
+    job::{JobState, MAX_RESULT_TTL_S},
+    session::{OptionError, SessionOptions},
+};
+
+use super::commands::{OutputArgs, speed};
+use crate::formats::Format;
+
+/// Options that have flags of their own, for live audio and recordings alike.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Transcription")]
+pub(crate) struct OptionArgs {
+    /// Model, as the fleet names it [default: the fleet's]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+    /// Language spoken, such as en or de; auto finds it out [default: auto]
+    #[arg(long, value_name = "CODE")]
+    pub(crate) language: Option<String>,
+    /// transcribe, or translate (into English) [default: transcribe]
+    #[arg(long, value_name = "TASK")]
+    pub(crate) task: Option<String>,
+    /// Text the model is told came before
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: Option<String>,
+    /// Words to expect, separated by commas
+    #[arg(long, value_name = "WORDS")]
+    pub(crate) hotwords: Option<String>,
+    /// Silence that ends an utterance, 100 to 5000 [default: 500]
+    #[arg(long, value_name = "MS")]
+    pub(crate) endpoint_ms: Option<u32>,
+    /// What may stand in for the model and device: exact_model, allow_smaller, allow_cpu, force_cpu [default: allow_cpu]
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) policy: Option<String>,
+    /// high, normal or low [default: normal]
+    #[arg(long, value_name = "PRIORITY")]
+    pub(crate) priority: Option<String>,
+}
+
+/// Session options as they were typed, the flags and the pairs.
+pub(crate) struct Typed<'a> {
+    pub(super) flags: &'a OptionArgs,
+    pub(super) others: &'a [(String, String)],
+}
+
+impl Typed<'_> {
+    /// By their names on the wire; a flag comes before a pair, and the last of a name counts.
+    pub(crate) fn pairs(&self) -> Vec<(String, String)> {
+        let flags = [
+            ("model", self.flags.model.clone()),
+            ("language", self.flags.language.clone()),
+            ("task", self.flags.task.clone()),
+            ("prompt", self.flags.prompt.clone()),
+            ("hotwords", self.flags.hotwords.clone()),
+            ("endpoint_ms", self.flags.endpoint_ms.map(|ms| ms.to_string())),
+            ("policy", self.flags.policy.clone()),
+            ("priority", self.flags.priority.clone()),
+        ];
+        let flags = flags.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)));
+        flags.chain(self.others.iter().cloned()).collect()
+    }
+
+    pub(crate) fn parsed(&self) -> Result<SessionOptions, OptionError> {
+        let mut options = SessionOptions::default();
+        for (name, value) in self.pairs() {
+            options.set(&name, &value)?;
+        }
+        options.validate()?;
+        Ok(options)
+    }
+}
+
+/// A recording and what is wanted of it.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct JobArgs {
+    /// A recording: a file here, - for standard input, or where workers find it: https://, s3://, object://, file://
+    #[arg(value_name = "FILE|URL|-")]
+    pub(crate) input: String,
+    /// Id of the job: letters, digits, - and _ [default: random]
+    #[arg(long, value_name = "ID")]
+    pub(crate) id: Option<StreamId>,
+    /// Name for people, and a hint at the container [default: that of the file]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// How long the result is kept: 90s, 30m, 12h, 7d [default: 24h]
+    #[arg(long, value_name = "TIME", value_parser = ttl)]
+    pub(crate) ttl: Option<u32>,
+    /// Any other option by its name; can be repeated
+    #[arg(long = "option", value_name = "NAME=VALUE", value_parser = super::pair)]
+    pub(crate) others: Vec<(String, String)>,
+    #[command(flatten)]
+    pub(crate) flags: OptionArgs,
+}
+
+impl JobArgs {
+    pub(crate) fn options(&self) -> Typed<'_> {
+        Typed { flags: &self.flags, others: &self.others }
+    }
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  voxfleet transcribe call.mp3
+  voxfleet transcribe call.flac -f srt -o call.srt --language en
+  voxfleet transcribe https://example.com/interview.m4a -f json | jq -r .full_text
+  voxfleet transcribe s3://calls/2024/17.ogg --id call-17 --priority low --detach
+  ffmpeg -i talk.mkv -f wav - | voxfleet transcribe - -f vtt
+  voxfleet transcribe --live call.wav
+
+A file is put into the object store of the NATS account first; workers fetch a URL themselves, as far as their
+configuration allows. Ctrl-C cancels the job.")]
+pub(crate) struct TranscribeArgs {
+    #[command(flatten)]
+    pub(crate) output: FileArgs,
+    /// Print the id of the job and leave
+    #[arg(long, conflicts_with_all = ["live", "format", "output"])]
+    pub(crate) detach: bool,
+    /// Stream it through a live session, at its own pace, instead of submitting a job (wav, flac, raw PCM)
+    #[arg(long, conflicts_with_all = ["ttl", "name"])]
+    pub(crate) live: bool,
+    /// With --live: times real time; 0 sends as fast as it is acknowledged [default: 1]
+    #[arg(long, value_name = "N", value_parser = speed, requires = "live")]
+    pub(crate) speed: Option<f64>,
+    /// Show segments on standard error as they come
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+}
+
+/// In which form, and where to.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct FileArgs {
+    /// In which form
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub(crate) format: Format,
+    /// Where to; it is there whole or not at all [default: standard output]
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct JobsArgs {
+    #[command(subcommand)]
+    pub(crate) what: JobsCommand,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum JobsCommand {
+    /// Submit a recording and print the id of its job
+    #[command(after_help = "Examples:
+  voxfleet jobs submit call.mp3 --id call-17
+  voxfleet jobs submit s3://calls/2024/17.ogg --language de --priority low --ttl 7d
+  voxfleet jobs submit https://example.com/interview.m4a --json | jq -r .job")]
+    Submit(Box<SubmitArgs>),
+    /// Jobs, newest first
+    #[command(after_help = "Examples:
+  voxfleet jobs list
+  voxfleet jobs list --state failed --limit 20
+  voxfleet jobs list --watch")]
+    List(ListArgs),
+    /// Everything about one job: how far it is, and why it waits
+    #[command(after_help = "Examples:
+  voxfleet jobs show call-17
+  voxfleet jobs show call-17 --json | jq .progress")]
+    Show(JobArg),
+    /// Stop a job, whether it waits or runs
+    #[command(after_help = "Examples:
+  voxfleet jobs cancel call-17")]
+    Cancel(JobArg),
+    /// The result of a job that is done
+    #[command(after_help = "Examples:
+  voxfleet jobs result call-17
+  voxfleet jobs result call-17 -f srt -o call-17.srt")]
+    Result(ResultArgs),
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct SubmitArgs {
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ListArgs {
+    /// Only those in this state
+    #[arg(long, value_enum, value_name = "STATE")]
+    pub(crate) state: Option<State>,
+    /// How many at most
+    #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    pub(crate) limit: u32,
+    /// Show them again every two seconds, until Ctrl-C
+    #[arg(long)]
+    pub(crate) watch: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum State {
+    Queued,
+    Assigned,
+    Closing,
+    Done,
+    Failed,
+    Cancelled,
+}
+
+impl From<State> for JobState {
+    fn from(state: State) -> Self {
+        match state {
+            State::Queued => JobState::Queued,
+            State::Assigned => JobState::Assigned,
+            State::Closing => JobState::Closing,
+            State::Done => JobState::Done,
+            State::Failed => JobState::Failed,
+            State::Cancelled => JobState::Cancelled,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct JobArg {
+    /// The job
+    #[arg(value_name = "ID")]
+    pub(crate) id: StreamId,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ResultArgs {
+    /// The job
+    #[arg(value_name = "ID")]
+    pub(crate) id: StreamId,
+    #[command(flatten)]
+    pub(crate) file: FileArgs,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  voxfleet export call-17 -f srt
+  voxfleet export standup --session -f vtt -o standup.vtt
+  voxfleet export call-17 --job -f json | jq -r .full_text
+
+From the stored finals, so it works while a session or job still runs; what is there by now is written, and said.")]
+pub(crate) struct ExportArgs {
+    /// A session or a job
+    #[arg(value_name = "ID")]
+    pub(crate) id: StreamId,
+    /// It is a session [default: whichever there is]
+    #[arg(long, conflicts_with = "job")]
+    pub(crate) session: bool,
+    /// It is a job
+    #[arg(long)]
+    pub(crate) job: bool,
+    #[command(flatten)]
+    pub(crate) file: FileArgs,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct EvalArgs {
+    #[command(subcommand)]
+    pub(crate) what: EvalCommand,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum EvalCommand {
+    /// Word error rate of a transcript against what was said
+    #[command(after_help = "Examples:
+  voxfleet eval wer call-01.txt heard.txt
+  voxfleet transcribe call-01.flac | voxfleet eval wer call-01.txt - --json
+
+Edits (words that are wrong, missed, invented) per word of the reference, as a fraction. Before they are compared both
+texts become lower case, and everything but letters, digits and the apostrophe inside a word is dropped.")]
+    Wer(WerArgs),
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct WerArgs {
+    /// What was said: a text file, or -
+    #[arg(value_name = "REF")]
+    pub(crate) reference: String,
+    /// What was heard: a text file, or -
+    #[arg(value_name = "HYP")]
+    pub(crate) heard: String,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+/// Seconds, or a number with s, m, h or d.
+fn ttl(text: &str) -> Result<u32, String> {
+    let (number, unit) = match text.trim_end_matches(|c: char| c.is_ascii_alphabetic()) {
+        number if number.len() == text.len() => (number, "s"),
+        number => (number, &text[number.len()..]),
+    };
+    let unit: u32 = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3_600,
+        "d" => 86_400,
+        _ => return Err("expected a time such as 90s, 30m, 12h or 7d".to_owned()),
+    };
+    let seconds = number.parse::<u32>().ok().and_then(|n| n.checked_mul(unit));
+    match seconds {
+        Some(seconds) if (60..=MAX_RESULT_TTL_S).contains(&seconds) => Ok(seconds),
+        Some(_) => Err("a result is kept for a minute to 30 days".to_owned()),
+        None => Err("expected a time such as 90s, 30m, 12h or 7d".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_units() {
+        for (text, seconds) in [("90", 90), ("90s", 90), ("30m", 1_800), ("12h", 43_200), ("7d", 604_800)] {
+            assert_eq!(ttl(text), Ok(seconds), "{text}");
+        }
+        for text in ["", "h", "1.5h", "-1h", "1w", "59s", "31d", "9999999999d", "1 h"] {
+            assert!(ttl(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn flags_and_pairs_become_options() {
+        let flags = OptionArgs {
+            language: Some("de".to_owned()),
+            endpoint_ms: Some(300),
+            priority: Some("low".to_owned()),
+            ..OptionArgs::default()
+        };
+        let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let others = [pair("interim", "false"), pair("endpoint_ms", "900")];
+        let options = Typed { flags: &flags, others: &others }.parsed().expect("options");
+        assert_eq!((options.language.as_deref(), options.endpoint_ms, options.interim), (Some("de"), 900, false));
+        assert!(Typed { flags: &flags, others: &[pair("colour", "red")] }.parsed().is_err());
+    }
+}

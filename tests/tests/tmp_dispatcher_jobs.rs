@@ -1,0 +1,2 @@
+#[path = "all/dispatcher_jobs.rs"]
+mod dispatcher_jobs;
