@@ -63,9 +63,8 @@ impl Exit {
             NotFound | Forbidden => Exit::NotFound,
             Unavailable => Exit::Unavailable,
             NoCapacity | NoWorkers | Timeout => Exit::Refused,
-            BadRequest | ModelMissing | ModelDoesNotFit | OutOfMemory | EngineCrash | Cancelled | Internal | Unknown => {
-                Exit::Failure
-            }
+            BadRequest | ModelMissing | ModelDoesNotFit | OutOfMemory | EngineCrash | Cancelled | Internal
+            | Unknown => Exit::Failure,
         }
     }
 
@@ -155,9 +154,16 @@ mod tests {
     #[test]
     fn a_failure_has_the_code_of_its_class() {
         use FailureClass::*;
-        for (class, code) in
-            [(BadAudio, 65), (TooLarge, 65), (NotFound, 66), (Forbidden, 66), (Unavailable, 69), (Timeout, 75), (NoWorkers, 75), (EngineCrash, 1)]
-        {
+        for (class, code) in [
+            (BadAudio, 65),
+            (TooLarge, 65),
+            (NotFound, 66),
+            (Forbidden, 66),
+            (Unavailable, 69),
+            (Timeout, 75),
+            (NoWorkers, 75),
+            (EngineCrash, 1),
+        ] {
             assert_eq!(Exit::of_class(class).code(), code, "{class}");
         }
         let refused = voxfleet_schema::failure::Failure::new(NotFound, "no such job");

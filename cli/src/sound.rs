@@ -156,7 +156,9 @@ impl Sound {
                 Ok(read > 0)
             }
             Reader::Decoded(decoder) => match decoder.next()? {
-                Some(chunk) if chunk.format.is_some_and(|format| format != self.format) => Err(SoundError::FormatChange),
+                Some(chunk) if chunk.format.is_some_and(|format| format != self.format) => {
+                    Err(SoundError::FormatChange)
+                }
                 Some(chunk) => {
                     self.pending.extend_from_slice(&chunk.pcm);
                     Ok(true)

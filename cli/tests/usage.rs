@@ -107,7 +107,8 @@ fn every_command_helps_with_examples() {
         open.extend(below.into_iter().map(|name| [&words[..], &[name]].concat()));
         seen.push(words.join(" "));
     }
-    for command in ["demo", "stream", "transcribe", "jobs submit", "jobs result", "export", "eval wer", "config check"] {
+    for command in ["demo", "stream", "transcribe", "jobs submit", "jobs result", "export", "eval wer", "config check"]
+    {
         assert!(seen.iter().any(|s| s == command), "{command} is not among {seen:?}");
     }
     for child in ["engine", "audio-decoder"] {

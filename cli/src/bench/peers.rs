@@ -9,7 +9,8 @@
 //! | `whisper_cpp_fall_back` | the same, and windows that look bad are decoded again, the library's default |
 //! | `whisper_cpp_vad` | speech found by its own detector, put together without pauses, then windows of 30 s |
 //!
-//! The engines take turns; the fastest of the rounds counts, so that a moment of a busy machine does not.
+//! The engines take turns; the fastest of the rounds counts, so that a moment of a busy machine does not. Beside the time
+//! that passed stands the time this process was given, which other programs hardly change.
 
 use std::{path::PathBuf, time::Instant};
 
@@ -34,7 +35,7 @@ use super::{
     pipeline::{Kind, log},
     progress,
     recording::{self, Spoken},
-    rounded,
+    rounded, route,
 };
 use crate::wer::{WordErrors, compare};
 
@@ -75,6 +76,8 @@ struct Outcome {
     text: String,
     /// Of the fastest round.
     seconds: f64,
+    /// Of the round that was given least.
+    cpu_s: f64,
 }
 
 pub(super) async fn run(args: PeersArgs) -> Result<Value> {
@@ -102,22 +105,26 @@ fn compare_all(args: &PeersArgs, items: &[Item], detector: Option<PathBuf>) -> R
         for (n, item) in items.iter().enumerate() {
             progress(&format!("recording {}, round {round} of {}", item.name, args.rounds));
             for (engine, outcomes) in engines.iter_mut().zip(&mut outcomes) {
-                let begin = Instant::now();
+                let (begin, cpu) = (Instant::now(), route::cpu_seconds(std::process::id()));
                 let text = engine.run.transcribe(&item.spoken.pcm).with_context(|| engine.name)?;
                 let seconds = begin.elapsed().as_secs_f64();
                 progress(&format!("  {} {seconds:.2} s", engine.name));
-                let best = if round == 1 { seconds } else { outcomes[n].seconds.min(seconds) };
-                outcomes[n] = Outcome { text, seconds: best };
+                let cpu_s = route::cpu_seconds(std::process::id()) - cpu;
+                let before = &outcomes[n];
+                outcomes[n] = match round {
+                    1 => Outcome { text, seconds, cpu_s },
+                    _ => Outcome { text, seconds: seconds.min(before.seconds), cpu_s: cpu_s.min(before.cpu_s) },
+                };
             }
         }
     }
     let rows = engines.iter().zip(&outcomes).map(|(engine, outcomes)| row(engine.name, items, outcomes));
     let rows: Vec<Value> = rows.collect();
-    let speed = |name: &str| rows.iter().find(|r| r["engine"] == name).and_then(|r| r["long_realtime_factor"].as_f64());
+    let speed = |name: &str| rows.iter().find(|r| r["engine"] == name).and_then(|r| r["long_cpu_realtime_factor"].as_f64());
     let against = speed("ours").zip(speed("whisper_cpp")).map(|(ours, theirs)| rounded(ours / theirs));
     Ok(json!({
         "rows": rows,
-        "ours_vs_whisper_cpp_speed": against,
+        "ours_vs_whisper_cpp_cpu_speed": against,
         "model": MICRO,
         "threads": threads,
         "rounds": args.rounds,
@@ -129,24 +136,28 @@ fn compare_all(args: &PeersArgs, items: &[Item], detector: Option<PathBuf>) -> R
 /// Times of each recording are x real time: seconds of audio per second.
 fn row(name: &str, items: &[Item], outcomes: &[Outcome]) -> Value {
     let mut row = json!({ "engine": name });
-    let (mut edits, mut words, mut audio_s, mut took_s) = (0, 0, 0.0, 0.0);
+    let (mut edits, mut words, mut audio_s, mut took_s, mut cpu_s) = (0, 0, 0.0, 0.0, 0.0);
+    let factor = |audio_s: f64, took_s: f64| rounded(audio_s / took_s.max(1e-3));
     for (item, outcome) in items.iter().zip(outcomes) {
         let errors: WordErrors = compare(&item.spoken.text, &outcome.text);
-        let speed = item.spoken.pcm.seconds() / outcome.seconds.max(1e-9);
         row[format!("wer_{}", item.name)] = rounded(errors.rate()).into();
         if item.name == "long" {
-            row["long_realtime_factor"] = rounded(speed).into();
+            let seconds = item.spoken.pcm.seconds();
+            row["long_realtime_factor"] = factor(seconds, outcome.seconds).into();
+            row["long_cpu_realtime_factor"] = factor(seconds, outcome.cpu_s).into();
         } else {
             edits += errors.edits();
             words += errors.reference_words;
             audio_s += item.spoken.pcm.seconds();
             took_s += outcome.seconds;
+            cpu_s += outcome.cpu_s;
         }
     }
     row["wer"] = rounded(edits as f64 / words.max(1) as f64).into();
     row["word_errors"] = edits.into();
     row["words"] = words.into();
-    row["realtime_factor"] = rounded(audio_s / f64::max(took_s, 1e-9)).into();
+    row["realtime_factor"] = factor(audio_s, took_s).into();
+    row["cpu_realtime_factor"] = factor(audio_s, cpu_s).into();
     row
 }
 
@@ -239,10 +250,11 @@ mod tests {
             spoken: Spoken { pcm: Pcm::mono_16k(vec![0; 160_000]), text: text.to_owned() },
         };
         let items = [item("01", "a b c d"), item("02", "e f g h"), item("long", "a b c d")];
-        let outcome = |text: &str, seconds: f64| Outcome { text: text.to_owned(), seconds };
+        let outcome = |text: &str, seconds: f64| Outcome { text: text.to_owned(), seconds, cpu_s: seconds / 2.0 };
         let row = row("ours", &items, &[outcome("a b c", 1.0), outcome("e f g h", 3.0), outcome("a b c d", 5.0)]);
         assert_eq!((row["wer"].as_f64(), row["word_errors"].as_u64()), (Some(0.125), Some(1)));
         assert_eq!((row["wer_01"].as_f64(), row["wer_long"].as_f64()), (Some(0.25), Some(0.0)));
         assert_eq!((row["realtime_factor"].as_f64(), row["long_realtime_factor"].as_f64()), (Some(5.0), Some(2.0)));
+        assert_eq!(row["cpu_realtime_factor"].as_f64(), Some(10.0));
     }
 }

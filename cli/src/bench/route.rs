@@ -170,7 +170,7 @@ pub(super) fn pids(fleet: &Fleet) -> [u32; 4] {
 }
 
 /// User and system time of a process.
-fn cpu_seconds(pid: u32) -> f64 {
+pub(super) fn cpu_seconds(pid: u32) -> f64 {
     // Fields 14 and 15 in clock ticks, of which Linux reports 100 a second; the name in field 2 may hold spaces.
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');

@@ -61,9 +61,8 @@ async fn find(args: &ExportArgs, nats: &Nats) -> anyhow::Result<(Kind, Chain)> {
     }
     match (found.pop(), found.is_empty()) {
         (Some(one), true) => Ok(one),
-        (Some(_), false) => {
-            Err(anyhow::anyhow!("there is a session and a job {}; say --session or --job", args.id)).or_exit(Exit::Usage)
-        }
+        (Some(_), false) => Err(anyhow::anyhow!("there is a session and a job {}; say --session or --job", args.id))
+            .or_exit(Exit::Usage),
         (None, _) => {
             let what = if let [kind] = kinds { kind.as_str() } else { "session and no job" };
             Err(anyhow::anyhow!("no {what} {} has a transcript here (they are kept for a day)", args.id))

@@ -9,10 +9,7 @@ use voxfleet_schema::{
     job::{AudioUrl, JobList, JobListRequest, JobRecord, JobState, JobStatus, JobSummary},
 };
 
-use super::{
-    close, need_jetstream,
-    status::table,
-};
+use super::{close, need_jetstream, status::table};
 use crate::{
     Context,
     args::{JobArg, JobsArgs, JobsCommand, ListArgs, ResultArgs, SubmitArgs},
@@ -120,7 +117,9 @@ async fn cancel(args: &JobArg, nats: &Nats) -> anyhow::Result<Exit> {
         object(&serde_json::to_value(&status)?)?;
     } else {
         out(&match Ended::of(record) {
-            Some(Ended::Done(_) | Ended::Failed(_)) => format!("{} had ended already: {}", record.id, record.state.as_str()),
+            Some(Ended::Done(_) | Ended::Failed(_)) => {
+                format!("{} had ended already: {}", record.id, record.state.as_str())
+            }
             Some(Ended::Cancelled(_)) | None => format!("{} cancelled", record.id),
         })?;
     }
@@ -220,11 +219,14 @@ fn details(status: &JobStatus, now_ms: u64) -> String {
     put("next try", record.not_before_ms.filter(|at| *at > now_ms).map(|at| format!("in {}", age(at - now_ms))));
     put("ended", record.ended_ms.map(ago));
     let kept = format!("{} after its end", age(u64::from(record.result_ttl_s) * 1000));
-    put("result", match (&record.result, record.expired) {
-        (_, true) => Some("expired, it was deleted".to_owned()),
-        (Some(url), false) => Some(format!("{url}, kept for {kept}")),
-        (None, false) => None,
-    });
+    put(
+        "result",
+        match (&record.result, record.expired) {
+            (_, true) => Some("expired, it was deleted".to_owned()),
+            (Some(url), false) => Some(format!("{url}, kept for {kept}")),
+            (None, false) => None,
+        },
+    );
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let line = |(name, value): &(&str, String)| format!("{name:<width$}  {value}");
     fields.iter().map(line).collect::<Vec<_>>().join("\n")
@@ -234,8 +236,9 @@ fn details(status: &JobStatus, now_ms: u64) -> String {
 fn options(record: &JobRecord) -> Option<String> {
     let (set, default) = (json!(record.options), json!(voxfleet_schema::session::SessionOptions::default()));
     let set = set.as_object()?.iter().filter(|(name, value)| default.get(name) != Some(value));
-    let shown: Vec<String> =
-        set.map(|(name, value)| format!("{name}={}", value.as_str().map_or_else(|| value.to_string(), str::to_owned))).collect();
+    let shown: Vec<String> = set
+        .map(|(name, value)| format!("{name}={}", value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
+        .collect();
     (!shown.is_empty()).then(|| shown.join(" "))
 }
 
@@ -288,7 +291,10 @@ mod tests {
         let list: JobList = serde_json::from_value(json!({"jobs": [job], "total": 3})).expect("a list");
         let shown = text(&list, 7_200_000);
         let second = shown.lines().nth(1).expect("a row");
-        assert_eq!(second.split_whitespace().collect::<Vec<_>>(), ["call-17", "failed", "(bad_audio)", "-", "-", "2h", "01:30.0", "-"]);
+        assert_eq!(
+            second.split_whitespace().collect::<Vec<_>>(),
+            ["call-17", "failed", "(bad_audio)", "-", "-", "2h", "01:30.0", "-"]
+        );
         assert!(shown.ends_with("1 of 3 jobs"), "{shown}");
         assert!(text(&JobList { jobs: Vec::new(), total: 0 }, 0).ends_with("no jobs"));
     }

@@ -337,7 +337,10 @@ fn report(args: &StreamArgs, plan: &Plan, sent: &Sent) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use voxfleet_schema::{event::Scope, failure::{Failure, FailureClass}};
+    use voxfleet_schema::{
+        event::Scope,
+        failure::{Failure, FailureClass},
+    };
 
     fn rejected(seq: u64, gpu: Option<&str>) -> Event {
         let mut event = Event::new(Scope::Session, "s", What::Rejected, 0);

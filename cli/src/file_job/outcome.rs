@@ -1,10 +1,6 @@
 //! What a job came to.
 
-use voxfleet_nats::{
-    Nats,
-    media::Media,
-    transcript::Chain,
-};
+use voxfleet_nats::{Nats, media::Media, transcript::Chain};
 use voxfleet_schema::{
     codec,
     failure::{Failure, FailureClass},
@@ -60,7 +56,9 @@ pub(crate) struct Aggregate {
 pub(crate) async fn aggregate(nats: &Nats, id: &StreamId, ended: Ended) -> anyhow::Result<Aggregate> {
     let url = match ended {
         Ended::Done(Some(url)) => Some(url),
-        Ended::Done(None) => Chain::new(nats).last(Kind::Job, id).await.or_exit(Exit::Unavailable)?.and_then(|f| f.value.result),
+        Ended::Done(None) => {
+            Chain::new(nats).last(Kind::Job, id).await.or_exit(Exit::Unavailable)?.and_then(|f| f.value.result)
+        }
         Ended::Failed(failure) => {
             let exit = Exit::of_class(failure.class);
             return Err(coded(exit, anyhow::Error::new(failure).context(format!("job {id} failed"))));
@@ -68,7 +66,8 @@ pub(crate) async fn aggregate(nats: &Nats, id: &StreamId, ended: Ended) -> anyho
         Ended::Cancelled(_) => return Err(anyhow::anyhow!("job {id} was cancelled")),
     };
     let Some(AudioUrl::Object { key }) = url.as_deref().and_then(|url| AudioUrl::parse(url).ok()) else {
-        return Err(anyhow::anyhow!("job {id} is done, but where its result is cannot be found out")).or_exit(Exit::NotFound);
+        return Err(anyhow::anyhow!("job {id} is done, but where its result is cannot be found out"))
+            .or_exit(Exit::NotFound);
     };
     let bytes = Media::new(nats).get_bytes(&key, MAX_RESULT_BYTES).await.or_exit(Exit::Unavailable)?;
     let Some(bytes) = bytes else { return expired(id) };

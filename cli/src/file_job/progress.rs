@@ -68,7 +68,9 @@ impl Known {
 
     fn progressed(&mut self, new: JobProgress) {
         // Of two words of one worker the one that is further on is the newer.
-        let older = self.progress.is_some_and(|p| p.done_ms > new.done_ms || (p.stage != new.stage && rank(p.stage) > rank(new.stage)));
+        let older = self
+            .progress
+            .is_some_and(|p| p.done_ms > new.done_ms || (p.stage != new.stage && rank(p.stage) > rank(new.stage)));
         if !older {
             self.progress = Some(new);
         }
@@ -249,7 +251,10 @@ mod tests {
             (known(&[queued]), "queued, 3 jobs before it: every slot is taken"),
             (known(&[status("assigned", 1, json!({}))]), "given to a worker on gpu-1"),
             (known(&[status("assigned", 1, at("fetching", 0))]), "fetching the recording on gpu-1"),
-            (known(&[status("assigned", 1, at("transcribing", 42_900))]), "transcribing 42 % (00:42.9 of 01:40.0) on gpu-1"),
+            (
+                known(&[status("assigned", 1, at("transcribing", 42_900))]),
+                "transcribing 42 % (00:42.9 of 01:40.0) on gpu-1",
+            ),
             (known(&[status("assigned", 1, at("finishing", 100_000))]), "writing the result on gpu-1"),
             (known(&[status("closing", 1, json!({}))]), "closing"),
         ];
@@ -263,7 +268,8 @@ mod tests {
 
     #[test]
     fn progress_goes_forward_until_another_try() {
-        let (far, near) = (status("assigned", 1, at("transcribing", 50_000)), status("assigned", 1, at("transcribing", 20_000)));
+        let (far, near) =
+            (status("assigned", 1, at("transcribing", 50_000)), status("assigned", 1, at("transcribing", 20_000)));
         assert_eq!(known(&[far.clone(), near.clone()]).fraction(), Some(0.5));
         assert_eq!(known(&[far.clone(), status("assigned", 1, at("fetching", 50_000))]).fraction(), Some(0.5));
         assert_eq!(known(&[far.clone(), status("assigned", 2, at("transcribing", 20_000))]).fraction(), Some(0.2));

@@ -58,9 +58,8 @@ impl Recording {
     /// A file that cannot be read is told before anybody is asked for anything.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
         let Recording::File(path) = self else { return Ok(()) };
-        let facts = std::fs::metadata(path).and_then(|facts| {
-            if facts.is_dir() { Err(std::io::ErrorKind::IsADirectory.into()) } else { Ok(facts) }
-        });
+        let facts = std::fs::metadata(path)
+            .and_then(|facts| if facts.is_dir() { Err(std::io::ErrorKind::IsADirectory.into()) } else { Ok(facts) });
         let named = |error| coded(Exit::Input, anyhow::Error::new(error).context(path.display().to_string()));
         match facts.map_err(named)? {
             facts if facts.is_file() && facts.len() == 0 => {

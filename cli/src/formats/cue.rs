@@ -261,7 +261,10 @@ mod tests {
             let taken = speaker.map_or(0, |s| (s.len() + 2).min(21));
             for cue in &found {
                 assert!((1..=2).contains(&cue.lines.len()) && cue.lines.iter().all(|l| !l.is_empty()), "{cue:?}");
-                assert!(cue.lines[0].len() + taken <= WIDTH && cue.lines[cue.lines.len() - 1].len() <= WIDTH, "{cue:?}");
+                assert!(
+                    cue.lines[0].len() + taken <= WIDTH && cue.lines[cue.lines.len() - 1].len() <= WIDTH,
+                    "{cue:?}"
+                );
             }
         }
     }

@@ -191,13 +191,17 @@ mod tests {
 
     #[test]
     fn a_chain_as_one_object() {
-        let mut chain = Chain { finals: vec![a_final(0, 1, "g", " one"), a_final(1, 1, "g", " "), a_final(2, 1, "g", "two")] };
+        let mut chain =
+            Chain { finals: vec![a_final(0, 1, "g", " one"), a_final(1, 1, "g", " "), a_final(2, 1, "g", "two")] };
         chain.finals[0].segments[0].language = Some("en".to_owned());
         chain.finals[2].end = true;
         let json = chain.json().expect("finals").expect("JSON");
         let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
         assert_eq!(value["full_text"], "one two");
-        assert_eq!((&value["language"], &value["duration"], &value["ended"]), (&"en".into(), &3.0.into(), &true.into()));
+        assert_eq!(
+            (&value["language"], &value["duration"], &value["ended"]),
+            (&"en".into(), &3.0.into(), &true.into())
+        );
         assert_eq!((&value["segments"][1]["id"], &value["segments"][1]["start"]), (&1.into(), &2.0.into()));
         assert_eq!(value["aligned_segments"][0]["words"][0]["word"], "one");
         assert!(Chain::default().json().is_none());

@@ -47,8 +47,10 @@ mod tests {
 
     #[test]
     fn subrip_has_its_form() {
-        let cues =
-            [cue(535, 2_835, None, &["good morning", "this is lucy"]), cue(3_600_000, 86_400_007, Some("B"), &["a --> b"])];
+        let cues = [
+            cue(535, 2_835, None, &["good morning", "this is lucy"]),
+            cue(3_600_000, 86_400_007, Some("B"), &["a --> b"]),
+        ];
         let expected = "1\n00:00:00,535 --> 00:00:02,835\ngood morning\nthis is lucy\n\n\
             2\n01:00:00,000 --> 24:00:00,007\nB: a -> b\n\n";
         assert_eq!(srt(&cues), expected);

@@ -9,8 +9,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
-    Nats,
-    fleet as workers,
+    Nats, fleet as workers,
     kv::{Bucket, KvError, Records},
     log::{AudioLog, LogError},
     publish::{HintSent, Publisher},
@@ -125,16 +124,14 @@ impl Effects {
                     tracing::error!(id = event.id, what = event.what.as_str(), "event not written, too many wait");
                 }
             }
-            Effect::Answer { call, answer } => {
-                match calls.remove(&call) {
-                    Some(Caller::Api(responder)) => drop(jobs.spawn(reply(responder, *answer))),
-                    Some(Caller::Door(at)) => {
-                        let tools = self.tools.jobs.clone();
-                        jobs.spawn(async move { tools.answer_door(*at, *answer).await });
-                    }
-                    None => {}
+            Effect::Answer { call, answer } => match calls.remove(&call) {
+                Some(Caller::Api(responder)) => drop(jobs.spawn(reply(*responder, *answer))),
+                Some(Caller::Door(at)) => {
+                    let tools = self.tools.jobs.clone();
+                    jobs.spawn(async move { tools.answer_door(*at, *answer).await });
                 }
-            }
+                None => {}
+            },
             other => {
                 let (tools, inputs, permits) = (self.tools.clone(), self.inputs.clone(), permits.clone());
                 jobs.spawn(async move {

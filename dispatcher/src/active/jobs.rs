@@ -84,7 +84,7 @@ impl Budget {
 
 /// Who waits for an answer.
 pub(super) enum Caller {
-    Api(ApiResponder),
+    Api(Box<ApiResponder>),
     Door(Box<AtTheDoor>),
 }
 

@@ -58,7 +58,12 @@ pub(super) async fn heartbeats(
 }
 
 /// Every final of one kind from now on.
-pub(super) async fn finals(nats: Nats, kind: Kind, inputs: mpsc::Sender<Input>, stop: CancellationToken) -> &'static str {
+pub(super) async fn finals(
+    nats: Nats,
+    kind: Kind,
+    inputs: mpsc::Sender<Input>,
+    stop: CancellationToken,
+) -> &'static str {
     let mut backoff = Backoff::default();
     let listen = async {
         let mut finals = transcript::finals(&nats, &Filter::Kind(kind), Start::New);

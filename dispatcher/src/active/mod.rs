@@ -32,17 +32,15 @@ use voxfleet_nats::{
     topology::Usage,
 };
 use voxfleet_schema::{
-    fleet::Heartbeat,
     failure::{Failure, FailureClass},
+    fleet::Heartbeat,
     id::{Kind, StreamId, WorkerName},
     transcript::Final,
 };
 
 use crate::{
     config::DispatcherConfig,
-    core::{
-        Admission, AppendError, AskReply, Core, Effect, Loaded, Mark, SaveError, WalkEnd, jobs::JobInput,
-    },
+    core::{Admission, AppendError, AskReply, Core, Effect, Loaded, Mark, SaveError, WalkEnd, jobs::JobInput},
     jobs::Submission,
     moment::Moment,
     run::DispatcherError,
@@ -232,13 +230,7 @@ pub(crate) async fn run(
         state.core.job_expires(id, at_ms);
     }
     let (door, door_open) = watch::channel(false);
-    listeners.spawn(door::publishes(
-        nats.clone(),
-        door_open,
-        state.budget.clone(),
-        inputs.clone(),
-        stop.clone(),
-    ));
+    listeners.spawn(door::publishes(nats.clone(), door_open, state.budget.clone(), inputs.clone(), stop.clone()));
     listeners.spawn(door::keys(nats.clone(), inputs.clone(), stop.clone()));
     listeners.spawn(door::tidy(nats.clone(), config.topology.transcript_max_age_s, stop.clone()));
     state.saved_cursor = from;
@@ -376,7 +368,7 @@ impl Active {
     }
 
     fn request(&mut self, call: ApiCall, responder: ApiResponder) {
-        let caller = Caller::Api(responder);
+        let caller = Caller::Api(Box::new(responder));
         if call.endpoint == Endpoint::JobSubmit {
             return self.submit(call, caller);
         }

@@ -84,8 +84,7 @@ pub fn compare(
     let record = desired.record;
     let fresh = |heard: Duration| heard >= since + PICTURE_AGE;
     let assigned = record.state == JobState::Assigned;
-    let current =
-        |h: &Holder<'_>| assigned && record.worker.as_ref() == Some(h.worker) && h.held.epoch >= record.epoch;
+    let current = |h: &Holder<'_>| assigned && record.worker.as_ref() == Some(h.worker) && h.held.epoch >= record.epoch;
     let mut actions: Vec<Action> = holders
         .iter()
         .filter(|h| !current(h) && fresh(h.heard))
@@ -332,7 +331,10 @@ mod tests {
             ..assigned(2)
         };
         let done = ended(&closing, &mark(None), 7).expect("an end");
-        assert_eq!((done.state, done.error, done.duration_ms, done.ended_ms), (JobState::Done, None, Some(900), Some(7)));
+        assert_eq!(
+            (done.state, done.error, done.duration_ms, done.ended_ms),
+            (JobState::Done, None, Some(900), Some(7))
+        );
         let state = |record: &JobRecord, class| ended(record, &mark(Some(class)), 7).expect("an end").state;
         assert_eq!(state(&closing, FailureClass::Cancelled), JobState::Cancelled);
         assert_eq!(state(&closing, FailureClass::BadAudio), JobState::Failed);
@@ -357,7 +359,7 @@ mod tests {
         let other = result_key(&testing::id("j"), "f2");
         let mut record = JobRecord { result: Some(AudioUrl::object(&key)), ..job("j") };
         record.state = JobState::Done;
-        assert_eq!(media_of(&record), [key.clone()]);
+        assert_eq!(media_of(&record), std::slice::from_ref(&key));
         record.audio = AudioUrl::object(&audio_key(&record.id));
         assert_eq!(media_of(&record), [key.clone(), "audio/j".to_owned()]);
         assert_eq!(job_of_media(&key), Some(testing::id("j")));

@@ -209,7 +209,8 @@ fn an_explanation_names_every_candidate() {
     fleet[2].used = 4;
     let options = SessionOptions::default();
     let candidates = candidates(&fleet);
-    let decision = route(Request { options: &options, vad: None, live: true }, &candidates, &DispatcherConfig::default());
+    let decision =
+        route(Request { options: &options, vad: None, live: true }, &candidates, &DispatcherConfig::default());
     let rows = explain(&candidates, &decision);
     assert_eq!(rows[0]["chosen"], true);
     assert_eq!(rows[1]["chosen"], false);

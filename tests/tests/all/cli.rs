@@ -241,10 +241,11 @@ async fn the_demo_prints_one_object_with_its_word_error_rate() -> Result<()> {
     let output = demo(dir.path(), &["--speed", "4", "--json"]).await?;
     ensure!(output.status.code() == Some(0), "{}", said(&output));
     let report: Value = serde_json::from_slice(&output.stdout).with_context(|| said(&output))?;
-    for rate in [&report["wer"], &report["live"]["wer"], &report["offline"]["wer"]] {
+    for rate in [&report["wer"], &report["live"]["wer"], &report["job"]["wer"], &report["offline"]["wer"]] {
         ensure!(rate.as_f64().is_some_and(|r| r <= 0.02), "{report:#}");
     }
-    ensure!(report["offline"]["same_text"] == true && report["speed"] == 4.0, "{report:#}");
+    ensure!(report["offline"]["same_text"] == true && report["job"]["same_text"] == true, "{report:#}");
+    ensure!(report["speed"] == 4.0 && report["job"]["gpu_id"].is_string(), "{report:#}");
     ensure!(report["live"]["final_lag_p50_ms"].is_u64(), "{report:#}");
     Ok(())
 }

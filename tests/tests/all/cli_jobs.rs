@@ -192,7 +192,8 @@ async fn handled(fleet: &Fleet) -> Result<()> {
     };
     let shown = eventually("a job being transcribed", Duration::from_secs(30), held).await?;
     ensure!(shown["record"]["name"] == "long.wav" && shown["record"]["result_ttl_s"] == 3_600, "{shown:#}");
-    let submitted = object(fleet, dir, &["jobs", "submit", "short.wav", "--id", "waiting", "--json", "--priority", "low"]).await?;
+    let submitted =
+        object(fleet, dir, &["jobs", "submit", "short.wav", "--id", "waiting", "--json", "--priority", "low"]).await?;
     ensure!(submitted["job"] == "waiting" && submitted["state"] == "queued", "{submitted}");
     let shown = good(fleet, dir, &["jobs", "show", "waiting"]).await?;
     ensure!(shown.contains("queued") && shown.contains("priority=low"), "{shown}");
@@ -226,7 +227,12 @@ async fn handled(fleet: &Fleet) -> Result<()> {
         ensure!(err(&output).contains("cancelled"), "{}", said(&output));
     }
 
-    for arguments in [&["jobs", "show", "nobody"][..], &["jobs", "cancel", "nobody"], &["jobs", "result", "nobody"], &["export", "nobody"]] {
+    for arguments in [
+        &["jobs", "show", "nobody"][..],
+        &["jobs", "cancel", "nobody"],
+        &["jobs", "result", "nobody"],
+        &["export", "nobody"],
+    ] {
         let output = run(fleet, dir, arguments).await?;
         ended(&output, 66).with_context(|| format!("{arguments:?}"))?;
         ensure!(err(&output).contains("nobody"), "{}", said(&output));
@@ -294,5 +300,35 @@ async fn refused(fleet: &Fleet) -> Result<()> {
     let nothing = run(fleet, dir, &["transcribe", "-"]).await?;
     ended(&nothing, 65)?;
     ensure!(!good(fleet, dir, &["transcribe", "good.wav"]).await?.is_empty());
+    Ok(())
+}
+
+/// The fleet of the demo is there for others until Ctrl-C, and the lines it prints work.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_demos_fleet_can_be_used_from_elsewhere() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    let mut serve = voxfleet(&Settings::new(), dir)?;
+    serve.args(["demo", "--serve"]);
+    let mut demo = Child::start("demo", serve, &dir.join("demo.log"))?;
+    let url = || async {
+        let log = demo.log();
+        log.lines().find_map(|l| l.trim().strip_prefix("export VOXFLEET__NATS__URLS=")).map(str::to_owned)
+    };
+    let url = eventually("its lines to try", Duration::from_secs(60), url).await.with_context(|| demo.log())?;
+    let log = demo.log();
+    let typed = log.lines().find(|l| l.contains(" transcribe ")).context("a line to try")?;
+    let mut shell = Command::new("sh");
+    shell.args(["-c", typed]).env("VOXFLEET__NATS__URLS", url).current_dir(dir);
+    let output = tokio::task::spawn_blocking(move || shell.output()).await??;
+    ended(&output, 0)?;
+    let heard = subtitles(&out(&output))?.1;
+    let rate = audio::word_error_rate(&audio::call_text(1)?, &heard);
+    ensure!(rate <= 0.02, "word error rate {rate}: {heard}");
+    let sent = Command::new("kill").args(["-INT", &demo.pid().to_string()]).status()?;
+    ensure!(sent.success(), "{sent}");
+    let status = demo.wait(Duration::from_secs(15)).await?;
+    ensure!(status.success(), "{status}: {}", demo.log_tail());
     Ok(())
 }

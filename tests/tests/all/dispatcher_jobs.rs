@@ -47,7 +47,15 @@ impl Setup {
         let server = NatsServer::start().await?;
         let (js, client) = (server.jetstream().await?, server.client().await?);
         let config = DispatcherConfig { lease_ms: 1_500, ..DispatcherConfig::default() };
-        Ok(Self { server, js, client, config, stop: CancellationToken::new(), tasks: JoinSet::new(), workers: JoinSet::new() })
+        Ok(Self {
+            server,
+            js,
+            client,
+            config,
+            stop: CancellationToken::new(),
+            tasks: JoinSet::new(),
+            workers: JoinSet::new(),
+        })
     }
 
     async fn start_dispatcher(&mut self, name: &str) -> Result<()> {

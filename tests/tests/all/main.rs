@@ -30,6 +30,7 @@ mod examples;
 mod fetch;
 mod floors;
 mod jobs_fleet;
+mod jobs_sources;
 mod live_micro;
 mod live_simulated;
 mod models;

@@ -1,7 +1,6 @@
 //! What strangers ask. Every request is idempotent by its id: it is answered from the key, whoever wrote that.
 
 use voxfleet_schema::{
-    event::What,
     failure::{Failure, FailureClass},
     id::StreamId,
     job::{JobList, JobListRequest, JobQuery, JobRecord, JobState, JobStatus, Submitted},
@@ -51,12 +50,7 @@ impl Core {
         }
     }
 
-    pub(super) fn job_submitted(
-        &mut self,
-        call: CallId,
-        submission: Result<Box<Submission>, Failure>,
-        now: Moment,
-    ) {
+    pub(super) fn job_submitted(&mut self, call: CallId, submission: Result<Box<Submission>, Failure>, now: Moment) {
         match submission {
             Ok(submission) => self.ask_job(submission.id.clone(), call, Ask::Submit(submission), now),
             Err(failure) => self.refuse(call, failure),
@@ -272,17 +266,6 @@ impl Core {
             return Some(format!("try {} failed, the next one comes soon: {error}", record.attempts));
         }
         self.decide_job(job, now).0.err().map(|failure| failure.to_string())
-    }
-
-    pub(super) fn tell_submitted(&mut self, id: &StreamId, now: Moment) {
-        let Some(job) = self.jobs.book.job(id) else {
-            return;
-        };
-        let detail = serde_json::json!({
-            "priority": job.record.options.priority, "audio": voxfleet_schema::job::AudioUrl::redacted(&job.record.audio),
-            "name": job.record.name,
-        });
-        self.job_event(id, What::Submitted, now, |e| e.detail = detail);
     }
 
     /// Whoever holds a job that has ended, or that nobody knows, lets go.

@@ -163,8 +163,7 @@ impl Core {
                 e.detail["realtime"] = realtime.into();
             }
         });
-        if let Some(Expiry::Later(at)) =
-            decide::expiry(record, now.unix_ms, self.config.topology.transcript_max_age_s)
+        if let Some(Expiry::Later(at)) = decide::expiry(record, now.unix_ms, self.config.topology.transcript_max_age_s)
         {
             self.jobs.book.expire_at(id, at);
         }

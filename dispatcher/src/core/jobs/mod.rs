@@ -7,10 +7,12 @@
 //! | [`placing`] | choosing a worker, writing the record, sending the work item |
 //! | [`endings`] | tries that failed, cancels, ends of chains |
 //! | [`upkeep`] | reconciliation, expiry |
+//! | [`telling`] | none: the events of all of them |
 
 mod asks;
 mod endings;
 mod placing;
+mod telling;
 #[cfg(test)]
 mod tests;
 mod upkeep;
@@ -61,18 +63,54 @@ pub enum JobEffect {
 #[derive(Debug)]
 pub enum JobInput {
     /// A request that has been decoded, or is refused.
-    Submit { call: CallId, submission: Result<Box<Submission>, Failure> },
+    Submit {
+        call: CallId,
+        submission: Result<Box<Submission>, Failure>,
+    },
     /// Somebody wrote this key; `open`: there is a job that has not ended.
-    Changed { id: StreamId, revision: u64, open: bool },
-    Loaded { id: StreamId, result: Result<Box<JobLoaded>, String> },
-    Put { id: StreamId, result: Result<(), PutError> },
-    Saved { id: StreamId, result: Result<u64, JobSaveError> },
-    Sent { id: StreamId, epoch: u64, result: Result<Sent, String> },
-    Released { worker: WorkerName, id: StreamId, done: bool },
-    Chain { id: StreamId, mark: Option<JobMark> },
-    Closed { id: StreamId, result: Result<Option<JobMark>, String> },
-    Expired { id: StreamId, result: Result<Expired, String> },
-    Listed { call: CallId, result: Result<(Vec<JobRecord>, u64), String> },
+    Changed {
+        id: StreamId,
+        revision: u64,
+        open: bool,
+    },
+    Loaded {
+        id: StreamId,
+        result: Result<Box<JobLoaded>, String>,
+    },
+    Put {
+        id: StreamId,
+        result: Result<(), PutError>,
+    },
+    Saved {
+        id: StreamId,
+        result: Result<u64, JobSaveError>,
+    },
+    Sent {
+        id: StreamId,
+        epoch: u64,
+        result: Result<Sent, String>,
+    },
+    Released {
+        worker: WorkerName,
+        id: StreamId,
+        done: bool,
+    },
+    Chain {
+        id: StreamId,
+        mark: Option<JobMark>,
+    },
+    Closed {
+        id: StreamId,
+        result: Result<Option<JobMark>, String>,
+    },
+    Expired {
+        id: StreamId,
+        result: Result<Expired, String>,
+    },
+    Listed {
+        call: CallId,
+        result: Result<(Vec<JobRecord>, u64), String>,
+    },
 }
 
 /// What [`JobEffect::Load`] found.
@@ -111,7 +149,9 @@ pub enum Work {
     Queued,
     Missing,
     /// A later assignment is queued there.
-    Newer { epoch: u64 },
+    Newer {
+        epoch: u64,
+    },
     /// Not looked for: the chain has its end.
     NotNeeded,
 }

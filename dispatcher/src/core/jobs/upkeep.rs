@@ -33,9 +33,7 @@ impl Core {
     /// Jobs that were given to a worker before it was heard here.
     pub(in crate::core) fn recharge_jobs(&mut self, name: &WorkerName) {
         self.jobs.place_due = true;
-        let mine = |id: &&StreamId| {
-            self.jobs.book.job(id).is_some_and(|job| job.record.worker.as_ref() == Some(name))
-        };
+        let mine = |id: &&StreamId| self.jobs.book.job(id).is_some_and(|job| job.record.worker.as_ref() == Some(name));
         let ids: Vec<StreamId> = self.jobs.book.busy().filter(mine).cloned().collect();
         for id in ids {
             self.charge_job_from_record(&id);

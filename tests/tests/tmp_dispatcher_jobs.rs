@@ -1,2 +1,0 @@
-#[path = "all/dispatcher_jobs.rs"]
-mod dispatcher_jobs;
