@@ -109,13 +109,16 @@ fn inherited(fd: RawFd) -> Result<File, ChildError> {
     if fd <= 2 {
         return Err(ChildError::Fd(fd));
     }
-    // SAFETY: only asked whether it is open, which a closed one answers with an error.
-    let open = rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok();
-    if !open {
+    if !is_open(fd) {
         return Err(ChildError::Fd(fd));
     }
     // SAFETY: it is open, was passed to us by the parent for this, and nothing else in this process knows its number.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+fn is_open(fd: RawFd) -> bool {
+    // SAFETY: only asked whether it is open, which a closed one answers with an error.
+    rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok()
 }
 
 /// Whoever started our parent may have left descriptors open that are inherited by all.
@@ -125,8 +128,11 @@ fn close_others(task: &Task) -> io::Result<()> {
         .filter(|fd| *fd > 2 && *fd != task.fd && *fd != task.out)
         .collect();
     for fd in open {
-        // SAFETY: this process has opened none but the two above; the number of the listing itself is closed already.
-        unsafe { rustix::io::close(fd) };
+        // SAFETY: only asked whether it is open: the listing's own number is closed by now.
+        if rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok() {
+            // SAFETY: it is open, and this process has opened none but the two above.
+            unsafe { rustix::io::close(fd) };
+        }
     }
     Ok(())
 }
@@ -139,9 +145,7 @@ pub fn cpu_seconds(limits: &Limits) -> u64 {
 fn confine(limits: &Limits) -> io::Result<()> {
     let memory = mapped_bytes()?.saturating_add(limits.memory_mb.saturating_mul(1 << 20));
     let cpu = cpu_seconds(limits);
-    let set = |resource, soft: u64, hard: u64| {
-        setrlimit(resource, Rlimit { current: Some(soft), maximum: Some(hard) })
-    };
+    let set = |resource, soft: u64, hard: u64| setrlimit(resource, Rlimit { current: Some(soft), maximum: Some(hard) });
     set(Resource::As, memory, memory)?;
     // The first one ends the process with a signal of its own, which tells it from being killed.
     set(Resource::Cpu, cpu, cpu + 5)?;

@@ -40,8 +40,11 @@ mod tests {
         let (first, second) = (AudioFormat::default(), AudioFormat { rate_hz: 48_000, ..AudioFormat::default() });
         let chunk = |format| Chunk { format, pcm: Bytes::from_static(&[1, 2]) };
         let mut maker = EntryMaker::default();
-        let entries: Vec<RawEntry> =
-            [Some(first), None, Some(second), None].map(|f| maker.chunk(chunk(f))).into_iter().chain([maker.end()]).collect();
+        let entries: Vec<RawEntry> = [Some(first), None, Some(second), None]
+            .map(|f| maker.chunk(chunk(f)))
+            .into_iter()
+            .chain([maker.end()])
+            .collect();
         assert_eq!(entries.iter().map(|e| e.seq).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
         let read: Vec<ChunkHeaders> = entries.iter().map(|e| ChunkHeaders::of(e).expect("good entry")).collect();
         assert_eq!(read.iter().map(|h| h.format).collect::<Vec<_>>(), [Some(first), None, Some(second), None, None]);

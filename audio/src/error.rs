@@ -27,7 +27,9 @@ pub enum AudioError {
         RATES_HZ.start(), RATES_HZ.end()
     )]
     OutOfRange { rate_hz: u32, channels: usize },
-    #[error("the mp4/m4a file has no index (moov): it was cut off, or its recording never finished; repair or record it again")]
+    #[error(
+        "the mp4/m4a file has no index (moov): it was cut off, or its recording never finished; repair or record it again"
+    )]
     NoIndex,
     #[error("the head of the {container} file is damaged: {why}")]
     Head { container: &'static str, why: String },
@@ -52,7 +54,13 @@ impl AudioError {
             Read(_) => FailureClass::Internal,
             Foreign { .. } | NoAudioTrack { .. } | Codec { .. } | OutOfRange { .. } => FailureClass::UnsupportedFormat,
             ClaimsTooLong { .. } | TooLong { .. } => FailureClass::TooLarge,
-            Empty | Unrecognised | NoIndex | Head { .. } | NoAudio | MostlyDamaged { .. } | MostlyForeign { .. }
+            Empty
+            | Unrecognised
+            | NoIndex
+            | Head { .. }
+            | NoAudio
+            | MostlyDamaged { .. }
+            | MostlyForeign { .. }
             | FormatChanges { .. } => FailureClass::BadAudio,
         }
     }

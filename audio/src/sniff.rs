@@ -96,7 +96,9 @@ mod tests {
 
     #[test]
     fn recordings_are_left_alone() {
-        for head in [&b"RIFF\x24\0\0\0WAVEfmt "[..], b"fLaC\0\0\0\x22", b"OggS\0\x02", b"\0\0\0\x20ftypM4A ", b"ID3\x04", b""] {
+        for head in
+            [&b"RIFF\x24\0\0\0WAVEfmt "[..], b"fLaC\0\0\0\x22", b"OggS\0\x02", b"\0\0\0\x20ftypM4A ", b"ID3\x04", b""]
+        {
             assert_eq!(foreign(head), None);
         }
     }

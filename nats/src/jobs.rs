@@ -267,7 +267,7 @@ async fn ensure_intake(nats: &Nats) -> Result<(), ServerError> {
         stream_name: &'static str,
         config: consumer::Config,
     }
-    // Without a filter: a subject that ends in a literal `>` is taken by the stream and matched by no other filter.
+    // Without a filter: whatever the stream takes must come, literal wildcards in a subject included.
     let config = pull::Config {
         durable_name: Some(INTAKE.to_owned()),
         deliver_policy: DeliverPolicy::All,

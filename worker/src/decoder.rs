@@ -57,7 +57,8 @@ pub struct DecoderProcess {
     total_ms: Option<u64>,
     truncated: bool,
     damaged: u64,
-    over: bool,
+    /// How it ended: an end, or the failure that every further question is answered with.
+    over: Option<Result<(), Failure>>,
 }
 
 impl DecoderProcess {
@@ -95,7 +96,7 @@ impl DecoderProcess {
             total_ms: None,
             truncated: false,
             damaged: 0,
-            over: false,
+            over: None,
         };
         match process.frame().await? {
             (Frame::Opened { format, total_ms }, _) => (process.format, process.total_ms) = (format, total_ms),
@@ -132,13 +133,15 @@ impl DecoderProcess {
 
     /// The next 200 ms; none after the last. May be dropped and called again. After a failure there is nothing more.
     pub async fn next(&mut self) -> Result<Option<Chunk>, Failure> {
-        if self.over {
-            return Ok(None);
+        if let Some(over) = &self.over {
+            return over.clone().map(|()| None);
         }
+        // An earlier wait may have been given up long ago.
+        self.silent_since = None;
         match self.frame().await? {
             (Frame::Chunk { format }, pcm) => Ok(Some(Chunk { format, pcm })),
             (Frame::End { truncated, damaged }, _) => {
-                (self.truncated, self.damaged, self.over) = (truncated, damaged, true);
+                (self.truncated, self.damaged, self.over) = (truncated, damaged, Some(Ok(())));
                 self.reap().await;
                 Ok(None)
             }
@@ -163,8 +166,7 @@ impl DecoderProcess {
                 Ok(None) => {}
                 Err(error) => {
                     self.kill();
-                    self.over = true;
-                    return Err(internal(format!("the decoder says what cannot be read: {error}")));
+                    return Err(self.ended(internal(format!("the decoder says what cannot be read: {error}"))));
                 }
             }
             let since = *self.silent_since.get_or_insert_with(Instant::now);
@@ -179,26 +181,31 @@ impl DecoderProcess {
                 Ok(Err(error)) => return Err(self.died(Some(error)).await),
                 Err(_) => {
                     self.kill();
-                    self.over = true;
-                    self.reap().await;
                     let stall_s = self.limits.stall.as_secs();
                     let message = format!("the decoder made nothing of this file for {stall_s} s and was ended");
-                    return Err(Failure::new(FailureClass::Timeout, message));
+                    let failure = self.ended(Failure::new(FailureClass::Timeout, message));
+                    self.reap().await;
+                    return Err(failure);
                 }
             }
         }
     }
 
+    /// Nothing comes after this. Said before anything is waited for: whoever gives up waiting hears it the next time.
+    fn ended(&mut self, failure: Failure) -> Failure {
+        self.over = Some(Err(failure.clone()));
+        failure
+    }
+
     async fn failed(&mut self, failure: Failure) -> Failure {
-        self.over = true;
+        let failure = self.ended(failure);
         self.reap().await;
         failure
     }
 
     fn out_of_order(&mut self, frame: &Frame) -> Failure {
         self.kill();
-        self.over = true;
-        internal(format!("the decoder said {frame:?} out of order"))
+        self.ended(internal(format!("the decoder said {frame:?} out of order")))
     }
 
     fn kill(&mut self) {
@@ -208,12 +215,12 @@ impl DecoderProcess {
 
     /// Its socket closed before it said how it ended.
     async fn died(&mut self, error: Option<io::Error>) -> Failure {
-        self.over = true;
-        let status = self.reap().await;
-        match status {
+        self.ended(internal("the decoder ended without a word".to_owned()));
+        let failure = match self.reap().await {
             Some(status) => end_of(status, &self.limits),
             None => internal(format!("the decoder's socket broke: {error:?}")),
-        }
+        };
+        self.ended(failure)
     }
 
     /// Waits for its end and says in the log what it left.

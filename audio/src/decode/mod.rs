@@ -203,6 +203,7 @@ impl Decoder {
     }
 
     /// The next 200 ms; none after the last.
+    #[expect(clippy::should_implement_trait, reason = "an iterator would hide that an error comes before the end")]
     pub fn next(&mut self) -> Result<Option<Chunk>, AudioError> {
         loop {
             let whole = (self.format.rate_hz / PER_SECOND) as usize * self.format.frame_bytes();

@@ -93,7 +93,11 @@ impl Playing {
         {
             // The decoder would take all of it from the first packet, which is often shorter. MP4 writes it big-endian.
             let bytes = [place[0], place[1]];
-            skip = if format == container::FORMAT_ID_ISOMP4 { u16::from_be_bytes(bytes) } else { u16::from_le_bytes(bytes) };
+            skip = if format == container::FORMAT_ID_ISOMP4 {
+                u16::from_be_bytes(bytes)
+            } else {
+                u16::from_le_bytes(bytes)
+            };
             place.fill(0);
         }
         let decoder = codecs().make_audio_decoder(&parameters, &AudioDecoderOptions::default()).ok()?;
@@ -123,9 +127,10 @@ impl Playing {
     }
 
     pub(super) fn claimed_ms(&self, demuxer: &dyn FormatReader) -> Option<u64> {
-        let by_frames = self.claimed_frames.zip(self.decoder.codec_params().sample_rate).and_then(|(frames, rate)| {
-            u64::try_from(u128::from(frames) * 1000 / u128::from(rate.max(1))).ok()
-        });
+        let by_frames = self
+            .claimed_frames
+            .zip(self.decoder.codec_params().sample_rate)
+            .and_then(|(frames, rate)| u64::try_from(u128::from(frames) * 1000 / u128::from(rate.max(1))).ok());
         by_frames.or_else(|| {
             let media = demuxer.media_info();
             let time = media.time_base?.calc_duration(media.duration.filter(|d| d.get() > 0)?)?;

@@ -36,7 +36,9 @@ fn nothing_and_noise_are_bad_audio() {
         assert_eq!(class, FailureClass::BadAudio, "{len}: {message}");
     }
     // Noise with the mark of a container in front of it.
-    for mark in [&b"RIFF\xff\xff\xff\x7fWAVE"[..], b"fLaC", b"OggS", b"\0\0\0\x20ftypM4A ", b"\x1a\x45\xdf\xa3", b"ID3\x04"] {
+    for mark in
+        [&b"RIFF\xff\xff\xff\x7fWAVE"[..], b"fLaC", b"OggS", b"\0\0\0\x20ftypM4A ", b"\x1a\x45\xdf\xa3", b"ID3\x04"]
+    {
         let (class, message) = error(&[mark, &noise(50_000, 7)].concat(), "noise");
         assert!(matches!(class, FailureClass::BadAudio), "{mark:?}: {message}");
     }
@@ -186,7 +188,8 @@ fn flac_of_silence(blocks: u32, total: u64) -> Vec<u8> {
     for n in 0..blocks {
         // Block size code 14 = 16,384; rate and width from the head; one channel; number as in UTF-8.
         let mut frame = vec![0xff, 0xf8, 0xe0, 0x00];
-        let number = char::from_u32(if n < 0xd800 { n } else { n + 0x800 }).filter(|_| n < 0xd800).expect("short enough");
+        let number =
+            char::from_u32(if n < 0xd800 { n } else { n + 0x800 }).filter(|_| n < 0xd800).expect("short enough");
         frame.extend(number.to_string().as_bytes());
         frame.push(crc(&frame, 8, 7) as u8);
         // A constant subframe of zero.
@@ -215,7 +218,12 @@ fn a_bomb_of_silence_ends_at_the_limit() {
         }
     };
     assert!((58.0..62.0).contains(&decoded_s), "{decoded_s} s");
-    assert_eq!((failure.class, failure.message.contains("60 s")), (FailureClass::TooLarge, true), "{}", failure.message);
+    assert_eq!(
+        (failure.class, failure.message.contains("60 s")),
+        (FailureClass::TooLarge, true),
+        "{}",
+        failure.message
+    );
     // One that says it is not begun at all.
     let honest = Decoder::open(file(&flac_of_silence(500, 500 * 16_384)), None, &few);
     assert!(matches!(honest, Err(AudioError::ClaimsTooLong { claimed_ms: 512_000, limit_s: 60 })));
@@ -234,10 +242,14 @@ fn damage_in_the_middle_is_counted_and_keeps_the_time() {
     let mut bytes = good.clone();
     let middle = bytes.len() / 2;
     // Within frames, past their heads: frames of 32 kbit/s at 16 kHz are 144 bytes.
-    let sync = (middle..).find(|&i| bytes[i] == 0xff && bytes[i + 1] & 0xfe == good[(0..).find(|&j| good[j] == 0xff && good[j + 1] & 0xe0 == 0xe0).expect("frame") + 1] & 0xfe).expect("frame");
-    for i in sync + 4..sync + 140 {
-        bytes[i] = 0xfd;
-    }
+    let sync = (middle..)
+        .find(|&i| {
+            bytes[i] == 0xff
+                && bytes[i + 1] & 0xfe
+                    == good[(0..).find(|&j| good[j] == 0xff && good[j + 1] & 0xe0 == 0xe0).expect("frame") + 1] & 0xfe
+        })
+        .expect("frame");
+    bytes[sync + 4..sync + 140].fill(0xfd);
     let decoded = decode(&bytes).expect("most of it is good");
     assert!(decoded.seconds() > whole.seconds() - 0.1, "{} s", decoded.seconds());
     assert!((decoded.seconds() - whole.seconds()).abs() < 0.1, "{} and {} s", decoded.seconds(), whole.seconds());
@@ -312,7 +324,7 @@ mod any_bytes {
             let few = Limits { max_seconds: 100, ..limits() };
             if let Ok(decoded) = Decoder::open(file(&bytes), None, &few).and_then(drain) {
                 prop_assert!(decoded.pcm.len() < 100 * 192_000 * 4);
-                prop_assert!(decoded.pcm.len() > 0);
+                prop_assert!(!decoded.pcm.is_empty());
             }
         }
     }

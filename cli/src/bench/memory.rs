@@ -41,10 +41,9 @@ impl Sampled {
         note("dispatcher", processes.dispatcher);
         note("supervisor", processes.supervisor);
         for child in children_of(processes.supervisor) {
-            match child_kind(&fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default()) {
-                Some(kind) => note(kind, child),
-                // It is just being started or has just ended.
-                None => {}
+            // One that is just being started or has just ended is nothing yet or any more.
+            if let Some(kind) = child_kind(&fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default()) {
+                note(kind, child);
             }
         }
     }
@@ -93,7 +92,10 @@ mod tests {
     fn growth_shows_in_the_quarters() {
         let sampled = Sampled(BTreeMap::from([("engine", vec![1.0, 2.0, 3.0, 9.0, 4.0])]));
         let row = &sampled.json()[0];
-        assert_eq!((row["first_mb"].as_f64(), row["max_mb"].as_f64(), row["final_mb"].as_f64()), (Some(1.0), Some(9.0), Some(4.0)));
+        assert_eq!(
+            (row["first_mb"].as_f64(), row["max_mb"].as_f64(), row["final_mb"].as_f64()),
+            (Some(1.0), Some(9.0), Some(4.0))
+        );
         assert_eq!(row["quarters_max_mb"], "2 9 4");
     }
 }

@@ -163,9 +163,8 @@ fn grid(rows: &[Value]) -> Vec<String> {
     // What tells rows apart comes first, wherever its name is in the alphabet.
     names.sort_by_key(|name| !HEADS.contains(&name.as_str()));
     let cells = |name: &str| rows.iter().map(|row| row.get(name).map(cell).unwrap_or_default()).collect::<Vec<_>>();
-    let widths: Vec<usize> = (0..rows.len())
-        .map(|n| names.iter().map(|name| cells(name)[n].chars().count()).max().unwrap_or(0))
-        .collect();
+    let widths: Vec<usize> =
+        (0..rows.len()).map(|n| names.iter().map(|name| cells(name)[n].chars().count()).max().unwrap_or(0)).collect();
     let line = |name: &&String| {
         let cells = cells(name);
         let columns = cells.iter().zip(&widths).map(|(cell, width)| format!("  {cell:>width$}"));

@@ -93,7 +93,8 @@ pub(super) async fn run(args: PeersArgs) -> Result<Value> {
 
 /// Where the test data lie, if somebody has said so.
 fn detector() -> Option<PathBuf> {
-    let data = std::env::var_os("VOXFLEET_TEST_DATA").map_or_else(|| find::root().join("../shared/data"), PathBuf::from);
+    let data =
+        std::env::var_os("VOXFLEET_TEST_DATA").map_or_else(|| find::root().join("../shared/data"), PathBuf::from);
     Some(data.join(DETECTOR)).filter(|path| path.is_file())
 }
 
@@ -120,7 +121,8 @@ fn compare_all(args: &PeersArgs, items: &[Item], detector: Option<PathBuf>) -> R
     }
     let rows = engines.iter().zip(&outcomes).map(|(engine, outcomes)| row(engine.name, items, outcomes));
     let rows: Vec<Value> = rows.collect();
-    let speed = |name: &str| rows.iter().find(|r| r["engine"] == name).and_then(|r| r["long_cpu_realtime_factor"].as_f64());
+    let speed =
+        |name: &str| rows.iter().find(|r| r["engine"] == name).and_then(|r| r["long_cpu_realtime_factor"].as_f64());
     let against = speed("ours").zip(speed("whisper_cpp")).map(|(ours, theirs)| rounded(ours / theirs));
     Ok(json!({
         "rows": rows,
@@ -206,8 +208,7 @@ struct Ours {
 impl Transcribe for Ours {
     fn transcribe(&mut self, pcm: &Pcm) -> Result<String> {
         let options = SessionOptions { interim: false, ..SessionOptions::default() };
-        let finals =
-            transcribe_log(&log(pcm), &options, StartPoint::beginning(), &mut *self.state, &*self.vads, None)?;
+        let finals = transcribe_log(&log(pcm), &options, StartPoint::beginning(), &mut *self.state, &*self.vads, None)?;
         Ok(join_text(finals.iter().flat_map(|f| f.segments.iter().map(|s| s.text.as_str()))))
     }
 }

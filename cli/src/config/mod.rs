@@ -193,10 +193,10 @@ fn inherited(env: &impl Env, layers: &mut Layers) {
             false => layers.inherited(name, "models.dir", &dir.join("models").to_string_lossy()),
         }
     }
-    if cfg!(feature = "worker") {
-        if let Some(library) = env.var("ORT_DYLIB_PATH").filter(|l| !l.is_empty()) {
-            layers.inherited("ORT_DYLIB_PATH", "worker.onnxruntime", &library);
-        }
+    if cfg!(feature = "worker")
+        && let Some(library) = env.var("ORT_DYLIB_PATH").filter(|l| !l.is_empty())
+    {
+        layers.inherited("ORT_DYLIB_PATH", "worker.onnxruntime", &library);
     }
 }
 

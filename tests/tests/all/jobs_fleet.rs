@@ -314,6 +314,25 @@ async fn recordings_that_are_none_fail_with_a_reason_and_hurt_nobody() -> Result
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_the_model_cannot_do_fails_instead_of_ending_empty() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let fleet = Fleet::builder().workers(1).engine(Engine::MicroEnergy).start().await?;
+    let nats = connect(&fleet).await?;
+    let mut pcm = audio::call(2)?;
+    pcm.samples.truncate(16_000 * 6);
+    // Silence at the end: the end final itself has nothing to decode, so nothing is wrong with it.
+    pcm.samples.extend(audio::silence(4.0).samples);
+    let options = SessionOptions { language: Some("de".to_owned()), ..SessionOptions::default() };
+    submit(&nats, &JobRequest { options, ..request("german", pcm.wav())? }).await?;
+    let ended = ended(&nats, &fleet, "german").await?;
+    assert_eq!(ended.record.state, JobState::Failed, "{:?}", ended.record);
+    let failure = ended.record.error.context("a failure")?;
+    assert_eq!(failure.class, FailureClass::BadRequest, "{failure}");
+    ensure!(failure.message.contains("de"), "{failure}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_is_none_is_told_so() -> Result<()> {
     let _turn = fleet::turn().await;
     let fleet = Fleet::builder().workers(1).start().await?;

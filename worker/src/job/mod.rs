@@ -39,6 +39,9 @@ use self::{
 /// How long a store that does not answer is asked again; then the job is tried elsewhere, from its last final.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A full store is looked at again after this: each look decodes the end of the recording once more.
+const FULL_FOR_MS: u64 = 60_000;
+
 /// What a job's session needs beyond a live one's.
 #[derive(Debug)]
 pub(crate) struct Work {
@@ -85,19 +88,17 @@ impl Work {
         let began = Instant::now();
         while next_index < end.index {
             match chain.next_final(Kind::Job, &end.id, from).await {
-                Ok(Some(stored)) if stored.value.index < end.index => {
-                    if stored.value.index != next_index {
-                        tracing::error!(job = %end.id, wanted = next_index, found = stored.value.index, "finals are missing in the chain");
-                    }
+                Ok(Some(stored)) if stored.value.index == next_index => {
                     aggregate.add(&stored.value);
-                    (from, next_index) = (stored.seq + 1, stored.value.index + 1);
+                    (from, next_index) = (stored.seq + 1, next_index + 1);
                     backoff = Backoff::default();
                 }
                 // Another worker has gone on; storing the end final will find that out.
-                Ok(_) => {
-                    tracing::warn!(job = %end.id, next_index, end = end.index, "the chain is not what it was");
+                Ok(Some(stored)) if stored.value.index >= end.index => {
+                    tracing::warn!(job = %end.id, next_index, end = end.index, "the chain has gone on elsewhere");
                     return Ok(());
                 }
+                Ok(_) => return Err(expired(next_index)),
                 Err(error @ (ChainError::Foreign { .. } | ChainError::Encode(_))) => {
                     return Err(Failure::new(FailureClass::Internal, format!("the chain cannot be read: {error}")));
                 }
@@ -114,13 +115,24 @@ impl Work {
     }
 }
 
+/// A result without its beginning would pass for a whole one.
+fn expired(index: u64) -> Failure {
+    Failure::new(
+        FailureClass::Internal,
+        format!("final {index} of this job is no longer stored; a longer topology.transcript_max_age_s keeps it"),
+    )
+}
+
 fn store_failure(error: &MediaError) -> Failure {
     match error {
         // Waiting is all that helps, and it costs no attempt.
-        MediaError::Full => Failure::new(
-            FailureClass::NoCapacity,
-            "the object store asr_media is full, the result waits until something in it is deleted or expires",
-        ),
+        MediaError::Full => Failure {
+            retry_after_ms: Some(FULL_FOR_MS),
+            ..Failure::new(
+                FailureClass::NoCapacity,
+                "the object store asr_media is full, the result waits until something in it is deleted or expires",
+            )
+        },
         error => Failure::new(FailureClass::Unavailable, format!("the result cannot be written: {error}")),
     }
 }

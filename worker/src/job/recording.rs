@@ -3,7 +3,7 @@
 //! It is read forwards; whoever asks for an entry behind makes it start again from the first one. Decoding runs hundreds of
 //! times faster than speech, so going back is cheap and nothing but one entry is ever kept.
 
-use std::{fs::File, io::Seek, path::PathBuf, sync::Arc};
+use std::{fs::File, path::PathBuf, sync::Arc};
 
 use tokio::sync::Mutex;
 use voxfleet_audio::{Limits, entries::EntryMaker};
@@ -33,6 +33,8 @@ pub(crate) struct Facts {
     pub(crate) total_ms: Option<u64>,
     /// It breaks off before its end.
     pub(crate) truncated: bool,
+    /// Parts of it that could not be decoded and are silence now.
+    pub(crate) damaged: u64,
 }
 
 #[derive(Debug)]
@@ -63,13 +65,7 @@ impl Recording {
     }
 
     async fn start(&self) -> Result<Running, Failure> {
-        // The decoder before it shared this position and is gone.
-        let file = (|| {
-            let mut file = self.file.try_clone()?;
-            file.rewind()?;
-            Ok::<_, std::io::Error>(file)
-        })()
-        .map_err(|error| {
+        let file = self.file.try_clone().map_err(|error| {
             Failure::new(FailureClass::Internal, format!("the recording cannot be read again: {error}"))
         })?;
         let decoder = DecoderProcess::start(self.exe.clone(), file, self.name.clone(), self.limits.clone()).await?;
@@ -81,7 +77,6 @@ impl Recording {
     pub(crate) async fn next(&self, from: u64) -> Result<Option<RawEntry>, Failure> {
         let mut slot = self.running.lock().await;
         if slot.as_ref().is_some_and(|running| running.next > from) {
-            // Gone before the next one starts: they share the file's position.
             if let Some(old) = slot.take() {
                 old.decoder.stop().await;
             }
@@ -98,7 +93,9 @@ impl Recording {
                 Ok(Some(chunk)) => running.maker.chunk(chunk),
                 Ok(None) => {
                     running.ended = true;
-                    crate::capacity::locked(&self.facts).truncated = running.decoder.truncated();
+                    let mut facts = crate::capacity::locked(&self.facts);
+                    (facts.truncated, facts.damaged) = (running.decoder.truncated(), running.decoder.damaged());
+                    drop(facts);
                     running.maker.end()
                 }
                 Err(failure) => {

@@ -15,7 +15,7 @@ use voxfleet_schema::{
 };
 use voxfleet_store::fetch::Fetcher;
 
-use super::{Recording, Work};
+use super::{Recording, Work, recording::Facts};
 use crate::session::{End, Handle, Shared, last_final, unix_ms};
 
 /// What every job of this worker uses.
@@ -70,18 +70,32 @@ impl Job {
             Err(failure) => return JobEnd::GivenUp(failure),
         };
         let end = self.handle.session(self.means.shared.clone(), Some(Arc::clone(&work))).run().await;
-        if work.recording.facts().truncated {
-            let mut event = self.handle.names.event(What::Gap, self.item.epoch);
-            event.detail = serde_json::json!({ "note": "the recording breaks off before its end" });
-            let msg_id = format!("{}-{}-truncated", self.item.job, self.item.epoch);
-            self.means.shared.events.tell(event, Some(msg_id));
-        }
+        self.tell_damage(work.recording.facts());
         match end {
             End::Done => JobEnd::Done,
             End::LetGo { .. } => JobEnd::LetGo,
             End::Failed(failure) => JobEnd::GivenUp(failure),
             End::Finished => JobEnd::GivenUp(worker_stops()),
         }
+    }
+
+    /// Whoever reads the result should know that the recording was not whole.
+    fn tell_damage(&self, facts: Facts) {
+        if !facts.truncated && facts.damaged == 0 {
+            return;
+        }
+        let mut event = self.handle.names.event(What::Gap, self.item.epoch);
+        let mut notes = Vec::new();
+        if facts.truncated {
+            notes.push("the recording breaks off before its end".to_owned());
+        }
+        if facts.damaged > 0 {
+            notes.push(format!("{} damaged parts of the recording are silence", facts.damaged));
+        }
+        event.detail =
+            serde_json::json!({ "truncated": facts.truncated, "damaged": facts.damaged, "note": notes.join("; ") });
+        let msg_id = format!("{}-{}-recording", self.item.job, self.item.epoch);
+        self.means.shared.events.tell(event, Some(msg_id));
     }
 
     /// Brings the recording here. None: the job is done already.

@@ -226,6 +226,13 @@ impl<'a> Life<'a> {
             tracing::warn!(id = %names.id, dropped = taken.notes_dropped, "too many notes at once");
         }
         for draft in taken.finals {
+            if self.session.work.is_some()
+                && let Some(failure) = &draft.error
+            {
+                // A live session goes on with a hole that says why; a recording can be tried again, and a result with a
+                // hole would pass for a whole one.
+                return Some(End::Failed(failure.clone()));
+            }
             if !self.end_drafted {
                 self.end_drafted = draft.end;
                 self.feed.covered(draft.audio.to_seq);
@@ -448,7 +455,11 @@ async fn store(
         Err(error) if is_too_large(&error) => {
             let len = codec::to_json(&value).map_err(ChainError::Encode)?.len();
             tracing::error!(id = %names.id, len, %error, "final too large, stored without its text");
-            let value = without_text(value, len);
+            let mut value = without_text(value, len);
+            if value.result.is_some() {
+                // The aggregate has its text.
+                value.error = None;
+            }
             Ok(Kept { outcome: shared.chain.store(&value, predecessor).await?, value })
         }
         Err(error) => Err(error.into()),

@@ -31,13 +31,14 @@ pub(super) type JobFinished = (Arc<Handle>, Option<JobEnd>);
 
 impl Supervisor {
     /// Takes a work item, or says why not.
-    pub(super) async fn work(&self, work: Work, jobs: &mut JoinSet<JobFinished>) {
+    pub(super) fn work(&self, work: Work, jobs: &mut JoinSet<JobFinished>, acks: &mut JoinSet<()>) {
         let Work { item, ack, .. } = work;
         let item = match item {
             Ok(item) => item,
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "not a work item");
-                return ended(ack.term("not a work item").await);
+                acks.spawn(async move { ended(ack.term("not a work item").await) });
+                return;
             }
         };
         let model_known = self.knows(item.options.model.as_deref().unwrap_or(&self.default_model));
@@ -51,7 +52,7 @@ impl Supervisor {
                 if failure.class != FailureClass::BadRequest {
                     self.give_up(&item, failure);
                 }
-                ended(ack.term("refused").await);
+                acks.spawn(async move { ended(ack.term("refused").await) });
             }
             Decision::Raise => {
                 if let Some(older) = self.holdings.get(Kind::Job, id) {

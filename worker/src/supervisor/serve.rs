@@ -136,7 +136,7 @@ impl Supervisor {
                 Some(finished) = sessions.join_next() => self.session_ended(finished)?,
                 Some(finished) = jobs.join_next() => self.job_ended(finished)?,
                 work = work_pull.next(free_jobs), if free_jobs > 0 && matches!(phase, Phase::Serving) => match work {
-                    Ok(work) => self.work(work, &mut jobs).await,
+                    Ok(work) => self.work(work, &mut jobs, &mut loads),
                     Err(error) => {
                         tracing::error!(error = &error as &dyn std::error::Error, "pull of jobs ended");
                         return Err(WorkerError::Disconnected);

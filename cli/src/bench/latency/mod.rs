@@ -89,7 +89,8 @@ fn truth(path: &Path) -> Result<Vec<Said>> {
     let said = words.map(|word| {
         Some(Said { word: word["word"].as_str()?.to_owned(), start_ms: ms(&word["start"])?, end_ms: ms(&word["end"])? })
     });
-    let mut said = said.collect::<Option<Vec<_>>>().with_context(|| format!("{}: a word lacks a field", path.display()))?;
+    let mut said =
+        said.collect::<Option<Vec<_>>>().with_context(|| format!("{}: a word lacks a field", path.display()))?;
     said.sort_by_key(|said| said.start_ms);
     Ok(said)
 }
