@@ -41,7 +41,8 @@ pub struct DispatcherConfig {
     pub max_sessions: usize,
     /// Tries after which a job that gets no further has failed: two may be bad luck, three are the recording.
     pub max_attempts: u32,
-    /// Jobs that wait or run at once, each about a kB here and in their bucket; more wait at the door or are refused.
+    /// Jobs that wait or run at once; more wait at the door or are refused. With presigned URLs a record is about 2.5 kB:
+    /// this many take three quarters of a bucket of 64 MiB, which takes no new ones when four fifths are full.
     pub jobs_max_queued: usize,
     /// Ended sessions kept in memory for late audio and questions, in s; older ones are read from their key.
     pub keep_ended_s: u64,
@@ -67,7 +68,7 @@ impl Default for DispatcherConfig {
             io_in_flight: 256,
             max_sessions: 20_000,
             max_attempts: 3,
-            jobs_max_queued: 100_000,
+            jobs_max_queued: 20_000,
             keep_ended_s: 300,
         }
     }

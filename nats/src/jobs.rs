@@ -25,6 +25,7 @@ use crate::{
     Nats, ServerError,
     pull::{Pull, Pulled},
     raw::{self, Delivery, Get},
+    retry::Backoff,
     subjects::Subject,
     topology::{
         consumer_name,
@@ -69,6 +70,15 @@ pub async fn publish_job(
 /// Gives a job to a worker and returns where it stands. Idempotent: an item that is queued already, or taken and not done,
 /// is left alone; one of an older epoch is replaced.
 pub async fn publish_work(nats: &Nats, worker: &WorkerName, item: &WorkItem) -> Result<u64, WorkError> {
+    let putting = tokio::time::timeout(PUT_WITHIN, put_work(nats, worker, item)).await;
+    putting.unwrap_or_else(|_| Err(ServerError::Timeout.into()))
+}
+
+/// How long a work item may take to get through: several answers of a server that is slow.
+const PUT_WITHIN: Duration = Duration::from_secs(20);
+
+async fn put_work(nats: &Nats, worker: &WorkerName, item: &WorkItem) -> Result<u64, WorkError> {
+    let mut backoff = Backoff::default();
     let subject = nats.subjects().work_item(worker, &item.job);
     let body = Bytes::from(codec::to_msgpack(item).map_err(WorkError::Encode)?);
     loop {
@@ -87,8 +97,9 @@ pub async fn publish_work(nats: &Nats, worker: &WorkerName, item: &WorkItem) -> 
             Some((_, Ok(found))) if found.epoch > item.epoch => return Err(WorkError::Newer { epoch: found.epoch }),
             Some((seq, _)) => raw::purge(nats, WORK, &subject, Some(seq + 1)).await?,
             // Done in between, or another publish of a cluster was on its way.
-            None => tokio::task::yield_now().await,
+            None => {}
         }
+        backoff.wait().await;
     }
 }
 

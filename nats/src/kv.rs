@@ -37,7 +37,7 @@ impl Bucket {
     }
 
     /// The stream behind it.
-    pub(crate) fn stream(self) -> &'static str {
+    pub fn stream(self) -> &'static str {
         match self {
             Bucket::Sessions => "KV_asr_sessions",
             Bucket::Jobs => "KV_asr_jobs",
@@ -136,6 +136,12 @@ impl<T: Serialize + DeserializeOwned> Records<T> {
     pub async fn delete(&self, key: &str, revision: Option<u64>) -> Result<(), KvError> {
         let message = PublishMessage::build().header(OPERATION, "DEL");
         self.publish(key, message, revision).await.map(|_| ())
+    }
+
+    /// Removes a key without leaving a marker, which would stay for ever; only what stood there up to `revision`, and a
+    /// later value stays. Who watches is not told.
+    pub async fn purge(&self, key: &str, revision: u64) -> Result<(), KvError> {
+        Ok(raw::purge(&self.nats, self.bucket.stream(), &self.subject(key)?, Some(revision + 1)).await?)
     }
 
     /// Every key there is now, in order of their last change. An unreadable value is left out and logged.

@@ -107,9 +107,9 @@ impl AudioUrl {
         format!("object://{MEDIA_BUCKET}/{key}")
     }
 
-    /// The URL as it may be shown: without its query, which may hold a signature.
+    /// The URL as it may be shown: without query and fragment, which may hold a signature.
     pub fn redacted(text: &str) -> &str {
-        text.split('?').next().unwrap_or_default()
+        text.split(['?', '#']).next().unwrap_or_default()
     }
 
     /// Last part of its path, a hint at the container.
@@ -532,7 +532,9 @@ mod tests {
         assert_eq!(parse(&format!("https://h/{}", "x".repeat(5_000))), Err(UrlError::TooLong { len: 5_010 }));
         assert_eq!(parse("https://h/p/call.mp3?sig=s").expect("url").file_name(), Some("call.mp3"));
         assert_eq!(parse("https://h").expect("url").file_name(), None);
-        assert_eq!(AudioUrl::redacted("https://h/a?X-Amz-Signature=s"), "https://h/a");
+        for secret in ["https://h/a?X-Amz-Signature=s", "https://h/a#token=s", "https://h/a#t?s", "https://h/a?s#t"] {
+            assert_eq!(AudioUrl::redacted(secret), "https://h/a", "{secret}");
+        }
     }
 
     #[test]

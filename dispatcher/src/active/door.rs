@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
@@ -20,7 +21,7 @@ use voxfleet_schema::{
 use super::{
     Input,
     effects::{describe, unix_ms},
-    jobs::{AtTheDoor, Budget, Caller},
+    jobs::{AtTheDoor, Budget, Caller, MAX_KEPT},
 };
 use crate::{
     core::jobs::JobInput,
@@ -34,12 +35,14 @@ use crate::{
 pub(super) const SHORT_BODY: usize = 16 * 1024;
 /// What nobody asks for any more is looked for this often: it only takes room.
 const TIDY_EVERY: Duration = Duration::from_secs(3_600);
+/// And first this long after a start, when there is less to do: dispatchers that are restarted every hour tidy too.
+const TIDY_FIRST: Duration = Duration::from_secs(300);
 /// Pieces of objects that were never finished.
 const UNFINISHED: Duration = Duration::from_secs(3_600);
 
 /// Reads a request where it disturbs nobody.
 pub(super) async fn read(
-    body: bytes::Bytes,
+    body: Bytes,
     content_type: Option<String>,
     subject: Option<Subject>,
     paid: Option<OwnedSemaphorePermit>,
@@ -102,7 +105,9 @@ async fn submitted(message: JobMessage, paid: OwnedSemaphorePermit) -> Input {
         (Err(error), _) => Err(bad(explain_id(&error))),
         (_, Err(error)) => Err(bad(error.to_string())),
     };
-    let at = AtTheDoor { ack, id: known, seq, content_type: content_type.clone(), body: payload.clone() };
+    // A copy: a part of the body would keep all of it in memory.
+    let body = Bytes::copy_from_slice(&payload[..payload.len().min(MAX_KEPT)]);
+    let at = AtTheDoor { ack, id: known, seq, content_type: content_type.clone(), body, body_bytes: payload.len() };
     let submission = match subject {
         Ok(subject) => read(payload, content_type, Some(subject), Some(paid)).await,
         Err(failure) => Err(failure),
@@ -147,8 +152,10 @@ pub(super) async fn keys(nats: Nats, inputs: mpsc::Sender<Input>, stop: Cancella
 /// Removes objects of jobs that nobody will ask for: of requests that never became jobs, and of workers that lost a race.
 pub(super) async fn tidy(nats: Nats, keep_s: u64, stop: CancellationToken) -> &'static str {
     let listen = async {
+        let mut pause = TIDY_FIRST;
         loop {
-            tokio::time::sleep(TIDY_EVERY).await;
+            tokio::time::sleep(pause).await;
+            pause = TIDY_EVERY;
             if let Err(error) = tidy_once(&nats, keep_s).await {
                 tracing::warn!(error, "object store not tidied");
             }

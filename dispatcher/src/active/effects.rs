@@ -32,7 +32,9 @@ use super::{
 };
 use crate::{
     config::DispatcherConfig,
-    core::{Admission, Answer, AppendError, AskReply, Effect, Mark, SaveError, WalkEnd, closing_final},
+    core::{
+        Admission, Answer, AppendError, AskReply, Effect, Mark, SaveError, WalkEnd, closing_final, jobs::JobEffect,
+    },
     open::{Step, Walker},
     sessions::{CallId, ChainMark},
 };
@@ -134,9 +136,11 @@ impl Effects {
             },
             other => {
                 let (tools, inputs, permits) = (self.tools.clone(), self.inputs.clone(), permits.clone());
+                // Lists wait for each other; a permit held meanwhile would be one less for everything else.
+                let waits = !matches!(other, Effect::Job(JobEffect::List { .. }));
                 jobs.spawn(async move {
                     // The semaphore is never closed; without a permit the work is done all the same.
-                    let _permit = permits.acquire().await;
+                    let _permit = if waits { permits.acquire().await.ok() } else { None };
                     if let Some(input) = tools.carry_out(other).await {
                         // The loop is gone when this fails: a successor repairs.
                         let _ = inputs.send(input).await;

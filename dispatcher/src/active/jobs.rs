@@ -12,7 +12,7 @@ use voxfleet_nats::{
     jobs::{self as queue, JobAck, WorkError},
     kv::{Bucket, KvError, Records},
     media::{Media, MediaError},
-    publish::Publisher,
+    publish::{PublishError, Publisher},
     transcript::{Chain, ChainError, Outcome, StoredFinal},
 };
 use voxfleet_schema::{
@@ -28,7 +28,9 @@ use crate::{
     config::DispatcherConfig,
     core::{
         Answer,
-        jobs::{Expired, JobEffect, JobInput, JobLoaded, JobSaveError, PutError, Sent, Work},
+        jobs::{
+            ChainEnd, Expired, JobEffect, JobInput, JobLoaded, JobSaveError, ListError, NOT_KEPT, PutError, Sent, Work,
+        },
     },
     jobs::{
         JobMark, Recording,
@@ -42,7 +44,7 @@ const RECORDINGS_KB: u32 = 128 * 1024;
 /// How long writing the end of a job may take; it holds a permit.
 const CLOSE_WITHIN: Duration = Duration::from_secs(30);
 /// How much of a refused request is put away, in bytes.
-const MAX_KEPT: usize = 64 * 1024;
+pub(super) const MAX_KEPT: usize = 64 * 1024;
 /// A publish that cannot be taken now comes again after this, unless the refusal says otherwise.
 const COME_AGAIN: Duration = Duration::from_secs(1);
 /// The bucket has no room (JetStream's own code).
@@ -94,7 +96,9 @@ pub(super) struct AtTheDoor {
     pub(super) id: Option<StreamId>,
     pub(super) seq: u64,
     pub(super) content_type: Option<String>,
+    /// The first [`MAX_KEPT`] bytes of its body, and how many there were.
     pub(super) body: Bytes,
+    pub(super) body_bytes: usize,
 }
 
 /// What `ASR_DEAD` keeps of a request that was refused.
@@ -106,19 +110,43 @@ struct RefusedLetter<'a> {
     seq: u64,
     content_type: Option<&'a str>,
     body_bytes: usize,
-    /// Its first 64 KiB, as text or else as base64.
+    /// Its first 64 KiB as they came, signatures in URLs included, as text or else as base64: its sender's own words, to see
+    /// what was wrong with them.
     #[serde(skip_serializing_if = "Option::is_none")]
     body: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     body_base64: Option<Inline>,
 }
 
-/// What `ASR_DEAD` keeps of a job that failed: enough to submit it again.
+/// What `ASR_DEAD` keeps of a job that failed: enough to submit it again, but for a signature in its URL.
 #[derive(Serialize)]
 struct FailedLetter<'a> {
     error: &'a Failure,
     at_ms: u64,
-    record: &'a JobRecord,
+    record: JobRecord,
+}
+
+/// Reading all keys takes memory: one list is made at a time, and a few may wait for it.
+#[derive(Clone)]
+struct Lists {
+    places: Arc<Semaphore>,
+    turn: Arc<Semaphore>,
+}
+
+/// Lists being made or waited for.
+const MAX_LISTS: usize = 8;
+
+impl Lists {
+    fn new() -> Self {
+        Self { places: Arc::new(Semaphore::new(MAX_LISTS)), turn: Arc::new(Semaphore::new(1)) }
+    }
+
+    /// Waits for its turn, which lasts until both permits are dropped. None: too many wait.
+    async fn turn(&self) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+        let place = self.places.clone().try_acquire_owned().ok()?;
+        // Never closed.
+        Some((place, self.turn.clone().acquire_owned().await.ok()?))
+    }
 }
 
 /// Everything the effects of jobs need.
@@ -129,8 +157,7 @@ pub(super) struct JobTools {
     chain: Chain,
     media: Media,
     publisher: Publisher,
-    /// Reading all keys takes memory: one at a time.
-    listing: Arc<Semaphore>,
+    lists: Lists,
     control_timeout: Duration,
     transcript_s: u64,
 }
@@ -143,7 +170,7 @@ impl JobTools {
             chain: Chain::new(nats),
             media: Media::new(nats),
             publisher,
-            listing: Arc::new(Semaphore::new(1)),
+            lists: Lists::new(),
             control_timeout: Duration::from_millis(config.control_timeout_ms),
             transcript_s: config.topology.transcript_max_age_s,
         }
@@ -192,7 +219,10 @@ impl JobTools {
                 JobInput::Expired { id, result }
             }
             JobEffect::List { call, request } => {
-                let result = self.list(&request).await.map_err(|e| describe(&e));
+                let result = match self.lists.turn().await {
+                    Some(_turn) => self.list(&request).await.map_err(|e| ListError::Failed(describe(&e))),
+                    None => Err(ListError::Busy),
+                };
                 JobInput::Listed { call, result }
             }
         })
@@ -262,7 +292,7 @@ impl JobTools {
     }
 
     /// Ends the chain of a job that failed or was cancelled. An end that stands there wins.
-    async fn close(&self, record: &JobRecord) -> Result<Option<JobMark>, String> {
+    async fn close(&self, record: &JobRecord) -> Result<ChainEnd, String> {
         let mark = loop {
             let (last, predecessor) = match self.chain.last(Kind::Job, &record.id).await {
                 Ok(Some(StoredFinal { seq, value })) => (Some(value), Some(seq)),
@@ -282,12 +312,25 @@ impl JobTools {
                 Outcome::LetGo(_) | Outcome::Rebuild(_) => {}
             }
         };
+        let mut kept = true;
         let failed = mark.end.as_ref().and_then(|end| end.error.as_ref());
         if let Some(error) = failed.filter(|error| error.class != FailureClass::Cancelled) {
-            let letter = FailedLetter { error, at_ms: unix_ms(), record };
-            self.publisher.dead(Kind::Job, &record.id, &letter).await.map_err(|e| describe(&e))?;
+            let letter = FailedLetter { error, at_ms: unix_ms(), record: request::told(record) };
+            kept = self.keep(&record.id, &letter).await?;
         }
-        Ok(Some(mark))
+        Ok(ChainEnd { mark, not_kept: !kept })
+    }
+
+    /// Puts a letter into `ASR_DEAD`. False: that is full, and the job goes on without, or nothing would ever end again.
+    async fn keep<T: Serialize + Sync>(&self, id: &StreamId, letter: &T) -> Result<bool, String> {
+        match self.publisher.dead(Kind::Job, id, letter).await {
+            Ok(()) => Ok(true),
+            Err(PublishError::Server(error)) if error.code() == Some(STORE_FAILED) => {
+                tracing::error!(job = %id, "ASR_DEAD is full, what failed is not kept there");
+                Ok(false)
+            }
+            Err(error) => Err(describe(&error)),
+        }
     }
 
     async fn expire(&self, id: &StreamId) -> Result<Expired, String> {
@@ -303,11 +346,18 @@ impl JobTools {
                     self.media.delete(&key).await.map_err(|e| describe(&e))?;
                 }
                 let next = JobRecord { expired: true, changed_ms: unix_ms(), ..found.value };
-                self.records.update(id.as_str(), &next, found.revision).await.map_err(|e| describe(&e))?;
-                Ok(Expired { next_ms: Some(unix_ms()), told: true })
+                match self.records.update(id.as_str(), &next, found.revision).await {
+                    Ok(_) => Ok(Expired { next_ms: Some(unix_ms()), told: true }),
+                    Err(error) if save_error(&error) == JobSaveError::Full => {
+                        tracing::warn!(job = %id, "the bucket of jobs is full: the key goes with its result");
+                        self.records.purge(id.as_str(), found.revision).await.map_err(|e| describe(&e))?;
+                        Ok(Expired { next_ms: None, told: true })
+                    }
+                    Err(error) => Err(describe(&error)),
+                }
             }
             Some(Expiry::Key) => {
-                self.records.delete(id.as_str(), Some(found.revision)).await.map_err(|e| describe(&e))?;
+                self.records.purge(id.as_str(), found.revision).await.map_err(|e| describe(&e))?;
                 Ok(nothing)
             }
         }
@@ -315,8 +365,6 @@ impl JobTools {
 
     /// The newest of those asked for, and how many there are.
     async fn list(&self, request: &JobListRequest) -> Result<(Vec<JobRecord>, u64), KvError> {
-        // Never closed.
-        let _one = self.listing.acquire().await;
         let all = self.records.all().await?.into_iter().map(|(_, v)| v.value);
         let mut records: Vec<JobRecord> =
             all.filter(|record| request.state.is_none_or(|state| record.state == state)).collect();
@@ -360,21 +408,23 @@ impl JobTools {
             None => StreamId::new(NO_NAME).map_err(|e| describe(&e))?,
         };
         tracing::info!(job = %id, seq = at.seq, error = %failure, "published job refused");
-        let kept = at.body.slice(..at.body.len().min(MAX_KEPT));
-        let text = std::str::from_utf8(&kept).ok();
+        let text = std::str::from_utf8(&at.body).ok();
         let letter = RefusedLetter {
             error: failure,
             at_ms: unix_ms(),
             seq: at.seq,
             content_type: at.content_type.as_deref(),
-            body_bytes: at.body.len(),
+            body_bytes: at.body_bytes,
             body: text,
-            body_base64: text.is_none().then(|| Inline(kept.clone())),
+            body_base64: text.is_none().then(|| Inline(at.body.clone())),
         };
-        self.publisher.dead(Kind::Job, &id, &letter).await.map_err(|e| describe(&e))?;
+        let kept = self.keep(&id, &letter).await?;
         let mut event = Event::new(Scope::Job, id.as_str(), What::Rejected, unix_ms());
         event.seq = Some(at.seq);
         event.error = Some(failure.clone());
+        if !kept {
+            event.detail = serde_json::json!({ "not_kept": NOT_KEPT });
+        }
         self.publisher.event(&event).await.map_err(|e| describe(&e))
     }
 }
@@ -397,5 +447,27 @@ pub(super) async fn last_mark(chain: &Chain, id: &StreamId) -> Result<Option<Job
             tracing::error!(job = %id, error = %error, "last final cannot be read");
             Ok(None)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn one_list_at_a_time_and_not_everybody_may_wait() {
+        let lists = Lists::new();
+        let first = lists.turn().await.expect("nobody else");
+        let mut waiting: Vec<_> = (1..MAX_LISTS).map(|_| Box::pin(lists.turn())).collect();
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        for turn in &mut waiting {
+            assert!(turn.as_mut().poll(&mut context).is_pending());
+        }
+        assert!(lists.turn().await.is_none(), "no place left");
+        drop(first);
+        let second = waiting.remove(0).await;
+        assert!(second.is_some() && waiting[0].as_mut().poll(&mut context).is_pending());
     }
 }

@@ -2,7 +2,10 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use voxfleet_nats::topology::{Usage, names};
+use voxfleet_nats::{
+    kv::Bucket,
+    topology::{Usage, names},
+};
 use voxfleet_schema::{
     audio::AudioFormat,
     event::{Event, Scope, What},
@@ -103,6 +106,10 @@ impl Core {
 
     /// How full the streams are.
     pub fn usage(&mut self, streams: &[Usage], now: Moment) {
+        if let Some(bucket) = streams.iter().find(|s| s.stream == Bucket::Jobs.stream()) {
+            let above = if self.jobs.store_filling { FILLING_NO_MORE } else { FILLING };
+            self.job_store_usage(bucket.share() > above);
+        }
         for stream in streams.iter().filter(|s| !DROPS_OLD.contains(&s.stream.as_str())) {
             if stream.share() < FILLING_NO_MORE {
                 self.expiry.filling.remove(&stream.stream);

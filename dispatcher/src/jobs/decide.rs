@@ -17,6 +17,8 @@ use super::JobMark;
 const PICTURE_AGE: Duration = Duration::from_millis(1_500);
 /// Pauses before the second, third, ... try: a server that holds the recording may be back by then.
 const BACKOFF_MS: [u64; 3] = [1_000, 5_000, 25_000];
+/// Whoever asks for a longer pause than this gets this one.
+const LONGEST_PAUSE_MS: u64 = 3_600_000;
 /// Keys outlive the chain by this long, so that a key never goes before the finals it explains.
 const KEY_OUTLIVES_MS: u64 = 3_600_000;
 
@@ -124,23 +126,48 @@ pub enum Verdict {
     Close,
     /// Again, after a pause. `attempts` is what the record is to say.
     Again { attempts: u32, pause_ms: u64 },
-    /// The worker had no room: it was no try, and another worker comes first.
-    Elsewhere { attempts: u32 },
+    /// The worker had no room: it was no try, and another worker comes first; after a pause if it named one.
+    Elsewhere { attempts: u32, pause_ms: Option<u64> },
 }
 
-/// Judges a try. `progressed`: it stored a final, so the next one begins further on. A job that gets on is not given up
-/// however often its workers are taken away; one that does not costs `max_attempts` tries.
-pub fn judge(record: &JobRecord, failure: &Failure, progressed: bool, max_attempts: u32) -> Verdict {
+/// What is known of a try beside its failure.
+#[derive(Debug, Clone, Copy)]
+pub struct Tried {
+    /// It stored a final, so the next one begins further on.
+    pub progressed: bool,
+    /// Another worker, where it has not failed, could take it.
+    pub others: bool,
+}
+
+/// Judges a try. A job that gets on is not given up however often its workers are taken away: tries are counted anew from
+/// each that stored a final. One that does not costs `max_attempts` tries.
+pub fn judge(record: &JobRecord, failure: &Failure, tried: Tried, max_attempts: u32) -> Verdict {
+    let attempts = if tried.progressed { 0 } else { record.attempts };
+    let asked_ms = failure.retry_after_ms.map(|ms| ms.min(LONGEST_PAUSE_MS));
+    let spent = attempts >= max_attempts;
     match failure.class {
         FailureClass::NoCapacity | FailureClass::NoWorkers => {
-            Verdict::Elsewhere { attempts: record.attempts.saturating_sub(1) }
+            Verdict::Elsewhere { attempts: attempts.saturating_sub(1), pause_ms: asked_ms }
+        }
+        class if of_one_worker(class, &record.audio) && tried.others && !spent => {
+            Verdict::Again { attempts, pause_ms: 0 }
         }
         class if class.is_permanent() => Verdict::Close,
-        _ if record.attempts >= max_attempts && !progressed => Verdict::Close,
+        _ if spent => Verdict::Close,
         _ => {
-            let pause = BACKOFF_MS.get(record.attempts.saturating_sub(1) as usize).or(BACKOFF_MS.last());
-            Verdict::Again { attempts: record.attempts, pause_ms: pause.copied().unwrap_or_default() }
+            let pause = BACKOFF_MS.get(attempts.saturating_sub(1) as usize).or(BACKOFF_MS.last());
+            let pause_ms = pause.copied().unwrap_or_default().max(asked_ms.unwrap_or_default());
+            Verdict::Again { attempts, pause_ms }
         }
+    }
+}
+
+/// Another worker may see it otherwise: each has its own list of what it may fetch, and its own files.
+fn of_one_worker(class: FailureClass, audio: &str) -> bool {
+    match class {
+        FailureClass::Forbidden => true,
+        FailureClass::NotFound => matches!(AudioUrl::parse(audio), Ok(AudioUrl::File { .. })),
+        _ => false,
     }
 }
 
@@ -302,15 +329,49 @@ mod tests {
         use FailureClass::{BadAudio, EngineCrash, NoCapacity, Timeout};
         let verdict = |attempts, class, progressed| {
             let record = JobRecord { attempts, ..assigned(1) };
-            judge(&record, &Failure::new(class, "x"), progressed, 3)
+            judge(&record, &Failure::new(class, "x"), Tried { progressed, others: true }, 3)
         };
         assert_eq!(verdict(1, BadAudio, true), Verdict::Close);
         assert_eq!(verdict(1, Timeout, false), Verdict::Again { attempts: 1, pause_ms: 1_000 });
         assert_eq!(verdict(2, EngineCrash, false), Verdict::Again { attempts: 2, pause_ms: 5_000 });
         assert_eq!(verdict(3, Timeout, false), Verdict::Close);
-        assert_eq!(verdict(3, Timeout, true), Verdict::Again { attempts: 3, pause_ms: 25_000 });
-        assert_eq!(verdict(9, Timeout, true), Verdict::Again { attempts: 9, pause_ms: 25_000 });
-        assert_eq!(verdict(3, NoCapacity, false), Verdict::Elsewhere { attempts: 2 });
+        assert_eq!(verdict(3, Timeout, true), Verdict::Again { attempts: 0, pause_ms: 1_000 });
+        assert_eq!(verdict(3, NoCapacity, false), Verdict::Elsewhere { attempts: 2, pause_ms: None });
+    }
+
+    #[test]
+    fn who_names_a_pause_gets_it_within_reason() {
+        let verdict = |class, retry_after_ms| {
+            let failure = Failure { retry_after_ms: Some(retry_after_ms), ..Failure::new(class, "x") };
+            judge(&assigned(1), &failure, Tried { progressed: false, others: false }, 3)
+        };
+        let again = |pause_ms| Verdict::Again { attempts: 1, pause_ms };
+        assert_eq!(verdict(FailureClass::Unavailable, 600_000), again(600_000));
+        assert_eq!(verdict(FailureClass::Unavailable, 10), again(1_000));
+        assert_eq!(verdict(FailureClass::Unavailable, u64::MAX), again(3_600_000));
+        let full = Verdict::Elsewhere { attempts: 0, pause_ms: Some(60_000) };
+        assert_eq!(verdict(FailureClass::NoCapacity, 60_000), full);
+    }
+
+    #[test]
+    fn what_one_worker_may_not_or_does_not_have_is_tried_on_others() {
+        use FailureClass::{BadAudio, Forbidden, NotFound};
+        let verdict = |audio: &str, class, others, attempts| {
+            let record = JobRecord { audio: audio.to_owned(), attempts, ..assigned(1) };
+            judge(&record, &Failure::new(class, "x"), Tried { progressed: false, others }, 3)
+        };
+        let (file, web) = ("file:///a.wav", "https://audio.example/a.wav");
+        assert_eq!(verdict(file, NotFound, true, 1), Verdict::Again { attempts: 1, pause_ms: 0 });
+        assert_eq!(verdict(web, Forbidden, true, 1), Verdict::Again { attempts: 1, pause_ms: 0 });
+        for closes in [
+            verdict(file, NotFound, false, 1),
+            verdict(file, NotFound, true, 3),
+            verdict(web, NotFound, true, 1),
+            verdict(web, Forbidden, false, 1),
+            verdict(file, BadAudio, true, 1),
+        ] {
+            assert_eq!(closes, Verdict::Close);
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ pub mod decide;
 pub mod request;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     time::Duration,
 };
 
@@ -90,6 +90,10 @@ pub struct Job {
     pub charged: Option<WorkerName>,
     /// Workers that had no room for it, and the number of the heartbeat they had sent then.
     pub refused: Vec<(WorkerName, u64)>,
+    /// Workers where a try failed, and when (monotonic).
+    pub failed: Vec<(WorkerName, Duration)>,
+    /// It failed, and `ASR_DEAD` has no copy.
+    pub not_kept: bool,
     /// Who had it before.
     pub moved_from: Option<WorkerName>,
     /// Every worker's reason of the last decision, for the event.
@@ -120,6 +124,8 @@ impl Job {
             chain,
             charged: None,
             refused: Vec::new(),
+            failed: Vec::new(),
+            not_kept: false,
             moved_from: None,
             reasons: serde_json::Value::Null,
             told_waiting: false,
@@ -185,6 +191,9 @@ pub enum Known {
     Job(Box<Job>),
 }
 
+/// Nobody's patience depends on how far beyond this he is, and counting takes time.
+const MAX_AHEAD: usize = 1_000;
+
 /// Place in the queue: higher priority first, then who was submitted first.
 type Place = (Priority, u64, StreamId);
 
@@ -201,7 +210,7 @@ pub struct Book {
     /// Everything else that is not a queued job at rest: what upkeep looks at.
     busy: BTreeSet<StreamId>,
     /// When ended jobs are to be looked at again, as Unix times in ms.
-    expiries: BTreeMap<(u64, StreamId), ()>,
+    expiries: BTreeSet<(u64, StreamId)>,
 }
 
 impl Book {
@@ -276,10 +285,10 @@ impl Book {
         self.queue.len()
     }
 
-    /// Jobs before this one; none unless it waits.
+    /// Jobs before this one, counted up to [`MAX_AHEAD`]; none unless it waits.
     pub fn ahead(&self, record: &JobRecord) -> Option<u32> {
         let place = place_of(record);
-        self.queue.contains(&place).then(|| self.queue.range(..place).count() as u32)
+        self.queue.contains(&place).then(|| self.queue.range(..place).take(MAX_AHEAD).count() as u32)
     }
 
     /// Everything that is not at rest in the queue.
@@ -297,17 +306,16 @@ impl Book {
 
     /// Looks at an ended job again at `at_ms`.
     pub fn expire_at(&mut self, id: StreamId, at_ms: u64) {
-        self.expiries.insert((at_ms, id), ());
+        self.expiries.insert((at_ms, id));
     }
 
     /// Ended jobs to look at now, the first `max` of them.
     pub fn due(&mut self, now_ms: u64, max: usize) -> Vec<StreamId> {
         let mut due = Vec::new();
         while due.len() < max
-            && let Some(entry) = self.expiries.first_entry()
-            && entry.key().0 <= now_ms
+            && self.expiries.first().is_some_and(|(at, _)| *at <= now_ms)
+            && let Some((_, id)) = self.expiries.pop_first()
         {
-            let ((_, id), ()) = entry.remove_entry();
             due.push(id);
         }
         due

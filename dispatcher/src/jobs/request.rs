@@ -165,6 +165,11 @@ pub fn work_item(record: &JobRecord, stand_in: Option<&str>) -> WorkItem {
     }
 }
 
+/// A record as it is told to others: its URL may carry a signature, which is for the worker alone.
+pub fn told(record: &JobRecord) -> JobRecord {
+    JobRecord { audio: AudioUrl::redacted(&record.audio).to_owned(), ..record.clone() }
+}
+
 /// One line of `job.list`.
 pub fn summary(record: JobRecord, progress: Option<JobProgress>) -> JobSummary {
     JobSummary {
@@ -277,6 +282,14 @@ mod tests {
         let next = closing_final(&record, Some(&end_final("a", 2, 6, 9)), "f".to_owned()).expect("a final");
         assert_eq!((next.index, next.epoch, next.from_sample, next.to_sample), (3, 6, 16_000, 16_000));
         assert_eq!(next.audio, AudioRange { from_seq: 9, to_seq: 9 });
+    }
+
+    #[test]
+    fn what_is_told_of_a_record_has_no_signature() {
+        let mut record = job("a");
+        record.audio = "https://h.example/a.wav?X-Amz-Signature=s#t".to_owned();
+        assert_eq!(told(&record), JobRecord { audio: "https://h.example/a.wav".to_owned(), ..record.clone() });
+        assert_eq!(work_item(&record, None).audio, record.audio, "its worker needs all of it");
     }
 
     #[test]

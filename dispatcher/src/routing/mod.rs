@@ -187,7 +187,9 @@ fn judge(
     if candidate.used >= candidate.slots {
         return Err(Refusal::NoSlot);
     }
+    // What it measured under work that is gone says nothing of a worker that is idle.
     if request.live
+        && candidate.used > 0
         && let (Some(rate), Some(age)) = (beat.engine.decode_rate, beat.engine.decode_rate_age_ms)
         && age < DECODE_RATE_FRESH_MS
         && rate < config.min_decode_rate

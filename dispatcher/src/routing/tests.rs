@@ -65,7 +65,10 @@ fn sixteen_sessions_land_in_turns_and_the_seventeenth_is_refused() {
 #[test]
 fn each_filter_names_its_reason() {
     let hot = |g: &mut Gpu| g.beat.device.temperature_c = Some(83);
-    let slow = |g: &mut Gpu| (g.beat.engine.decode_rate, g.beat.engine.decode_rate_age_ms) = (Some(0.5), Some(59_999));
+    let slow = |g: &mut Gpu| {
+        g.used = 1;
+        (g.beat.engine.decode_rate, g.beat.engine.decode_rate_age_ms) = (Some(0.5), Some(59_999));
+    };
     let full = |g: &mut Gpu| g.used = 4;
     let other_vad = |g: &mut Gpu| g.beat.engine.vad = VadKind::Energy;
     let no_model = |g: &mut Gpu| g.beat.models.clear();
@@ -92,9 +95,12 @@ fn each_filter_names_its_reason() {
         assert_eq!(decision.reasons[0], Err(refusal));
         assert_eq!(decision.pick, Ok(1));
     }
-    let mut fleet = gpus(1);
-    (fleet[0].beat.engine.decode_rate, fleet[0].beat.engine.decode_rate_age_ms) = (Some(0.5), Some(60_000));
-    assert_eq!(pick(&fleet, &options), Ok(0), "an old rate says nothing");
+    for (used, age_ms) in [(1, 60_000), (0, 1)] {
+        let mut fleet = gpus(1);
+        fleet[0].used = used;
+        (fleet[0].beat.engine.decode_rate, fleet[0].beat.engine.decode_rate_age_ms) = (Some(0.5), Some(age_ms));
+        assert_eq!(pick(&fleet, &options), Ok(0), "an old rate says nothing, nor does that of work that is gone");
+    }
 }
 
 #[test]

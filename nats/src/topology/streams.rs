@@ -61,7 +61,7 @@ impl Default for TopologyConfig {
             event_max_bytes: 256 * MIB,
             dead_max_bytes: 256 * MIB,
             media_max_bytes: 2_048 * MIB,
-            // 100,000 records of 600 bytes.
+            // 20,000 jobs with presigned URLs of 2 kB, or 100,000 sessions of 600 bytes.
             bucket_max_bytes: 64 * MIB,
             // The server's own default of 1,000 would stop the fleet at a thousand incarnations.
             max_consumers: 10_000,

@@ -95,7 +95,7 @@ async fn a_process_gives_what_the_decoder_gives() -> Result<()> {
         }
     }
     ensure!(!process.truncated() && process.damaged() == 0);
-    ensure!(process.next().await? == None, "the end is the end");
+    ensure!(process.next().await?.is_none(), "the end is the end");
     Ok(())
 }
 

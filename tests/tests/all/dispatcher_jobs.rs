@@ -539,14 +539,18 @@ async fn cancelled_while_queued_or_running_it_ends_once() -> Result<()> {
 async fn a_bad_recording_fails_at_once_and_is_put_away() -> Result<()> {
     let mut setup = Setup::new().await?;
     let worker = setup.worker("g0").await?;
-    setup.submit("noise").await?;
-    worker.give_up(worker.take().await?, "bad_audio").await?;
+    let signed = json!({ "job": "noise", "audio": "https://audio.example/a.wav?X-Amz-Signature=s" });
+    setup.ask("job.submit", signed).await?;
+    let taken = worker.take().await?;
+    ensure!(taken.item.audio.ends_with("=s"), "the worker needs all of it");
+    worker.give_up(taken, "bad_audio").await?;
     let record = setup.state("noise", "failed").await?;
     ensure!(record["error"]["class"] == "bad_audio" && record["attempts"] == 1, "{record}");
     let finals = setup.finals("noise").await?;
     ensure!(finals.len() == 1 && finals[0]["end"] == true && finals[0]["error"]["class"] == "bad_audio", "{finals:?}");
     let dead = setup.dead("noise").await?;
     ensure!(dead.len() == 1 && dead[0]["record"]["id"] == "noise" && dead[0]["error"]["class"] == "bad_audio");
+    ensure!(dead[0]["record"]["audio"] == "https://audio.example/a.wav", "{dead:?}");
     let event = setup.event("noise", "failed").await?;
     ensure!(event["error"]["class"] == "bad_audio", "{event}");
     ensure!(worker.released("noise") == Some(1));
@@ -733,9 +737,89 @@ async fn results_expire_with_their_recordings_and_then_their_keys() -> Result<()
     ensure!(store.info("calls/theirs.wav").await.is_ok());
     eventually("the oldest key goes", SOON, || async { bucket.get("ancient").await.ok()?.is_none().then_some(()) })
         .await?;
+    let left = setup.js.get_stream("KV_asr_jobs").await?.get_last_raw_message_by_subject("$KV.asr_jobs.ancient").await;
+    ensure!(left.is_err(), "a marker would stay for ever: {left:?}");
     ensure!(bucket.get("fresh").await?.is_some());
     let status = setup.status("old").await?;
     ensure!(status["ok"]["record"]["expired"] == true, "{status}");
+    setup.finish().await
+}
+
+#[tokio::test]
+async fn a_full_bucket_loses_keys_with_their_results() -> Result<()> {
+    let mut setup = Setup::bare().await?;
+    setup.config.topology.bucket_max_bytes = 1 << 20;
+    setup.start_dispatcher("d1").await?;
+    setup.ask("fleet.status", json!({})).await?;
+    setup.stop.cancel();
+    while setup.tasks.join_next().await.is_some() {}
+    let store = setup.js.get_object_store("asr_media").await?;
+    store.put("result/old/f.json", &mut &b"bytes"[..]).await?;
+    let bucket = setup.js.get_key_value("asr_jobs").await?;
+    let record = json!({
+        "id": "old", "state": "done", "audio": "s3://b/k", "options": {}, "result_ttl_s": 60, "epoch": 1, "attempts": 1,
+        "submitted_ms": 1, "changed_ms": 1, "ended_ms": 1, "result": "object://asr_media/result/old/f.json",
+    });
+    bucket.create("old", record.to_string().into()).await?;
+    for size in [200_000, 20_000, 2_000, 200, 1] {
+        for n in 0.. {
+            if bucket.create(format!("fill-{size}-{n}"), vec![b'x'; size].into()).await.is_err() {
+                break;
+            }
+        }
+    }
+    setup.stop = CancellationToken::new();
+    setup.start_dispatcher("d2").await?;
+    setup.event("old", "expired").await?;
+    eventually("the key goes too", SOON, || async { bucket.get("old").await.ok()?.is_none().then_some(()) }).await?;
+    ensure!(store.info("result/old/f.json").await.is_err());
+    let refused = setup.submit("new").await?;
+    ensure!(class(&refused) == "no_capacity" && refused["error"]["retry_after_ms"].is_u64(), "{refused}");
+    setup.finish().await
+}
+
+#[tokio::test]
+async fn where_nothing_can_be_put_away_jobs_end_all_the_same() -> Result<()> {
+    let mut setup = Setup::bare().await?;
+    setup.config.topology.dead_max_bytes = 1 << 20;
+    setup.start_dispatcher("d1").await?;
+    let worker = setup.worker("g0").await?;
+    for size in [200_000, 20_000, 2_000, 200, 1] {
+        for _ in 0..1_000 {
+            let sent = setup.js.publish("asr.v1.dead.job.filler", vec![b'x'; size].into()).await?;
+            if sent.await.is_err() {
+                break;
+            }
+        }
+    }
+    setup.submit("noise").await?;
+    worker.give_up(worker.take().await?, "bad_audio").await?;
+    setup.state("noise", "failed").await?;
+    let failed = setup.event("noise", "failed").await?;
+    ensure!(failed["detail"]["not_kept"] == "ASR_DEAD is full", "{failed}");
+    setup.publish("normal", "broken", None, b"{\"audoi\":".to_vec()).await?;
+    let rejected = setup.event("broken", "rejected").await?;
+    ensure!(rejected["detail"]["not_kept"] == "ASR_DEAD is full", "{rejected}");
+    setup.door_is_empty().await?;
+    setup.finish().await
+}
+
+#[tokio::test]
+async fn a_flood_of_lists_is_answered_and_disturbs_nobody() -> Result<()> {
+    let setup = Setup::new().await?;
+    setup.submit("call").await?;
+    let ask = || setup.client.request("asr.v1.api.job.list", "{}".into());
+    let replies = futures_util::future::join_all((0..300).map(|_| ask())).await;
+    let (mut listed, mut refused) = (0, 0);
+    for reply in replies {
+        let reply: Value = serde_json::from_slice(&reply?.payload)?;
+        match reply["ok"]["total"].as_u64() {
+            Some(1) => listed += 1,
+            _ if class(&reply) == "no_capacity" && reply["error"]["retry_after_ms"].is_u64() => refused += 1,
+            _ => bail!("{reply}"),
+        }
+    }
+    ensure!(listed >= 1 && listed + refused == 300, "{listed} lists, {refused} refusals");
     setup.finish().await
 }
 

@@ -344,7 +344,8 @@ async fn a_body_that_breaks_off_is_resumed_or_begun_again() -> Result<()> {
         refused_as(&fetcher, &urls.0, Class::Unavailable),
         refused_as(&fetcher, &urls.1, Class::TooLarge),
     );
-    (short?, swollen?);
+    short?;
+    swollen?;
     while let Some(done) = running.join_next().await {
         let (path, got) = done?;
         let expected = if path == "changed" { &newer } else { &file };
@@ -378,7 +379,9 @@ async fn a_server_that_dawdles_is_left() -> Result<()> {
         refused_as(&fetcher, &urls[2], Class::Timeout),
         spooled(&fetcher, &urls[3]),
     );
-    (silent?, headers?, body?);
+    silent?;
+    headers?;
+    body?;
     assert_eq!(recovers?, recording(1_000));
     // Four tries of 600 ms each and the delays between them.
     assert!(began.elapsed() < SOON, "{:?}", began.elapsed());

@@ -76,10 +76,8 @@ impl Recording {
     /// The entry at `from` or the first above it; none behind the end.
     pub(crate) async fn next(&self, from: u64) -> Result<Option<RawEntry>, Failure> {
         let mut slot = self.running.lock().await;
-        if slot.as_ref().is_some_and(|running| running.next > from) {
-            if let Some(old) = slot.take() {
-                old.decoder.stop().await;
-            }
+        if let Some(old) = slot.take_if(|running| running.next > from) {
+            old.decoder.stop().await;
         }
         if slot.is_none() {
             *slot = Some(self.start().await?);

@@ -38,7 +38,8 @@ pub(crate) async fn run(args: &ModelsArgs, context: &Context) -> anyhow::Result<
 pub(super) fn open(settings: &Settings, offline: bool) -> anyhow::Result<ModelStore> {
     let config = &settings.models;
     let Some(dir) = config.dir.clone() else {
-        let error = anyhow::anyhow!("no folder for models: set models.dir, or one of VOXFLEET_CACHE, XDG_CACHE_HOME and HOME");
+        let error =
+            anyhow::anyhow!("no folder for models: set models.dir, or one of VOXFLEET_CACHE, XDG_CACHE_HOME and HOME");
         return Err(coded(Exit::Config, error));
     };
     let catalog = Catalog::load(config.catalog.as_deref()).or_exit(Exit::Config)?;
@@ -225,7 +226,9 @@ fn line(verified: &Verified) -> String {
         Verdict::AsAtFirst => format!("good     {name} (as it was when it came; nobody published a checksum)"),
         Verdict::NoChecksum => format!("unknown  {name} (there is no checksum to compare {path} with)"),
         Verdict::Damaged { expected, found } => {
-            format!("DAMAGED  {name}: {path} has sha256 {found}, it must be {expected}; `voxfleet models pull {name}` brings it again")
+            format!(
+                "DAMAGED  {name}: {path} has sha256 {found}, it must be {expected}; `voxfleet models pull {name}` brings it again"
+            )
         }
         Verdict::Missing => format!("MISSING  {name}: `voxfleet models pull {name}` brings it"),
     }
@@ -237,7 +240,8 @@ mod tests {
 
     #[test]
     fn ages_are_told_in_their_largest_unit() {
-        for (seconds, wanted) in [(0, "now"), (59, "now"), (60, "1 min ago"), (7_199, "1 h ago"), (259_200, "3 d ago")] {
+        for (seconds, wanted) in [(0, "now"), (59, "now"), (60, "1 min ago"), (7_199, "1 h ago"), (259_200, "3 d ago")]
+        {
             assert_eq!(ago(Duration::from_secs(seconds)), wanted);
         }
     }

@@ -6,7 +6,7 @@ use voxfleet_schema::{
     job::{JobList, JobListRequest, JobQuery, JobRecord, JobState, JobStatus, Submitted},
 };
 
-use super::{Core, JobEffect, JobLoaded, PutError};
+use super::{Core, JobEffect, JobLoaded, ListError, PutError};
 use crate::{
     core::Answer,
     jobs::{Ask, Job, Known, Loading, Stage, Submission, request},
@@ -32,7 +32,7 @@ impl Core {
         self.job_effect(JobEffect::List { call, request });
     }
 
-    pub(super) fn jobs_listed(&mut self, call: CallId, result: Result<(Vec<JobRecord>, u64), String>) {
+    pub(super) fn jobs_listed(&mut self, call: CallId, result: Result<(Vec<JobRecord>, u64), ListError>) {
         match result {
             Ok((records, total)) => {
                 let row = |record: JobRecord| {
@@ -42,7 +42,11 @@ impl Core {
                 let jobs = records.into_iter().map(row).collect();
                 self.answer(call, Answer::Jobs(Box::new(JobList { jobs, total })));
             }
-            Err(error) => {
+            Err(ListError::Busy) => {
+                let failure = self.come_again(FailureClass::NoCapacity, "too many lists are being made");
+                self.refuse(call, failure);
+            }
+            Err(ListError::Failed(error)) => {
                 tracing::warn!(error, "jobs cannot be listed");
                 let failure = self.come_again(FailureClass::Timeout, "the jobs cannot be read now");
                 self.refuse(call, failure);
@@ -96,6 +100,7 @@ impl Core {
         match loaded.record {
             Some((record, _)) if record.state.has_ended() => {
                 self.release_job_holders(id);
+                self.plan_expiry(&record, now);
                 for (call, ask) in asks {
                     self.ask_ended_job(&record, call, &ask);
                 }
@@ -126,7 +131,7 @@ impl Core {
             Ask::Submit(submission) if submission.same_as(record) => self.answer_submitted(call, record),
             Ask::Submit(_) => self.refuse(call, another()),
             Ask::Status | Ask::Cancel => {
-                let status = JobStatus { record: record.clone(), progress: None, ahead: None, why: None };
+                let status = JobStatus { record: request::told(record), progress: None, ahead: None, why: None };
                 self.answer(call, Answer::Job(Box::new(status)));
             }
         }
@@ -139,7 +144,8 @@ impl Core {
             return self.refuse(call, Failure::new(FailureClass::BadRequest, why));
         }
         if !self.takes_jobs() {
-            let failure = self.come_again(FailureClass::NoCapacity, "too many jobs wait");
+            let why = if self.jobs.store_filling { "the bucket of jobs is nearly full" } else { "too many jobs wait" };
+            let failure = self.come_again(FailureClass::NoCapacity, why);
             return self.refuse(call, failure);
         }
         let record = submission.record(now);
@@ -209,8 +215,8 @@ impl Core {
             Ask::Status if !written => job.later.push((call, Ask::Status)),
             Ask::Status => self.answer_status(id, call, now),
             Ask::Cancel if job.settled() && matches!(job.state(), JobState::Queued | JobState::Assigned) => {
-                // Answered once it is written.
-                job.later.push((call, Ask::Status));
+                // Answered once it is written; where that goes wrong, and the job goes on, it is asked again.
+                job.later.push((call, Ask::Cancel));
                 let why = Failure::new(FailureClass::Cancelled, "cancelled by request");
                 self.close_job(id, why, now);
             }
@@ -251,7 +257,7 @@ impl Core {
             progress: self.job_progress(&job.record),
             ahead: self.jobs.book.ahead(&job.record),
             why: self.why_job_waits(job, now),
-            record: job.record.clone(),
+            record: request::told(&job.record),
         };
         self.answer(call, Answer::Job(Box::new(status)));
     }

@@ -8,7 +8,7 @@ use voxfleet_schema::{
     transcript::Final,
 };
 
-use super::{Core, JobEffect};
+use super::{ChainEnd, Core, JobEffect};
 use crate::{
     jobs::{
         Job, JobMark, Stage,
@@ -17,6 +17,9 @@ use crate::{
     moment::Moment,
     sessions::CallId,
 };
+
+/// Says in an event that `ASR_DEAD` has no copy.
+pub const NOT_KEPT: &str = "ASR_DEAD is full";
 
 impl Core {
     /// A final of a job was stored, by whichever worker.
@@ -51,16 +54,26 @@ impl Core {
         let Some(job) = self.jobs.book.job(id) else {
             return;
         };
-        let verdict = decide::judge(&job.record, failure, job.progressed(), self.config.max_attempts);
+        let tried = decide::Tried { progressed: job.progressed(), others: self.others_could(job, now) };
+        let verdict = decide::judge(&job.record, failure, tried, self.config.max_attempts);
         tracing::info!(job = %id, epoch = job.record.epoch, attempts = job.record.attempts, error = %failure, ?verdict, "a try failed");
         match verdict {
             Verdict::Close => self.close_job(id, failure.clone(), now),
-            Verdict::Elsewhere { attempts } => {
+            Verdict::Elsewhere { attempts, pause_ms } => {
+                let failure = failure.clone();
                 self.leave_out(id);
-                self.requeue_job(id, |next| next.attempts = attempts, now);
+                let change = |next: &mut JobRecord| {
+                    next.attempts = attempts;
+                    if let Some(pause_ms) = pause_ms {
+                        next.not_before_ms = Some(now.unix_ms + pause_ms);
+                        next.error = Some(failure);
+                    }
+                };
+                self.requeue_job(id, change, now);
             }
             Verdict::Again { attempts, pause_ms } => {
                 let failure = failure.clone();
+                self.failed_there(id, now);
                 let change = |next: &mut JobRecord| {
                     next.attempts = attempts;
                     next.error = Some(failure);
@@ -99,7 +112,7 @@ impl Core {
     }
 
     /// The end final stands, and what failed was put away; or not.
-    pub(super) fn job_closed(&mut self, id: &StreamId, result: Result<Option<JobMark>, String>, now: Moment) {
+    pub(super) fn job_closed(&mut self, id: &StreamId, result: Result<ChainEnd, String>, now: Moment) {
         let Some(job) = self.jobs.book.job_mut(id) else {
             return;
         };
@@ -108,19 +121,33 @@ impl Core {
         }
         job.enter(Stage::Settled, now.mono);
         self.jobs.book.file(id);
-        let mark = match result {
-            Ok(mark) => mark,
-            // Upkeep tries again.
-            Err(error) => return tracing::warn!(job = %id, error, "end of the job not written, trying again"),
+        let end = match result {
+            Ok(end) => end,
+            Err(error) => {
+                // Upkeep tries again; whoever asks hears how it stands.
+                tracing::warn!(job = %id, error, "end of the job not written, trying again");
+                return self.job_asks_later(id, now);
+            }
         };
-        let Some((job, mark)) = self.jobs.book.job_mut(id).zip(mark) else {
+        let Some(job) = self.jobs.book.job_mut(id) else {
             return;
         };
-        let next = decide::ended(&job.record, &mark, now.unix_ms);
-        job.saw(mark);
+        job.not_kept = end.not_kept;
+        let next = decide::ended(&job.record, &end.mark, now.unix_ms);
+        job.saw(end.mark);
         if let Some(next) = next {
             self.save_job(id, next, now);
         }
+    }
+
+    /// An ended job is looked at again when something of it is due.
+    pub(super) fn plan_expiry(&mut self, record: &JobRecord, now: Moment) {
+        let at = match decide::expiry(record, now.unix_ms, self.config.topology.transcript_max_age_s) {
+            None => return,
+            Some(Expiry::Later(at)) => at,
+            Some(Expiry::Media | Expiry::Key) => 0,
+        };
+        self.jobs.book.expire_at(record.id.clone(), at);
     }
 
     /// Its key says how it ended: it leaves the book.
@@ -151,22 +178,22 @@ impl Core {
             JobState::Cancelled => What::Cancelled,
             _ => What::Done,
         };
-        let event = record.clone();
+        let (event, not_kept) = (record.clone(), job.not_kept);
         self.job_event(&id, what, now, |e| {
             e.epoch = Some(event.epoch);
             e.gpu_id = event.worker.map(|w| w.gpu_id.to_string());
             e.error = event.error;
             e.detail = serde_json::json!({ "attempts": event.attempts, "took_ms": took_ms });
+            if not_kept {
+                e.detail["not_kept"] = NOT_KEPT.into();
+            }
             if what == What::Done {
                 e.detail["result"] = event.result.into();
                 e.detail["duration_ms"] = event.duration_ms.into();
                 e.detail["realtime"] = realtime.into();
             }
         });
-        if let Some(Expiry::Later(at)) = decide::expiry(record, now.unix_ms, self.config.topology.transcript_max_age_s)
-        {
-            self.jobs.book.expire_at(id, at);
-        }
+        self.plan_expiry(&job.record, now);
         for call in submits {
             self.answer_submitted(call, &job.record);
         }

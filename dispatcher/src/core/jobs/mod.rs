@@ -27,6 +27,8 @@ use voxfleet_schema::{
     job::{JobListRequest, JobProgress, JobRecord, JobState, WorkItem},
 };
 
+pub use endings::NOT_KEPT;
+
 use super::{Core, Effect};
 use crate::{
     jobs::{Book, Job, JobMark, Known, Recording, Submission},
@@ -101,7 +103,7 @@ pub enum JobInput {
     },
     Closed {
         id: StreamId,
-        result: Result<Option<JobMark>, String>,
+        result: Result<ChainEnd, String>,
     },
     Expired {
         id: StreamId,
@@ -109,7 +111,7 @@ pub enum JobInput {
     },
     Listed {
         call: CallId,
-        result: Result<(Vec<JobRecord>, u64), String>,
+        result: Result<(Vec<JobRecord>, u64), ListError>,
     },
 }
 
@@ -135,6 +137,22 @@ pub enum JobSaveError {
     Full,
     /// Unknown: it may stand there.
     Failed(String),
+}
+
+/// Why there is no list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ListError {
+    /// Too many are being made.
+    Busy,
+    Failed(String),
+}
+
+/// The end that stands in a chain now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChainEnd {
+    pub mark: JobMark,
+    /// It failed, and `ASR_DEAD` has no room for it.
+    pub not_kept: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -177,6 +195,8 @@ pub(super) struct Jobs {
     fresh: Vec<StreamId>,
     /// Ended jobs being expired.
     expiring: usize,
+    /// The bucket has little room left: what is there can still be written, nothing new comes in.
+    pub(super) store_filling: bool,
 }
 
 impl Core {
@@ -226,7 +246,14 @@ impl Core {
 
     /// Whether more jobs may come in by themselves; the rest waits at the door.
     pub fn takes_jobs(&self) -> bool {
-        self.jobs.book.len() < self.config.jobs_max_queued
+        !self.jobs.store_filling && self.jobs.book.len() < self.config.jobs_max_queued
+    }
+
+    /// How full the bucket is.
+    pub(super) fn job_store_usage(&mut self, filling: bool) {
+        if std::mem::replace(&mut self.jobs.store_filling, filling) != filling {
+            tracing::warn!(filling, "bucket of jobs: new jobs are refused while it is filling");
+        }
     }
 
     fn job_effect(&mut self, effect: JobEffect) {

@@ -14,11 +14,16 @@ use crate::{
     admission::Needs,
     jobs::{Job, Known, Stage, request},
     moment::Moment,
-    routing::{self, Candidate, Decision, Request},
+    routing::{self, Candidate, Decision, LADDER, Refusal, Request},
 };
 
 /// A worker without room is left out until its next heartbeat but one.
 const HEARTBEATS_LEFT_OUT: u64 = 2;
+/// A worker where a try failed is left out for this long while others are only busy: an hour's wait for another would be
+/// worse than a second try.
+const FAILED_LEFT_OUT: Duration = Duration::from_secs(300);
+/// Workers remembered for that.
+const MAX_FAILED: usize = 16;
 /// A work item that its worker has not fetched for this long goes to another.
 const FETCHED_WITHIN: Duration = Duration::from_secs(30);
 /// A queue up to this long is gone through at each change, a longer one a few times a second.
@@ -44,16 +49,53 @@ impl Core {
             .collect()
     }
 
-    fn route_job(&self, job: &Job, candidates: &[Candidate<'_>]) -> Decision {
+    /// Workers where it failed come last: while another could take it once a slot is free, they are left out.
+    fn route_job(&self, job: &Job, candidates: &[Candidate<'_>], now: Moment) -> Decision {
         let vad = job.chain.as_ref().map(|c| c.vad).filter(|vad| *vad != voxfleet_schema::transcript::VadKind::Unknown);
         let request = Request { options: &job.record.options, vad, live: false };
+        if !job.failed.is_empty() {
+            let failed_at =
+                |name: &WorkerName| job.failed.iter().any(|(who, at)| who == name && now.since(*at) < FAILED_LEFT_OUT);
+            let others: Vec<_> =
+                candidates.iter().map(|c| Candidate { refused: c.refused || failed_at(c.name), ..*c }).collect();
+            let decision = routing::route(request, &others, &self.config);
+            let could = |(c, reason): (&Candidate<'_>, &Result<_, Refusal>)| !failed_at(c.name) && has_place(reason);
+            if candidates.iter().zip(&decision.reasons).any(could) {
+                return decision;
+            }
+        }
         routing::route(request, candidates, &self.config)
+    }
+
+    /// A worker where it has not failed could take it, now or once a slot is free.
+    pub(super) fn others_could(&self, job: &Job, now: Moment) -> bool {
+        let candidates = self.job_candidates(job, now);
+        let decision = self.route_job(job, &candidates, now);
+        candidates.iter().zip(&decision.reasons).any(|(c, reason)| {
+            let here = job.record.worker.as_ref() == Some(c.name) || job.failed.iter().any(|(who, _)| who == c.name);
+            !here && has_place(reason)
+        })
+    }
+
+    /// A try failed on its present worker.
+    pub(super) fn failed_there(&mut self, id: &StreamId, now: Moment) {
+        let Some(job) = self.jobs.book.job_mut(id) else {
+            return;
+        };
+        let Some(worker) = job.record.worker.clone() else {
+            return;
+        };
+        job.failed.retain(|(name, _)| *name != worker);
+        job.failed.push((worker, now.mono));
+        if job.failed.len() > MAX_FAILED {
+            job.failed.remove(0);
+        }
     }
 
     /// Routes a job; with the answer every worker's reasons.
     pub(super) fn decide_job(&self, job: &Job, now: Moment) -> (Result<WorkerName, Failure>, serde_json::Value) {
         let candidates = self.job_candidates(job, now);
-        let decision = self.route_job(job, &candidates);
+        let decision = self.route_job(job, &candidates, now);
         let reasons = routing::explain(&candidates, &decision);
         (decision.pick.map(|at| candidates[at].name.clone()), reasons)
     }
@@ -64,7 +106,7 @@ impl Core {
             return Ok(());
         };
         let candidates = self.job_candidates(job, now);
-        let decision = self.route_job(job, &candidates);
+        let decision = self.route_job(job, &candidates, now);
         let at = decision.pick.clone()?;
         let reasons = routing::explain(&candidates, &decision);
         let worker = candidates[at].name.clone();
@@ -406,16 +448,14 @@ impl Core {
                 job.is_some_and(|job| job.record.not_before_ms.is_none_or(|at| at <= now.unix_ms))
             };
             let queue: Vec<StreamId> = self.jobs.book.queue().filter(ready).cloned().collect();
+            let models = self.fleet.workers().flat_map(|(_, w)| w.heartbeat.models.iter().map(|m| m.name.clone()));
+            let listed: HashSet<String> = models.collect();
             let mut hopeless = HashSet::new();
             for id in queue {
                 let Some(job) = self.jobs.book.job(&id) else {
                     continue;
                 };
-                let needs = job.refused.is_empty().then(|| Needs {
-                    model: job.record.options.model.clone(),
-                    policy: job.record.options.policy.into(),
-                    vad: job.chain.as_ref().map(|c| c.vad),
-                });
+                let needs = (job.refused.is_empty() && job.failed.is_empty()).then(|| needs(job, &listed));
                 if needs.as_ref().is_some_and(|n| hopeless.contains(n)) {
                     continue;
                 }
@@ -432,6 +472,23 @@ impl Core {
     }
 }
 
+/// It could take the job now, or will once a slot is free.
+fn has_place<T>(reason: &Result<T, Refusal>) -> bool {
+    matches!(reason, Ok(_) | Err(Refusal::NoSlot | Refusal::RefusedBefore))
+}
+
+/// What decides whether there is room for it. Models that no worker lists are all alike: strangers may think up as many
+/// as there are jobs, and each would be looked for on every worker.
+fn needs(job: &Job, listed: &HashSet<String>) -> Needs {
+    let known = |model: &&String| listed.contains(*model) || LADDER.contains(&model.as_str());
+    let model = job.record.options.model.as_ref();
+    Needs {
+        model: model.map(|model| Some(model).filter(known).cloned().unwrap_or_default()),
+        policy: job.record.options.policy.into(),
+        vad: job.chain.as_ref().map(|c| c.vad),
+    }
+}
+
 /// The record of a job that `worker` is to have.
 fn assigned(job: &Job, worker: WorkerName, counted: bool, now: Moment) -> JobRecord {
     JobRecord {
@@ -443,5 +500,24 @@ fn assigned(job: &Job, worker: WorkerName, counted: bool, now: Moment) -> JobRec
         started_ms: job.record.started_ms.or(Some(now.unix_ms)),
         not_before_ms: None,
         ..job.record.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::job;
+
+    #[test]
+    fn models_that_nobody_has_are_all_alike() {
+        let listed = HashSet::from(["mine".to_owned()]);
+        let of = |model: &str| {
+            let mut record = job("a");
+            record.options.model = Some(model.to_owned());
+            needs(&Job::new(record, None, None, Duration::ZERO), &listed)
+        };
+        assert_eq!(of("thought-up-1"), of("thought-up-2"));
+        assert_ne!(of("mine"), of("thought-up-1"));
+        assert_ne!(of("medium"), of("thought-up-1"), "a smaller one may stand in for it");
     }
 }

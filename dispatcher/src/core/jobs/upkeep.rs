@@ -10,7 +10,7 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     fleet::WorkerHealth,
     id::{Kind, StreamId, WorkerName},
-    job::JobState,
+    job::{JobRecord, JobState},
 };
 
 use super::{Core, Expired, JobEffect};
@@ -188,10 +188,12 @@ impl Core {
         };
         let gpu = job.record.worker.as_ref().map(|w| w.gpu_id.to_string()).unwrap_or_default();
         let failure = Failure::new(FailureClass::EngineCrash, format!("worker {gpu} died while it had the job"));
-        match decide::judge(&job.record, &failure, job.progressed(), self.config.max_attempts) {
+        let tried = decide::Tried { progressed: job.progressed(), others: true };
+        match decide::judge(&job.record, &failure, tried, self.config.max_attempts) {
             decide::Verdict::Close => self.close_job(id, failure, now),
-            decide::Verdict::Again { .. } | decide::Verdict::Elsewhere { .. } => {
-                self.requeue_job(id, |next| next.error = Some(failure), now);
+            decide::Verdict::Again { attempts, .. } | decide::Verdict::Elsewhere { attempts, .. } => {
+                let change = |next: &mut JobRecord| (next.attempts, next.error) = (attempts, Some(failure));
+                self.requeue_job(id, change, now);
             }
         }
     }
