@@ -23,6 +23,8 @@ pub enum CodecError {
     MsgpackDecode(#[from] rmp_serde::decode::Error),
     #[error("cannot encode as MessagePack")]
     MsgpackEncode(#[from] rmp_serde::encode::Error),
+    #[error("a request is a map of named fields, not a list")]
+    List,
     #[error("content type {0:?} is neither JSON nor MessagePack")]
     ContentType(String),
 }
@@ -61,8 +63,15 @@ pub fn from_request_of<T: DeserializeOwned>(
         return Err(CodecError::TooLarge { len: bytes.len(), limit });
     }
     match content_type.map(|t| t.split(';').next().unwrap_or("").trim()) {
+        // Lists would be taken as fields in their order, which is nowhere promised.
+        None | Some("" | JSON) if bytes.trim_ascii_start().first() == Some(&b'[') => Err(CodecError::List),
         None | Some("" | JSON) => from_json(bytes),
-        Some(MSGPACK | "application/x-msgpack" | "application/vnd.msgpack") => from_msgpack(bytes),
+        Some(MSGPACK | "application/x-msgpack" | "application/vnd.msgpack") => {
+            if bytes.first().is_some_and(|b| matches!(b, 0x90..=0x9f | 0xdc | 0xdd)) {
+                return Err(CodecError::List);
+            }
+            from_msgpack(bytes)
+        }
         Some(other) => Err(CodecError::ContentType(other.chars().take(64).collect())),
     }
 }
@@ -80,6 +89,13 @@ mod tests {
     struct New {
         a: u32,
         b: String,
+    }
+
+    #[test]
+    fn lists_are_no_requests() {
+        assert!(matches!(from_request::<Old>(b" [7]", None), Err(CodecError::List)));
+        assert!(matches!(from_request::<Old>(&[0x91, 7], Some(MSGPACK)), Err(CodecError::List)));
+        assert_eq!(from_request::<Old>(b" {\"a\":7}", None).expect("a map"), Old { a: 7 });
     }
 
     #[test]

@@ -68,7 +68,7 @@ async fn recordings_come_from_https_and_folders() -> Result<()> {
     refused(&fleet, &server.url("/secret.flac"), 66, "403").await?;
     refused(&fleet, &server.url("/missing.flac"), 66, "not_found").await?;
     refused(&fleet, &server.url("/elsewhere.flac"), 66, "http_hosts").await?;
-    refused(&fleet, &server.url("/page.flac"), 65, "HTML").await?;
+    refused(&fleet, &server.url("/page.flac"), 65, "web page").await?;
     refused(&fleet, "file:///etc/hostname", 66, "file_roots").await?;
     refused(&fleet, "https://127.0.0.1:1/call.flac", 66, "127.0.0.1").await?;
     refused(&fleet, "s3://bucket/call.flac", 66, "bucket").await?;
