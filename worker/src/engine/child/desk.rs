@@ -233,8 +233,10 @@ impl Desk {
     /// Steps every session that has input, and keeps the threads busy meanwhile.
     pub(super) fn work(&mut self) -> Said {
         self.dispatch();
-        let dirty: Vec<u64> = self.sessions.iter().filter(|(_, s)| s.dirty).map(|(handle, _)| *handle).collect();
-        for handle in dirty {
+        let mut dirty: Vec<(bool, u64)> =
+            self.sessions.iter().filter(|(_, s)| s.dirty).map(|(handle, s)| (s.background, *handle)).collect();
+        dirty.sort_unstable();
+        for (_, handle) in dirty {
             self.step(handle)?;
             self.dispatch();
         }
@@ -276,13 +278,18 @@ impl Desk {
 
     /// Hands windows to idle threads: finals of live sessions, then the partial that has waited longest, then finals of
     /// recordings; one of those that has waited for long goes before partials, so that it is done at all.
+    ///
+    /// While a live session has input that nobody has looked at, its next window may be a moment away: recordings wait.
     fn dispatch(&mut self) {
         while self.pool.idle() {
-            let next = self
+            let unseen = self.sessions.values().any(|s| !s.background && s.dirty);
+            let mut next = self
                 .next_final(Turn::Live)
                 .or_else(|| self.next_final(Turn::Overdue))
-                .or_else(|| self.next_partial())
-                .or_else(|| self.next_final(Turn::Recordings));
+                .or_else(|| self.next_partial());
+            if next.is_none() && !unseen {
+                next = self.next_final(Turn::Recordings);
+            }
             let Some(job) = next else {
                 return;
             };
