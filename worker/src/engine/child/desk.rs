@@ -283,10 +283,8 @@ impl Desk {
     fn dispatch(&mut self) {
         while self.pool.idle() {
             let unseen = self.sessions.values().any(|s| !s.background && s.dirty);
-            let mut next = self
-                .next_final(Turn::Live)
-                .or_else(|| self.next_final(Turn::Overdue))
-                .or_else(|| self.next_partial());
+            let mut next =
+                self.next_final(Turn::Live).or_else(|| self.next_final(Turn::Overdue)).or_else(|| self.next_partial());
             if next.is_none() && !unseen {
                 next = self.next_final(Turn::Recordings);
             }

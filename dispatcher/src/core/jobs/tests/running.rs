@@ -1,0 +1,202 @@
+//! Tries, ends, deaths and drains.
+
+use super::*;
+
+#[test]
+fn a_cancel_closes_the_chain_wherever_the_job_is() {
+    let mut world = World::new(1);
+    for name in ["a", "b"] {
+        world.submit(1, name);
+        world.run();
+    }
+    for (call, name) in [(2, "a"), (3, "b"), (4, "b")] {
+        world.core.ask_cancel(CallId(call), JobQuery { job: id(name) }, world.now);
+    }
+    world.run();
+    for name in ["a", "b"] {
+        assert_eq!(world.state(name), JobState::Cancelled, "{name}");
+        assert_eq!(world.stored.chains[&id(name)].len(), 1);
+    }
+    assert!(world.released.iter().any(|(_, job, epoch)| *job == id("a") && *epoch == 1));
+    assert!(world.stored.work.is_empty() && world.stored.dead.is_empty());
+    assert_eq!(
+        (world.key("a").epoch, world.stored.chains[&id("a")][0].epoch),
+        (2, 2),
+        "its worker meets a later epoch"
+    );
+    assert_eq!(world.told(What::Cancelled), 2);
+    for call in [2, 3, 4] {
+        assert!(matches!(world.answer(call), Some(Answer::Job(_))), "{call}");
+    }
+}
+
+#[test]
+fn who_finishes_before_the_cancel_has_finished() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    world.store(&id("a"), 1, done());
+    world.core.ask_cancel(CallId(2), JobQuery { job: id("a") }, world.now);
+    world.run();
+    assert_eq!((world.state("a"), world.told(What::Cancelled)), (JobState::Done, 0));
+    assert_eq!(world.key("a").error, None);
+}
+
+#[test]
+fn tries_that_fail_are_repeated_and_counted() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    for attempt in 1..=3u32 {
+        let record = world.key("a").clone();
+        assert_eq!((record.state, record.attempts), (JobState::Assigned, attempt));
+        let epoch = record.epoch;
+        let gives_up = |w: &mut World| w.beat(0, |b| b.given_up = given_up("a", epoch, FailureClass::Timeout));
+        world.seconds(1, gives_up);
+        if attempt < 3 {
+            assert_eq!(world.state("a"), JobState::Queued);
+            world.seconds(5, gives_up);
+        }
+    }
+    assert_eq!((world.state("a"), world.key("a").attempts), (JobState::Failed, 3));
+    assert_eq!((world.told(What::Failed), world.stored.dead.len()), (1, 1));
+}
+
+#[test]
+fn no_room_is_no_try_and_another_worker_comes_first() {
+    let mut world = World::new(2);
+    world.submit(1, "a");
+    world.run();
+    assert_eq!(world.key("a").worker, Some(worker("g0", "i")));
+    world.seconds(1, |w| {
+        w.beat(0, |b| b.given_up = given_up("a", 1, FailureClass::NoCapacity));
+        w.beat(1, |_| ());
+    });
+    let record = world.key("a");
+    assert_eq!((record.worker.clone(), record.attempts, record.epoch), (Some(worker("g1", "i")), 1, 2));
+}
+
+#[test]
+fn a_dead_workers_job_is_placed_again_above_its_epoch() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    world.beat(1, |_| ());
+    world.seconds(4, |w| w.beat(1, |_| ()));
+    let record = world.key("a");
+    assert_eq!((record.state, record.epoch, record.attempts), (JobState::Assigned, 2, 2));
+    assert_eq!(record.worker, Some(worker("g1", "i")));
+    assert_eq!(world.told(What::Moved), 1);
+}
+
+#[test]
+fn a_job_that_gets_on_survives_any_number_of_workers() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    for n in 1..6 {
+        let epoch = world.key("a").epoch;
+        world.store(&id("a"), epoch, None);
+        let mark = world.stored.last(&id("a"));
+        world.core.job(JobInput::Chain { id: id("a"), mark }, world.now);
+        world.beat(n, |_| ());
+        world.seconds(4, |w| w.beat(n, |_| ()));
+        assert_eq!(world.state("a"), JobState::Assigned, "worker {n}");
+    }
+    for n in 6..9 {
+        assert_eq!((world.state("a"), world.key("a").attempts), (JobState::Assigned, n as u32 - 5), "worker {n}");
+        world.beat(n, |_| ());
+        world.seconds(4, |w| w.beat(n, |_| ()));
+    }
+    assert_eq!(world.state("a"), JobState::Failed, "three tries without a final");
+}
+
+#[test]
+fn a_lost_work_item_is_sent_again_and_a_silent_worker_is_passed_over() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    world.stored.work.clear();
+    world.seconds(3, |w| w.beat(0, |_| ()));
+    assert_eq!(world.stored.work.get(&(worker("g0", "i"), id("a"))), Some(&1));
+    world.beat(1, |_| ());
+    world.seconds(40, |w| {
+        w.beat(0, |_| ());
+        w.beat(1, |_| ());
+    });
+    let record = world.key("a");
+    assert_eq!((record.worker.clone(), record.attempts), (Some(worker("g1", "i")), 1));
+    assert!(!world.stored.work.contains_key(&(worker("g0", "i"), id("a"))));
+}
+
+#[test]
+fn a_job_nobody_knows_is_let_go() {
+    let mut world = World::new(1);
+    world.seconds(1, |w| w.beat(0, |b| b.held = vec![holds_job("ghost", 3)]));
+    assert_eq!(world.released, [(worker("g0", "i"), id("ghost"), 3)]);
+}
+
+#[test]
+fn a_job_another_process_wrote_is_placed() {
+    let mut world = World::new(1);
+    let record = crate::testing::job("theirs");
+    world.stored.keys.insert(id("theirs"), (record, 7));
+    world.core.job(JobInput::Changed { id: id("theirs"), revision: 7, open: true }, world.now);
+    world.run();
+    assert_eq!(world.state("theirs"), JobState::Assigned);
+}
+
+#[test]
+fn what_somebody_else_wrote_is_true() {
+    let mut world = World::new(2);
+    world.submit(1, "a");
+    world.run();
+    let mut record = world.key("a").clone();
+    (record.worker, record.epoch) = (Some(worker("g1", "i")), 4);
+    world.stored.revision += 1;
+    let revision = world.stored.revision;
+    world.stored.keys.insert(id("a"), (record, revision));
+    world.core.job(JobInput::Changed { id: id("a"), revision, open: true }, world.now);
+    world.run();
+    let used = |gpu: &str| world.core.fleet.get(&worker(gpu, "i")).map(|w| w.jobs.used());
+    assert_eq!((used("g0"), used("g1")), (Some(0), Some(1)));
+    assert_eq!(world.stored.work.get(&(worker("g1", "i"), id("a"))), Some(&4));
+    assert!(world.released.contains(&(worker("g0", "i"), id("a"), 1)));
+}
+
+#[test]
+fn a_draining_worker_hands_over_when_there_is_room() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    let drains = |w: &mut World| {
+        w.beat(0, |b| {
+            b.draining = true;
+            b.held = vec![holds_job("a", 1)];
+        });
+    };
+    world.seconds(3, drains);
+    assert_eq!(world.key("a").epoch, 1, "nobody else has room");
+    world.seconds(2, |w| {
+        drains(w);
+        w.beat(1, |_| ());
+    });
+    let record = world.key("a");
+    assert_eq!((record.worker.clone(), record.epoch, record.attempts), (Some(worker("g1", "i")), 2, 1));
+    assert!(world.released.contains(&(worker("g0", "i"), id("a"), 1)));
+}
+
+#[test]
+fn finals_are_told_by_their_kind() {
+    let mut world = World::new(1);
+    world.submit(1, "a");
+    world.run();
+    let mut end: Final = crate::testing::end_final("a", 0, 1, 2);
+    world.core.finished(&end, world.now);
+    world.run();
+    assert_eq!(world.state("a"), JobState::Assigned, "a session of the same name");
+    end.kind = Kind::Job;
+    world.core.finished(&end, world.now);
+    world.run();
+    assert_eq!((world.state("a"), world.key("a").duration_ms), (JobState::Done, Some(1_000)));
+}
