@@ -1,8 +1,9 @@
 //! The process in which a worker decodes: one recording, then it ends.
 //!
 //! Decoders read the files of strangers. Whatever one does here, the worker sees a frame, an exit or a signal. The
-//! process has the file, a socket to say frames on and its standard error; it can open nothing else, write no file,
-//! gain no right, and has limits on memory and processor time.
+//! process is given the file, a socket to say frames on and its standard error. Limits of the kernel bound its memory,
+//! its processor time and the files it may open, and let it write none and gain no right. It has no network where its
+//! user may make namespaces. It is not kept from reading what its user may read: there is no seccomp or Landlock filter.
 
 use std::{
     any::Any,

@@ -18,6 +18,7 @@ pub(crate) fn check(args: &FileArgs) -> anyhow::Result<()> {
     match std::fs::metadata(path) {
         Ok(facts) if facts.is_dir() => Err(named(io::ErrorKind::IsADirectory.into())),
         Ok(_) => Ok(()),
+        Err(_) if path.is_symlink() => Err(named(io::Error::new(io::ErrorKind::NotFound, "the link leads nowhere"))),
         Err(_) => folder(path).metadata().map(|_| ()).map_err(named),
     }
     .or_exit(Exit::Usage)
@@ -41,11 +42,14 @@ fn folder(path: &Path) -> &Path {
 }
 
 fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    // A device or pipe takes what it is given; and a link stays a link.
-    let path: PathBuf = match std::fs::canonicalize(path) {
-        Ok(real) if !real.is_file() => return OpenOptions::new().write(true).open(real)?.write_all(bytes),
-        Ok(real) => real,
-        Err(_) => path.to_owned(),
+    // A link stays a link. Where it leads may have no name, as a pipe behind /dev/stdout: then it is opened as it was given,
+    // like every device and pipe.
+    let real = std::fs::canonicalize(path);
+    let path: PathBuf = match (std::fs::metadata(path), real) {
+        (Ok(facts), Ok(real)) if facts.is_file() => real,
+        (Ok(_), _) => return OpenOptions::new().write(true).open(path)?.write_all(bytes),
+        (Err(error), _) if path.is_symlink() => return Err(error),
+        (Err(_), _) => path.to_owned(),
     };
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let beside = folder(&path).join(format!(".{name}.{}.part", std::process::id()));
@@ -91,6 +95,25 @@ mod tests {
         std::os::unix::fs::symlink(&real, &link).expect("link");
         deliver(&args(link.clone()), "new").expect("written");
         assert!(link.is_symlink() && std::fs::read_to_string(&real).expect("text") == "new");
+    }
+
+    #[test]
+    fn a_link_to_what_has_no_name_is_written_through() {
+        use std::{io::Read as _, os::fd::AsRawFd as _};
+        let dir = tempfile::tempdir().expect("folder");
+        let (mut read, write) = io::pipe().expect("pipe");
+        let link = dir.path().join("out");
+        std::os::unix::fs::symlink(format!("/proc/self/fd/{}", write.as_raw_fd()), &link).expect("link");
+        check(&args(link.clone())).expect("can be written");
+        deliver(&args(link.clone()), "new").expect("written");
+        drop(write);
+        let mut text = String::new();
+        read.read_to_string(&mut text).expect("text");
+        assert!(link.is_symlink() && text == "new", "{text:?}");
+        let nowhere = dir.path().join("nowhere");
+        std::os::unix::fs::symlink("no/such/file", &nowhere).expect("link");
+        assert_eq!(crate::exit::exit_of(&check(&args(nowhere.clone())).expect_err("told")), Exit::Usage);
+        assert!(deliver(&args(nowhere.clone()), "x").is_err() && nowhere.is_symlink());
     }
 
     #[test]

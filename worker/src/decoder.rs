@@ -269,9 +269,16 @@ fn end_of(status: ExitStatus, limits: &Limits) -> Failure {
             let message = format!("the decoder took more than {} s of processor time", cpu_seconds(limits));
             Failure::new(FailureClass::Timeout, message)
         }
-        // An allocation that fails aborts; a machine that is out of memory kills.
-        Some(Signal::ABORT | Signal::KILL) => Failure::new(FailureClass::TooLarge, memory),
-        _ => Failure::new(FailureClass::BadAudio, format!("the decoder died on this file ({status})")),
+        // An allocation that fails under our limit aborts.
+        Some(Signal::ABORT) => Failure::new(FailureClass::TooLarge, memory),
+        // Our limits never kill so; a machine that is out of memory does, and its operator may.
+        Some(Signal::KILL | Signal::TERM) => Failure::new(
+            FailureClass::OutOfMemory,
+            "the decoder was killed from outside, as a machine without memory does",
+        ),
+        // What it finds wrong with a file it says, even when it panics: this is ours.
+        None => internal(format!("the decoder ended without a word ({status})")),
+        Some(_) => Failure::new(FailureClass::BadAudio, format!("the decoder died on this file ({status})")),
     }
 }
 
@@ -308,9 +315,11 @@ mod tests {
         let cases = [
             (rustix::process::Signal::SEGV.as_raw(), FailureClass::BadAudio),
             (rustix::process::Signal::ABORT.as_raw(), FailureClass::TooLarge),
-            (rustix::process::Signal::KILL.as_raw(), FailureClass::TooLarge),
+            (rustix::process::Signal::KILL.as_raw(), FailureClass::OutOfMemory),
             (rustix::process::Signal::XCPU.as_raw(), FailureClass::Timeout),
-            (1 << 8, FailureClass::BadAudio),
+            (1 << 8, FailureClass::Internal),
+            (127 << 8, FailureClass::Internal),
+            (0, FailureClass::Internal),
         ];
         for (raw, class) in cases {
             assert_eq!(end_of(ExitStatus::from_raw(raw), &Limits::default()).class, class, "{raw}");

@@ -115,7 +115,7 @@ pub(crate) struct DemoArgs {
   arecord -q -f S16_LE -r 16000 -c 1 -t raw | voxfleet stream - --session mic --wait
   voxfleet stream --open --format 'pcm_s16le;rate=8000' phone.raw")]
 pub(crate) struct StreamArgs {
-    /// A wav, flac or raw PCM file; - is standard input
+    /// A recording in any format that jobs take, or raw PCM; - is standard input
     #[arg(value_name = "FILE")]
     pub(crate) input: String,
     /// Id of the session: letters, digits, - and _ [default: random]

@@ -120,7 +120,7 @@ pub(crate) struct TranscribeArgs {
     /// Print the id of the job and leave
     #[arg(long, conflicts_with_all = ["live", "format", "output"])]
     pub(crate) detach: bool,
-    /// Stream it through a live session, at its own pace, instead of submitting a job (wav, flac, raw PCM)
+    /// Stream it through a live session, at its own pace, instead of submitting a job
     #[arg(long, conflicts_with_all = ["ttl", "name"])]
     pub(crate) live: bool,
     /// With --live: times real time; 0 sends as fast as it is acknowledged [default: 1]

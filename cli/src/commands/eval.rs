@@ -23,6 +23,9 @@ fn wer(args: &WerArgs) -> anyhow::Result<Exit> {
     }
     let (reference, heard) = (text(&args.reference)?, text(&args.heard)?);
     let errors = compare(&reference, &heard);
+    if errors.reference_words == 0 {
+        return Err(anyhow::anyhow!("{}: no words, so there is no rate", args.reference)).or_exit(Exit::Input);
+    }
     if args.output.json {
         object(&measured(errors))?;
     } else {

@@ -65,12 +65,16 @@ async fn submit(args: &SubmitArgs, wish: &Wish, nats: &Nats, context: &Context) 
             match step.get() {
                 Step::Asked => eprintln!("job {} may have been submitted: voxfleet jobs show {}", wish.id, wish.id),
                 Step::Uploading => wish.forget(nats).await,
-                Step::Nothing => {}
+                // It was somebody's before, and stays his.
+                Step::Nothing | Step::Known => {}
             }
             return Ok(Exit::Interrupted);
         }
         submitted = wish.submit(nats, args.output.json, &step) => submitted?,
     };
+    if submitted.state.has_ended() {
+        eprintln!("job {} was submitted before and has ended: {}", submitted.job, submitted.state.as_str());
+    }
     if args.output.json {
         object(&serde_json::to_value(&submitted)?)?;
     } else {

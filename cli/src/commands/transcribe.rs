@@ -74,6 +74,9 @@ async fn undo(nats: &Nats, wish: &Wish, step: Step) -> anyhow::Result<Exit> {
             wish.forget(nats).await;
             eprintln!("stopped before the job was submitted");
         }
+        Step::Known => {
+            eprintln!("left; job {} goes on: voxfleet transcribe --id, or voxfleet jobs cancel {}", wish.id, wish.id)
+        }
         Step::Asked => eprintln!("{}", cancelled(&wish.id, cancel(nats, &wish.id).await)),
     }
     Ok(Exit::Interrupted)

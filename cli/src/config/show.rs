@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 use serde_json::Value;
+use voxfleet_schema::job::AudioUrl;
 
 use super::{Loaded, Origin};
 
@@ -46,23 +47,12 @@ impl Loaded {
     }
 }
 
-/// Secrets hide themselves; a password inside a URL does not.
+/// Secrets hide themselves; a password or a signature inside a URL does not.
 fn without_passwords(value: &Value) -> Value {
     match value {
-        Value::String(text) => Value::String(hide_userinfo(text)),
+        Value::String(text) if text.contains("://") => Value::String(AudioUrl::harmless(text)),
         Value::Array(items) => Value::Array(items.iter().map(without_passwords).collect()),
         other => other.clone(),
-    }
-}
-
-/// `nats://user:word@host` without what stands before the `@`.
-pub(crate) fn hide_userinfo(url: &str) -> String {
-    match url.split_once("://") {
-        Some((scheme, rest)) => match rest.rsplit_once('@') {
-            Some((_, host)) => format!("{scheme}://***@{host}"),
-            None => url.to_owned(),
-        },
-        None => url.to_owned(),
     }
 }
 

@@ -10,7 +10,7 @@ use voxfleet_nats::{
 use voxfleet_schema::{
     failure::FailureClass,
     id::StreamId,
-    job::{JobList, JobListRequest, JobQuery, JobRecord, JobRequest, JobStatus, JobSummary, Submitted},
+    job::{AudioUrl, JobList, JobListRequest, JobQuery, JobRecord, JobRequest, JobStatus, JobSummary, Submitted},
 };
 
 use crate::exit::{Exit, OrExit as _, coded};
@@ -50,7 +50,11 @@ pub(crate) async fn status(nats: &Nats, id: &StreamId) -> anyhow::Result<Option<
         Ok(status) => Ok(status),
         Err(ApiError::NoDispatcher | ApiError::Timeout) => {
             let why = |record: &JobRecord| (!record.state.has_ended()).then(|| "no dispatcher answers".to_owned());
-            let status = |record: JobRecord| JobStatus { why: why(&record), record, progress: None, ahead: None };
+            let status = |mut record: JobRecord| {
+                // As a dispatcher tells it: without a signature.
+                record.audio = AudioUrl::redacted(&record.audio).to_owned();
+                JobStatus { why: why(&record), record, progress: None, ahead: None }
+            };
             Ok(record(nats, id).await?.map(status))
         }
         Err(error) => Err(refused(error, id)),

@@ -46,6 +46,8 @@ pub(crate) enum Step {
     Uploading,
     /// The dispatcher may have it.
     Asked,
+    /// Somebody had submitted it before: it is his to cancel.
+    Known,
 }
 
 impl Wish {
@@ -77,16 +79,17 @@ impl Wish {
         let media = Media::new(nats);
         let upload = self.recording.open().await?;
         let known = if self.named { ask::status(nats, &self.id).await? } else { None };
+        let asked = if known.is_some() { Step::Known } else { Step::Asked };
         if let Some(upload) = upload {
             match known {
-                Some(_) => self.compare(&media, &upload).await?,
+                Some(_) => self.compare(&media, upload).await?,
                 None => {
                     step.set(Step::Uploading);
                     upload.put(&media, &self.id, quiet).await?;
                 }
             }
         }
-        step.set(Step::Asked);
+        step.set(asked);
         let error = match ask::submit(nats, &self.request).await {
             Ok(submitted) => return Ok(submitted),
             Err(error) => error,
@@ -100,15 +103,13 @@ impl Wish {
     }
 
     /// The object of a job that exists is not written again: it may be read just now.
-    async fn compare(&self, media: &Media, upload: &Upload) -> anyhow::Result<()> {
-        let stored = media.info(&audio_key(&self.id)).await.or_exit(Exit::Unavailable)?.map(|info| info.bytes);
-        match (stored, upload.bytes()) {
-            (Some(stored), Some(here)) if stored != here => Err(anyhow::anyhow!(
-                "there is a job {} with another recording ({stored} bytes, this one has {here}); choose another --id",
-                self.id
-            )),
-            _ => Ok(()),
+    async fn compare(&self, media: &Media, upload: Upload) -> anyhow::Result<()> {
+        // What has expired cannot be compared; then what there is of the job is what is asked for.
+        let Some(stored) = media.info(&audio_key(&self.id)).await.or_exit(Exit::Unavailable)? else { return Ok(()) };
+        if stored.digest == Some(upload.digest().await?) {
+            return Ok(());
         }
+        Err(anyhow::anyhow!("there is a job {} with another recording; choose another --id", self.id))
     }
 
     /// Takes away a recording that no job has.

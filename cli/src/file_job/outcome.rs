@@ -78,7 +78,7 @@ pub(crate) async fn aggregate(nats: &Nats, id: &StreamId, ended: Ended) -> anyho
 
 pub(crate) fn expired<T>(id: &StreamId) -> anyhow::Result<T> {
     let hint = format!("`voxfleet export {id} --job` reads the stored transcript while that is kept");
-    Err(anyhow::anyhow!("the result of job {id} has expired and was deleted; {hint}")).or_exit(Exit::NotFound)
+    Err(anyhow::anyhow!("the result of job {id} is no longer kept; {hint}")).or_exit(Exit::NotFound)
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Where the recording is. One that is here goes into the object store of the account, whatever its size: one way.
 
 use std::{
-    io::IsTerminal as _,
-    os::fd::AsFd as _,
+    io::{ErrorKind, IsTerminal as _},
+    os::{fd::AsFd as _, unix::fs::FileTypeExt as _},
     path::{Path, PathBuf},
     pin::Pin,
     sync::{
@@ -13,12 +13,13 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::{
     fs::File,
     io::{AsyncRead, ReadBuf},
 };
-use voxfleet_nats::media::{Media, MediaError};
+use voxfleet_nats::media::{Media, MediaError, digest_of};
 use voxfleet_schema::{
     id::StreamId,
     job::{AudioUrl, UrlError, audio_key},
@@ -62,6 +63,10 @@ impl Recording {
             .and_then(|facts| if facts.is_dir() { Err(std::io::ErrorKind::IsADirectory.into()) } else { Ok(facts) });
         let named = |error| coded(Exit::Input, anyhow::Error::new(error).context(path.display().to_string()));
         match facts.map_err(named)? {
+            // It would never end; what ends comes through standard input or a pipe with a name.
+            facts if facts.file_type().is_char_device() => {
+                Err(anyhow::anyhow!("{}: a device is no recording", path.display())).or_exit(Exit::Input)
+            }
             facts if facts.is_file() && facts.len() == 0 => {
                 Err(anyhow::anyhow!("{}: the file is empty", path.display())).or_exit(Exit::Input)
             }
@@ -102,14 +107,23 @@ impl Upload {
         Ok(Self { from, bytes, what: path.display().to_string() })
     }
 
-    pub(crate) fn bytes(&self) -> Option<u64> {
-        self.bytes
+    /// Reads all of it.
+    pub(crate) async fn digest(self) -> anyhow::Result<String> {
+        digest_of(self.from).await.or_exit(Exit::Input).with_context(|| self.what.clone())
     }
 
     pub(crate) async fn put(self, media: &Media, job: &StreamId, quiet: bool) -> anyhow::Result<()> {
         let key = audio_key(job);
         let sent = Arc::new(AtomicU64::new(0));
-        let counted = Counted { from: self.from, sent: sent.clone() };
+        let room = media.room().await.unwrap_or_else(|error| {
+            // Whoever may not ask is told when it is full.
+            tracing::debug!(%error, "room of the object store unknown");
+            None
+        });
+        if let Some((room, bytes)) = room.zip(self.bytes).filter(|(room, bytes)| bytes > room) {
+            return Err(coded(Exit::Refused, no_room(&self.what, bytes, room)));
+        }
+        let counted = Counted { from: self.from, sent: sent.clone(), room: room.unwrap_or(u64::MAX) };
         let show = Show::new(self.bytes, quiet);
         let putting = media.put(&key, counted);
         tokio::pin!(putting);
@@ -123,6 +137,7 @@ impl Upload {
         let stored = stored.map_err(|error| {
             let exit = match &error {
                 MediaError::Full => Exit::Refused,
+                MediaError::Read(error) if error.kind() == ErrorKind::StorageFull => Exit::Refused,
                 MediaError::Read(_) => Exit::Input,
                 _ => Exit::Unavailable,
             };
@@ -136,17 +151,29 @@ impl Upload {
     }
 }
 
+const FULL: &str = "the object store has no room for all of it; jobs that end make some, or give a URL instead";
+
+fn no_room(what: &str, bytes: u64, room: u64) -> anyhow::Error {
+    let mb = |bytes: u64| bytes as f64 / 1e6;
+    anyhow::anyhow!("{what}: it has {:.1} MB, and the object store has room for {:.1} MB: {FULL}", mb(bytes), mb(room))
+}
+
 /// Counts what is read.
 struct Counted {
     from: File,
     sent: Arc<AtomicU64>,
+    /// More than this would leave others none.
+    room: u64,
 }
 
 impl AsyncRead for Counted {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
         let before = into.filled().len();
         let polled = Pin::new(&mut self.from).poll_read(cx, into);
-        self.sent.fetch_add((into.filled().len() - before) as u64, Ordering::Relaxed);
+        let read = (into.filled().len() - before) as u64;
+        if self.sent.fetch_add(read, Ordering::Relaxed) + read > self.room {
+            return Poll::Ready(Err(std::io::Error::new(ErrorKind::StorageFull, FULL)));
+        }
         polled
     }
 }

@@ -110,8 +110,8 @@ struct RefusedLetter<'a> {
     seq: u64,
     content_type: Option<&'a str>,
     body_bytes: usize,
-    /// Its first 64 KiB as they came, signatures in URLs included, as text or else as base64: its sender's own words, to see
-    /// what was wrong with them.
+    /// Its first 64 KiB without passwords and queries of URLs, as text or else as base64: its sender's own words, to see what
+    /// was wrong with them.
     #[serde(skip_serializing_if = "Option::is_none")]
     body: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -408,7 +408,8 @@ impl JobTools {
             None => StreamId::new(NO_NAME).map_err(|e| describe(&e))?,
         };
         tracing::info!(job = %id, seq = at.seq, error = %failure, "published job refused");
-        let text = std::str::from_utf8(&at.body).ok();
+        let body = Bytes::from(request::masked(&at.body));
+        let text = std::str::from_utf8(&body).ok();
         let letter = RefusedLetter {
             error: failure,
             at_ms: unix_ms(),
@@ -416,7 +417,7 @@ impl JobTools {
             content_type: at.content_type.as_deref(),
             body_bytes: at.body_bytes,
             body: text,
-            body_base64: text.is_none().then(|| Inline(at.body.clone())),
+            body_base64: text.is_none().then(|| Inline(body.clone())),
         };
         let kept = self.keep(&id, &letter).await?;
         let mut event = Event::new(Scope::Job, id.as_str(), What::Rejected, unix_ms());

@@ -170,6 +170,30 @@ pub fn told(record: &JobRecord) -> JobRecord {
     JobRecord { audio: AudioUrl::redacted(&record.audio).to_owned(), ..record.clone() }
 }
 
+/// What may be kept of a request that could not be read: passwords and queries of URLs, which may be signatures, are written
+/// over with stars. Lengths stay, so that MessagePack stays readable too.
+pub fn masked(body: &[u8]) -> Vec<u8> {
+    let mut masked = body.to_vec();
+    let ends = |b: &u8| b.is_ascii_whitespace() || b.is_ascii_control() || !b.is_ascii() || b"\"'<>`".contains(b);
+    for colon in (0..body.len()).filter(|at| body[*at] == b':') {
+        // JSON may write slashes as `\/`.
+        let Some(marks) = [&b"://"[..], b":\\/\\/"].into_iter().find(|marks| body[colon..].starts_with(marks)) else {
+            continue;
+        };
+        let from = colon + marks.len();
+        let to = body[from..].iter().position(ends).map_or(body.len(), |n| from + n);
+        let url = &mut masked[from..to];
+        let authority = url.iter().position(|b| b"/\\?#".contains(b)).unwrap_or(url.len());
+        if let Some(at) = url[..authority].iter().rposition(|b| *b == b'@') {
+            url[..at].fill(b'*');
+        }
+        if let Some(query) = url.iter().position(|b| b"?#".contains(b)) {
+            url[query + 1..].fill(b'*');
+        }
+    }
+    masked
+}
+
 /// One line of `job.list`.
 pub fn summary(record: JobRecord, progress: Option<JobProgress>) -> JobSummary {
     JobSummary {
@@ -282,6 +306,21 @@ mod tests {
         let next = closing_final(&record, Some(&end_final("a", 2, 6, 9)), "f".to_owned()).expect("a final");
         assert_eq!((next.index, next.epoch, next.from_sample, next.to_sample), (3, 6, 16_000, 16_000));
         assert_eq!(next.audio, AudioRange { from_seq: 9, to_seq: 9 });
+    }
+
+    #[test]
+    fn what_is_kept_of_a_refused_request_has_no_secret() {
+        for (body, kept) in [
+            (r#"{"audio":"https://u:p@h/a?s=1#t","foo":1}"#, r#"{"audio":"https://***@h/a?*****","foo":1}"#),
+            (r#"{"audio":"https:\/\/h\/a?s=1","foo":1}"#, r#"{"audio":"https:\/\/h\/a?***","foo":1}"#),
+            (r#"{"audio":"https://h/p@1.wav"} why? #1 s3://b/k"#, r#"{"audio":"https://h/p@1.wav"} why? #1 s3://b/k"#),
+            ("://?", "://?"),
+            ("a:", "a:"),
+        ] {
+            assert_eq!(String::from_utf8_lossy(&masked(body.as_bytes())), kept);
+        }
+        let packed = b"\x81\xa5audio\xb1https://h/a?s=123\xa3foo";
+        assert_eq!(masked(packed), b"\x81\xa5audio\xb1https://h/a?*****\xa3foo");
     }
 
     #[test]

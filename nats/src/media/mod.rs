@@ -21,7 +21,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncRead, AsyncReadExt};
 use voxfleet_schema::{codec, job::MEDIA_BUCKET};
 
 use crate::{
@@ -89,6 +89,8 @@ pub struct ObjectInfo {
     pub bytes: u64,
     /// Unix time in ms, by the server's clock.
     pub modified_ms: u64,
+    /// As [`digest_of`] writes it; objects of others may have none.
+    pub digest: Option<String>,
 }
 
 /// What [`Media::sweep`] removed.
@@ -147,8 +149,11 @@ impl Found {
 }
 
 fn info_of(record: &Record, stored_ms: u64) -> ObjectInfo {
-    ObjectInfo { key: record.name.clone(), bytes: record.size, modified_ms: stored_ms }
+    ObjectInfo { key: record.name.clone(), bytes: record.size, modified_ms: stored_ms, digest: record.digest.clone() }
 }
+
+/// One part in so many of the store is for results.
+const RESULTS_SHARE: u64 = 8;
 
 /// The object store of one account.
 #[derive(Debug, Clone)]
@@ -183,6 +188,13 @@ impl Media {
     /// What is known of it, from the leader. None: there is no such object.
     pub async fn info(&self, key: &str) -> Result<Option<ObjectInfo>, MediaError> {
         Ok(self.object(key).await?.map(|found| found.info()))
+    }
+
+    /// Bytes that uploads may still take; None where that is not known. The rest is for results of jobs that run.
+    pub async fn room(&self) -> Result<Option<u64>, MediaError> {
+        let info = raw::stream_info(&self.nats, MEDIA).await?;
+        let most = u64::try_from(info.config.max_bytes).ok().filter(|most| *most > 0);
+        Ok(most.map(|most| (most - most / RESULTS_SHARE).saturating_sub(info.state.bytes)))
     }
 
     /// Removes it; returns whether it was there. Works in a full store too, and leaves no marker. After an error it may
@@ -301,6 +313,17 @@ fn chunk_subject(nuid: &str) -> String {
     format!("$O.{MEDIA_BUCKET}.C.{nuid}")
 }
 
+/// The digest an object with these bytes has.
+pub async fn digest_of(mut reader: impl AsyncRead + Unpin) -> std::io::Result<String> {
+    let (mut digest, mut buffer) = (Sha256::new(), vec![0; put::CHUNK_BYTES]);
+    loop {
+        match reader.read(&mut buffer).await? {
+            0 => return Ok(encode_digest(digest)),
+            read => digest.update(&buffer[..read]),
+        }
+    }
+}
+
 fn encode_digest(digest: Sha256) -> String {
     format!("SHA-256={}", URL_SAFE.encode(digest.finalize()))
 }
@@ -328,7 +351,10 @@ mod tests {
             "mtime":"0001-01-01T00:00:00Z","chunks":1,"digest":"SHA-256=x","headers":{"A":["b"]},"new":1}"#;
         let found = |text: &[u8]| Found { seq: 1, stored_ms: 2, record: codec::from_json(text).expect("reads") };
         assert!(found(text).is_object());
-        assert_eq!(found(text).info(), ObjectInfo { key: "a".into(), bytes: 3, modified_ms: 2 });
+        assert_eq!(
+            found(text).info(),
+            ObjectInfo { key: "a".into(), bytes: 3, modified_ms: 2, digest: Some("SHA-256=x".into()) }
+        );
         assert!(!found(br#"{"name":"a","options":{"link":{"bucket":"other","name":"b"}}}"#).is_object());
         assert!(!found(br#"{"name":"a","deleted":true}"#).is_object());
     }

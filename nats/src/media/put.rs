@@ -19,7 +19,7 @@ use super::{
 use crate::{Nats, ServerError, raw, retry::Backoff, topology::names::MEDIA};
 
 /// What every client of the object store uses.
-const CHUNK_BYTES: usize = 128 * 1024;
+pub(super) const CHUNK_BYTES: usize = 128 * 1024;
 /// Chunks sent and not answered: 1 MiB on the way keeps a distant server busy.
 const WINDOW: usize = 8;
 /// Times a record is written before its outcome counts as unknown.

@@ -46,6 +46,9 @@ impl AudioUrl {
                 Some((MEDIA_BUCKET, key)) if !key.is_empty() => Ok(AudioUrl::Object { key: key.to_owned() }),
                 _ => Err(UrlError::Shape("an object URL is object://asr_media/<key>")),
             },
+            "file" if rest.contains(['?', '#']) => {
+                Err(UrlError::Shape("a file URL has no query; write ? as %3F and # as %23"))
+            }
             "file" => match rest.strip_prefix("localhost").unwrap_or(rest) {
                 path if path.starts_with('/') && path.len() > 1 => Ok(AudioUrl::File { path: path.to_owned() }),
                 _ => Err(UrlError::Shape("a file URL is file:///absolute/path")),
@@ -80,6 +83,16 @@ impl AudioUrl {
         format!("object://{MEDIA_BUCKET}/{key}")
     }
 
+    /// Any URL as it may be shown, also one that is none of ours: without query, fragment, user name and password.
+    pub fn harmless(text: &str) -> String {
+        let plain = Self::redacted(text);
+        let Some((scheme, rest)) = plain.split_once("://") else { return plain.to_owned() };
+        match rest.rsplit_once('@') {
+            Some((_, host)) => format!("{scheme}://***@{host}"),
+            None => plain.to_owned(),
+        }
+    }
+
     /// The URL as it may be shown: without query and fragment, which may hold a signature.
     pub fn redacted(text: &str) -> &str {
         text.split(['?', '#']).next().unwrap_or_default()
@@ -112,7 +125,9 @@ mod tests {
         assert!(matches!(parse("object://other/a"), Err(UrlError::Shape(_))));
         assert!(matches!(parse("object://asr_media/"), Err(UrlError::Shape(_))));
         assert_eq!(parse("file:///tmp/a.wav"), Ok(AudioUrl::File { path: "/tmp/a.wav".into() }));
-        assert!(matches!(parse("file://tmp/a.wav"), Err(UrlError::Shape(_))));
+        for bad in ["file://tmp/a.wav", "file:///a.wav?x", "file:///a#b.wav"] {
+            assert!(matches!(parse(bad), Err(UrlError::Shape(_))), "{bad}");
+        }
         assert_eq!(parse("s3://b/k/1.flac"), Ok(AudioUrl::S3 { bucket: "b".into(), key: "k/1.flac".into() }));
         assert_eq!(parse("https://H.example:8443/a?x=1"), http("https://H.example:8443/a?x=1", "h.example", true));
         assert_eq!(parse("http://[::1]:80/a"), http("http://[::1]:80/a", "::1", false));
@@ -126,5 +141,9 @@ mod tests {
         for secret in ["https://h/a?X-Amz-Signature=s", "https://h/a#token=s", "https://h/a#t?s", "https://h/a?s#t"] {
             assert_eq!(AudioUrl::redacted(secret), "https://h/a", "{secret}");
         }
+        for secret in ["https://u:p@h/a?s", "https://u:p/@h/a#s", "https://u@h/a"] {
+            assert_eq!(AudioUrl::harmless(secret), "https://***@h/a", "{secret}");
+        }
+        assert_eq!(AudioUrl::harmless("models?s"), "models");
     }
 }

@@ -40,6 +40,8 @@ pub struct FetchConfig {
     pub stall_timeout_ms: u64,
     /// Slower than this over a minute is given up; 0 = any speed.
     pub min_bytes_per_s: u64,
+    /// Longest time for a whole recording, in s: meanwhile it holds a slot.
+    pub total_timeout_s: u64,
     /// Each hop is held to the lists above.
     pub max_redirects: u32,
     /// Folder that holds a recording while it is transcribed; none = the system's temporary folder.
@@ -69,6 +71,8 @@ impl Default for FetchConfig {
             stall_timeout_ms: 30_000,
             // 16 kbit/s: less than any recording's own bit rate, so such a source could never be transcribed in real time.
             min_bytes_per_s: 2_048,
+            // 4 GiB at 1.2 MB/s; an hour's mp3 is 60 MB.
+            total_timeout_s: 3_600,
             // Shorteners and CDNs need two or three.
             max_redirects: 5,
             spool_dir: None,
@@ -131,6 +135,9 @@ impl FetchConfig {
             if !(100..=600_000).contains(&value) {
                 found.push(format!("worker.fetch.{name}: {value}, allowed are 100 to 600000"));
             }
+        }
+        if !(1..=604_800).contains(&self.total_timeout_s) {
+            found.push(format!("worker.fetch.total_timeout_s: {}, allowed are 1 to 604800", self.total_timeout_s));
         }
         if self.max_redirects > 20 {
             found.push(format!("worker.fetch.max_redirects: {}, the most is 20", self.max_redirects));

@@ -26,7 +26,7 @@ mod s3;
 mod spool;
 mod tls;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
@@ -102,6 +102,7 @@ struct Parts {
     roots: Arc<Roots>,
     media: Option<Media>,
     limits: Limits,
+    total: Duration,
     spool_dir: PathBuf,
 }
 
@@ -143,7 +144,8 @@ impl Fetcher {
         let web = Web::new(config, hosts, &trust, limits)?;
         let s3 = S3::new(config, buckets, &web, limits);
         let spool_dir = config.spool_dir();
-        Ok(Self { parts: Arc::new(Parts { web, s3, roots: Arc::new(roots), media, limits, spool_dir }) })
+        let total = Duration::from_secs(config.total_timeout_s);
+        Ok(Self { parts: Arc::new(Parts { web, s3, roots: Arc::new(roots), media, limits, total, spool_dir }) })
     }
 
     /// The body of a URL from byte `from` on, or from its beginning where the source can not do that. One try.

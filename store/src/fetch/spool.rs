@@ -6,7 +6,7 @@ use futures_util::StreamExt;
 use tokio::io::{AsyncSeekExt, AsyncWriteExt};
 use voxfleet_schema::job::AudioUrl;
 
-use super::{FetchError, Fetcher, Validator, file::percent_decoded};
+use super::{FetchError, Fetcher, Validator, error::shown, file::percent_decoded};
 
 /// A recording that is here.
 #[derive(Debug)]
@@ -27,6 +27,14 @@ const LONGEST_DELAY: Duration = Duration::from_secs(5);
 impl Fetcher {
     /// Brings all of it here. A file URL is opened where it lies.
     pub async fn spool(&self, url: &AudioUrl) -> Result<Spooled, FetchError> {
+        let total = self.parts.total;
+        tokio::time::timeout(total, self.spool_it(url)).await.unwrap_or_else(|_| {
+            let why = format!("it has not come within {} s (worker.fetch.total_timeout_s)", total.as_secs());
+            Err(FetchError::Timeout { at: shown_url(url), why })
+        })
+    }
+
+    async fn spool_it(&self, url: &AudioUrl) -> Result<Spooled, FetchError> {
         let name = name_of(url);
         if let AudioUrl::File { path } = url {
             let (file, bytes) = self.open_file(path).await?;
@@ -106,6 +114,15 @@ fn delay(error: &FetchError, tries: u32) -> Option<Duration> {
         _ => Duration::ZERO,
     };
     (asked <= LONGEST_DELAY).then_some(ours.max(asked).min(LONGEST_DELAY))
+}
+
+fn shown_url(url: &AudioUrl) -> String {
+    match url {
+        AudioUrl::Http { url, .. } => shown(url),
+        AudioUrl::S3 { bucket, key } => shown(&format!("s3://{bucket}/{key}")),
+        AudioUrl::Object { key } => shown(&AudioUrl::object(key)),
+        AudioUrl::File { path } => shown(&format!("file://{path}")),
+    }
 }
 
 fn name_of(url: &AudioUrl) -> Option<String> {

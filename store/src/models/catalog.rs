@@ -157,11 +157,22 @@ pub struct Catalog {
     models: Vec<Model>,
 }
 
+/// The source tree that this binary or its user is in, where our own model is: looked for at run time, because a binary may
+/// be copied anywhere. Without one, where the user is: what is named there is then said to be missing.
+fn tree() -> PathBuf {
+    let here = std::env::current_dir().unwrap_or_else(|_| "/".into());
+    let exe = std::env::current_exe().ok();
+    let above = exe.iter().flat_map(|exe| exe.ancestors()).chain(here.ancestors());
+    above.into_iter().find(|dir| dir.join(OF_THE_TREE).is_file()).map_or_else(|| here.clone(), Path::to_owned)
+}
+
+/// By this file it is known.
+const OF_THE_TREE: &str = "store/models.toml";
+
 impl Catalog {
     /// The one inside the binary.
     pub fn built_in() -> Result<Self, CatalogError> {
-        let tree = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"));
-        Ok(Self { models: parse(BUILT_IN, "models.toml", tree)? })
+        Ok(Self { models: parse(BUILT_IN, "models.toml", &tree())? })
     }
 
     /// The built-in one with an operator's file over it.

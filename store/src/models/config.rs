@@ -37,14 +37,15 @@ impl ModelsConfig {
             found.push(format!("models.quota_gb: {} is not a size", self.quota_gb));
         }
         for mirror in &self.mirrors {
+            let shown = AudioUrl::harmless(mirror);
             match AudioUrl::parse(&mirror.replace("{file}", "x")) {
                 Ok(AudioUrl::Object { .. }) => {
-                    found.push(format!("models.mirrors: {mirror}: the object store of NATS holds no models"));
+                    found.push(format!("models.mirrors: {shown}: the object store of NATS holds no models"));
                 }
                 // A bucket alone is a good mirror: the name of the file is what is missing.
                 Err(_) if AudioUrl::parse(&format!("{mirror}/x")).is_ok() => {}
                 Ok(_) => {}
-                Err(_) => found.push(format!("models.mirrors: {mirror}: use https://, s3:// or file:///")),
+                Err(_) => found.push(format!("models.mirrors: {shown}: use https://, s3:// or file:///")),
             }
         }
         if let Some(path) = &self.ca_file
@@ -81,6 +82,9 @@ mod tests {
             ["https://m/models", "s3://bucket", "s3://bucket/{file}", "file:///mnt/models", "http://10.0.0.1:8000"];
         let config = ModelsConfig { mirrors: good.map(str::to_owned).to_vec(), ..ModelsConfig::default() };
         assert_eq!(config.problems(), Vec::<String>::new());
+        let secret = ["ftp://u:hunter2@m", "object://asr_media/x?hunter2"].map(str::to_owned).to_vec();
+        let problems = ModelsConfig { mirrors: secret, ..ModelsConfig::default() }.problems();
+        assert!(problems.len() == 2 && !problems.concat().contains("hunter2"), "{problems:?}");
         let bad = ModelsConfig {
             quota_gb: f64::NAN,
             mirrors: vec!["ftp://m".to_owned(), "models".to_owned(), "object://asr_media/x".to_owned()],

@@ -86,7 +86,8 @@ impl InUse {
     pub fn hold(path: &Path) -> Option<Self> {
         let file = File::open(path).ok()?;
         touch(&file);
-        flock(&file, FlockOperation::NonBlockingLockShared).ok().map(|()| Self(file))
+        // Waits: whoever asks whether it is used, or removes it, has it for a moment.
+        flock(&file, FlockOperation::LockShared).ok().map(|()| Self(file))
     }
 }
 

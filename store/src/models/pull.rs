@@ -235,10 +235,12 @@ impl ModelStore {
         watch: Watch<'_>,
     ) -> Result<Pulled, Trouble> {
         let (mut tries, mut most) = (0, FIRST_TRIES);
-        // Whether a byte in the part may come from elsewhere or from before.
-        let mut mixed = files::len(&order.part) > 0;
+        // Whether bytes in the part come from two answers, of which one may be about another file; and whether it was begun
+        // again for that, which helps once.
+        let (mut mixed, mut again) = (false, false);
         loop {
             let asked = files::len(&order.part);
+            mixed |= asked > 0;
             let (broken, new) = match self.answer(order, url, shown, asked, lock, watch).await {
                 Ok(answer) => match answer.end {
                     End::Whole => {
@@ -248,7 +250,7 @@ impl ModelStore {
                             false => {
                                 files::remove(&order.part)?;
                                 let failure = wrong_sum(order, &found);
-                                if !std::mem::replace(&mut mixed, false) {
+                                if !std::mem::replace(&mut mixed, false) || std::mem::replace(&mut again, true) {
                                     return Err(Trouble::Source(failure));
                                 }
                                 watch(Step::Broken { url: shown, failure: &failure });

@@ -197,14 +197,14 @@ async fn stopping_waits_until_it_is_gone() -> Result<()> {
 async fn every_death_is_a_typed_failure() -> Result<()> {
     for (body, class) in [
         ("kill -SEGV $$", FailureClass::BadAudio),
-        ("kill -KILL $$", FailureClass::TooLarge),
+        ("kill -KILL $$", FailureClass::OutOfMemory),
         ("kill -ABRT $$", FailureClass::TooLarge),
         ("kill -XCPU $$", FailureClass::Timeout),
-        ("exit 101", FailureClass::BadAudio),
-        ("exit 0", FailureClass::BadAudio),
+        ("exit 101", FailureClass::Internal),
+        ("exit 0", FailureClass::Internal),
         ("yes nonsense >&$OUT", FailureClass::Internal),
         // A flood on standard error must not block it.
-        ("head -c 1000000 /dev/zero >&2; exit 3", FailureClass::BadAudio),
+        ("head -c 1000000 /dev/zero >&2; exit 3", FailureClass::Internal),
     ] {
         let failure = scripted(body, limits()).await?;
         ensure!(failure.class == class, "{body}: {failure}");

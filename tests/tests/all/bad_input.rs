@@ -74,7 +74,7 @@ fn bad_chunks() -> Vec<Case> {
 }
 
 /// A session that nothing is wrong with, in real time: how late its end final came.
-async fn healthy(js: jetstream::Context, session: &str, seconds: f64) -> Result<Duration> {
+pub(crate) async fn healthy(js: jetstream::Context, session: &str, seconds: f64) -> Result<Duration> {
     let pcm = audio::bursts(900, seconds);
     let text = direct::simulated_text(&pcm)?;
     spoken(js, session, &pcm, &text).await

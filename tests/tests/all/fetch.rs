@@ -390,6 +390,20 @@ async fn a_server_that_dawdles_is_left() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_server_that_drips_has_its_time() -> Result<()> {
+    let rig = Rig::start().await?;
+    let fetcher = rig.fetcher(FetchConfig { total_timeout_s: 1, ..rig.config() })?;
+    rig.web.route("/drip", [Answer::file(recording(100_000)).paced(500, Duration::from_millis(100))]);
+    let url = rig.web.url("/drip");
+    let failure = refused(&fetcher, &format!("{url}?{SIGNATURE}")).await?;
+    assert_eq!(failure.class, Class::Timeout);
+    assert!(failure.message.starts_with(&url) && failure.message.contains("total_timeout_s"), "{failure}");
+    assert!(!failure.message.contains(SIGNATURE), "{failure}");
+    eventually("its connection is closed", SOON, || async { (rig.web.open_connections() == 0).then_some(()) }).await?;
+    rig.nothing_is_left()
+}
+
+#[tokio::test]
 async fn a_dropped_fetch_leaves_nothing() -> Result<()> {
     let rig = Rig::start().await?;
     let fetcher = rig.fetcher(rig.config())?;

@@ -21,7 +21,7 @@ use voxfleet_schema::{
     session::SessionOptions,
 };
 
-use crate::direct;
+use crate::{bad_input, direct};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const ANSWER: Duration = Duration::from_secs(10);
@@ -261,28 +261,24 @@ async fn refused(nats: &Nats, fleet: &Fleet, job: &str, data: Vec<u8>) -> Result
     Ok(failure)
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn recordings_that_are_none_fail_with_a_reason_and_hurt_nobody() -> Result<()> {
-    let _turn = fleet::turn().await;
-    let mut fleet = Fleet::builder().workers(1).start().await?;
-    let nats = connect(&fleet).await?;
-    let wav = audio::bursts(3, 5.0).wav();
-    let mut claims_more = wav.clone();
+/// One after another.
+async fn bad_ones(nats: &Nats, fleet: &Fleet, wav: &[u8]) -> Result<()> {
+    let mut claims_more = wav.to_vec();
     claims_more[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
     claims_more[40..44].copy_from_slice(&u32::MAX.to_le_bytes());
     let cases: [(&str, Vec<u8>, FailureClass); 4] = [
         (
             "noise",
             (0..60_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect(),
-            FailureClass::UnsupportedFormat,
+            FailureClass::BadAudio,
         ),
         ("text", b"this is a letter, not a call\n".repeat(200), FailureClass::UnsupportedFormat),
-        ("one-byte", vec![0], FailureClass::UnsupportedFormat),
+        ("one-byte", vec![0], FailureClass::BadAudio),
         ("header-only", wav[..44].to_vec(), FailureClass::BadAudio),
     ];
     for (job, data, class) in cases {
-        let failure = refused(&nats, &fleet, job, data).await?;
-        ensure!(failure.class == class || failure.class == FailureClass::BadAudio, "{job}: {failure}");
+        let failure = refused(nats, fleet, job, data).await?;
+        ensure!(failure.class == class, "{job}: {failure}");
         ensure!(failure.message.len() > 15, "{job}: {failure}");
     }
     let missing = JobRequest {
@@ -290,25 +286,39 @@ async fn recordings_that_are_none_fail_with_a_reason_and_hurt_nobody() -> Result
         data: None,
         ..request("missing", Vec::new())?
     };
-    submit(&nats, &missing).await?;
-    let ended_missing = ended(&nats, &fleet, "missing").await?;
+    submit(nats, &missing).await?;
+    let ended_missing = ended(nats, fleet, "missing").await?;
     assert_eq!(ended_missing.record.error.map(|e| e.class), Some(FailureClass::NotFound));
     let forbidden =
         JobRequest { audio: Some("file:///etc/passwd".to_owned()), data: None, ..request("forbidden", Vec::new())? };
-    submit(&nats, &forbidden).await?;
-    let ended_forbidden = ended(&nats, &fleet, "forbidden").await?;
+    submit(nats, &forbidden).await?;
+    let ended_forbidden = ended(nats, fleet, "forbidden").await?;
     assert_eq!(ended_forbidden.record.error.map(|e| e.class), Some(FailureClass::Forbidden));
 
     // A header that claims 4 GiB is not believed; what is there is transcribed.
-    submit(&nats, &request("claims-more", claims_more)?).await?;
-    let ended_more = ended(&nats, &fleet, "claims-more").await?;
+    submit(nats, &request("claims-more", claims_more)?).await?;
+    let ended_more = ended(nats, fleet, "claims-more").await?;
     ensure!(ended_more.record.state == JobState::Done, "{:?}", ended_more.record);
     let silence = audio::silence(12.0).wav();
-    submit(&nats, &request("silence", silence)?).await?;
-    let ended_silence = ended(&nats, &fleet, "silence").await?;
+    submit(nats, &request("silence", silence)?).await?;
+    let ended_silence = ended(nats, fleet, "silence").await?;
     ensure!(ended_silence.record.state == JobState::Done, "{:?}", ended_silence.record);
-    let finals = chain(&fleet, "silence").await?;
-    assert_eq!(aggregate(&fleet, &finals).await?["full_text"], "");
+    let finals = chain(fleet, "silence").await?;
+    assert_eq!(aggregate(fleet, &finals).await?["full_text"], "");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn recordings_that_are_none_fail_with_a_reason_and_hurt_nobody() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let mut fleet = Fleet::builder().workers(1).start().await?;
+    let nats = connect(&fleet).await?;
+    let wav = audio::bursts(3, 5.0).wav();
+    let bad = bad_ones(&nats, &fleet, &wav);
+    let (late, outcome) = tokio::join!(bad_input::healthy(fleet.js(), "healthy", 12.0), bad);
+    outcome.with_context(|| fleet.logs())?;
+    let late = late.with_context(|| fleet.logs())?;
+    ensure!(late < Duration::from_secs(2), "the live session's end came {late:?} late");
     fleet.check_alive()?;
     Ok(())
 }

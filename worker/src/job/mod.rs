@@ -50,6 +50,8 @@ pub(crate) struct Work {
     provider: Provider,
     queue_s: f64,
     fetch_s: f64,
+    /// What finals stand for when this worker took it.
+    from_s: f64,
     begun: Instant,
 }
 
@@ -59,7 +61,8 @@ impl Work {
         let mut aggregate = Aggregate::default();
         self.read_chain(chain, end, &mut aggregate).await?;
         aggregate.add(end);
-        let times = Times { queue: self.queue_s, fetch: self.fetch_s, transcribe: self.begun.elapsed().as_secs_f64() };
+        let transcribe = self.begun.elapsed().as_secs_f64();
+        let times = Times { queue: self.queue_s, fetch: self.fetch_s, transcribe, from: self.from_s };
         let result = aggregate.finish(self.provider, times);
         let bytes = codec::to_json(&result).map_err(|error| Failure::new(FailureClass::Internal, error.to_string()))?;
         let key = result_key(&end.id, &end.final_id);

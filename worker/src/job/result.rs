@@ -16,6 +16,8 @@ pub(crate) struct Times {
     pub(crate) queue: f64,
     pub(crate) fetch: f64,
     pub(crate) transcribe: f64,
+    /// Where this worker began in the recording: the times are its own, what others did before is not in them.
+    pub(crate) from: f64,
 }
 
 /// Takes finals in the order of their chain.
@@ -91,7 +93,7 @@ impl Aggregate {
             performance_metrics: PerformanceMetrics {
                 total_duration: total,
                 stages: stages.into_iter().map(|(name, s)| (name.to_owned(), s)).collect(),
-                realtime_factor: if duration > 0.0 { total / duration } else { 0.0 },
+                realtime_factor: if duration > times.from { total / (duration - times.from) } else { 0.0 },
             },
         }
     }
@@ -139,7 +141,7 @@ mod tests {
         (second.to_sample, second.timings.decode_ms) = (48_000, 200);
         aggregate.add(&first);
         aggregate.add(&second);
-        let result = aggregate.finish(Provider::RunPod, Times { queue: 9.0, fetch: 0.5, transcribe: 1.0 });
+        let result = aggregate.finish(Provider::RunPod, Times { queue: 9.0, fetch: 0.5, transcribe: 1.0, from: 1.0 });
         assert_eq!(result.full_text, "guten tag good morning everybody");
         assert_eq!(
             result.segments.iter().map(|s| (s.id, s.start, s.end)).collect::<Vec<_>>(),
@@ -151,7 +153,7 @@ mod tests {
             (Some("en"), 3.0, "runpod")
         );
         let metrics = result.performance_metrics;
-        assert_eq!((metrics.total_duration, metrics.realtime_factor), (1.5, 0.5), "waiting for a slot is no work");
+        assert_eq!((metrics.total_duration, metrics.realtime_factor), (1.5, 0.75), "neither waiting nor others' work");
         assert_eq!((metrics.stages["decode"], metrics.stages["queue"]), (0.5, 9.0));
     }
 

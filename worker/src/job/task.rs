@@ -6,6 +6,7 @@ use tokio::time::Instant;
 use voxfleet_audio::Limits;
 use voxfleet_nats::media::Media;
 use voxfleet_schema::{
+    SAMPLE_RATE_HZ,
     event::What,
     failure::{Failure, FailureClass},
     fleet::Provider,
@@ -102,13 +103,13 @@ impl Job {
     async fn prepare(&self) -> Result<Option<Work>, Failure> {
         let Means { shared, fetcher, media, limits, exe, provider } = &self.means;
         let item = &self.item;
-        match last_final(&shared.chain, Kind::Job, &item.job).await {
+        let from_sample = match last_final(&shared.chain, Kind::Job, &item.job).await {
             Ok(Some(last)) if last.value.end => return Ok(None),
-            Ok(_) => {}
+            Ok(last) => last.map_or(0, |last| last.value.to_sample),
             Err(error) => {
                 return Err(Failure::new(FailureClass::Internal, format!("the chain cannot be used: {error}")));
             }
-        }
+        };
         let begun = Instant::now();
         let url =
             AudioUrl::parse(&item.audio).map_err(|error| Failure::new(FailureClass::BadRequest, error.to_string()))?;
@@ -127,6 +128,7 @@ impl Job {
             queue_s: (unix_ms().saturating_sub(item.submitted_ms) as f64 / 1_000.0 - begun.elapsed().as_secs_f64())
                 .max(0.0),
             fetch_s: begun.elapsed().as_secs_f64(),
+            from_s: from_sample as f64 / f64::from(SAMPLE_RATE_HZ),
             begun: Instant::now(),
         }))
     }

@@ -5,7 +5,7 @@ mod progress;
 use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
-use voxfleet_schema::failure::FailureClass;
+use voxfleet_schema::{failure::FailureClass, job::AudioUrl};
 use voxfleet_store::{
     fetch::{FetchConfig, Fetcher},
     models::{Catalog, Listed, ModelError, ModelStore, Presence, Pulled, Verdict, Verified},
@@ -149,7 +149,7 @@ fn as_json(listed: &Listed) -> Value {
         "expected_mb": model.map(|m| m.expected_mb),
         "licence": model.map(|m| &m.licence),
         "multilingual": model.map(|m| m.multilingual),
-        "sources": model.map(|m| &m.sources),
+        "sources": model.map(|m| m.sources.iter().map(|url| AudioUrl::harmless(url)).collect::<Vec<_>>()),
     })
 }
 

@@ -28,6 +28,10 @@ impl Core {
     }
 
     pub(in crate::core) fn ask_list(&mut self, call: CallId, mut request: JobListRequest) {
+        if request.state == Some(JobState::Unknown) {
+            let why = "there is no such state; known are queued, assigned, closing, done, failed and cancelled";
+            return self.refuse(call, Failure::new(FailureClass::BadRequest, why));
+        }
         request.limit = Some(request.limit.unwrap_or(DEFAULT_LIST).clamp(1, MAX_LIST));
         self.job_effect(JobEffect::List { call, request });
     }
