@@ -22,7 +22,16 @@ pub(crate) fn worker(gpu: &str, incarnation: &str) -> WorkerName {
 }
 
 pub(crate) fn held(id_text: &str, epoch: u64) -> Held {
-    Held { kind: Kind::Session, id: id(id_text), epoch, last_audio_seq: None, final_index: None, progress: None }
+    Held {
+        kind: Kind::Session,
+        id: id(id_text),
+        epoch,
+        last_audio_seq: None,
+        final_index: None,
+        progress: None,
+        suspect: false,
+        crashes: 0,
+    }
 }
 
 pub(crate) fn model(name: &str, state: Residency, expected_mb: u64) -> ModelState {
@@ -38,6 +47,8 @@ pub(crate) fn beat(gpu: &str, incarnation: &str) -> Heartbeat {
         incarnation: name.incarnation,
         seq: 0,
         sent_ms: 0,
+        started_ms: 0,
+        beat_ms: 0,
         host: "host".to_owned(),
         pid: 1,
         provider: Provider::Local,
@@ -65,10 +76,12 @@ pub(crate) fn beat(gpu: &str, incarnation: &str) -> Heartbeat {
             vad: VadKind::Silero,
             ms_since_progress: 0,
             restarts: 0,
+            crashes: 0,
             decode_rate: None,
             decode_rate_age_ms: None,
         },
         draining: false,
+        drain: None,
         price_per_hour: None,
         version: "test".to_owned(),
     }
@@ -135,6 +148,8 @@ pub(crate) fn job(id_text: &str) -> JobRecord {
         result: None,
         duration_ms: None,
         expired: false,
+        suspect: false,
+        deaths: 0,
     }
 }
 

@@ -63,6 +63,14 @@ pub enum What {
     Draining,
     Dead,
     Renewed,
+    /// Silent for too long to be given work, not long enough to be dead.
+    Suspect,
+    /// It beats, but its engine stands still, dies again and again, or is too hot.
+    Unhealthy,
+    /// No longer suspect or unhealthy.
+    Recovered,
+    /// An input that crashed the engine while decoded alone was set aside; `ASR_DEAD` says which.
+    Parked,
     /// A stream is over 80 % full.
     StreamFilling,
     #[serde(other)]
@@ -98,6 +106,10 @@ impl What {
             Draining => "draining",
             Dead => "dead",
             Renewed => "renewed",
+            Suspect => "suspect",
+            Unhealthy => "unhealthy",
+            Recovered => "recovered",
+            Parked => "parked",
             StreamFilling => "stream_filling",
             Unknown => "unknown",
         }

@@ -6,6 +6,7 @@ use crate::{
     failure::Failure,
     id::{GpuId, Incarnation, Kind, StreamId, WorkerName},
     job::JobProgress,
+    nought,
     session::SessionOptions,
     transcript::VadKind,
 };
@@ -67,6 +68,12 @@ pub struct Held {
     /// Of a job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<JobProgress>,
+    /// The engine crashed while it decoded this; until it has passed, it is decoded alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub suspect: bool,
+    /// How often the engine crashed on its present window while nothing else was decoded.
+    #[serde(default, skip_serializing_if = "nought")]
+    pub crashes: u32,
 }
 
 /// A job this incarnation was given and let go without finishing it. Said in each heartbeat until the dispatcher's answer
@@ -128,12 +135,25 @@ pub struct EngineState {
     /// Since it last moved forward; 0 when it has no work.
     pub ms_since_progress: u64,
     pub restarts: u32,
+    /// Deaths of a child that had been ready, within the last ten minutes.
+    #[serde(default, skip_serializing_if = "nought")]
+    pub crashes: u32,
     /// Audio seconds decoded per second of decoding, sustained; none before the first decode.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decode_rate: Option<f32>,
     /// Age of that figure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decode_rate_age_ms: Option<u64>,
+}
+
+/// Why and until when a worker takes nothing new.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainNotice {
+    /// `sigterm`, `asked`, or what announced the preemption.
+    pub why: String,
+    /// Unix time in ms, by the worker's clock: it is gone by then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until_ms: Option<u64>,
 }
 
 /// Sent each second on `asr.v1.heartbeat.<gpu_id>`.
@@ -145,6 +165,12 @@ pub struct Heartbeat {
     pub seq: u64,
     /// Unix time in ms, by the worker's clock.
     pub sent_ms: u64,
+    /// Unix time in ms at which this incarnation got its name: of two on one GPU the later is the newer.
+    #[serde(default)]
+    pub started_ms: u64,
+    /// Time from one heartbeat to the next, in ms; 0 from older workers, which beat each second.
+    #[serde(default, skip_serializing_if = "nought")]
+    pub beat_ms: u32,
     pub host: String,
     pub pid: u32,
     pub provider: Provider,
@@ -158,6 +184,8 @@ pub struct Heartbeat {
     pub models: Vec<ModelState>,
     pub engine: EngineState,
     pub draining: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainNotice>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub price_per_hour: Option<f64>,
     pub version: String,
@@ -180,6 +208,9 @@ pub enum ControlRequest {
         kind: Kind,
         id: StreamId,
         epoch: u64,
+        /// Time to finish and store a final already begun, nothing new being fed; 0 = at once, what is begun is given up.
+        #[serde(default, skip_serializing_if = "nought")]
+        finish_ms: u32,
     },
     Cancel {
         kind: Kind,
@@ -203,6 +234,12 @@ pub struct Assignment {
     pub id: StreamId,
     pub epoch: u64,
     pub options: SessionOptions,
+    /// It crashed an engine where it was before: decode it alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub suspect: bool,
+    /// How often it did so while alone.
+    #[serde(default, skip_serializing_if = "nought")]
+    pub crashes: u32,
 }
 
 /// A worker's answer. It has the last word on what it takes.
@@ -226,6 +263,69 @@ pub struct FleetStatus {
     pub jobs_queued: u32,
     #[serde(default)]
     pub jobs_assigned: u32,
+    /// Workers declared dead and not heard of since, newest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dead: Vec<WorkerName>,
+    /// The fleet map; empty when there is none, and every GPU serves everything.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<ServiceStatus>,
+}
+
+/// What a GPU is to a service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// The map gives it to this service.
+    Serves,
+    /// It takes nothing until a GPU of its service fails.
+    Reserve,
+    /// A reserve in the place of one that failed.
+    StandingIn,
+    /// A CPU worker, taken when no GPU is left.
+    Cpu,
+    #[serde(other)]
+    Unknown,
+}
+
+/// One GPU of a service. `health` is none when nobody with this id has been heard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuRole {
+    pub gpu_id: GpuId,
+    pub role: Role,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<WorkerHealth>,
+    /// The GPU it stands in for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standing_in_for: Option<GpuId>,
+}
+
+/// One service of the fleet map.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    pub service: String,
+    pub gpus: Vec<GpuRole>,
+    /// Share of each GPU's memory it may fill.
+    pub memory_limit_percent: u8,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preload: Vec<String>,
+}
+
+/// `fleet.drain`: hand over everything on this GPU and end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrainRequest {
+    pub gpu_id: GpuId,
+    /// The worker is gone by then; its own `worker.drain_ms` when missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+}
+
+/// Answer to `fleet.drain`: who was told, and what they held then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drained {
+    pub workers: Vec<WorkerName>,
+    pub sessions: u32,
+    pub jobs: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -211,6 +211,12 @@ pub struct JobRecord {
     /// Its result and inline recording have been deleted.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub expired: bool,
+    /// It crashed an engine while decoded alone: it is decoded alone wherever it goes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub suspect: bool,
+    /// Workers that died while they had it. Their deaths are no tries of its own, but there is a limit to coincidence.
+    #[serde(default, skip_serializing_if = "crate::nought")]
+    pub deaths: u32,
 }
 
 /// Key of an inline recording in the object store; it belongs to the job and goes with its result.
@@ -237,6 +243,9 @@ pub struct WorkItem {
     /// Unix times in ms.
     pub submitted_ms: u64,
     pub assigned_ms: u64,
+    /// Decode it alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub suspect: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -303,6 +312,9 @@ pub struct JobStatus {
     /// Why it waits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
+    /// Each GPU with its score or why it was refused, were it placed now.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub candidates: serde_json::Value,
 }
 
 /// `job.list`. Newest first.
@@ -336,6 +348,9 @@ pub struct JobSummary {
     pub progress: Option<JobProgress>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
+    /// Jobs before it in the queue; none unless it waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ahead: Option<u32>,
 }
 
 /// Answer to `job.list`.

@@ -12,6 +12,7 @@
 //! | [`session`] | session options, API requests and answers, the stored session record |
 //! | [`transcript`] | finals, partials, revisions, checkpoints: the chain |
 //! | [`fleet`] | heartbeats, control requests, device figures |
+//! | [`dead`] | what `ASR_DEAD` keeps of what could not be done |
 //! | [`event`] | what happened, for people and tests |
 //! | [`failure`] | the closed set of failure classes |
 //! | [`codec`] | JSON for what people may read, MessagePack for what only machines exchange |
@@ -20,6 +21,7 @@
 
 pub mod audio;
 pub mod codec;
+pub mod dead;
 pub mod event;
 pub mod failure;
 pub mod fleet;
@@ -34,3 +36,8 @@ pub const SAMPLE_RATE_HZ: u32 = 16_000;
 
 /// How far before a final's end everything with a memory (resampler, VAD, endpointer) restarts, in samples (0.5 s).
 pub const PREROLL_SAMPLES: u64 = 8_000;
+
+/// Left out of what people read: counts that are nearly always nought.
+pub(crate) fn nought(count: &u32) -> bool {
+    *count == 0
+}

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     failure::{Failure, FailureClass},
     id::{Kind, StreamId, WorkerName},
+    nought,
 };
 
 /// Which models and devices may stand in for the ones asked for.
@@ -391,6 +392,15 @@ pub struct SessionRecord {
     /// `audio.to_seq` of the end final, once ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended_seq: Option<u64>,
+    /// It crashed an engine: whoever takes it decodes it alone until it has passed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub suspect: bool,
+    /// How often it did so while alone, on its present window.
+    #[serde(default, skip_serializing_if = "nought")]
+    pub crashes: u32,
+    /// Whom it was taken from, until somebody else has it: a dispatcher that takes over still tells `moved`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub displaced_from: Option<WorkerName>,
 }
 
 /// Answer to `session.status`.
@@ -406,6 +416,9 @@ pub struct SessionStatus {
     /// Why it waits, per GPU or as a whole.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub why: Vec<String>,
+    /// Each GPU with its score or why it was refused, were it placed now; as in the `assigned` event.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub candidates: serde_json::Value,
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use voxfleet_schema::{
     audio::{AudioFormat, Encoding, RawEntry},
     codec,
+    dead::{DeadLetter, Origin, RefusedRequest},
     event::{Event, Scope, What},
     failure::{Failure, FailureClass},
     fleet::*,
@@ -69,7 +70,9 @@ fn add_fields(value: &mut serde_json::Value, top: bool) {
     match value {
         serde_json::Value::Object(map) => {
             let is_enum = map.len() == 1 && ["ok", "error", "refused"].iter().any(|k| map.contains_key(*k)) && top;
-            for (_, inner) in map.iter_mut().filter(|(k, _)| !["options", "detail", "stages"].contains(&k.as_str())) {
+            for (_, inner) in
+                map.iter_mut().filter(|(k, _)| !["options", "detail", "stages", "candidates"].contains(&k.as_str()))
+            {
                 add_fields(inner, false);
             }
             if !is_enum {
@@ -208,6 +211,8 @@ fn heartbeat() -> Heartbeat {
         incarnation: worker().incarnation,
         seq: 17,
         sent_ms: 1_700_000_000_000,
+        started_ms: 1_699_999_999_000,
+        beat_ms: 500,
         host: "host-1".into(),
         pid: 4_242,
         provider: Provider::RunPod,
@@ -232,6 +237,8 @@ fn heartbeat() -> Heartbeat {
             last_audio_seq: Some(44),
             final_index: Some(3),
             progress: None,
+            suspect: true,
+            crashes: 1,
         }],
         given_up: Vec::new(),
         models: vec![ModelState {
@@ -247,10 +254,12 @@ fn heartbeat() -> Heartbeat {
             vad: VadKind::Silero,
             ms_since_progress: 0,
             restarts: 1,
+            crashes: 1,
             decode_rate: Some(20.5),
             decode_rate_age_ms: Some(900),
         },
-        draining: false,
+        draining: true,
+        drain: Some(DrainNotice { why: "sigterm".into(), until_ms: Some(1_700_000_010_000) }),
         price_per_hour: Some(1.99),
         version: "0.1.0".into(),
     }
@@ -282,6 +291,9 @@ fn record() -> SessionRecord {
         opened_ms: 1_700_000_000_000,
         changed_ms: 1_700_000_000_500,
         ended_seq: Some(44),
+        suspect: true,
+        crashes: 2,
+        displaced_from: Some(worker()),
     }
 }
 
@@ -332,6 +344,8 @@ fn job_record() -> JobRecord {
         result: Some("object://asr_media/result/job-1/4d1f0c.json".into()),
         duration_ms: Some(60_000),
         expired: true,
+        suspect: true,
+        deaths: 2,
     }
 }
 
@@ -350,6 +364,8 @@ fn smallest_job_record() -> JobRecord {
         result: None,
         duration_ms: None,
         expired: false,
+        suspect: false,
+        deaths: 0,
         ..job_record()
     }
 }
@@ -364,6 +380,7 @@ fn work_item() -> WorkItem {
         options: options(),
         submitted_ms: 1_700_000_000_000,
         assigned_ms: 1_700_000_000_500,
+        suspect: true,
     }
 }
 
@@ -425,6 +442,7 @@ fn jobs_are_pinned() {
         progress: Some(progress()),
         ahead: Some(3),
         why: Some("every job slot is taken".into()),
+        candidates: serde_json::json!([{"gpu_id": "gpu-7f3a", "refused": "no_slot"}]),
     };
     json("job_status", &status);
     let summary = JobSummary {
@@ -438,6 +456,7 @@ fn jobs_are_pinned() {
         gpu_id: Some(worker().gpu_id),
         progress: Some(progress()),
         error: Some(Failure::new(FailureClass::BadAudio, "the container has no audio track")),
+        ahead: Some(2),
     };
     json("job_list", &JobList { jobs: vec![summary], total: 7 });
     json("job_result", &job_result());
@@ -458,6 +477,8 @@ fn a_heartbeat_that_speaks_of_jobs_is_pinned_json() {
         last_audio_seq: Some(75),
         final_index: Some(3),
         progress: Some(progress()),
+        suspect: false,
+        crashes: 0,
     };
     let given_up = GivenUp {
         kind: Kind::Job,
@@ -509,6 +530,7 @@ fn what_people_may_look_at_is_pinned_json() {
         last_final: Some(3),
         last_audio_seq: Some(44),
         why: vec!["gpu-7f3a: no slot".into()],
+        candidates: serde_json::json!([{"gpu_id": "gpu-7f3a", "refused": "no_slot"}]),
     };
     json("session_status", &status);
     json(
@@ -524,6 +546,18 @@ fn what_people_may_look_at_is_pinned_json() {
             sessions_assigned: 2,
             jobs_queued: 3,
             jobs_assigned: 1,
+            dead: vec![worker()],
+            services: vec![ServiceStatus {
+                service: "asr".into(),
+                gpus: vec![GpuRole {
+                    gpu_id: worker().gpu_id,
+                    role: Role::StandingIn,
+                    health: Some(WorkerHealth::Alive),
+                    standing_in_for: Some(GpuId::new("gpu-0").expect("id")),
+                }],
+                memory_limit_percent: 90,
+                preload: vec!["micro.en".into()],
+            }],
         },
     );
 }
@@ -548,9 +582,19 @@ fn requests_and_answers_are_pinned_json() {
     let refusal =
         Failure { retry_after_ms: Some(2_000), ..Failure::new(FailureClass::NoCapacity, "No GPU resources available") };
     json("reply_refused", &Reply::<Opened>::Error(refusal.clone()));
-    let assignment = Assignment { kind: Kind::Session, id: stream("call-7"), epoch: 2, options: options() };
+    let assignment = Assignment {
+        kind: Kind::Session,
+        id: stream("call-7"),
+        epoch: 2,
+        options: options(),
+        suspect: true,
+        crashes: 1,
+    };
     json("control_assign", &ControlRequest::Assign(assignment));
-    json("control_release", &ControlRequest::Release { kind: Kind::Session, id: stream("call-7"), epoch: 2 });
+    json(
+        "control_release",
+        &ControlRequest::Release { kind: Kind::Session, id: stream("call-7"), epoch: 2, finish_ms: 2_000 },
+    );
     json("control_cancel", &ControlRequest::Cancel { kind: Kind::Job, id: stream("job-1") });
     json("control_prewarm", &ControlRequest::Prewarm { model: "micro.en".into() });
     json("control_drain", &ControlRequest::Drain { deadline_ms: 10_000 });
@@ -558,6 +602,43 @@ fn requests_and_answers_are_pinned_json() {
     json("control_reply_refused", &ControlReply::Refused(refusal));
     let done = codec::to_json(&ControlReply::Done).expect("encodes");
     assert_eq!(done, b"\"done\"");
+}
+
+#[test]
+fn drains_and_dead_letters_are_pinned_json() {
+    let gpu_id = worker().gpu_id;
+    json("drained", &Reply::Ok(Drained { workers: vec![worker()], sessions: 3, jobs: 1 }));
+    let request = DrainRequest { gpu_id: gpu_id.clone(), deadline_ms: Some(60_000) };
+    let text = codec::to_json(&request).expect("encodes");
+    assert_eq!(String::from_utf8_lossy(&text), r#"{"gpu_id":"gpu-7f3a","deadline_ms":60000}"#);
+    assert!(serde_json::from_str::<DrainRequest>(r#"{"gpu_id":"g","until":1}"#).is_err());
+    let parked = DeadLetter {
+        kind: Kind::Session,
+        id: stream("call-7"),
+        error: Failure::new(FailureClass::EngineCrash, "the engine crashed 3 times on this window"),
+        at_ms: 1_700_000_009_000,
+        origin: Origin {
+            gpu_id: Some(gpu_id),
+            incarnation: Some(worker().incarnation),
+            epoch: Some(2),
+            dispatcher: Some("d1".into()),
+        },
+        attempts: 3,
+        audio: Some(AudioRange { from_seq: 40, to_seq: 44 }),
+        record: None,
+        request: None,
+    };
+    json("dead_session", &parked);
+    let failed = DeadLetter { kind: Kind::Job, audio: None, record: Some(job_record()), ..parked.clone() };
+    json("dead_job", &failed);
+    let request = RefusedRequest {
+        seq: 17,
+        content_type: Some("application/json".into()),
+        body_bytes: 4,
+        body: Some("{hi}".into()),
+        body_base64: Some(Inline(Bytes::from_static(&[0, 1, 254, 255]))),
+    };
+    json("dead_request", &DeadLetter { request: Some(request), record: None, ..failed });
 }
 
 #[test]

@@ -53,6 +53,8 @@ impl Sources {
             incarnation,
             seq,
             sent_ms: unix_ms(),
+            started_ms: 0,
+            beat_ms: 0,
             host: identity.host.clone(),
             pid: std::process::id(),
             provider: identity.provider,
@@ -64,6 +66,7 @@ impl Sources {
             models,
             engine,
             draining,
+            drain: None,
             price_per_hour: identity.price_per_hour,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }

@@ -158,6 +158,7 @@ impl Engine {
             vad: status.vad,
             ms_since_progress: progress.ms_since_progress,
             restarts: status.restarts,
+            crashes: 0,
             decode_rate: progress.decode_rate,
             decode_rate_age_ms: progress.decode_rate_age_ms,
         };

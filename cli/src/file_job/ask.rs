@@ -53,7 +53,13 @@ pub(crate) async fn status(nats: &Nats, id: &StreamId) -> anyhow::Result<Option<
             let status = |mut record: JobRecord| {
                 // As a dispatcher tells it: without a signature.
                 record.audio = AudioUrl::redacted(&record.audio).to_owned();
-                JobStatus { why: why(&record), record, progress: None, ahead: None }
+                JobStatus {
+                    why: why(&record),
+                    record,
+                    progress: None,
+                    ahead: None,
+                    candidates: serde_json::Value::Null,
+                }
             };
             Ok(record(nats, id).await?.map(status))
         }
@@ -100,6 +106,7 @@ fn from_records(mut records: Vec<JobRecord>, request: &JobListRequest) -> JobLis
         gpu_id: r.worker.map(|w| w.gpu_id),
         progress: None,
         error: r.error,
+        ahead: None,
     };
     JobList { jobs: records.into_iter().map(summary).collect(), total }
 }

@@ -83,9 +83,9 @@ fn is_news(what: What) -> bool {
     use What::*;
     match what {
         Waiting | Rejected | Moved | Lagging | Gap | Reordered | Duplicate | StaleSource | AudioAfterEnd | Degraded
-        | Restored | ChainLost | Ended | Failed | Cancelled => true,
-        Opened | Assigned | Released | Done | Submitted | Expired | Joined | Draining | Dead | Renewed
-        | StreamFilling | Unknown => false,
+        | Restored | ChainLost | Parked | Ended | Failed | Cancelled => true,
+        Opened | Assigned | Released | Done | Submitted | Expired | Joined | Draining | Dead | Renewed | Suspect
+        | Unhealthy | Recovered | StreamFilling | Unknown => false,
     }
 }
 

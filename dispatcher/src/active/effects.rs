@@ -228,7 +228,7 @@ impl Tools {
             }
             Effect::Ask { worker, assignment } => self.ask(worker, *assignment).await,
             Effect::Release { worker, id, epoch } => {
-                let request = ControlRequest::Release { kind: Kind::Session, id: id.clone(), epoch };
+                let request = ControlRequest::Release { kind: Kind::Session, id: id.clone(), epoch, finish_ms: 0 };
                 let done = self.control(&worker, &request).await == AskReply::Taken;
                 Input::Released { worker, id, epoch, done }
             }

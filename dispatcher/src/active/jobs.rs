@@ -277,7 +277,7 @@ impl JobTools {
             // A worker that takes it is told to let go when its heartbeat shows it.
             tracing::warn!(job = %id, gpu = %worker.gpu_id, error = %error, "queued work not taken back");
         }
-        let request = ControlRequest::Release { kind: Kind::Job, id: id.clone(), epoch };
+        let request = ControlRequest::Release { kind: Kind::Job, id: id.clone(), epoch, finish_ms: 0 };
         match workers::control(&self.nats, worker, &request, self.control_timeout).await {
             Ok(ControlReply::Done) => true,
             Ok(reply) => {

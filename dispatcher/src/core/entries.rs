@@ -325,5 +325,8 @@ fn blank_record(id: &StreamId, options: SessionOptions, implicit: bool, now: Mom
         opened_ms: now.unix_ms,
         changed_ms: now.unix_ms,
         ended_seq: None,
+        suspect: false,
+        crashes: 0,
+        displaced_from: None,
     }
 }

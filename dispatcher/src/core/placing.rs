@@ -245,7 +245,14 @@ impl Core {
         if let Some(model) = stand_in {
             options.model = Some(model.to_owned());
         }
-        let assignment = Assignment { kind: Kind::Session, id: id.clone(), epoch: session.record.epoch, options };
+        let assignment = Assignment {
+            kind: Kind::Session,
+            id: id.clone(),
+            epoch: session.record.epoch,
+            options,
+            suspect: session.record.suspect,
+            crashes: session.record.crashes,
+        };
         session.enter(Stage::Asking, now.mono);
         self.effect(Effect::Ask { worker, assignment: Box::new(assignment) });
     }

@@ -67,6 +67,8 @@ impl Core {
             sessions_assigned: count(SessionState::Assigned),
             jobs_queued,
             jobs_assigned,
+            dead: Vec::new(),
+            services: Vec::new(),
         };
         self.answer(call, Answer::Fleet(Box::new(status)));
     }
@@ -152,6 +154,7 @@ impl Core {
             last_final: session.chain.map(|c| c.index),
             last_audio_seq: session.last,
             why: session.why_waiting.iter().map(ToString::to_string).collect(),
+            candidates: serde_json::Value::Null,
         };
         self.answer(call, Answer::Status(Box::new(status)));
     }

@@ -120,6 +120,8 @@ impl Submission {
             result: None,
             duration_ms: None,
             expired: false,
+            suspect: false,
+            deaths: 0,
         }
     }
 }
@@ -162,6 +164,7 @@ pub fn work_item(record: &JobRecord, stand_in: Option<&str>) -> WorkItem {
         options,
         submitted_ms: record.submitted_ms,
         assigned_ms: record.changed_ms,
+        suspect: record.suspect,
     }
 }
 
@@ -207,6 +210,7 @@ pub fn summary(record: JobRecord, progress: Option<JobProgress>) -> JobSummary {
         gpu_id: record.worker.map(|worker| worker.gpu_id),
         progress,
         error: record.error,
+        ahead: None,
     }
 }
 

@@ -50,6 +50,7 @@ fn item(id: &str, epoch: u64) -> Result<WorkItem> {
         options: SessionOptions::default(),
         submitted_ms: 1,
         assigned_ms: 2,
+        suspect: false,
     })
 }
 

@@ -99,7 +99,8 @@ impl Alone {
         epoch: u64,
         options: SessionOptions,
     ) -> Result<ControlReply> {
-        let assignment = Assignment { kind: Kind::Session, id: id(session), epoch, options };
+        let assignment =
+            Assignment { kind: Kind::Session, id: id(session), epoch, options, suspect: false, crashes: 0 };
         self.ask(name, &ControlRequest::Assign(assignment)).await
     }
 
@@ -110,7 +111,7 @@ impl Alone {
     }
 
     async fn release(&self, name: &WorkerName, session: &str, epoch: u64) -> Result<ControlReply> {
-        self.ask(name, &ControlRequest::Release { kind: Kind::Session, id: id(session), epoch }).await
+        self.ask(name, &ControlRequest::Release { kind: Kind::Session, id: id(session), epoch, finish_ms: 0 }).await
     }
 
     async fn end_text(&self, session: &str) -> Result<String> {
@@ -302,6 +303,8 @@ async fn the_worker_has_the_last_word_on_what_it_takes() -> Result<()> {
         kind: Kind::Job,
         id: id("j"),
         epoch: 1,
+        suspect: false,
+        crashes: 0,
         options: SessionOptions::default(),
     });
     assert_eq!(refusal(alone.ask(&name, &job).await?), Some(FailureClass::BadRequest));

@@ -169,6 +169,8 @@ impl Handle {
             last_audio_seq: some(&self.figures.last_audio_seq),
             final_index: some(&self.figures.final_index),
             progress: (self.names.kind == Kind::Job).then(|| self.figures.progress()),
+            suspect: false,
+            crashes: 0,
         }
     }
 

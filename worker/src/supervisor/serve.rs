@@ -208,7 +208,7 @@ impl Supervisor {
         let refused = |class, text: &str| ControlReply::Refused(Failure::new(class, text));
         let reply = match request {
             ControlRequest::Assign(assignment) => self.assign(assignment, sessions),
-            ControlRequest::Release { kind, id, epoch } => {
+            ControlRequest::Release { kind, id, epoch, .. } => {
                 self.release(kind, &id, epoch);
                 ControlReply::Done
             }
@@ -256,7 +256,7 @@ impl Supervisor {
     }
 
     fn assign(&self, assignment: Assignment, sessions: &mut JoinSet<Finished>) -> ControlReply {
-        let Assignment { kind, id, epoch, options } = assignment;
+        let Assignment { kind, id, epoch, options, .. } = assignment;
         if kind != Kind::Session {
             let failure = Failure::new(FailureClass::BadRequest, "jobs come as work items, not by request");
             return ControlReply::Refused(failure);

@@ -135,7 +135,13 @@ impl Core {
             Ask::Submit(submission) if submission.same_as(record) => self.answer_submitted(call, record),
             Ask::Submit(_) => self.refuse(call, another()),
             Ask::Status | Ask::Cancel => {
-                let status = JobStatus { record: request::told(record), progress: None, ahead: None, why: None };
+                let status = JobStatus {
+                    record: request::told(record),
+                    progress: None,
+                    ahead: None,
+                    why: None,
+                    candidates: serde_json::Value::Null,
+                };
                 self.answer(call, Answer::Job(Box::new(status)));
             }
         }
@@ -261,6 +267,7 @@ impl Core {
             progress: self.job_progress(&job.record),
             ahead: self.jobs.book.ahead(&job.record),
             why: self.why_job_waits(job, now),
+            candidates: serde_json::Value::Null,
             record: request::told(&job.record),
         };
         self.answer(call, Answer::Job(Box::new(status)));
