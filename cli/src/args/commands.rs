@@ -100,6 +100,9 @@ pub(crate) struct DemoArgs {
     /// Only start the server and the fleet, and print lines to try on them; Ctrl-C stops all of it
     #[arg(long, conflicts_with_all = ["keep", "json", "call", "speed"])]
     pub(crate) serve: bool,
+    /// Without the second act, in which the worker that has the call is killed
+    #[arg(long)]
+    pub(crate) no_kill: bool,
     /// Folder of the test calls [default: tests/audio of the source tree]
     #[arg(long, value_name = "DIR")]
     pub(crate) audio_dir: Option<PathBuf>,
@@ -215,11 +218,15 @@ pub(crate) struct WatchArgs {
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
   voxfleet status
+  voxfleet status --why call-7
   voxfleet status --json | jq '.workers[].heartbeat.held'")]
 pub(crate) struct StatusArgs {
     /// Ended sessions too
     #[arg(long)]
     pub(crate) all: bool,
+    /// One session or job: where it is, and what spoke for and against each GPU, then and now
+    #[arg(long, value_name = "ID", conflicts_with = "all")]
+    pub(crate) why: Option<StreamId>,
     /// One object
     #[arg(long)]
     pub(crate) json: bool,

@@ -9,7 +9,10 @@ use voxfleet_schema::{
     session::{OptionError, SessionOptions},
 };
 
-use super::commands::{OutputArgs, speed};
+use super::{
+    commands::{OutputArgs, speed},
+    dead::DeadArgs,
+};
 use crate::formats::Format;
 
 /// Options that have flags of their own, for live audio and recordings alike.
@@ -178,6 +181,8 @@ pub(crate) enum JobsCommand {
   voxfleet jobs result call-17
   voxfleet jobs result call-17 -f srt -o call-17.srt")]
     Result(ResultArgs),
+    /// What could not be done and was set aside: jobs that failed for good, parts of sessions that crashed the engine
+    Dead(DeadArgs),
 }
 
 #[derive(Debug, Clone, Args)]
@@ -295,8 +300,16 @@ pub(crate) struct WerArgs {
     pub(crate) output: OutputArgs,
 }
 
-/// Seconds, or a number with s, m, h or d.
+/// How long a result is kept.
 fn ttl(text: &str) -> Result<u32, String> {
+    match seconds(text)? {
+        seconds if (60..=MAX_RESULT_TTL_S).contains(&seconds) => Ok(seconds),
+        _ => Err("a result is kept for a minute to 30 days".to_owned()),
+    }
+}
+
+/// Seconds, or a number with s, m, h or d.
+pub(super) fn seconds(text: &str) -> Result<u32, String> {
     let (number, unit) = match text.trim_end_matches(|c: char| c.is_ascii_alphabetic()) {
         number if number.len() == text.len() => (number, "s"),
         number => (number, &text[number.len()..]),
@@ -309,11 +322,7 @@ fn ttl(text: &str) -> Result<u32, String> {
         _ => return Err("expected a time such as 90s, 30m, 12h or 7d".to_owned()),
     };
     let seconds = number.parse::<u32>().ok().and_then(|n| n.checked_mul(unit));
-    match seconds {
-        Some(seconds) if (60..=MAX_RESULT_TTL_S).contains(&seconds) => Ok(seconds),
-        Some(_) => Err("a result is kept for a minute to 30 days".to_owned()),
-        None => Err("expected a time such as 90s, 30m, 12h or 7d".to_owned()),
-    }
+    seconds.ok_or_else(|| "expected a time such as 90s, 30m, 12h or 7d".to_owned())
 }
 
 #[cfg(test)]

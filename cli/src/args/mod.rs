@@ -1,6 +1,8 @@
 //! What can be typed. Nothing here decides anything: [`crate::invocation`] turns it into what is meant.
 
 mod commands;
+mod dead;
+mod drain;
 #[cfg(all(test, feature = "bench"))]
 mod examples;
 mod job;
@@ -11,6 +13,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 pub(crate) use commands::*;
+pub(crate) use dead::*;
+pub(crate) use drain::*;
 pub(crate) use job::*;
 pub(crate) use models::*;
 
@@ -81,8 +85,10 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Follow transcripts: partials turning into finals
     Watch(WatchArgs),
-    /// Workers and sessions as they are now
+    /// Workers and sessions as they are now, or why one of them is where it is
     Status(StatusArgs),
+    /// Take a GPU out of the fleet: what it holds goes elsewhere, then its worker ends
+    Drain(DrainArgs),
     /// Models of this machine: list, pull, verify, remove
     Models(ModelsArgs),
     /// Which models and how many sessions fit on this device

@@ -28,7 +28,7 @@ use voxfleet_worker::{engine::direct::transcribe_log, ipc::StartPoint};
 use super::{
     memory::{Processes, Sampled},
     pipeline::Kind,
-    progress, recording, rounded, route,
+    progress, processes, recording, rounded,
 };
 
 /// Beyond the time the direct call took, or for the first job of a worker.
@@ -230,7 +230,7 @@ async fn long_file(hours: f64) -> Result<Value> {
     let fleet = Fleet::builder().workers(1).slots(1).engine(kind.engine()).set("worker.job_slots", 1);
     let fleet = fleet.set("worker.decode_states", 1).start().await?;
     let store = Store::connect(&fleet).await?;
-    let [nats_server, dispatcher, supervisor, _] = route::pids(&fleet);
+    let [nats_server, dispatcher, supervisor, _] = processes::first_pids(&fleet);
     let mut sampled = Sampled::default();
     let work = async {
         progress(&format!("putting {} MB into the object store", bytes >> 20));

@@ -7,9 +7,10 @@
 //! | [`peers`] | text and speed of our engine beside whisper.cpp by itself |
 //! | [`pipeline`] | audio through NATS and the fleet against the same engine called directly, live and ([`jobs`]) as a file |
 //! | [`route`] | added latency from a producer's publish to the engine, and what a fleet saturates at |
+//! | [`scale`] | sessions over more and more workers: what one dispatcher carries, and where its wall is |
 //! | [`startup`] | start-up time of each process, and memory with idle sessions |
 //! | [`probe`] | the engine's door: where latency is measured |
-//! | [`recording`], [`memory`] | long recordings; memory of every process, second by second |
+//! | [`recording`], [`memory`], [`processes`] | long recordings; memory and CPU of every process |
 //!
 //! Each prints a table, or with `--json` one object with fixed field names.
 
@@ -20,8 +21,10 @@ mod memory;
 mod peers;
 mod pipeline;
 mod probe;
+mod processes;
 mod recording;
 mod route;
+mod scale;
 mod startup;
 
 use std::path::PathBuf;
@@ -42,6 +45,7 @@ Examples:
   voxfleet bench peers
   voxfleet bench pipeline --jobs
   voxfleet bench route --sessions 1000 --seconds 30 --json
+  voxfleet bench scale
   voxfleet bench startup")]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
@@ -63,6 +67,8 @@ enum Bench {
     Pipeline(pipeline::PipelineArgs),
     /// Added latency from publish to engine with many sessions, and the rate at which it saturates
     Route(route::RouteArgs),
+    /// Many sessions over many workers: CPU, memory, latency, and where the wall is
+    Scale(scale::ScaleArgs),
     /// Start-up time of each process, memory with idle sessions
     Startup(startup::StartupArgs),
     /// An engine child that notes when each chunk reaches it
@@ -81,6 +87,7 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Peers(args) => peers::run(args).await,
             Bench::Pipeline(args) => pipeline::run(args).await,
             Bench::Route(args) => route::run(args).await,
+            Bench::Scale(args) => scale::run(args).await,
             Bench::Startup(args) => startup::run(args).await,
             Bench::Probe(args) => {
                 tokio::task::spawn_blocking(move || probe::run(&args)).await??;
@@ -174,7 +181,7 @@ fn grid(rows: &[Value]) -> Vec<String> {
 }
 
 /// Fields that name a row.
-const HEADS: [&str; 4] = ["engine", "sessions", "process", "call"];
+const HEADS: [&str; 5] = ["engine", "sessions", "workers", "process", "call"];
 
 /// Three digits behind the point are more than these measurements are good for.
 fn rounded(value: f64) -> f64 {

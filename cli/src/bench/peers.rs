@@ -35,7 +35,7 @@ use super::{
     pipeline::{Kind, log},
     progress,
     recording::{self, Spoken},
-    rounded, route,
+    processes, rounded,
 };
 use crate::wer::{WordErrors, compare};
 
@@ -106,11 +106,11 @@ fn compare_all(args: &PeersArgs, items: &[Item], detector: Option<PathBuf>) -> R
         for (n, item) in items.iter().enumerate() {
             progress(&format!("recording {}, round {round} of {}", item.name, args.rounds));
             for (engine, outcomes) in engines.iter_mut().zip(&mut outcomes) {
-                let (begin, cpu) = (Instant::now(), route::cpu_seconds(std::process::id()));
+                let (begin, cpu) = (Instant::now(), processes::cpu_seconds(std::process::id()));
                 let text = engine.run.transcribe(&item.spoken.pcm).with_context(|| engine.name)?;
                 let seconds = begin.elapsed().as_secs_f64();
                 progress(&format!("  {} {seconds:.2} s", engine.name));
-                let cpu_s = route::cpu_seconds(std::process::id()) - cpu;
+                let cpu_s = processes::cpu_seconds(std::process::id()) - cpu;
                 let before = &outcomes[n];
                 outcomes[n] = match round {
                     1 => Outcome { text, seconds, cpu_s },

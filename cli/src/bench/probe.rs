@@ -8,7 +8,7 @@ use std::{
     io::{ErrorKind, Read as _, Write as _},
     os::{
         fd::{FromRawFd, OwnedFd, RawFd},
-        unix::net::UnixStream,
+        unix::{fs::PermissionsExt as _, net::UnixStream},
     },
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -34,6 +34,18 @@ pub(crate) struct ProbeArgs {
     rest: Vec<String>,
 }
 
+/// What a worker starts instead of itself: the probe, which is an engine with a clock. Each engine reports into a file of
+/// its own in `dir`.
+pub(super) fn engine_script(dir: &Path) -> Result<PathBuf> {
+    let path = dir.join("engine.sh");
+    let (exe, dir) = (std::env::current_exe()?, dir.display());
+    let exe = exe.display();
+    let text = format!("#!/bin/sh\nexec '{exe}' bench probe --report '{dir}'/$$.{REPORT} -- \"$@\"\n");
+    std::fs::write(&path, text)?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
 /// Latencies in microseconds, in buckets that grow by a hundredth.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct Report {
@@ -43,6 +55,7 @@ pub(super) struct Report {
 }
 
 const GROWTH: f64 = 1.01;
+const REPORT: &str = "seen";
 
 impl Report {
     fn note(&mut self, us: u64) {
@@ -69,8 +82,25 @@ impl Report {
         0.0
     }
 
-    pub(super) fn read(path: &Path) -> Option<Self> {
+    fn read(path: &Path) -> Option<Self> {
         serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    }
+
+    /// What all probes of [`engine_script`] in this folder have seen.
+    pub(super) fn read_all(dir: &Path) -> Self {
+        let files = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        let reports = files.filter(|path| path.extension().is_some_and(|e| e == REPORT)).filter_map(|p| Self::read(&p));
+        reports.fold(Self::default(), Self::and)
+    }
+
+    fn and(mut self, other: Self) -> Self {
+        if self.buckets.len() < other.buckets.len() {
+            self.buckets.resize(other.buckets.len(), 0);
+        }
+        self.buckets.iter_mut().zip(&other.buckets).for_each(|(mine, others)| *mine += others);
+        self.count += other.count;
+        self.max_us = self.max_us.max(other.max_us);
+        self
     }
 
     /// A reader sees the old report or the new one, never half of one.

@@ -3,10 +3,12 @@
 #[cfg(feature = "worker")]
 pub(crate) mod audio_decoder;
 pub(crate) mod config;
+mod dead;
 pub(crate) mod decode;
 #[cfg(feature = "dispatcher")]
 mod dispatcher;
 mod doctor;
+mod drain;
 #[cfg(feature = "worker")]
 pub(crate) mod engine;
 mod eval;
@@ -77,6 +79,7 @@ pub(crate) async fn run(command: Command, context: Context) -> anyhow::Result<Ex
         Command::Eval(args) => eval::run(&args),
         Command::Watch(args) => watch::run(&args, &context).await,
         Command::Status(args) => status::run(&args, &context).await,
+        Command::Drain(args) => drain::run(&args, &context).await,
         Command::Models(args) => models::run(&args, &context).await,
         Command::Plan(args) => plan::run(&args, &context).await,
         Command::Doctor(args) => doctor::run(&args, &context).await,

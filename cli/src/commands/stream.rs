@@ -101,7 +101,7 @@ impl Answers {
                     format!("{why} (log entry {seq})")
                 });
             }
-            Seen::Event(_) => {}
+            Seen::Event(_) | Seen::Partial(_) => {}
         }
     }
 

@@ -13,14 +13,21 @@ const SHOWN_LINES: usize = 14;
 /// A final with its words is one line of JSON.
 const SHOWN_COLUMNS: usize = 1_000;
 
-pub(crate) async fn print(url: &str, id: &StreamId, job: &StreamId, paint: Paint) -> anyhow::Result<()> {
+/// `moved`: a session that went to another worker.
+pub(crate) async fn print(
+    url: &str,
+    id: &StreamId,
+    job: &StreamId,
+    moved: Option<&StreamId>,
+    paint: Paint,
+) -> anyhow::Result<()> {
     out("")?;
     let Ok(nats) = find::nats_cli() else {
         out("the `nats` CLI is not here; `sh deploy/bootstrap.sh deps` brings it")?;
         return Ok(());
     };
     out(&paint.bold("the same, seen with the nats CLI:"))?;
-    for arguments in commands(id, job) {
+    for arguments in commands(id, job, moved) {
         out("")?;
         out(&paint.cyan(&format!("$ nats {}", arguments.iter().map(|a| quoted(a)).collect::<Vec<_>>().join(" "))))?;
         let mut command = Command::new(&nats);
@@ -38,9 +45,9 @@ pub(crate) async fn print(url: &str, id: &StreamId, job: &StreamId, paint: Paint
 }
 
 /// `--server` is left out of what is shown: it is this demo's, not the reader's.
-fn commands(id: &StreamId, job: &StreamId) -> Vec<Vec<String>> {
+fn commands(id: &StreamId, job: &StreamId, moved: Option<&StreamId>) -> Vec<Vec<String>> {
     let line = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect();
-    vec![
+    let mut commands = vec![
         line(&["stream", "ls"]),
         line(&["stream", "get", "ASR_TRANSCRIPT", "--last-for", &format!("asr.v1.transcript.session.{id}.final")]),
         line(&["kv", "get", "asr_sessions", id.as_str(), "--raw"]),
@@ -48,7 +55,12 @@ fn commands(id: &StreamId, job: &StreamId) -> Vec<Vec<String>> {
         line(&["object", "ls", "asr_media"]),
         line(&["sub", "asr.v1.heartbeat.*", "--count", "1"]),
         line(&["micro", "list"]),
-    ]
+    ];
+    if let Some(moved) = moved {
+        let subject = format!("asr.v1.event.session.{moved}.moved");
+        commands.push(line(&["stream", "get", "ASR_EVENT", "--last-for", &subject]));
+    }
+    commands
 }
 
 fn quoted(word: &str) -> String {

@@ -1,11 +1,13 @@
 //! `voxfleet demo`: a server, a dispatcher and two workers as real processes here, a test call streamed through them as a
-//! producer would, its transcript growing on the screen, and beside it the same call as a file job; then the figures, and
-//! the same seen through `nats`.
+//! producer would, its transcript growing on the screen, and beside it the same call as a file job; then the figures. In the
+//! second act the worker that has the call is killed in the middle of it. Last, the same seen through `nats`.
 //!
 //! Everything started lives in [`Fleet`], which ends it when dropped: at the end, after an error, at Ctrl-C alike.
 
 mod call;
+mod failover;
 mod inspect;
+mod live;
 pub(crate) mod report;
 
 use std::{
@@ -26,12 +28,11 @@ use voxfleet_harness::{
 };
 use voxfleet_nats::{
     Nats, NatsConfig,
-    transcript::{Chain, Filter},
+    transcript::Chain,
 };
 use voxfleet_schema::{
     id::{Kind, StreamId},
     job::JobResult,
-    transcript::{Final, join_text},
 };
 use voxfleet_worker::WorkerConfig;
 
@@ -40,33 +41,16 @@ use crate::{
     args::{DemoArgs, JobArgs},
     exit::{Exit, OrExit as _},
     file_job::{Step, Wish, outcome, progress::Show, wait},
-    producer::{Producer, ago, due},
     transcript::{
-        follow::{Follow, Followed, follow},
         line::Paint,
+        follow::Seen,
         screen::{Detail, Screen, Style, object, out},
     },
 };
 use call::Call;
+use live::{LAST_WORDS, Live};
 
-/// After the last chunk: the largest window on a busy machine, and then some.
-const LAST_WORDS: Duration = Duration::from_secs(60);
 const STOP: Duration = Duration::from_secs(5);
-
-/// What the live run gave.
-pub(crate) struct Live {
-    pub(crate) finals: Vec<Final>,
-    /// From the end of a final's speech until it was here, in ms.
-    pub(crate) lags_ms: Vec<u64>,
-    pub(crate) wall: Duration,
-}
-
-impl Live {
-    pub(crate) fn text(&self) -> String {
-        let texts: Vec<String> = self.finals.iter().map(Final::text).collect();
-        join_text(texts.iter().map(String::as_str))
-    }
-}
 
 /// What the file job gave.
 pub(crate) struct Recorded {
@@ -142,10 +126,12 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
         (false, true) => Style::Terminal,
         (false, false) => Style::Plain,
     };
+    let mut screen = Screen::new(style, Detail { names: false, words: true, partials: true });
+    let mut nobody = |_: Seen<'_>| ();
     let recording = dir.join(format!("{}.flac", call.name));
     let patience = Duration::from_secs_f64(call.seconds() / speed) + LAST_WORDS;
     let (live, job) = tokio::try_join!(
-        transcribe(&nats, &call, &id, speed, style),
+        live::transcribe(&nats, &call, &id, speed, &mut screen, &mut nobody),
         in_time(patience, "the file job", file_job(&nats, &recording)),
     )?;
     fleet.check_alive()?;
@@ -157,11 +143,22 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
     };
 
     let found = report::Found { call: &call, speed, live: &live, job: &job, offline: &offline };
-    if args.json {
-        object(&found.object())?;
-    } else {
+    if !args.json {
         found.print(paint)?;
-        inspect::print(&fleet.url(), &id, &job.id, paint).await?;
+    }
+    let killed = match args.no_kill {
+        true => None,
+        false => Some(failover::act(&nats, &mut fleet, &call, speed, style, &offline.text).await?),
+    };
+    if args.json {
+        let mut object_found = found.object();
+        if let Some(killed) = &killed {
+            object_found["failover"] = killed.object();
+        }
+        object(&object_found)?;
+    } else {
+        let moved = killed.as_ref().map(|killed| &killed.id);
+        inspect::print(&fleet.url(), &id, &job.id, moved, paint).await?;
     }
     if args.keep {
         let hint = format!("still running: nats --server {} sub 'asr.v1.>'; Ctrl-C stops it", fleet.url());
@@ -223,53 +220,6 @@ async fn in_time<T>(
         Ok(result) => result.with_context(|| what.to_owned()),
         Err(_) => anyhow::bail!("{what} was not done within {} s", patience.as_secs()),
     }
-}
-
-/// Streams the call and follows its transcript to the end final.
-async fn transcribe(nats: &Nats, call: &Call, id: &StreamId, speed: f64, style: Style) -> anyhow::Result<Live> {
-    let mut screen = Screen::new(style, Detail { names: false, words: true, partials: true });
-    let what = Follow { filter: Filter::One(Kind::Session, id.clone()), from_start: false, until_end: true };
-    let (mut finals, mut lags_ms) = (Vec::new(), Vec::new());
-    let begun = tokio::time::Instant::now();
-    let lag = move |ms: u64| Some(ago(begun, ms, speed));
-    let mut seen = |f: &Final| {
-        if let Some(last) = f.segments.last() {
-            lags_ms.push(ago(begun, last.end_ms, speed));
-        }
-        finals.push(f.clone());
-    };
-    let stop = CancellationToken::new();
-    let following = follow(nats, &what, &mut screen, &lag, &mut seen, &stop);
-    let sending = async {
-        send(nats, call, id, speed, begun).await?;
-        // From here on only the last words are awaited; without a bound a broken fleet would hang the demo.
-        tokio::time::sleep(LAST_WORDS).await;
-        Err::<(), _>(anyhow::anyhow!("no end final within {} s of the end of the call", LAST_WORDS.as_secs()))
-    };
-    let followed = tokio::select! {
-        followed = following => followed?,
-        failed = sending => return Err(failed.err().unwrap_or_else(|| anyhow::anyhow!("sending ended"))),
-    };
-    if let Followed::Ended(end) = &followed
-        && let Some(error) = &end.error
-    {
-        anyhow::bail!("the session ended with {error}");
-    }
-    Ok(Live { finals, lags_ms, wall: begun.elapsed() })
-}
-
-async fn send(nats: &Nats, call: &Call, id: &StreamId, speed: f64, begun: tokio::time::Instant) -> anyhow::Result<()> {
-    let mut producer = Producer::new(nats, id.clone(), call.format, Duration::from_secs(30))?;
-    let never = CancellationToken::new();
-    let mut sent = 0;
-    while sent < call.pcm.len() {
-        let end = (sent + call.chunk_bytes()).min(call.pcm.len());
-        tokio::time::sleep_until(due(begun, call.ms_of(end), speed)).await;
-        producer.send(call.pcm.slice(sent..end), false, &never).await?;
-        sent = end;
-    }
-    producer.send(bytes::Bytes::new(), true, &never).await?;
-    Ok(())
 }
 
 /// Politely first: a worker that drains leaves nothing behind. What does not end in time is killed when dropped.

@@ -8,7 +8,10 @@ use voxfleet_nats::{
     retry::Backoff,
     transcript::{self, Filter, Read, ReadError, Start},
 };
-use voxfleet_schema::{event::Event, transcript::Final};
+use voxfleet_schema::{
+    event::Event,
+    transcript::{Final, Partial},
+};
 
 use super::{screen::Screen, view::View};
 
@@ -64,10 +67,12 @@ pub(crate) async fn follow(
 pub(crate) enum Seen<'a> {
     /// New, each once.
     Final(&'a Final),
+    /// As it came, old epochs and all.
+    Partial(&'a Partial),
     Event(&'a Event),
 }
 
-/// `seen` is told every new final and every event.
+/// `seen` is told every new final, every partial and every event.
 pub(crate) async fn follow_all(
     nats: &Nats,
     what: &Follow,
@@ -115,6 +120,7 @@ pub(crate) async fn follow_all(
                 if let Some(news) = view.on_partial(&read.value) {
                     screen.show(&news, None)?;
                 }
+                seen(Seen::Partial(&read.value));
             }
             () = tokio::time::sleep(CATCH_UP), if !caught_up => caught_up = true,
         }

@@ -11,7 +11,7 @@ use voxfleet_schema::id::StreamId;
 
 use super::{
     line::{self, Paint},
-    view::News,
+    view::{Move, News},
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,6 +105,13 @@ impl Screen {
                 bar.tick();
                 Ok(())
             }
+            News::Moved(told) => {
+                if let Some(bar) = self.open.remove(&told.id) {
+                    bar.finish_and_clear();
+                }
+                let from = told.from.as_deref().unwrap_or("-");
+                self.moved(Some(from), &told.id, &told.to, told.epoch)
+            }
             News::Event(event) => self.line(&line::of_event(event, self.paint)),
         }
     }
@@ -124,11 +131,15 @@ impl Screen {
 
     /// A line that stays, above whatever is redrawn.
     pub(crate) fn line(&self, text: &str) -> io::Result<()> {
-        match self.style {
-            Style::Terminal => self.multi.println(text),
-            Style::Plain | Style::Json => out(text),
-            Style::Silent => Ok(()),
-        }
+        self.voice().line(text)
+    }
+
+    pub(crate) fn voice(&self) -> Voice {
+        Voice { style: self.style, multi: self.multi.clone() }
+    }
+
+    pub(crate) fn paint(&self) -> Paint {
+        self.paint
     }
 
     fn objects(&self, news: &News<'_>, lag_ms: Option<u64>) -> io::Result<()> {
@@ -149,7 +160,28 @@ impl Screen {
                 moved(moved_from, &new.id, new.gpu_id.as_str(), new.epoch)?;
                 if self.detail.partials { object(&json!({"type": "partial", "partial": new})) } else { Ok(()) }
             }
+            News::Moved(Move { id, from, to, epoch }) => {
+                object(&json!({"type": "moved", "id": id, "from": from, "to": to, "epoch": epoch}))
+            }
             News::Event(event) => object(&json!({"type": "event", "event": event})),
+        }
+    }
+}
+
+/// Says lines beside a [`Screen`] that somebody else draws on.
+#[derive(Clone)]
+pub(crate) struct Voice {
+    style: Style,
+    multi: MultiProgress,
+}
+
+impl Voice {
+    /// A line that stays, above whatever is redrawn.
+    pub(crate) fn line(&self, text: &str) -> io::Result<()> {
+        match self.style {
+            Style::Terminal => self.multi.println(text),
+            Style::Plain | Style::Json => out(text),
+            Style::Silent => Ok(()),
         }
     }
 }

@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 
 use voxfleet_schema::{
-    event::{Event, What},
-    id::StreamId,
+    event::{Event, Scope, What},
+    id::{Kind, StreamId},
     transcript::{Final, Partial},
 };
 
@@ -17,6 +17,8 @@ struct Session {
     /// Index of the last final shown.
     index: Option<u64>,
     gpu: Option<String>,
+    /// Epoch of the last move told.
+    moved: u64,
     /// Range of the newest partial since that final.
     partial_to: u64,
 }
@@ -24,7 +26,7 @@ struct Session {
 /// State of everything shown so far.
 #[derive(Debug, Default)]
 pub(crate) struct View {
-    sessions: BTreeMap<StreamId, Session>,
+    sessions: BTreeMap<(Kind, StreamId), Session>,
 }
 
 /// What to show for one message.
@@ -32,12 +34,23 @@ pub(crate) struct View {
 pub(crate) enum News<'a> {
     Final { new: &'a Final, moved_from: Option<String> },
     Partial { new: &'a Partial, moved_from: Option<String> },
+    /// Told by the dispatcher before anything of the new owner came: what the old one was at is void.
+    Moved(Move),
     Event(&'a Event),
+}
+
+/// A session that has another owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Move {
+    pub(crate) id: StreamId,
+    pub(crate) from: Option<String>,
+    pub(crate) to: String,
+    pub(crate) epoch: u64,
 }
 
 impl View {
     pub(crate) fn on_final<'a>(&mut self, new: &'a Final) -> Option<News<'a>> {
-        let session = self.sessions.entry(new.id.clone()).or_default();
+        let session = self.sessions.entry((new.kind, new.id.clone())).or_default();
         if session.index.is_some_and(|last| new.index <= last) {
             return None;
         }
@@ -48,7 +61,7 @@ impl View {
     }
 
     pub(crate) fn on_partial<'a>(&mut self, new: &'a Partial) -> Option<News<'a>> {
-        let session = self.sessions.entry(new.id.clone()).or_default();
+        let session = self.sessions.entry((new.kind, new.id.clone())).or_default();
         // None sorts below every index: a partial before the first final.
         if new.epoch < session.epoch || new.after_index < session.index {
             return None;
@@ -63,18 +76,53 @@ impl View {
     }
 
     pub(crate) fn on_event<'a>(&mut self, new: &'a Event) -> Option<News<'a>> {
-        Some(News::Event(new)).filter(|_| is_news(new.what))
+        match self.on_move(new) {
+            Some(told) => told.map(News::Moved),
+            None => Some(News::Event(new)).filter(|_| is_news(new.what)),
+        }
+    }
+
+    /// None: it is no move. Some(None): one that was told already.
+    fn on_move(&mut self, new: &Event) -> Option<Option<Move>> {
+        let kind = match new.scope {
+            Scope::Session => Kind::Session,
+            Scope::Job => Kind::Job,
+            Scope::Fleet | Scope::Unknown => return None,
+        };
+        let (What::Moved, Some(epoch), Some(to), Ok(id)) =
+            (new.what, new.epoch, new.gpu_id.clone(), StreamId::new(new.id.as_str()))
+        else {
+            return None;
+        };
+        let session = self.sessions.entry((kind, id.clone())).or_default();
+        if epoch <= session.moved {
+            return Some(None);
+        }
+        session.moved = epoch;
+        if epoch > session.epoch {
+            (session.epoch, session.gpu, session.partial_to) = (epoch, Some(to.clone()), 0);
+        }
+        let from = new.detail["from"]["gpu_id"].as_str().map(str::to_owned);
+        Some(Some(Move { id, from, to, epoch }))
     }
 }
 
 impl Session {
     /// Takes note of who speaks; returns the former owner when it changed.
     fn owner(&mut self, epoch: u64, gpu: &str) -> Option<String> {
-        self.epoch = self.epoch.max(epoch);
+        // A former owner's last final may come after the news of the move.
+        if epoch < self.epoch {
+            return None;
+        }
+        self.epoch = epoch;
         if self.gpu.as_deref() == Some(gpu) {
             return None;
         }
-        self.gpu.replace(gpu.to_owned())
+        let from = self.gpu.replace(gpu.to_owned());
+        if from.is_some() {
+            self.moved = epoch;
+        }
+        from
     }
 }
 
@@ -146,11 +194,58 @@ pub(crate) mod tests {
         assert!(matches!(view.on_final(&next), Some(News::Final { moved_from: None, .. })));
     }
 
+    fn a_move(epoch: u64, from: &str, to: &str) -> Event {
+        let mut event = Event::new(Scope::Session, "s", What::Moved, 0);
+        (event.epoch, event.gpu_id) = (Some(epoch), Some(to.to_owned()));
+        event.detail = json!({"from": {"gpu_id": from, "incarnation": "i"}, "to": {"gpu_id": to, "incarnation": "j"}});
+        event
+    }
+
+    #[test]
+    fn the_news_of_a_move_makes_what_the_old_owner_was_at_void() {
+        let mut view = View::default();
+        view.on_final(&a_final(0, 1, "a", "x"));
+        assert!(view.on_partial(&a_partial(Some(0), 1, "a", 30_000)).is_some());
+        let told = a_move(2, "a", "b");
+        let want = Move { id: StreamId::new("s").expect("id"), from: Some("a".into()), to: "b".into(), epoch: 2 };
+        assert_eq!(view.on_event(&told), Some(News::Moved(want)));
+        assert_eq!(view.on_event(&told), None, "read twice");
+        assert!(view.on_partial(&a_partial(Some(0), 1, "a", 32_000)).is_none(), "of the old epoch");
+        // Its last final was on its way; the new owner starts over, and nobody hears of the move again.
+        let last = a_final(1, 1, "a", "y");
+        assert!(matches!(view.on_final(&last), Some(News::Final { moved_from: None, .. })));
+        let partial = a_partial(Some(1), 2, "b", 33_000);
+        assert!(matches!(view.on_partial(&partial), Some(News::Partial { moved_from: None, .. })));
+    }
+
+    #[test]
+    fn a_move_that_the_new_owner_has_shown_is_not_told_again() {
+        let mut view = View::default();
+        view.on_final(&a_final(0, 1, "a", "x"));
+        let partial = a_partial(Some(0), 2, "b", 20_000);
+        assert!(matches!(view.on_partial(&partial), Some(News::Partial { moved_from: Some(from), .. }) if from == "a"));
+        assert_eq!(view.on_event(&a_move(2, "a", "b")), None);
+        assert!(view.on_event(&a_move(3, "b", "a")).is_some(), "the next one");
+        // Whoever began to read after it had spoken has seen no move yet.
+        let mut late = View::default();
+        assert!(matches!(late.on_partial(&partial), Some(News::Partial { moved_from: None, .. })));
+        assert!(matches!(late.on_event(&a_move(2, "a", "b")), Some(News::Moved(_))));
+    }
+
+    #[test]
+    fn a_session_and_a_job_of_one_name_are_two() {
+        let mut view = View::default();
+        let (session, mut job) = (a_final(0, 1, "a", "x"), a_final(0, 1, "b", "y"));
+        job.kind = Kind::Job;
+        assert!(view.on_final(&session).is_some());
+        assert!(matches!(view.on_final(&job), Some(News::Final { moved_from: None, .. })));
+    }
+
     #[test]
     fn bookkeeping_events_are_not_news() {
         let mut view = View::default();
-        let event = |what| Event::new(voxfleet_schema::event::Scope::Session, "s", what, 0);
-        assert!(view.on_event(&event(What::Moved)).is_some());
+        let event = |what| Event::new(Scope::Session, "s", what, 0);
+        assert!(view.on_event(&event(What::Moved)).is_some(), "from a newer version, perhaps");
         assert!(view.on_event(&event(What::Assigned)).is_none());
     }
 }
