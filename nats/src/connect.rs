@@ -50,6 +50,7 @@ pub struct Nats {
 }
 
 struct Inner {
+    config: NatsConfig,
     client: Client,
     /// For everything that awaits its answer.
     js: jetstream::Context,
@@ -98,6 +99,7 @@ impl Nats {
             .build(client.clone());
         Ok(Nats {
             inner: Arc::new(Inner {
+                config: config.clone(),
                 client,
                 js,
                 subjects: Subjects::new(&config.prefix),
@@ -108,6 +110,11 @@ impl Nats {
                 stop: CancellationToken::new(),
             }),
         })
+    }
+
+    /// Another connection of the same kind: what waits in one does not hold up the other. It is closed by itself.
+    pub async fn sibling(&self, name: &str) -> Result<Nats, ConnectError> {
+        Nats::connect(&self.inner.config, name).await
     }
 
     /// Time to the server and back. Needs permission to publish to inboxes of one's own prefix.

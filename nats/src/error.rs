@@ -33,6 +33,9 @@ pub enum ServerError {
 /// The same message id is on its way through a replicated stream at this moment; a moment later it is stored or not.
 const IN_PROCESS: ErrorCode = ErrorCode::STREAM_DUPLICATE_MESSAGE_CONFLICT;
 
+/// Account, server, memory, storage, store (a stream's own limit, or its disk), stream against its account's limit.
+const FULL: [u64; 6] = [10_002, 10_023, 10_028, 10_047, 10_077, 10_122];
+
 impl ServerError {
     /// The server's own error code, where it gave one.
     pub fn code(&self) -> Option<u64> {
@@ -58,6 +61,12 @@ impl ServerError {
     /// 10071, or 10164 while another fenced publish is in flight on a replicated stream: the expected sequence was wrong.
     pub fn is_conflict(&self) -> bool {
         matches!(self.code(), Some(10_071 | 10_164))
+    }
+
+    /// There is no room: a stream or the account is at its limit, or the server's store or memory is. Nothing that was
+    /// acknowledged before is lost by it; the same request succeeds once something expires or somebody makes room.
+    pub fn is_full(&self) -> bool {
+        self.code().is_some_and(|code| FULL.contains(&code))
     }
 
     pub(crate) fn is_code(&self, code: ErrorCode) -> bool {
@@ -135,5 +144,30 @@ impl From<async_nats::PublishError> for ServerError {
 impl From<async_nats::SubscribeError> for ServerError {
     fn from(error: async_nats::SubscribeError) -> Self {
         ServerError::Request(Box::new(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(code: u16, err_code: u64) -> ServerError {
+        let json = serde_json::json!({"code": code, "err_code": err_code, "description": "x"});
+        let error: jetstream::Error = serde_json::from_value(json).expect("an error of the server");
+        error.into()
+    }
+
+    #[test]
+    fn no_room_is_told_from_other_refusals() {
+        for (code, err_code) in
+            [(503, 10_077), (500, 10_047), (503, 10_023), (400, 10_122), (400, 10_002), (500, 10_028)]
+        {
+            assert!(answer(code, err_code).is_full(), "{err_code}");
+        }
+        // Too large, conflict, no stream, no leader, no message.
+        for (code, err_code) in [(400, 10_054), (400, 10_071), (404, 10_059), (503, 10_008), (404, 10_037)] {
+            assert!(!answer(code, err_code).is_full(), "{err_code}");
+        }
+        assert!(!ServerError::Timeout.is_full() && !ServerError::TooLarge.is_full());
     }
 }

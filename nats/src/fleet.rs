@@ -1,9 +1,10 @@
-//! Heartbeats and control requests: core NATS, nothing stored.
+//! Heartbeats and control requests: core NATS, nothing stored. And what waits for each worker in its queues.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
-use async_nats::Subscriber;
+use async_nats::{Subscriber, jetstream::ErrorCode};
 use futures_util::StreamExt;
+use serde::{Deserialize, Serialize};
 use voxfleet_schema::{
     codec::{self, CodecError},
     failure::{Failure, FailureClass},
@@ -11,7 +12,11 @@ use voxfleet_schema::{
     id::WorkerName,
 };
 
-use crate::{Nats, ServerError, raw, subjects::Subject};
+use crate::{
+    Nats, ServerError, raw,
+    subjects::Subject,
+    topology::names::{LIVE, WORK},
+};
 
 #[derive(Debug, thiserror::Error)]
 pub enum FleetError {
@@ -129,5 +134,66 @@ impl ControlResponder {
         let body = codec::to_json(reply).map_err(FleetError::Encode)?;
         let sent = self.nats.client().publish_with_headers(to, raw::json_headers(), body.into()).await;
         Ok(sent.map_err(ServerError::from)?)
+    }
+}
+
+/// What waits for one worker.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Queued {
+    /// Hints not taken yet.
+    pub hints: u64,
+    /// Jobs given to it, those it works on included.
+    pub jobs: u64,
+}
+
+/// What waits for each worker, as its streams tell; a worker for which nothing waits is left out. A stream that is missing
+/// holds nothing.
+pub async fn queued(nats: &Nats) -> Result<BTreeMap<WorkerName, Queued>, ServerError> {
+    let mut found: BTreeMap<WorkerName, Queued> = BTreeMap::new();
+    for stream in [LIVE, WORK] {
+        for (subject, count) in subjects_of(nats, stream).await? {
+            match nats.subjects().parse(&subject) {
+                Some(Subject::Live { worker, .. }) => found.entry(worker).or_default().hints += count,
+                Some(Subject::WorkItem { worker, .. }) => found.entry(worker).or_default().jobs += count,
+                _ => {}
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Every subject of a stream with the number of its messages, page by page.
+async fn subjects_of(nats: &Nats, stream: &str) -> Result<BTreeMap<String, u64>, ServerError> {
+    #[derive(Serialize)]
+    struct Ask {
+        subjects_filter: &'static str,
+        offset: usize,
+    }
+    #[derive(Deserialize)]
+    struct Answer {
+        #[serde(default)]
+        total: usize,
+        state: State,
+    }
+    #[derive(Deserialize)]
+    struct State {
+        #[serde(default)]
+        subjects: BTreeMap<String, u64>,
+    }
+    let mut all = BTreeMap::new();
+    let mut offset = 0;
+    loop {
+        let ask = Ask { subjects_filter: ">", offset };
+        let answer: Answer = match raw::api(nats, format!("STREAM.INFO.{stream}"), &ask).await {
+            Ok(answer) => answer,
+            Err(error) if error.is_code(ErrorCode::STREAM_NOT_FOUND) => return Ok(all),
+            Err(error) => return Err(error),
+        };
+        let page = answer.state.subjects.len();
+        offset += page;
+        all.extend(answer.state.subjects);
+        if page == 0 || offset >= answer.total {
+            return Ok(all);
+        }
     }
 }

@@ -7,12 +7,11 @@
 use std::time::Duration;
 
 use async_nats::jetstream::{
-    ErrorCode,
     consumer::{self, AckPolicy, DeliverPolicy, IntoConsumerConfig, pull},
     message::PublishMessage,
 };
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use voxfleet_schema::{
     codec::{self, CONTENT_TYPE, CodecError},
     id::{IdError, StreamId, WorkerName},
@@ -158,7 +157,7 @@ impl JobAck {
     pub async fn done(self) -> Result<(), ServerError> {
         match self.exit {
             Exit::Reply(reply) => ask(&self.nats, reply, Bytes::from_static(b"+ACK")).await,
-            Exit::Stored { seq } => delete(&self.nats, JOBS, seq).await,
+            Exit::Stored { seq } => raw::delete(&self.nats, JOBS, seq).await.map(drop),
         }
     }
 
@@ -393,19 +392,4 @@ async fn ask(nats: &Nats, reply: async_nats::Subject, word: Bytes) -> Result<(),
     let request = async_nats::Request::new().payload(word).timeout(Some(nats.request_timeout()));
     nats.client().send_request(reply, request).await?;
     Ok(())
-}
-
-async fn delete(nats: &Nats, stream: &str, seq: u64) -> Result<(), ServerError> {
-    #[derive(Serialize)]
-    struct Which {
-        seq: u64,
-        no_erase: bool,
-    }
-    #[derive(Deserialize)]
-    struct Done {}
-    match raw::api(nats, format!("STREAM.MSG.DELETE.{stream}"), &Which { seq, no_erase: true }).await {
-        Ok(Done {}) => Ok(()),
-        Err(error) if error.is_code(ErrorCode::NO_MESSAGE_FOUND) => Ok(()),
-        Err(error) => Err(error),
-    }
 }

@@ -12,6 +12,7 @@
 //! | [`topology`] | streams, buckets and worker consumers: created, verified, with the mend for what differs |
 //! | [`log`] | the audio log: next, last, append, tail |
 //! | [`publish`] | hints, events, partials, dead letters |
+//! | [`dead`] | dead letters found again, and put away for good |
 //! | [`claim`] | a worker's capacity-limited pull of hints |
 //! | [`jobs`] | submitted jobs on their way in, work items on their way to a worker |
 //! | [`media`] | the object store: recordings and results |
@@ -30,6 +31,7 @@ pub mod api;
 pub mod claim;
 pub mod config;
 pub mod connect;
+pub mod dead;
 pub mod error;
 mod feed;
 pub mod fleet;

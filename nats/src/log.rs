@@ -26,8 +26,9 @@ pub enum LogError {
     /// Somebody else wrote to this session in between.
     #[error("the session's log has moved on")]
     Conflict,
-    /// `ASR_AUDIO` is at its `max_bytes`; nothing is dropped, so nothing more fits until something expires.
-    #[error("the audio log is full")]
+    /// `ASR_AUDIO` is at its `max_bytes`, or the server that keeps it is out of room; nothing is dropped, so nothing more fits
+    /// until something expires.
+    #[error("the audio log is full, it takes more when older audio expires or somebody gives it room")]
     Full,
     #[error("entry is larger than the log accepts")]
     TooLarge,
@@ -44,7 +45,7 @@ impl From<ServerError> for LogError {
             ServerError::TooLarge => LogError::TooLarge,
             _ if error.is_conflict() => LogError::Conflict,
             _ if error.is_code(ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM) => LogError::TooLarge,
-            _ if error.is_code(ErrorCode::STREAM_STORE_FAILED) => LogError::Full,
+            _ if error.is_full() => LogError::Full,
             _ => LogError::Server(error),
         }
     }

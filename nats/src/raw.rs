@@ -96,6 +96,16 @@ pub(crate) async fn publish(nats: &Nats, subject: String, message: PublishMessag
 
 /// Removes what stands on `filter`, up to the message before `below` where that is given. Gone already is done.
 pub(crate) async fn purge(nats: &Nats, stream: &str, filter: &str, below: Option<u64>) -> Result<(), ServerError> {
+    purge_counted(nats, stream, filter, below).await.map(drop)
+}
+
+/// The same, and how many there were.
+pub(crate) async fn purge_counted(
+    nats: &Nats,
+    stream: &str,
+    filter: &str,
+    below: Option<u64>,
+) -> Result<u64, ServerError> {
     #[derive(Serialize)]
     struct Purge<'a> {
         filter: &'a str,
@@ -103,9 +113,34 @@ pub(crate) async fn purge(nats: &Nats, stream: &str, filter: &str, below: Option
         seq: Option<u64>,
     }
     #[derive(Deserialize)]
+    struct Done {
+        #[serde(default)]
+        purged: u64,
+    }
+    let done: Done = api(nats, format!("STREAM.PURGE.{stream}"), &Purge { filter, seq: below }).await?;
+    Ok(done.purged)
+}
+
+/// The server's words for "there is no such message" when it is asked to delete one.
+const NOT_THERE: [u64; 3] = [10_037, 10_043, 10_057];
+
+/// Removes one message, without writing over its bytes. False: it was not there.
+pub(crate) async fn delete(nats: &Nats, stream: &str, seq: u64) -> Result<bool, ServerError> {
+    #[derive(Serialize)]
+    struct Which {
+        seq: u64,
+        no_erase: bool,
+    }
+    #[derive(Deserialize)]
     struct Done {}
-    let Done {} = api(nats, format!("STREAM.PURGE.{stream}"), &Purge { filter, seq: below }).await?;
-    Ok(())
+    let error = match api(nats, format!("STREAM.MSG.DELETE.{stream}"), &Which { seq, no_erase: true }).await {
+        Ok(Done {}) => return Ok(true),
+        Err(error) => error,
+    };
+    // One of these words stands for any failure, so the message itself is looked for.
+    let gone = error.code().is_some_and(|code| NOT_THERE.contains(&code))
+        && leader_get(nats, stream, &Get { seq: Some(seq), ..Get::default() }).await?.is_none();
+    if gone { Ok(false) } else { Err(error) }
 }
 
 pub(crate) fn json_headers() -> HeaderMap {

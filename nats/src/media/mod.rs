@@ -16,7 +16,6 @@ use std::{
     time::Duration,
 };
 
-use async_nats::jetstream::ErrorCode;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -57,7 +56,7 @@ pub enum MediaError {
 
 impl From<ServerError> for MediaError {
     fn from(error: ServerError) -> Self {
-        if error.is_code(ErrorCode::STREAM_STORE_FAILED) { MediaError::Full } else { MediaError::Server(error) }
+        if error.is_full() { MediaError::Full } else { MediaError::Server(error) }
     }
 }
 
