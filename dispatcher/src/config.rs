@@ -1,7 +1,43 @@
 //! Settings of a dispatcher. Read once, checked as a whole, passed as a value.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde::{Deserialize, Serialize};
 use voxfleet_nats::topology::TopologyConfig;
+use voxfleet_schema::id::GpuId;
+
+/// One service of the fleet map: which GPUs it has, and how it uses them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServiceConfig {
+    /// Its GPUs, by `gpu_id`. No GPU serves two services.
+    pub gpus: Vec<String>,
+    /// GPUs that take its work when one of its own cannot; services may share them.
+    pub reserves: Vec<String>,
+    /// Share of each GPU's memory that it may fill, in percent: what is left is for fragmentation and other tenants.
+    pub memory_limit_percent: u8,
+    /// Models its workers load before anybody asks.
+    pub preload: Vec<String>,
+    /// Whoever asks for one of these models belongs to this service; whoever asks for none, or for one that no service
+    /// lists, to the only service, to the one called `asr`, or to the first without a list.
+    pub models: Vec<String>,
+    /// CPU workers that no service names take its work when no GPU has room, where the session's policy allows that: a slow
+    /// transcript is better than none, unless its owner says otherwise.
+    pub cpu: bool,
+}
+
+impl Default for ServiceConfig {
+    fn default() -> Self {
+        Self {
+            gpus: Vec::new(),
+            reserves: Vec::new(),
+            memory_limit_percent: 90,
+            preload: Vec::new(),
+            models: Vec::new(),
+            cpu: true,
+        }
+    }
+}
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -44,6 +80,11 @@ pub struct DispatcherConfig {
     /// Jobs that wait or run at once; more wait at the door or are refused. With presigned URLs a record is about 2.5 kB:
     /// this many take three quarters of a bucket of 64 MiB, which takes no new ones when four fifths are full.
     pub jobs_max_queued: usize,
+    /// Somebody of a lower priority, live session or job, is overtaken for at most this long by those of the next higher one,
+    /// in s: a batch is done within the hour, however much of higher priority comes.
+    pub jobs_age_s: u64,
+    /// The fleet map, by name of service; empty: every worker serves everything.
+    pub services: BTreeMap<String, ServiceConfig>,
     /// Ended sessions kept in memory for late audio and questions, in s; older ones are read from their key.
     pub keep_ended_s: u64,
 }
@@ -69,6 +110,8 @@ impl Default for DispatcherConfig {
             max_sessions: 20_000,
             max_attempts: 3,
             jobs_max_queued: 20_000,
+            jobs_age_s: 600,
+            services: BTreeMap::new(),
             keep_ended_s: 300,
         }
     }
@@ -102,6 +145,7 @@ impl DispatcherConfig {
             ("max_sessions", self.max_sessions as u64, 1..=10_000_000),
             ("max_attempts", u64::from(self.max_attempts), 1..=100),
             ("jobs_max_queued", self.jobs_max_queued as u64, 1..=10_000_000),
+            ("jobs_age_s", self.jobs_age_s, 1..=86_400),
             ("keep_ended_s", self.keep_ended_s, 1..=86_400),
         ] {
             need(range.contains(&value), {
@@ -123,13 +167,81 @@ impl DispatcherConfig {
             self.min_decode_rate.is_finite() && self.min_decode_rate >= 0.0,
             format!("dispatcher.min_decode_rate: {} is not a number from 0", self.min_decode_rate),
         );
+        problems.extend(service_problems(&self.services));
         problems
     }
+}
+
+fn service_problems(services: &BTreeMap<String, ServiceConfig>) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut taken: BTreeMap<&str, &str> = BTreeMap::new();
+    let mut models: BTreeMap<&str, &str> = BTreeMap::new();
+    for (name, service) in services {
+        if let Err(error) = voxfleet_schema::id::check(name) {
+            problems.push(format!("dispatcher.services.{name}: the name of a service: {error}"));
+        }
+        if !(1..=100).contains(&service.memory_limit_percent) {
+            let percent = service.memory_limit_percent;
+            problems.push(format!("dispatcher.services.{name}.memory_limit_percent: {percent} is outside 1 to 100"));
+        }
+        for gpu in service.gpus.iter().chain(&service.reserves) {
+            if let Err(error) = GpuId::new(gpu.as_str()) {
+                problems.push(format!("dispatcher.services.{name}: gpu_id {gpu:?}: {error}"));
+            }
+        }
+        for gpu in &service.gpus {
+            if let Some(other) = taken.insert(gpu, name) {
+                problems.push(format!("dispatcher.services.{name}.gpus: {gpu} serves {other} already"));
+            }
+        }
+        for model in &service.models {
+            if let Some(other) = models.insert(model, name) {
+                problems.push(format!("dispatcher.services.{name}.models: {model} belongs to {other} already"));
+            }
+        }
+    }
+    for (name, service) in services {
+        let seen: BTreeSet<&String> = service.reserves.iter().collect();
+        if seen.len() < service.reserves.len() {
+            problems.push(format!("dispatcher.services.{name}.reserves: a GPU is named twice"));
+        }
+        for gpu in seen {
+            if let Some(other) = taken.get(gpu.as_str()) {
+                problems.push(format!("dispatcher.services.{name}.reserves: {gpu} serves {other}"));
+            }
+        }
+    }
+    problems
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_map_that_contradicts_itself_is_refused() {
+        let service = |gpus: &[&str], reserves: &[&str], models: &[&str]| {
+            let own = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect();
+            ServiceConfig { gpus: own(gpus), reserves: own(reserves), models: own(models), ..ServiceConfig::default() }
+        };
+        let of = |list: &[(&str, ServiceConfig)]| {
+            service_problems(&list.iter().map(|(n, s)| ((*n).to_owned(), s.clone())).collect())
+        };
+        assert_eq!(of(&[("asr", service(&["a"], &["r"], &["m"])), ("bulk", service(&["b"], &["r"], &["n"]))]), [""; 0]);
+        let limit = ServiceConfig { memory_limit_percent: 0, ..ServiceConfig::default() };
+        for (why, services) in [
+            ("name of a service", vec![("a b", service(&[], &[], &[]))]),
+            ("outside 1 to 100", vec![("asr", limit)]),
+            ("gpu_id", vec![("asr", service(&["a.b"], &[], &[]))]),
+            ("serves asr already", vec![("asr", service(&["a"], &[], &[])), ("bulk", service(&["a"], &[], &[]))]),
+            ("belongs to asr already", vec![("asr", service(&[], &[], &["m"])), ("bulk", service(&[], &[], &["m"]))]),
+            ("named twice", vec![("asr", service(&[], &["r", "r"], &[]))]),
+            ("r serves bulk", vec![("asr", service(&[], &["r"], &[])), ("bulk", service(&["r"], &[], &[]))]),
+        ] {
+            let problems = of(&services);
+            assert!(problems.len() == 1 && problems[0].contains(why), "{why}: {problems:?}");
+        }
+    }
 
     #[test]
     fn defaults_are_good_and_every_mistake_is_named() {

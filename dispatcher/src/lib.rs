@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`config`] | settings |
 //! | [`fleet`] | heartbeats -> joining, alive, suspect, dead, draining, unhealthy |
+//! | [`map`] | which GPU serves which service, which reserve stands in |
 //! | [`routing`] | filter -> score -> pick, with everybody's reasons |
 //! | [`admission`] | who is placed first |
 //! | [`idle`] | when a flush and when an end is due |
@@ -25,6 +26,7 @@ pub mod core;
 pub mod fleet;
 pub mod idle;
 pub mod jobs;
+pub mod map;
 pub mod moment;
 pub mod open;
 pub mod reconcile;

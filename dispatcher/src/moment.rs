@@ -7,7 +7,8 @@ use std::time::Duration;
 pub struct Moment {
     /// Monotonic, since this dispatcher became active.
     pub mono: Duration,
-    /// Unix time in ms, for records and events only; decisions never use it.
+    /// Unix time in ms: for records and events, and for what has to outlive a dispatcher (pauses, expiry, drains). A clock that
+    /// is set delays these; what is decided about silence never uses it.
     pub unix_ms: u64,
 }
 

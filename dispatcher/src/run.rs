@@ -8,6 +8,7 @@ use voxfleet_nats::{
     api::{ApiError, ApiServer},
     kv::KvError,
     lease::{Lease, Standing},
+    retry::Backoff,
     topology::{self, TopologyError},
 };
 
@@ -25,18 +26,10 @@ pub enum DispatcherError {
     Topology(#[from] TopologyError),
     #[error("service api")]
     Api(#[from] ApiError),
-    #[error("cannot read what a predecessor left")]
-    Recover(#[from] KvError),
     #[error("connection is closed")]
     Closed,
     #[error("task {0} ended by itself")]
     TaskEnded(String),
-}
-
-impl From<ServerError> for DispatcherError {
-    fn from(error: ServerError) -> Self {
-        DispatcherError::Recover(KvError::Server(error))
-    }
 }
 
 /// For each word of goodbye to a server that may just have gone.
@@ -54,7 +47,9 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
     } else {
         config.name.clone()
     };
-    let report = topology::ensure(&nats, &config.topology).await?;
+    let Some(report) = make_topology(&nats, &config, &shutdown).await? else {
+        return Ok(());
+    };
     tracing::info!(
         name,
         created = report.created.len(),
@@ -77,6 +72,40 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
     }
     tracing::info!(name, "dispatcher stopped");
     result
+}
+
+/// Streams and buckets, for as long as it takes: servers that are restarted, or elect a leader, are there later. What is
+/// wrong with the configuration stays wrong and is said at once. None: shut down meanwhile.
+async fn make_topology(
+    nats: &Nats,
+    config: &DispatcherConfig,
+    shutdown: &CancellationToken,
+) -> Result<Option<topology::Report>, DispatcherError> {
+    let mut backoff = Backoff::default();
+    loop {
+        let made = shutdown.run_until_cancelled(topology::ensure(nats, &config.topology)).await;
+        match made {
+            None => return Ok(None),
+            Some(Ok(report)) => return Ok(Some(report)),
+            Some(Err(error)) if may_pass(&error) => {
+                tracing::warn!(error = %error, "streams and buckets cannot be made now, trying again");
+            }
+            Some(Err(error)) => return Err(error.into()),
+        }
+        if shutdown.run_until_cancelled(backoff.wait()).await.is_none() {
+            return Ok(None);
+        }
+    }
+}
+
+/// Whether the same may succeed later without anybody changing anything.
+fn may_pass(error: &TopologyError) -> bool {
+    match error {
+        TopologyError::Server(source)
+        | TopologyError::Stream { source, .. }
+        | TopologyError::Consumer { source, .. } => source.is_transient(),
+        _ => false,
+    }
 }
 
 async fn serve(
@@ -124,9 +153,14 @@ async fn stand_by(
             Err(KvError::Server(ServerError::Closed)) => return Err(DispatcherError::Closed),
             Err(error) => {
                 tracing::warn!(error = %error, "lease not readable, trying again");
-                // Its bucket may be gone, and nobody is active to make it again.
-                if let Err(error) = topology::ensure(nats, &config.topology).await {
-                    tracing::warn!(error = %error, "streams and buckets not made");
+                // Its bucket may be gone, and nobody is active to make it again. Not longer than a lease lives: the next
+                // look at it must not wait for what is slow to come back.
+                let made = tokio::time::timeout(ttl, topology::ensure(nats, &config.topology));
+                match shutdown.run_until_cancelled(made).await {
+                    None => return Ok(None),
+                    Some(Ok(Ok(_))) => {}
+                    Some(Ok(Err(error))) => tracing::warn!(error = %error, "streams and buckets not made"),
+                    Some(Err(_)) => tracing::warn!("streams and buckets not made in time"),
                 }
             }
         }
@@ -139,5 +173,20 @@ async fn stand_by(
                 call = api.next() => if call.is_none() { return Err(DispatcherError::Closed) },
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_by_itself_is_waited_for_and_what_is_wrong_is_said() {
+        let stream = |source| TopologyError::Stream { stream: "ASR_AUDIO".to_owned(), source };
+        assert!(may_pass(&stream(ServerError::Timeout)));
+        assert!(may_pass(&TopologyError::Server(ServerError::Timeout)));
+        assert!(!may_pass(&stream(ServerError::Closed)));
+        assert!(!may_pass(&TopologyError::Config(Vec::new())));
+        assert!(!may_pass(&TopologyError::NoJetStream));
     }
 }

@@ -1,6 +1,4 @@
-//! How jobs get in: bare publishes, the API's submits, keys that somebody else wrote; and what is left lying about.
-
-use std::time::Duration;
+//! How jobs get in: bare publishes, the API's submits, keys that somebody else wrote.
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
@@ -9,7 +7,6 @@ use voxfleet_nats::{
     Nats, ServerError,
     jobs::{ClaimError, JobIntake, JobMessage},
     kv::{Bucket, KvError, Records},
-    media::Media,
     retry::Backoff,
 };
 use voxfleet_schema::{
@@ -20,26 +17,18 @@ use voxfleet_schema::{
 
 use super::{
     Input,
-    effects::{describe, unix_ms},
     jobs::{AtTheDoor, Budget, Caller, MAX_KEPT},
 };
 use crate::{
     core::jobs::JobInput,
     jobs::{
-        Submission, decide,
+        Submission,
         request::{Subject, explain_id},
     },
 };
 
 /// Bodies up to this long are read at once; longer ones take milliseconds and go to a thread of their own.
 pub(super) const SHORT_BODY: usize = 16 * 1024;
-/// What nobody asks for any more is looked for this often: it only takes room.
-const TIDY_EVERY: Duration = Duration::from_secs(3_600);
-/// And first this long after a start, when there is less to do: dispatchers that are restarted every hour tidy too.
-const TIDY_FIRST: Duration = Duration::from_secs(300);
-/// Pieces of objects that were never finished.
-const UNFINISHED: Duration = Duration::from_secs(3_600);
-
 /// Reads a request where it disturbs nobody.
 pub(super) async fn read(
     body: Bytes,
@@ -147,44 +136,4 @@ pub(super) async fn keys(nats: Nats, inputs: mpsc::Sender<Input>, stop: Cancella
     };
     stop.run_until_cancelled(listen).await;
     "job keys"
-}
-
-/// Removes objects of jobs that nobody will ask for: of requests that never became jobs, and of workers that lost a race.
-pub(super) async fn tidy(nats: Nats, keep_s: u64, stop: CancellationToken) -> &'static str {
-    let listen = async {
-        let mut pause = TIDY_FIRST;
-        loop {
-            tokio::time::sleep(pause).await;
-            pause = TIDY_EVERY;
-            if let Err(error) = tidy_once(&nats, keep_s).await {
-                tracing::warn!(error, "object store not tidied");
-            }
-        }
-    };
-    stop.run_until_cancelled(listen).await;
-    "tidy"
-}
-
-async fn tidy_once(nats: &Nats, keep_s: u64) -> Result<(), String> {
-    let (media, records) = (Media::new(nats), Records::<JobRecord>::new(nats, Bucket::Jobs));
-    let before_ms = unix_ms().saturating_sub(keep_s * 1_000);
-    let mut removed = 0u64;
-    for object in media.list().await.map_err(|e| describe(&e))? {
-        // A recording may be put long before its job is submitted.
-        let Some(id) = decide::job_of_media(&object.key).filter(|_| object.modified_ms < before_ms) else {
-            continue;
-        };
-        let record = match records.get(id.as_str()).await {
-            Ok(found) => found.map(|v| v.value),
-            // Somebody knows what it is.
-            Err(KvError::Malformed { .. }) => continue,
-            Err(error) => return Err(describe(&error)),
-        };
-        if decide::orphan(&object.key, record.as_ref()) && media.delete(&object.key).await.map_err(|e| describe(&e))? {
-            removed += 1;
-        }
-    }
-    let swept = media.sweep(UNFINISHED).await.map_err(|e| describe(&e))?;
-    tracing::info!(removed, chunks = swept.chunks, "object store tidied");
-    Ok(())
 }

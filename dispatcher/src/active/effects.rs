@@ -26,14 +26,15 @@ use voxfleet_schema::{
 
 use super::{
     Input,
-    fleet_record::{self, FleetRecord, Verdict},
+    fleet_record::{self, FleetRecord},
     jobs::{Caller, JobTools},
     recover,
 };
 use crate::{
     config::DispatcherConfig,
     core::{
-        Admission, Answer, AppendError, AskReply, Effect, Mark, SaveError, WalkEnd, closing_final, jobs::JobEffect,
+        Admission, Answer, AppendError, AskReply, Burial, Effect, Mark, SaveError, WalkEnd, closing_final,
+        jobs::JobEffect,
     },
     open::{Step, Walker},
     sessions::{CallId, ChainMark},
@@ -88,7 +89,7 @@ impl Effects {
         let (hints, hint_queue) = mpsc::channel(WAITING);
         let (events, event_queue) = mpsc::channel(WAITING);
         listeners.spawn(send_hints(publisher.clone(), hint_queue, stop.clone()));
-        let jobs = JobTools::new(nats, config, publisher.clone());
+        let jobs = JobTools::new(nats, config, publisher.clone(), name.into());
         listeners.spawn(send_events(publisher, event_queue, stop));
         let tools = Tools {
             nats: nats.clone(),
@@ -197,6 +198,7 @@ async fn reply(responder: voxfleet_nats::api::ApiResponder, answer: Answer) {
         Answer::Status(status) => responder.reply(&Reply::Ok(*status)).await,
         Answer::Closed(closed) => responder.reply(&Reply::Ok(closed)).await,
         Answer::Fleet(fleet) => responder.reply(&Reply::Ok(*fleet)).await,
+        Answer::Drained(drained) => responder.reply(&Reply::Ok(*drained)).await,
         Answer::Submitted(submitted) => responder.reply(&Reply::Ok(submitted)).await,
         Answer::Job(status) => responder.reply(&Reply::Ok(*status)).await,
         Answer::Jobs(list) => responder.reply(&Reply::Ok(*list)).await,
@@ -227,8 +229,8 @@ impl Tools {
                 Input::Saved { id, result }
             }
             Effect::Ask { worker, assignment } => self.ask(worker, *assignment).await,
-            Effect::Release { worker, id, epoch } => {
-                let request = ControlRequest::Release { kind: Kind::Session, id: id.clone(), epoch, finish_ms: 0 };
+            Effect::Release { worker, id, epoch, finish_ms } => {
+                let request = ControlRequest::Release { kind: Kind::Session, id: id.clone(), epoch, finish_ms };
                 let done = self.control(&worker, &request).await == AskReply::Taken;
                 Input::Released { worker, id, epoch, done }
             }
@@ -269,10 +271,25 @@ impl Tools {
                 tracing::info!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, ?reply, "dead incarnation told to renew");
                 return None;
             }
-            Effect::Bury { heartbeat } => {
-                let verdict = Verdict { at_ms: unix_ms(), by: self.name.to_string() };
-                let written = fleet_record::condemn(&self.fleet, &heartbeat, verdict).await.map_err(|e| describe(&e));
-                Input::Buried { worker: heartbeat.worker(), written }
+            Effect::Bury { worker, heartbeat, revision } => {
+                let heartbeat = heartbeat.map(|h| *h);
+                let written = fleet_record::condemn(&self.fleet, &worker, heartbeat, revision, &self.name).await;
+                let burial = written.unwrap_or_else(|e| Burial::Failed(describe(&e)));
+                Input::Buried { worker, burial }
+            }
+            Effect::Note { heartbeat, revision, drain_until_ms } => {
+                let worker = heartbeat.worker();
+                let result = fleet_record::note(&self.fleet, *heartbeat, revision, drain_until_ms).await;
+                Input::Noted { worker, result }
+            }
+            Effect::Drain { worker, deadline_ms } => {
+                let reply = self.control(&worker, &ControlRequest::Drain { deadline_ms }).await;
+                Input::Drained { worker, reply }
+            }
+            Effect::Prewarm { worker, model } => {
+                let reply = self.control(&worker, &ControlRequest::Prewarm { model: model.clone() }).await;
+                tracing::info!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, model, ?reply, "worker told to load a model");
+                return None;
             }
             Effect::RemoveConsumers { worker } => {
                 if let Err(error) = topology::remove_worker(&self.nats, &worker).await {
@@ -357,13 +374,13 @@ impl Tools {
     }
 
     async fn admit(&self, worker: &WorkerName, heartbeat: &Heartbeat) -> Admission {
-        match fleet_record::admit(&self.fleet, heartbeat).await {
-            Ok(true) => return Admission::Dead,
-            Ok(false) => {}
+        let admission = match fleet_record::admit(&self.fleet, heartbeat).await {
+            Ok(Admission::Dead) => return Admission::Dead,
+            Ok(admission) => admission,
             Err(error) => return Admission::Failed(describe(&error)),
-        }
+        };
         match topology::ensure_worker(&self.nats, worker, heartbeat.job_slots.total).await {
-            Ok(()) => Admission::Ready,
+            Ok(()) => admission,
             Err(error) => Admission::Failed(describe(&error)),
         }
     }

@@ -1,14 +1,28 @@
 //! A worker's key in `asr_fleet`: its heartbeat for people and late joiners, and the verdict once it is dead.
+//!
+//! A verdict is fenced by the revision that its dispatcher wrote last: one that was stopped after it had decided cannot
+//! condemn a worker that its successor has admitted since.
 
 use serde::{Deserialize, Serialize};
 use voxfleet_nats::kv::{KvError, Records};
-use voxfleet_schema::fleet::Heartbeat;
+use voxfleet_schema::{fleet::Heartbeat, id::WorkerName};
+
+use super::effects::unix_ms;
+use crate::core::{Admission, Burial, NoteError};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct FleetRecord {
-    pub(super) heartbeat: Heartbeat,
+    /// None of one that no dispatcher has heard.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) heartbeat: Option<Heartbeat>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) verdict: Option<Verdict>,
+    /// Unix time in ms of this writing, by the dispatcher's clock.
+    #[serde(default)]
+    pub(super) at_ms: u64,
+    /// It was asked to hand over and be gone by this Unix time in ms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) drain_until_ms: Option<u64>,
 }
 
 /// This incarnation is dead, whatever it says later.
@@ -20,34 +34,61 @@ pub(super) struct Verdict {
     pub(super) by: String,
 }
 
-/// Writes the heartbeat unless a verdict stands there; true = it stands.
-pub(super) async fn admit(records: &Records<FleetRecord>, heartbeat: &Heartbeat) -> Result<bool, KvError> {
-    write(records, heartbeat, None).await
-}
-
-/// Writes the verdict, once.
-pub(super) async fn condemn(
-    records: &Records<FleetRecord>,
-    heartbeat: &Heartbeat,
-    verdict: Verdict,
-) -> Result<(), KvError> {
-    write(records, heartbeat, Some(verdict)).await.map(|_| ())
-}
-
-async fn write(
-    records: &Records<FleetRecord>,
-    heartbeat: &Heartbeat,
-    verdict: Option<Verdict>,
-) -> Result<bool, KvError> {
+/// Writes the heartbeat unless a verdict stands there.
+pub(super) async fn admit(records: &Records<FleetRecord>, heartbeat: &Heartbeat) -> Result<Admission, KvError> {
     let key = heartbeat.worker().to_string();
-    let record = FleetRecord { heartbeat: heartbeat.clone(), verdict };
     let found = records.get(&key).await?;
     if found.as_ref().is_some_and(|v| v.value.verdict.is_some()) {
-        return Ok(true);
+        return Ok(Admission::Dead);
     }
-    match found {
+    let drain_until_ms = found.as_ref().and_then(|v| v.value.drain_until_ms);
+    let record = FleetRecord { heartbeat: Some(heartbeat.clone()), verdict: None, at_ms: unix_ms(), drain_until_ms };
+    let revision = match found {
         Some(found) => records.update(&key, &record, found.revision).await?,
         None => records.create(&key, &record).await?,
     };
-    Ok(false)
+    Ok(Admission::Ready { revision, drain_until_ms })
+}
+
+/// Writes the last heartbeat over what this dispatcher wrote before.
+pub(super) async fn note(
+    records: &Records<FleetRecord>,
+    heartbeat: Heartbeat,
+    revision: u64,
+    drain_until_ms: Option<u64>,
+) -> Result<u64, NoteError> {
+    let key = heartbeat.worker().to_string();
+    let record = FleetRecord { heartbeat: Some(heartbeat), verdict: None, at_ms: unix_ms(), drain_until_ms };
+    records.update(&key, &record, revision).await.map_err(|error| match error {
+        KvError::Conflict { .. } => NoteError::Conflict,
+        other => NoteError::Failed(super::effects::describe(&other)),
+    })
+}
+
+/// Writes the verdict, once: over `revision`, or, if none is known, over what is found.
+pub(super) async fn condemn(
+    records: &Records<FleetRecord>,
+    worker: &WorkerName,
+    heartbeat: Option<Heartbeat>,
+    revision: Option<u64>,
+    by: &str,
+) -> Result<Burial, KvError> {
+    let key = worker.to_string();
+    let found = records.get(&key).await?;
+    if found.as_ref().is_some_and(|v| v.value.verdict.is_some()) {
+        return Ok(Burial::Stood);
+    }
+    let (at_ms, by) = (unix_ms(), by.to_owned());
+    let heartbeat = heartbeat.or_else(|| found.as_ref().and_then(|v| v.value.heartbeat.clone()));
+    let record = FleetRecord { heartbeat, verdict: Some(Verdict { at_ms, by }), at_ms, drain_until_ms: None };
+    let written = match (revision, found) {
+        (Some(revision), _) => records.update(&key, &record, revision).await,
+        (None, Some(found)) => records.update(&key, &record, found.revision).await,
+        (None, None) => records.create(&key, &record).await,
+    };
+    match written {
+        Ok(_) => Ok(Burial::Written),
+        Err(KvError::Conflict { .. }) => Ok(Burial::Fenced),
+        Err(error) => Err(error),
+    }
 }

@@ -3,11 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use voxfleet_nats::{
     Nats,
     api::ApiResponder,
+    dead::DeadLetters,
     fleet as workers,
     jobs::{self as queue, JobAck, WorkError},
     kv::{Bucket, KvError, Records},
@@ -16,11 +16,12 @@ use voxfleet_nats::{
     transcript::{Chain, ChainError, Outcome, StoredFinal},
 };
 use voxfleet_schema::{
+    dead::DeadLetter,
     event::{Event, Scope, What},
     failure::{Failure, FailureClass},
     fleet::{ControlReply, ControlRequest},
     id::{Kind, StreamId, WorkerName},
-    job::{Inline, JobListRequest, JobRecord, WorkItem},
+    job::{JobListRequest, JobRecord, JobState, WorkItem},
 };
 
 use super::effects::{describe, unix_ms};
@@ -35,7 +36,7 @@ use crate::{
     jobs::{
         JobMark, Recording,
         decide::{self, Expiry},
-        request,
+        letters, request,
     },
 };
 
@@ -101,31 +102,6 @@ pub(super) struct AtTheDoor {
     pub(super) body_bytes: usize,
 }
 
-/// What `ASR_DEAD` keeps of a request that was refused.
-#[derive(Serialize)]
-struct RefusedLetter<'a> {
-    error: &'a Failure,
-    at_ms: u64,
-    /// Sequence in `ASR_JOBS`.
-    seq: u64,
-    content_type: Option<&'a str>,
-    body_bytes: usize,
-    /// Its first 64 KiB without passwords and queries of URLs, as text or else as base64: its sender's own words, to see what
-    /// was wrong with them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    body: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    body_base64: Option<Inline>,
-}
-
-/// What `ASR_DEAD` keeps of a job that failed: enough to submit it again, but for a signature in its URL.
-#[derive(Serialize)]
-struct FailedLetter<'a> {
-    error: &'a Failure,
-    at_ms: u64,
-    record: JobRecord,
-}
-
 /// Reading all keys takes memory: one list is made at a time, and a few may wait for it.
 #[derive(Clone)]
 struct Lists {
@@ -157,22 +133,27 @@ pub(super) struct JobTools {
     chain: Chain,
     media: Media,
     publisher: Publisher,
+    letters: DeadLetters,
     lists: Lists,
     control_timeout: Duration,
     transcript_s: u64,
+    /// This dispatcher's.
+    name: Arc<str>,
 }
 
 impl JobTools {
-    pub(super) fn new(nats: &Nats, config: &DispatcherConfig, publisher: Publisher) -> Self {
+    pub(super) fn new(nats: &Nats, config: &DispatcherConfig, publisher: Publisher, name: Arc<str>) -> Self {
         Self {
             nats: nats.clone(),
             records: Records::new(nats, Bucket::Jobs),
             chain: Chain::new(nats),
             media: Media::new(nats),
             publisher,
+            letters: DeadLetters::new(nats),
             lists: Lists::new(),
             control_timeout: Duration::from_millis(config.control_timeout_ms),
             transcript_s: config.topology.transcript_max_age_s,
+            name,
         }
     }
 
@@ -199,7 +180,7 @@ impl JobTools {
             }
             JobEffect::Release { worker, id, epoch } => {
                 let done = self.release(&worker, &id, epoch).await;
-                JobInput::Released { worker, id, done }
+                JobInput::Released { worker, id, epoch, done }
             }
             JobEffect::ReadChain { id } => match self.chain.last(Kind::Job, &id).await {
                 Ok(last) => JobInput::Chain { mark: last.map(|s| JobMark::from(&s.value)), id },
@@ -315,18 +296,17 @@ impl JobTools {
         let mut kept = true;
         let failed = mark.end.as_ref().and_then(|end| end.error.as_ref());
         if let Some(error) = failed.filter(|error| error.class != FailureClass::Cancelled) {
-            let letter = FailedLetter { error, at_ms: unix_ms(), record: request::told(record) };
-            kept = self.keep(&record.id, &letter).await?;
+            kept = self.keep(&letters::failed(record, error, &self.name, unix_ms())).await?;
         }
         Ok(ChainEnd { mark, not_kept: !kept })
     }
 
     /// Puts a letter into `ASR_DEAD`. False: that is full, and the job goes on without, or nothing would ever end again.
-    async fn keep<T: Serialize + Sync>(&self, id: &StreamId, letter: &T) -> Result<bool, String> {
-        match self.publisher.dead(Kind::Job, id, letter).await {
+    async fn keep(&self, letter: &DeadLetter) -> Result<bool, String> {
+        match self.publisher.dead(Kind::Job, &letter.id, letter).await {
             Ok(()) => Ok(true),
             Err(PublishError::Server(error)) if error.code() == Some(STORE_FAILED) => {
-                tracing::error!(job = %id, "ASR_DEAD is full, what failed is not kept there");
+                tracing::error!(job = %letter.id, "ASR_DEAD is full, what failed is not kept there");
                 Ok(false)
             }
             Err(error) => Err(describe(&error)),
@@ -342,7 +322,8 @@ impl JobTools {
             None => Ok(nothing),
             Some(Expiry::Later(at)) => Ok(Expired { next_ms: Some(at), told: false }),
             Some(Expiry::Media) => {
-                for key in decide::media_of(&found.value) {
+                let letter = found.value.state == JobState::Failed && self.has_letter(id).await?;
+                for key in decide::media_due(&found.value, letter) {
                     self.media.delete(&key).await.map_err(|e| describe(&e))?;
                 }
                 let next = JobRecord { expired: true, changed_ms: unix_ms(), ..found.value };
@@ -361,6 +342,10 @@ impl JobTools {
                 Ok(nothing)
             }
         }
+    }
+
+    async fn has_letter(&self, id: &StreamId) -> Result<bool, String> {
+        self.letters.any_of(Kind::Job, id).await.map_err(|e| describe(&e))
     }
 
     /// The newest of those asked for, and how many there are.
@@ -408,18 +393,14 @@ impl JobTools {
             None => StreamId::new(NO_NAME).map_err(|e| describe(&e))?,
         };
         tracing::info!(job = %id, seq = at.seq, error = %failure, "published job refused");
-        let body = Bytes::from(request::masked(&at.body));
-        let text = std::str::from_utf8(&body).ok();
-        let letter = RefusedLetter {
-            error: failure,
-            at_ms: unix_ms(),
+        let published = letters::Published {
             seq: at.seq,
             content_type: at.content_type.as_deref(),
+            body: &at.body,
             body_bytes: at.body_bytes,
-            body: text,
-            body_base64: text.is_none().then(|| Inline(body.clone())),
         };
-        let kept = self.keep(&id, &letter).await?;
+        let letter = letters::refused(&id, published, failure, &self.name, unix_ms());
+        let kept = self.keep(&letter).await?;
         let mut event = Event::new(Scope::Job, id.as_str(), What::Rejected, unix_ms());
         event.seq = Some(at.seq);
         event.error = Some(failure.clone());

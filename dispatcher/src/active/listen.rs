@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
     Nats, ServerError,
@@ -16,7 +16,7 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::id::Kind;
 
-use super::{Clock, Input};
+use super::input::{Clock, Input};
 
 /// How often consumers are compared with the fleet: a lost one costs latency only.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
@@ -217,11 +217,21 @@ pub(super) async fn sweep(
     "sweep"
 }
 
-/// Renews the lease; ends when it is another's. `until` says how long it is surely held.
-pub(super) async fn renew(lease: &mut Lease, ttl: Duration, until: watch::Sender<Instant>, stop: CancellationToken) {
+/// Renews the lease, at its pace and when `now` asks for it; ends when it is another's. `until` says how long it is surely
+/// held.
+pub(super) async fn renew(
+    lease: &mut Lease,
+    ttl: Duration,
+    until: watch::Sender<Instant>,
+    now: &Notify,
+    stop: CancellationToken,
+) {
     let renewing = async {
         loop {
-            tokio::time::sleep(ttl / 3).await;
+            tokio::select! {
+                () = tokio::time::sleep(ttl / 3) => {}
+                () = now.notified() => {}
+            }
             let asked = Instant::now();
             match lease.renew().await {
                 Ok(Standing::Leader) => {

@@ -1,4 +1,4 @@
-//! What a predecessor left: open sessions, and how far it had read the log.
+//! What a predecessor left: open sessions and jobs, workers, and how far it had read the log.
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
@@ -6,17 +6,18 @@ use voxfleet_nats::{
     Nats, ServerError,
     kv::{Bucket, KvError, Records},
     log::{AudioLog, LogError},
+    retry::Backoff,
     transcript::{Chain, ChainError},
 };
 use voxfleet_schema::{
-    id::{Kind, StreamId},
+    id::{GpuId, Incarnation, Kind, StreamId, WorkerName},
     job::JobRecord,
     session::{SessionRecord, SessionState},
 };
 
-use super::jobs::last_mark;
+use super::{effects::describe, fleet_record::FleetRecord, jobs::last_mark};
 use crate::{
-    core::{Loaded, jobs::JobLoaded},
+    core::{FleetKey, Loaded, jobs::JobLoaded},
     run::DispatcherError,
     sessions::ChainMark,
 };
@@ -30,16 +31,77 @@ pub(super) struct Cursor {
     pub(super) seq: u64,
 }
 
+/// All that a predecessor left.
+pub(super) struct Left {
+    pub(super) sessions: Vec<Loaded>,
+    /// How far the log was read.
+    pub(super) cursor: u64,
+    pub(super) jobs: Vec<JobLoaded>,
+    /// Ended jobs, and when each is to be looked at.
+    pub(super) ended_jobs: Vec<(StreamId, u64)>,
+    pub(super) fleet: Vec<FleetKey>,
+}
+
+/// Asks until there is an answer: who holds the lease goes on trying, a server that is being restarted answers later. Only
+/// a closed connection is the end.
+async fn patiently<T, E, Fut>(what: &'static str, mut ask: impl FnMut() -> Fut) -> Result<T, DispatcherError>
+where
+    E: Into<KvError>,
+    Fut: Future<Output = Result<T, E>>,
+{
+    let mut backoff = Backoff::default();
+    loop {
+        match ask().await.map_err(Into::into) {
+            Ok(found) => return Ok(found),
+            Err(KvError::Server(ServerError::Closed)) => return Err(DispatcherError::Closed),
+            Err(error) => {
+                tracing::warn!(what, error = %describe(&error), "what a predecessor left cannot be read now, trying again");
+                backoff.wait().await;
+            }
+        }
+    }
+}
+
+/// Reads it, however long that takes.
+pub(super) async fn everything(nats: &Nats, in_flight: usize) -> Result<Left, DispatcherError> {
+    let (sessions, cursor) = open_sessions(nats, in_flight).await?;
+    let (jobs, ended_jobs) = jobs(nats, in_flight).await?;
+    let records: Records<FleetRecord> = Records::new(nats, Bucket::Fleet);
+    let keys = patiently("keys of workers", || records.all()).await?;
+    let fleet = keys.into_iter().filter_map(|(key, v)| {
+        let worker = worker_of(&key)?;
+        Some(FleetKey { worker, revision: v.revision, dead: v.value.verdict.is_some() })
+    });
+    Ok(Left { sessions, cursor, jobs, ended_jobs, fleet: fleet.collect() })
+}
+
+fn worker_of(key: &str) -> Option<WorkerName> {
+    let (gpu_id, incarnation) = key.split_once('.')?;
+    Some(WorkerName { gpu_id: GpuId::new(gpu_id).ok()?, incarnation: Incarnation::new(incarnation).ok()? })
+}
+
 /// Every session that has not ended, with its last final and last log entry; and the cursor.
-pub(super) async fn open_sessions(nats: &Nats, in_flight: usize) -> Result<(Vec<Loaded>, u64), DispatcherError> {
+async fn open_sessions(nats: &Nats, in_flight: usize) -> Result<(Vec<Loaded>, u64), DispatcherError> {
     let cursors: Records<Cursor> = Records::new(nats, Bucket::Control);
-    let from = cursors.get(CURSOR_KEY).await?.map_or(0, |cursor| cursor.value.seq);
+    let from = patiently("cursor", || async {
+        match cursors.get(CURSOR_KEY).await {
+            Ok(cursor) => Ok(cursor.map_or(0, |cursor| cursor.value.seq)),
+            Err(KvError::Malformed { .. }) => {
+                // The whole log is read again: that costs time, and nothing else.
+                tracing::error!("log cursor cannot be read");
+                Ok(0)
+            }
+            Err(error) => Err(error),
+        }
+    })
+    .await?;
     let records: Records<SessionRecord> = Records::new(nats, Bucket::Sessions);
-    let open = records.all().await?.into_iter().map(|(_, v)| v).filter(|v| v.value.state != SessionState::Ended);
+    let all = patiently("keys of sessions", || records.all()).await?;
+    let open = all.into_iter().map(|(_, v)| v).filter(|v| v.value.state != SessionState::Ended);
     let reads = open.map(|v| {
         let (chain, log) = (Chain::new(nats), AudioLog::new(nats));
         async move {
-            let (mark, last) = surroundings(&chain, &log, &v.value.id).await?;
+            let (mark, last) = patiently("session", || surroundings(&chain, &log, &v.value.id)).await?;
             Ok::<_, DispatcherError>(Loaded { record: Some((v.value, v.revision)), chain: mark, last })
         }
     });
@@ -48,13 +110,10 @@ pub(super) async fn open_sessions(nats: &Nats, in_flight: usize) -> Result<(Vec<
 }
 
 /// Every job that has not ended, with its last final; and when each of the others is to be looked at.
-pub(super) async fn jobs(
-    nats: &Nats,
-    in_flight: usize,
-) -> Result<(Vec<JobLoaded>, Vec<(StreamId, u64)>), DispatcherError> {
+async fn jobs(nats: &Nats, in_flight: usize) -> Result<(Vec<JobLoaded>, Vec<(StreamId, u64)>), DispatcherError> {
     let records: Records<JobRecord> = Records::new(nats, Bucket::Jobs);
-    let (ended, open): (Vec<_>, Vec<_>) =
-        records.all().await?.into_iter().map(|(_, v)| v).partition(|v| v.value.state.has_ended());
+    let all = patiently("keys of jobs", || records.all()).await?;
+    let (ended, open): (Vec<_>, Vec<_>) = all.into_iter().map(|(_, v)| v).partition(|v| v.value.state.has_ended());
     // When exactly is decided from the key, when the time of its result is over.
     let ends = |record: &JobRecord| record.ended_ms.unwrap_or(0).saturating_add(u64::from(record.result_ttl_s) * 1_000);
     let ended = ended.into_iter().map(|v| (v.value.id.clone(), ends(&v.value))).collect();
@@ -63,7 +122,7 @@ pub(super) async fn jobs(
         async move {
             // Nobody has worked on it yet.
             let new = v.value.epoch == 0;
-            let mark = if new { None } else { last_mark(&chain, &v.value.id).await? };
+            let mark = if new { None } else { patiently("job", || last_mark(&chain, &v.value.id)).await? };
             Ok::<_, DispatcherError>(JobLoaded { record: Some((v.value, v.revision)), chain: mark })
         }
     });

@@ -172,7 +172,7 @@ impl Core {
         let behind = session.last_audio.is_some_and(|seq| record.ended_seq.is_none_or(|end| seq > end));
         self.charge(id, None);
         if let Some(failure) = refused {
-            self.refuse_opens(id, &failure);
+            self.refuse_opens(id, &failure, now);
         } else {
             self.session_event(id, What::Ended, now, |e| {
                 e.epoch = Some(record.epoch);
@@ -181,11 +181,14 @@ impl Core {
             });
         }
         if let Some(worker) = worker {
-            self.effect(Effect::Release { worker, id: id.clone(), epoch: record.epoch });
+            self.effect(Effect::Release { worker, id: id.clone(), epoch: record.epoch, finish_ms: 0 });
         }
         let walked = self.book.session(id).and_then(|s| s.walker.as_ref().map(|w| w.next_seq()));
         let last_audio = self.book.session(id).and_then(|s| s.last_audio);
-        if behind && last_audio.is_some_and(|seq| walked.is_none_or(|next| seq >= next)) {
+        // Somebody else has written that: he had not read what this one has, which may be audio.
+        let end = record.ended_seq;
+        let unread = end.is_some_and(|end| self.book.session(id).is_some_and(|s| !s.read_to_the_last(end)));
+        if unread || (behind && last_audio.is_some_and(|seq| walked.is_none_or(|next| seq >= next))) {
             self.look_behind_end(id, now);
         } else {
             self.book.let_pass(id);

@@ -12,6 +12,7 @@ use super::{Core, Effect, Loaded};
 use crate::{
     moment::Moment,
     open::{self, ContainerSeen, First, Opener, Rejected},
+    routing::NO_CAPACITY,
     sessions::{Asked, CallId, EntryNote, Known, Loading, Session, Stage},
 };
 
@@ -44,11 +45,25 @@ impl Core {
                 note_entry(session, note, idle_now);
                 if session.ending() {
                     self.entry_behind_end(id, &entry, note, now);
-                } else if session.settled()
-                    && session.state() == SessionState::Assigned
-                    && let Some(worker) = session.record.worker.clone()
-                {
-                    self.effect(Effect::Hint { worker, id: id.clone(), entry, prev });
+                } else if session.revision.is_none() || session.state() == SessionState::Ended {
+                    // Asked for, and its key does not say yet that it is open: whoever takes over reads this again.
+                    if note.audio {
+                        self.book.hold(id, note.seq);
+                    }
+                } else {
+                    // A predecessor that is no more may have sent `ended` for it, and been heard late: until this one has
+                    // written the key, that may stand there when the next one reads it.
+                    let above = session.chain.is_some_and(|c| note.seq > c.to_seq);
+                    let behind_end = note.audio && above && session.end_stands();
+                    if session.settled()
+                        && session.state() == SessionState::Assigned
+                        && let Some(worker) = session.record.worker.clone()
+                    {
+                        self.effect(Effect::Hint { worker, id: id.clone(), entry, prev });
+                    }
+                    if behind_end {
+                        self.book.hold(id, note.seq);
+                    }
                 }
             }
             Some(Known::Loading(_)) => self.entry_while_loading(id, &entry, now),
@@ -80,6 +95,7 @@ impl Core {
                 loading.opener = Some(opener);
                 loading.last_audio = Some(entry.seq);
                 self.book.hold(id, entry.seq);
+                self.waiting.opens(id);
             }
         }
         loading.last = Some(entry.seq);
@@ -107,7 +123,7 @@ impl Core {
     fn no_place(&self) -> Failure {
         Failure {
             retry_after_ms: Some(self.config.retry_after_ms),
-            ..Failure::new(FailureClass::NoCapacity, "No GPU resources available: too many sessions")
+            ..Failure::new(FailureClass::NoCapacity, format!("{NO_CAPACITY}: too many sessions"))
         }
     }
 
@@ -129,6 +145,7 @@ impl Core {
             First::Opens(opener) if loading.opener.is_none() => {
                 loading.opener = Some(opener);
                 self.book.hold(id, entry.seq);
+                self.waiting.opens(id);
             }
             First::Mark if loading.opener.is_none() => loading.bare_mark = Some(entry.seq),
             // Behind a chunk that opens it, it is the engine's to tell.
@@ -163,6 +180,7 @@ impl Core {
 
     /// Key and last final of a session have been read.
     pub fn loaded(&mut self, id: &StreamId, result: Result<Loaded, String>, now: Moment) {
+        self.waiting.opened(id);
         match self.book.get_mut(id) {
             Some(Known::Loading(loading)) => match result {
                 Err(error) => {
@@ -260,7 +278,8 @@ impl Core {
         }
         session.opens.extend(call);
         self.book.insert(id.clone(), Known::Session(Box::new(session)));
-        let Err(failure) = self.place(id, now) else {
+        let placed = self.newcomers_turn(now).and_then(|()| self.place(id, now));
+        let Err(failure) = placed else {
             return;
         };
         if opener.is_some() {
@@ -269,6 +288,7 @@ impl Core {
             // Nothing has been written and nothing was said: the refusal is all there is.
             self.book.remove(id);
             if let Some(call) = call {
+                let failure = self.sent_away(id, &failure, now);
                 self.refuse(call, failure);
             }
         }
@@ -279,11 +299,15 @@ impl Core {
         match self.book.get_mut(id) {
             Some(Known::Session(_)) => self.asks(id, vec![(call, asked)], now),
             Some(Known::Loading(loading)) => loading.asks.push((call, asked)),
-            Some(Known::Container { .. }) | None if full && matches!(asked, Asked::Open(_)) => {
-                let failure = self.no_place();
-                self.refuse(call, failure);
-            }
             Some(Known::Container { .. }) | None => {
+                if let Asked::Open(options) = &asked {
+                    let may = if full { Err(self.no_place()) } else { self.may_open(options, now) };
+                    if let Err(failure) = may {
+                        let failure = self.sent_away(id, &failure, now);
+                        return self.refuse(call, failure);
+                    }
+                    self.waiting.opens(id);
+                }
                 self.load(id, Loading { asks: vec![(call, asked)], ..Loading::default() });
             }
         }

@@ -57,7 +57,7 @@ impl Core {
         self.expiry.looked = now.mono;
         let warn_age = max_age.saturating_sub(TOLD_BEFORE.min(max_age / TOLD_BEFORE_SHARE));
         let (mut failing, mut empty) = (Vec::new(), Vec::new());
-        for id in &self.waiting {
+        for id in self.waiting.iter() {
             let Some(session) = self.book.session(id) else {
                 continue;
             };

@@ -4,31 +4,44 @@
 //! | module | inputs |
 //! |---|---|
 //! | [`entries`] | what the tail reads: first chunks, audio, audio behind an end |
+//! | [`admitting`] | none: who may come in, and who comes next |
 //! | [`placing`] | choosing a worker, writing the record, asking the worker |
 //! | [`endings`] | finals, ends, what stands in the log behind them |
 //! | [`requests`] | the API |
+//! | [`services`] | none: the fleet map |
 //! | [`jobs`] | file jobs: the same again for recordings |
 //! | [`expiry`] | audio that leaves the log before anybody had room, streams that fill up |
-//! | [`upkeep`] | heartbeats, verdicts, idle times, reconciliation |
+//! | [`workers`] | heartbeats, admission, verdicts |
+//! | [`drain`] | a GPU that is to be emptied |
+//! | [`reconciling`] | none: keys against heartbeats, and acting on the difference |
+//! | [`upkeep`] | time: idle sessions, what was lost on the way |
 
+mod admitting;
+mod drain;
 mod endings;
 mod entries;
 mod expiry;
 pub mod jobs;
 mod placing;
+mod reconciling;
 mod requests;
+mod services;
 #[cfg(test)]
 mod tests;
 mod upkeep;
+mod workers;
 
-use std::collections::HashSet;
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use voxfleet_nats::Subjects;
 use voxfleet_schema::{
     audio::RawEntry,
     event::{Event, Scope, What},
     failure::Failure,
-    fleet::{Assignment, FleetStatus, Heartbeat},
+    fleet::{Assignment, Drained, FleetStatus, Heartbeat},
     id::{Kind, StreamId, WorkerName},
     job::{JobList, JobStatus, Submitted},
     session::{Closed, Opened, SessionRecord, SessionState, SessionStatus},
@@ -36,10 +49,13 @@ use voxfleet_schema::{
 };
 
 use crate::{
+    admission::Waiting,
     config::DispatcherConfig,
     fleet::Fleet,
+    map::{Map, Roles},
     moment::{Moment, StreamClock},
     open::{Opener, Rejected, Walker},
+    routing::Roster,
     sessions::{Book, CallId, ChainMark, Known, Session},
 };
 
@@ -72,11 +88,12 @@ pub enum Effect {
         worker: WorkerName,
         assignment: Box<Assignment>,
     },
-    /// -> [`Core::released`].
+    /// Tell a worker to let go; it may store the final it has begun within `finish_ms` -> [`Core::released`].
     Release {
         worker: WorkerName,
         id: StreamId,
         epoch: u64,
+        finish_ms: u32,
     },
     /// Write an entry, fenced where a sequence is given -> [`Core::appended`].
     Append {
@@ -127,9 +144,27 @@ pub enum Effect {
     Renew {
         worker: WorkerName,
     },
-    /// Write the verdict -> [`Core::buried`].
+    /// Write the verdict over this revision of its key, or over what is found there -> [`Core::buried`].
     Bury {
+        worker: WorkerName,
+        heartbeat: Option<Box<Heartbeat>>,
+        revision: Option<u64>,
+    },
+    /// Write its last heartbeat over this revision of its key -> [`Core::noted`].
+    Note {
         heartbeat: Box<Heartbeat>,
+        revision: u64,
+        drain_until_ms: Option<u64>,
+    },
+    /// Tell a worker to hand over and end -> [`Core::drained`].
+    Drain {
+        worker: WorkerName,
+        deadline_ms: u64,
+    },
+    /// Let it load a model that somebody will ask for. Never answered.
+    Prewarm {
+        worker: WorkerName,
+        model: String,
     },
     /// Delete its consumers and what lies there for it.
     RemoveConsumers {
@@ -145,6 +180,7 @@ pub enum Answer {
     Status(Box<SessionStatus>),
     Closed(Closed),
     Fleet(Box<FleetStatus>),
+    Drained(Box<Drained>),
     Submitted(Submitted),
     Job(Box<JobStatus>),
     Jobs(Box<JobList>),
@@ -196,9 +232,32 @@ pub struct WalkEnd {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Admission {
-    Ready,
+    Ready {
+        /// Of its key, just written.
+        revision: u64,
+        /// A predecessor was asked to drain it.
+        drain_until_ms: Option<u64>,
+    },
     /// A verdict stands in the bucket.
     Dead,
+    Failed(String),
+}
+
+/// What became of a verdict.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Burial {
+    Written,
+    /// One stood there before.
+    Stood,
+    /// Somebody else has written its key since: it has been heard there.
+    Fenced,
+    Failed(String),
+}
+
+/// Why a heartbeat was not written to its key, or may not have been.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoteError {
+    Conflict,
     Failed(String),
 }
 
@@ -209,39 +268,65 @@ pub struct Core {
     fleet: Fleet,
     book: Book,
     clock: StreamClock,
-    /// Settled sessions without a worker.
-    waiting: HashSet<StreamId>,
+    /// The fleet as routing sees it.
+    roster: Roster,
+    map: Map,
+    roles: Roles,
+    /// Something has changed that may change who does what.
+    map_due: bool,
+    /// Settled sessions without a worker, and who else wants in.
+    waiting: Waiting,
+    /// When those who wait were last gone through.
+    placed: Duration,
+    /// Workers that refused, and the number of the heartbeat they had sent then.
+    refusals: HashMap<WorkerName, u64>,
     /// Something came free since the last look at them.
     place_due: bool,
-    burying: HashSet<WorkerName>,
+    /// Verdicts being written, since then.
+    burying: HashMap<WorkerName, Duration>,
     /// Their consumers could not be made yet.
     readmit: HashSet<WorkerName>,
     effects: Vec<Effect>,
     expiry: expiry::Expiry,
     /// When the tail last went back.
-    went_back: std::time::Duration,
+    went_back: Duration,
     jobs: jobs::Jobs,
+    drains: drain::Drains,
+    /// A heartbeat showed something that reconciliation need not wait a second for.
+    reconcile_due: bool,
+    reconciled: Duration,
 }
 
 pub(crate) use expiry::closing_final;
+pub use workers::FleetKey;
 
 impl Core {
     pub fn new(config: DispatcherConfig, name: String, subjects: Subjects) -> Self {
+        let jobs = jobs::Jobs::new(Duration::from_secs(config.jobs_age_s));
         Self {
+            map: Map::of(&config.services),
+            roles: Roles::default(),
+            map_due: false,
             config,
             name,
             subjects,
             fleet: Fleet::default(),
             book: Book::default(),
             clock: StreamClock::default(),
-            waiting: HashSet::new(),
+            roster: Roster::default(),
+            waiting: Waiting::default(),
+            placed: Duration::ZERO,
+            refusals: HashMap::new(),
             place_due: false,
-            burying: HashSet::new(),
+            burying: HashMap::new(),
             readmit: HashSet::new(),
             effects: Vec::new(),
             expiry: expiry::Expiry::default(),
-            went_back: std::time::Duration::ZERO,
-            jobs: jobs::Jobs::default(),
+            went_back: Duration::ZERO,
+            jobs,
+            drains: drain::Drains::default(),
+            reconcile_due: false,
+            reconciled: Duration::ZERO,
         }
     }
 
@@ -279,13 +364,19 @@ impl Core {
         last: Option<(u64, bool)>,
         now: Moment,
     ) -> Session {
-        if record.state == SessionState::Waiting {
-            self.waiting.insert(record.id.clone());
+        let mut session = Session::new(record, revision, now.mono, self.idle_now(now));
+        let waits = session.state() == SessionState::Waiting;
+        session.unplaced_since = waits.then_some(now.mono);
+        // A predecessor has let it wait: it keeps its place.
+        let waited_ms = now.unix_ms.saturating_sub(session.record.changed_ms);
+        session.waiting_since_ms = now.mono.as_millis() as i64 - waited_ms as i64;
+        session.chain = chain;
+        session.displaced_from = session.record.displaced_from.clone();
+        if waits {
+            let age = Duration::from_secs(self.config.jobs_age_s);
+            self.waiting.insert(&admitting::unplaced(&session), age);
             self.place_due = true;
         }
-        let mut session = Session::new(record, revision, now.mono, self.idle_now(now));
-        session.unplaced_since = (session.state() == SessionState::Waiting).then_some(now.mono);
-        session.chain = chain;
         if let Some((seq, audio)) = last {
             session.last = Some(seq);
             if audio {
@@ -296,8 +387,8 @@ impl Core {
         session
     }
 
-    fn idle_now(&self, now: Moment) -> std::time::Duration {
-        self.clock.now(now.mono, std::time::Duration::from_millis(self.config.tick_ms * 2))
+    fn idle_now(&self, now: Moment) -> Duration {
+        self.clock.now(now.mono, Duration::from_millis(self.config.tick_ms * 2))
     }
 
     fn effect(&mut self, effect: Effect) {

@@ -1,5 +1,7 @@
 //! From a session to its worker: decide, write the key, ask the worker, tell. The worker has the last word.
 
+use std::time::Duration;
+
 use voxfleet_schema::{
     event::What,
     failure::{Failure, FailureClass},
@@ -10,55 +12,28 @@ use voxfleet_schema::{
 
 use super::{Answer, AskReply, Core, Effect, Loaded, SaveError};
 use crate::{
-    admission::{self, Needs, Unplaced},
     moment::Moment,
-    routing::{self, Candidate, Request},
+    routing::Rows,
     sessions::{Session, Stage},
 };
-
-/// A worker that refused is left out until its next heartbeat but one.
-const HEARTBEATS_LEFT_OUT: u64 = 2;
+/// Pause before a worker is asked again whose answer was lost together with the dispatcher's own link.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 impl Core {
-    /// Routes a session; with the answer every GPU's reasons.
-    fn decide(&self, session: &Session, now: Moment) -> (Result<WorkerName, Failure>, serde_json::Value) {
-        let candidates: Vec<Candidate<'_>> = self
-            .fleet
-            .workers()
-            .map(|(name, worker)| Candidate {
-                name,
-                heartbeat: &worker.heartbeat,
-                health: worker.health(now.mono, &self.config),
-                used: worker.load.used(),
-                slots: worker.heartbeat.slots.total,
-                superseded: self.fleet.superseded(name),
-                refused: session
-                    .refused
-                    .iter()
-                    .any(|(who, seq)| who == name && worker.heartbeat.seq < seq + HEARTBEATS_LEFT_OUT),
-            })
-            .collect();
-        let request = Request { options: &session.record.options, vad: session.vad(), live: true };
-        let decision = routing::route(request, &candidates, &self.config);
-        let reasons = routing::explain(&candidates, &decision);
-        (decision.pick.map(|at| candidates[at].name.clone()), reasons)
-    }
-
     /// Finds a worker and starts to write it down.
     pub(super) fn place(&mut self, id: &StreamId, now: Moment) -> Result<(), Failure> {
+        self.refresh_roster();
         let Some(session) = self.book.session(id) else {
             return Ok(());
         };
-        let (pick, reasons) = self.decide(session, now);
-        let next = pick.map(|worker| assigned(session, worker, now));
-        // One that waits already has told why; it keeps no copy of every look at it.
-        let told = self.waiting.contains(id);
-        if let Some(session) = self.book.session_mut(id)
-            && (next.is_ok() || !told)
-        {
+        let (pick, reasons) = self.decide(session, |placed| placed.then_some(Rows::Short), now);
+        let pick = pick?;
+        let next = assigned(session, self.roster.name(pick.slot).clone(), now);
+        if let Some(session) = self.book.session_mut(id) {
             session.reasons = reasons;
+            (session.stand_in, session.planned) = (pick.stand_in.map(str::to_owned), true);
         }
-        self.save(id, next?, now);
+        self.save(id, next, now);
         Ok(())
     }
 
@@ -87,8 +62,7 @@ impl Core {
         if session.state() == SessionState::Ended {
             next.ended_seq = session.chain.filter(|c| c.end).map(|c| c.to_seq).or(next.ended_seq);
         }
-        session.waiting_since = now.mono;
-        session.unplaced_since.get_or_insert(now.mono);
+        session.waits_from(now.mono);
         self.save(id, next, now);
     }
 
@@ -101,7 +75,8 @@ impl Core {
         let Some(session) = self.book.session_mut(id) else {
             return;
         };
-        let heard = session.last_audio.is_some_and(|seq| session.record.ended_seq.is_none_or(|end| seq > end));
+        // Audio, or an end that may follow some: after a takeover only the last entry is known.
+        let heard = session.last.is_some_and(|seq| session.record.ended_seq.is_none_or(|end| seq > end));
         if !heard && !session.record.implicit && !session.opens.is_empty() && session.displaced_from.is_none() {
             session.why_waiting = Some(failure);
             let next = SessionRecord {
@@ -115,13 +90,13 @@ impl Core {
         if session.state() == SessionState::Waiting && session.revision.is_some() {
             session.why_waiting = Some(failure.clone());
             session.enter(Stage::Settled, now.mono);
-            self.waiting.insert(id.clone());
-            return self.refuse_opens(id, &failure);
+            self.joins_queue(id);
+            return self.refuse_opens(id, &failure, now);
         }
         self.wait(id, failure, now);
     }
 
-    pub(super) fn save(&mut self, id: &StreamId, next: SessionRecord, now: Moment) {
+    pub(super) fn save(&mut self, id: &StreamId, mut next: SessionRecord, now: Moment) {
         self.waiting.remove(id);
         let charge = (next.state == SessionState::Assigned).then(|| next.worker.clone()).flatten();
         // An ended session's slot is free once its worker has let go, not before.
@@ -131,6 +106,15 @@ impl Core {
         let Some(session) = self.book.session_mut(id) else {
             return;
         };
+        if session.state() != SessionState::Assigned && next.state == SessionState::Assigned {
+            // Whom workers refuse keeps his place.
+            session.waits_from(now.mono);
+        }
+        // A successor tells of a move that this one did not get to tell.
+        next.displaced_from = session.displaced_from.clone().filter(|_| next.state != SessionState::Ended);
+        if next.state == SessionState::Ended {
+            (next.suspect, next.crashes) = (false, 0);
+        }
         session.enter(Stage::Saving(Box::new(next.clone())), now.mono);
         let revision = session.revision;
         self.effect(Effect::Save { id: id.clone(), record: Box::new(next), revision });
@@ -215,8 +199,8 @@ impl Core {
                     return;
                 };
                 let failure = session.why_waiting.clone();
-                let reasons = std::mem::take(&mut session.reasons);
-                self.waiting.insert(id.clone());
+                self.joins_queue(id);
+                let reasons = self.reasons_now(id, Rows::Short, now);
                 tracing::info!(session = %id, why = failure.as_ref().map(tracing::field::display), "session waits");
                 let told = failure.clone();
                 self.session_event(id, What::Waiting, now, |e| {
@@ -224,7 +208,7 @@ impl Core {
                     e.detail = serde_json::json!({ "candidates": reasons });
                 });
                 if let Some(failure) = failure {
-                    self.refuse_opens(id, &failure);
+                    self.refuse_opens(id, &failure, now);
                 }
             }
             SessionState::Ended | SessionState::Unknown => self.ended(id, now),
@@ -240,8 +224,9 @@ impl Core {
         };
         // The record keeps what was asked for; the worker is told what it can run.
         let mut options = session.record.options.clone();
-        let stand_in = self.fleet.get(&worker).and_then(|w| routing::stand_in(&options, &w.heartbeat, &self.config));
-        session.stand_in = stand_in.map(str::to_owned);
+        let stand_in = self.roster.stand_in(&options, &worker);
+        (session.stand_in, session.planned) = (stand_in.map(str::to_owned), true);
+        self.fleet.touch(&worker);
         if let Some(model) = stand_in {
             options.model = Some(model.to_owned());
         }
@@ -254,6 +239,7 @@ impl Core {
             crashes: session.record.crashes,
         };
         session.enter(Stage::Asking, now.mono);
+        session.ask_again = None;
         self.effect(Effect::Ask { worker, assignment: Box::new(assignment) });
     }
 
@@ -266,14 +252,17 @@ impl Core {
         if !matches!(session.stage, Stage::Asking) || !current {
             return;
         }
+        if matches!(reply, AskReply::Silent(_)) && !self.fleet.may_judge(now.mono) {
+            // That says more about the dispatcher's own link than about the worker: the same one again, soon.
+            session.ask_again = Some(now.mono + ASK_AGAIN);
+            return;
+        }
         session.enter(Stage::Settled, now.mono);
         match reply {
             AskReply::Taken => self.taken(id, epoch, worker, now),
             AskReply::Refused(_) | AskReply::Silent(_) => {
                 tracing::info!(session = %id, epoch, gpu = %worker.gpu_id, ?reply, "worker did not take the session");
-                let seq = self.fleet.get(worker).map_or(0, |w| w.heartbeat.seq);
-                session.refused.retain(|(name, _)| name != worker);
-                session.refused.push((worker.clone(), seq));
+                self.refused_by(id, worker);
                 self.charge(id, None);
                 self.place_or_wait(id, now);
             }
@@ -302,8 +291,10 @@ impl Core {
                     w.heartbeat.held.iter().find(|h| h.kind == Kind::Session && h.id == *id).map(|h| h.epoch)
                 });
                 if let Some(epoch) = held {
-                    self.effect(Effect::Release { worker: from.clone(), id: id.clone(), epoch });
+                    let finish_ms = self.finish_ms(&from, now);
+                    self.effect(Effect::Release { worker: from.clone(), id: id.clone(), epoch, finish_ms });
                 }
+                self.reconcile_due = true;
                 self.session_event(id, What::Moved, now, |e| {
                     e.epoch = Some(epoch);
                     e.gpu_id = Some(worker.gpu_id.to_string());
@@ -346,24 +337,11 @@ impl Core {
         self.answer(call, Answer::Opened(opened));
     }
 
-    pub(super) fn refuse_opens(&mut self, id: &StreamId, failure: &Failure) {
+    pub(super) fn refuse_opens(&mut self, id: &StreamId, failure: &Failure, now: Moment) {
         let opens = self.book.session_mut(id).map(|s| std::mem::take(&mut s.opens)).unwrap_or_default();
         for call in opens {
-            self.refuse(call, failure.clone());
-        }
-    }
-
-    /// Every allocation and release in the log, with the figures that explain it.
-    pub(super) fn log_slot(&self, what: &'static str, id: &StreamId, epoch: u64, worker: &WorkerName) {
-        match self.fleet.get(worker) {
-            Some(w) => tracing::info!(
-                session = %id, epoch, gpu = %worker.gpu_id, incarnation = %worker.incarnation,
-                slots_used = w.load.used(), slots_total = w.heartbeat.slots.total,
-                memory_used_mb = w.heartbeat.device.used_mb, memory_free_mb = w.heartbeat.device.free_mb, "{what}"
-            ),
-            None => tracing::info!(
-                session = %id, epoch, gpu = %worker.gpu_id, incarnation = %worker.incarnation, "{what}"
-            ),
+            let failure = self.sent_away(id, failure, now);
+            self.refuse(call, failure);
         }
     }
 
@@ -407,49 +385,8 @@ impl Core {
                     retry_after_ms: Some(self.config.retry_after_ms),
                     ..Failure::new(FailureClass::Timeout, "the session's record cannot be written now")
                 };
-                self.refuse_opens(id, &failure);
+                self.refuse_opens(id, &failure, now);
                 self.save(id, next, now);
-            }
-        }
-    }
-
-    /// Gives waiting sessions what came free, in order.
-    pub(super) fn place_waiting(&mut self, now: Moment) {
-        self.place_due = false;
-        if self.waiting.is_empty() {
-            return;
-        }
-        let mut queue: Vec<Unplaced> = self
-            .waiting
-            .iter()
-            .filter_map(|id| self.book.session(id))
-            .filter(|s| s.settled() && s.state() == SessionState::Waiting)
-            .map(|s| Unplaced {
-                id: s.record.id.clone(),
-                priority: s.record.options.priority,
-                displaced: s.displaced_from.is_some(),
-                since: s.waiting_since,
-            })
-            .collect();
-        admission::order(&mut queue);
-        let mut hopeless = std::collections::HashSet::new();
-        for Unplaced { id, .. } in queue {
-            let Some(session) = self.book.session(&id) else {
-                continue;
-            };
-            let needs = session.refused.is_empty().then(|| Needs {
-                model: session.record.options.model.clone(),
-                policy: session.record.options.policy.into(),
-                vad: session.vad(),
-            });
-            if needs.as_ref().is_some_and(|n| hopeless.contains(n)) {
-                continue;
-            }
-            if let Err(failure) = self.place(&id, now) {
-                if let Some(session) = self.book.session_mut(&id) {
-                    session.why_waiting = Some(failure);
-                }
-                hopeless.extend(needs);
             }
         }
     }

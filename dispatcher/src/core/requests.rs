@@ -6,7 +6,7 @@ use voxfleet_nats::api::{ApiCall, Endpoint};
 use voxfleet_schema::{
     codec::CodecError,
     failure::{Failure, FailureClass},
-    fleet::FleetStatus,
+    fleet::{DrainRequest, FleetStatus},
     id::StreamId,
     job::{JobListRequest, JobQuery},
     session::{Closed, OpenRequest, SessionOptions, SessionRequest, SessionState, SessionStatus},
@@ -16,8 +16,12 @@ use super::{Answer, Core, Effect, Mark};
 use crate::{
     jobs::request::explain,
     moment::Moment,
+    routing::Rows,
     sessions::{Asked, CallId, Stage},
 };
+
+/// Dead workers named in a status.
+const MOST_DEAD: usize = 64;
 
 impl Core {
     pub fn request(&mut self, call: CallId, request: &ApiCall, now: Moment) {
@@ -38,6 +42,10 @@ impl Core {
                 Err(error) => self.refuse(call, bad_request(&error)),
             },
             Endpoint::FleetStatus => self.fleet_status(call, now),
+            Endpoint::FleetDrain => match request.decode::<DrainRequest>() {
+                Ok(drain) => self.drain(call, &drain, now),
+                Err(error) => self.refuse(call, bad_request(&error)),
+            },
             Endpoint::JobStatus => match request.decode::<JobQuery>() {
                 Ok(query) => self.ask_status(call, query, now),
                 Err(error) => self.refuse(call, bad_request(&error)),
@@ -57,7 +65,7 @@ impl Core {
         }
     }
 
-    fn fleet_status(&mut self, call: CallId, now: Moment) {
+    pub(super) fn fleet_status(&mut self, call: CallId, now: Moment) {
         let (jobs_queued, jobs_assigned) = self.job_counts();
         let count = |state| self.book.sessions().filter(|(_, s)| s.state() == state).count() as u32;
         let status = FleetStatus {
@@ -67,8 +75,8 @@ impl Core {
             sessions_assigned: count(SessionState::Assigned),
             jobs_queued,
             jobs_assigned,
-            dead: Vec::new(),
-            services: Vec::new(),
+            dead: self.fleet.dead().into_iter().take(MOST_DEAD).collect(),
+            services: self.services(now),
         };
         self.answer(call, Answer::Fleet(Box::new(status)));
     }
@@ -87,7 +95,7 @@ impl Core {
             }
             match asked {
                 Asked::Open(options) => self.open(id, call, options, now),
-                Asked::Status => self.status(id, call),
+                Asked::Status => self.status(id, call, now),
                 Asked::Close => self.close(id, call),
             }
         }
@@ -116,7 +124,7 @@ impl Core {
                     if let Some(session) = self.book.session_mut(id) {
                         (session.record, session.refused, session.displaced_from, session.idle) = before;
                     }
-                    self.refuse_opens(id, &failure);
+                    self.refuse_opens(id, &failure, now);
                 }
             }
             return;
@@ -138,14 +146,16 @@ impl Core {
             (SessionState::Waiting, true) => {
                 session.opens.push(call);
                 if let Err(failure) = self.place(id, now) {
-                    self.refuse_opens(id, &failure);
+                    self.refuse_opens(id, &failure, now);
                 }
             }
             _ => session.opens.push(call),
         }
     }
 
-    fn status(&mut self, id: &StreamId, call: CallId) {
+    fn status(&mut self, id: &StreamId, call: CallId, now: Moment) {
+        let waits = self.waiting.contains(id);
+        let candidates = if waits { self.reasons_now(id, Rows::All, now) } else { serde_json::Value::Null };
         let Some(session) = self.book.session(id) else {
             return;
         };
@@ -154,7 +164,7 @@ impl Core {
             last_final: session.chain.map(|c| c.index),
             last_audio_seq: session.last,
             why: session.why_waiting.iter().map(ToString::to_string).collect(),
-            candidates: serde_json::Value::Null,
+            candidates,
         };
         self.answer(call, Answer::Status(Box::new(status)));
     }

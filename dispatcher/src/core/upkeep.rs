@@ -1,171 +1,51 @@
-//! What time brings: heartbeats, verdicts, idle times, reconciliation.
+//! What time brings to sessions: idle times, reads and writes that were lost, what leaves memory.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
-use voxfleet_schema::{
-    event::What,
-    fleet::{Heartbeat, WorkerHealth},
-    id::{Kind, StreamId, WorkerName},
-    session::SessionState,
-};
+use voxfleet_schema::{id::StreamId, session::SessionState};
 
-use super::{Admission, Core, Effect, Mark, requests};
+use super::{Core, Effect, Mark, requests};
 use crate::{
-    fleet::Heard,
     idle::Due,
     moment::Moment,
-    reconcile::{self, Action, Desired, Holder, Owner},
     sessions::{Known, Stage},
 };
 
-/// Verdicts stand in the bucket for a day; memory need not keep them longer than a zombie's next heartbeat.
-const REMEMBER_DEAD: Duration = Duration::from_secs(3_600);
 /// A read that was lost is asked for again.
 const READ_AGAIN: Duration = Duration::from_secs(2);
+/// Longer than any write, question or read takes with all its retries: whatever was to answer it is gone.
+const LOST_AFTER: Duration = Duration::from_secs(30);
+/// Reading the log behind an end may take longer, in pieces of any size.
+const WALK_LOST_AFTER: Duration = Duration::from_secs(120);
 const KEEP_CONTAINER: Duration = Duration::from_secs(300);
 /// Going back reads again all that came since: not at each place that comes free.
 const GO_BACK_EVERY: Duration = Duration::from_secs(10);
 
 impl Core {
-    pub fn heartbeat(&mut self, heartbeat: Heartbeat, now: Moment) {
-        let name = heartbeat.worker();
-        let free = |core: &Self| {
-            core.fleet.get(&name).map_or(0, |w| w.heartbeat.job_slots.total.saturating_sub(w.jobs.used()))
-        };
-        let free_before = free(self);
-        let heard = self.fleet.heard(heartbeat.clone(), now.mono);
-        if free(self) > free_before {
-            self.job_room();
-        }
-        match heard {
-            Heard::Joined => {
-                self.recharge(&name);
-                self.recharge_jobs(&name);
-                self.effect(Effect::Admit { heartbeat: Box::new(heartbeat) });
-            }
-            Heard::Known => self.place_due = true,
-            Heard::Dead => self.effect(Effect::Renew { worker: name }),
-            Heard::Stale => {}
-        }
-    }
-
-    /// Sessions that were given to a worker before it was heard here.
-    fn recharge(&mut self, name: &WorkerName) {
-        let ids: Vec<StreamId> = self
-            .book
-            .sessions()
-            .filter(|(_, s)| s.state() == SessionState::Assigned && s.record.worker.as_ref() == Some(name))
-            .map(|(id, _)| id.clone())
-            .collect();
-        for id in ids {
-            self.charge_from_record(&id);
-        }
-    }
-
-    /// A new incarnation's consumers were made, or may not be.
-    pub fn admitted(&mut self, worker: &WorkerName, admission: Admission, now: Moment) {
-        match admission {
-            Admission::Ready => {
-                let Some(known) = self.fleet.get(worker) else {
-                    return;
-                };
-                let detail = serde_json::json!({
-                    "host": known.heartbeat.host, "slots": known.heartbeat.slots.total,
-                    "device": known.heartbeat.device.name,
-                });
-                if !known.ready {
-                    tracing::info!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, "worker joined");
-                    self.fleet_event(worker, What::Joined, now, detail);
-                }
-                self.fleet.set_ready(worker, true);
-                self.place_due = true;
-                self.job_room();
-            }
-            Admission::Dead => {
-                self.fleet.bury(worker, now.mono);
-                self.effect(Effect::Renew { worker: worker.clone() });
-            }
-            Admission::Failed(error) => {
-                tracing::warn!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, error, "worker not admitted, trying again");
-                self.readmit.insert(worker.clone());
-            }
-        }
-    }
-
-    /// A verdict was written, or not.
-    pub fn buried(&mut self, worker: &WorkerName, written: Result<(), String>, now: Moment) {
-        self.burying.remove(worker);
-        if let Err(error) = written {
-            // Still silent at the next look: then again.
-            return tracing::warn!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, error, "verdict not written");
-        }
-        tracing::warn!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, "worker is dead");
-        self.fleet.bury(worker, now.mono);
-        self.fleet_event(worker, What::Dead, now, serde_json::json!({}));
-        self.effect(Effect::RemoveConsumers { worker: worker.clone() });
-        self.reconcile(now);
-        self.reconcile_jobs(now);
-    }
-
-    /// Consumers that exist on the server: those of unknown or dead incarnations go, missing ones are made again.
-    pub fn consumers(&mut self, complete: &[WorkerName], partial: &[WorkerName], now: Moment) {
-        // A takeover has not heard everybody at once.
-        let listening = now.mono > 2 * Duration::from_millis(self.config.dead_after_ms);
-        for worker in complete.iter().chain(partial) {
-            if listening && self.fleet.get(worker).is_none() {
-                self.effect(Effect::RemoveConsumers { worker: worker.clone() });
-            }
-        }
-        let missing: Vec<Heartbeat> = self
-            .fleet
-            .workers()
-            .filter(|(name, w)| w.ready && !complete.contains(name))
-            .map(|(_, w)| w.heartbeat.clone())
-            .collect();
-        for heartbeat in missing {
-            self.effect(Effect::Admit { heartbeat: Box::new(heartbeat) });
-        }
-    }
-
-    /// Whether the audio stream answered a probe just now, and the server a ping.
-    pub fn probed(&mut self, stream: bool, server: bool, now: Moment) {
-        self.clock.probe(now.mono, stream);
-        if !server {
-            // Shortly after the link comes back heartbeats are late, not missing.
-            self.fleet.hold_verdicts(now.mono + Duration::from_millis(self.config.dead_after_ms));
-        }
-    }
-
     /// The pace at which everything is looked at.
     pub fn tick(&mut self, now: Moment) {
-        self.fleet.forget_dead(now.mono, REMEMBER_DEAD);
-        for worker in self.fleet.verdicts(now.mono, &self.config) {
-            if let Some(known) = self.fleet.get(&worker)
-                && self.burying.insert(worker)
-            {
-                let heartbeat = Box::new(known.heartbeat.clone());
-                self.effect(Effect::Bury { heartbeat });
-            }
-        }
-        for worker in std::mem::take(&mut self.readmit) {
-            if let Some(known) = self.fleet.get(&worker) {
-                let heartbeat = Box::new(known.heartbeat.clone());
-                self.effect(Effect::Admit { heartbeat });
-            }
-        }
+        self.tick_workers(now);
         self.look_at_sessions(now);
         self.look_at_expiry(now);
         self.reconcile(now);
+        self.look_at_map(now);
         self.place_waiting(now);
         self.tick_jobs(now);
     }
 
     /// After each batch of inputs: what came free goes to those who wait.
     pub fn settle(&mut self, now: Moment) {
-        if self.place_due {
-            self.place_waiting(now);
-        }
+        self.settle_reconciliation(now);
+        self.settle_waiting(now);
         self.settle_jobs(now);
+    }
+
+    /// Sessions whose keys say that they are open. Something that a stopped predecessor had sent may have arrived after this
+    /// one had read them all.
+    pub fn open_keys(&mut self, ids: &[StreamId]) {
+        for id in ids {
+            self.look_up(id);
+        }
     }
 
     fn look_at_sessions(&mut self, now: Moment) {
@@ -177,14 +57,19 @@ impl Core {
         let mut ends = Vec::new();
         let mut walks = Vec::new();
         let mut loads = Vec::new();
+        let mut unanswered = Vec::new();
+        let mut lost = Vec::new();
+        let mut asks = Vec::new();
         let mut later = Vec::new();
         let mut forget = Vec::new();
         for (id, known) in self.book.iter() {
             let session = match known {
                 Known::Session(session) => session,
                 Known::Loading(loading) => {
-                    if loading.retry_at.is_some_and(|at| now.mono >= at) {
-                        loads.push(id.clone());
+                    match loading.retry_at {
+                        Some(at) if now.mono >= at => loads.push(id.clone()),
+                        Some(_) => {}
+                        None => unanswered.push(id.clone()),
                     }
                     continue;
                 }
@@ -195,8 +80,13 @@ impl Core {
                     continue;
                 }
             };
-            if matches!(session.stage, Stage::Reading(_)) && now.since(session.since) >= READ_AGAIN {
-                loads.push(id.clone());
+            let age = now.since(session.since);
+            match session.stage {
+                Stage::Reading(_) if age >= READ_AGAIN => loads.push(id.clone()),
+                Stage::Asking if session.ask_again.is_some_and(|at| now.mono >= at) => asks.push(id.clone()),
+                Stage::Saving(_) | Stage::Asking if age >= LOST_AFTER => lost.push(id.clone()),
+                Stage::Walking if age >= WALK_LOST_AFTER => lost.push(id.clone()),
+                _ => {}
             }
             if !session.later.is_empty() {
                 later.push(id.clone());
@@ -225,6 +115,17 @@ impl Core {
         }
         for id in forget {
             self.book.remove(&id);
+        }
+        for id in unanswered {
+            if let Some(Known::Loading(loading)) = self.book.get_mut(&id) {
+                loading.retry_at = Some(now.mono + LOST_AFTER);
+            }
+        }
+        for id in asks {
+            self.ask_worker(&id, now);
+        }
+        for id in lost {
+            self.begin_again(&id, now);
         }
         let max = self.config.max_sessions;
         let room = self.book.len() < max && self.book.len() <= max - max / 10;
@@ -257,91 +158,21 @@ impl Core {
         }
     }
 
-    /// Compares what the keys say with what workers hold, and acts on the difference.
-    fn reconcile(&mut self, now: Moment) {
-        let dead_after = Duration::from_millis(self.config.dead_after_ms);
-        let mut holders: HashMap<&StreamId, Vec<Holder<'_>>> = HashMap::new();
-        for (worker, known) in self.fleet.workers() {
-            for held in known.heartbeat.held.iter().filter(|h| h.kind == Kind::Session) {
-                holders.entry(&held.id).or_default().push(Holder { worker, held, heard: known.heard });
+    /// What was under way for a session has not come back, whatever became of it: a task that failed answers nothing.
+    fn begin_again(&mut self, id: &StreamId, now: Moment) {
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        tracing::error!(session = %id, "what was under way for a session was lost, beginning again");
+        match std::mem::replace(&mut session.stage, Stage::Settled) {
+            // It may have been written or not.
+            Stage::Saving(next) => {
+                session.enter(Stage::Reading(next), now.mono);
+                self.effect(Effect::Load { id: id.clone() });
             }
-        }
-        let mut actions: Vec<(StreamId, Action)> = Vec::new();
-        for (id, session) in self.book.sessions() {
-            let desired = Desired {
-                state: session.state(),
-                epoch: session.record.epoch,
-                worker: session.record.worker.as_ref(),
-                settled_since: session.settled().then_some(session.since),
-                final_index: session.chain.map(|c| c.index),
-            };
-            let owner = session.record.worker.as_ref().and_then(|name| {
-                let health = self.fleet.health(name, now.mono, &self.config);
-                let heard = self.fleet.get(name).map(|w| w.heard);
-                heard
-                    .map(|heard| Owner { health, heard })
-                    .or((health == WorkerHealth::Dead).then_some(Owner { health, heard: Duration::ZERO }))
-            });
-            let held = holders.get(id).map_or(&[][..], Vec::as_slice);
-            let found = reconcile::compare(desired, owner, held, now.mono, dead_after);
-            actions.extend(found.into_iter().map(|action| (id.clone(), action)));
-        }
-        let strangers: Vec<StreamId> =
-            holders.keys().filter(|id| self.book.get(id).is_none()).map(|id| (*id).clone()).collect();
-        for id in strangers {
-            self.look_up(&id);
-        }
-        for (id, action) in actions {
-            self.act(&id, action, now);
-        }
-    }
-
-    fn act(&mut self, id: &StreamId, action: Action, now: Moment) {
-        // An action before it may have set something going for the same session.
-        let settled = self.book.session(id).is_some_and(|s| s.settled());
-        tracing::debug!(session = %id, ?action, settled, "reconciling");
-        match action {
-            Action::Release { worker, epoch } => self.effect(Effect::Release { worker, id: id.clone(), epoch }),
-            Action::CatchUp => self.effect(Effect::ReadChain { id: id.clone() }),
-            Action::Resend if settled => self.ask_worker(id, now),
-            Action::Raise { above } if settled => {
-                if let Some(worker) = self.book.session(id).and_then(|s| s.record.worker.clone()) {
-                    self.place_again(id, worker, above, now);
-                }
-            }
-            Action::Displace if settled => {
-                self.displaced(id);
-                self.place_or_wait(id, now);
-            }
-            Action::MoveIfRoom if settled => {
-                self.displaced(id);
-                if self.place(id, now).is_err()
-                    && let Some(session) = self.book.session_mut(id)
-                {
-                    session.displaced_from = None;
-                }
-            }
-            Action::Resend | Action::Raise { .. } | Action::Displace | Action::MoveIfRoom => {}
-        }
-    }
-
-    fn displaced(&mut self, id: &StreamId) {
-        if let Some(session) = self.book.session_mut(id) {
-            session.displaced_from = session.record.worker.clone();
-        }
-    }
-
-    /// Nobody knows the session: whoever holds it lets go.
-    pub(super) fn release_holders(&mut self, id: &StreamId) {
-        let holders: Vec<(WorkerName, u64)> = self
-            .fleet
-            .workers()
-            .flat_map(|(name, w)| w.heartbeat.held.iter().map(move |h| (name, h)))
-            .filter(|(_, h)| h.kind == Kind::Session && h.id == *id)
-            .map(|(name, h)| (name.clone(), h.epoch))
-            .collect();
-        for (worker, epoch) in holders {
-            self.effect(Effect::Release { worker, id: id.clone(), epoch });
+            Stage::Asking => self.ask_worker(id, now),
+            Stage::Walking => self.look_behind_end(id, now),
+            other @ (Stage::Settled | Stage::Reading(_)) => session.stage = other,
         }
     }
 }

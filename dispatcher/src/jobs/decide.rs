@@ -71,15 +71,8 @@ pub enum Action {
     Release { worker: WorkerName, epoch: u64 },
 }
 
-/// Compares one job. `listening`: for how long heartbeats have been heard; a worker that has not been heard at all is gone
-/// only when that is longer than `dead_after`.
-pub fn compare(
-    desired: Desired<'_>,
-    owner: Option<Owner<'_>>,
-    holders: &[Holder<'_>],
-    listening: Duration,
-    dead_after: Duration,
-) -> Vec<Action> {
+/// Compares one job. An owner that is none has not been heard: its silence is judged by the fleet, like that of any other.
+pub fn compare(desired: Desired<'_>, owner: Option<Owner<'_>>, holders: &[Holder<'_>]) -> Vec<Action> {
     let Some(since) = desired.settled_since else {
         return Vec::new();
     };
@@ -100,9 +93,6 @@ pub fn compare(
         actions.push(Action::CatchUp);
     }
     let Some(owner) = owner else {
-        if listening > dead_after {
-            actions.push(Action::Displace);
-        }
         return actions;
     };
     let leaving = matches!(owner.health, WorkerHealth::Draining | WorkerHealth::Unhealthy);
@@ -218,6 +208,18 @@ pub fn expiry(record: &JobRecord, now_ms: u64, transcript_s: u64) -> Option<Expi
     Some(if now_ms < due_ms { Expiry::Later(due_ms) } else { then })
 }
 
+/// What goes when its result expires: not its recording while a dead letter of it stands, which may still be retried.
+pub fn media_due(record: &JobRecord, letter: bool) -> Vec<String> {
+    let own = audio_key(&record.id);
+    media_of(record).into_iter().filter(|key| !(letter && *key == own)).collect()
+}
+
+/// Whether a dead letter may refer to this object: then it has to be looked for before that is deleted.
+pub fn may_be_needed(key: &str, record: Option<&JobRecord>) -> bool {
+    let failed = record.is_none_or(|record| record.state == JobState::Failed);
+    failed && key.starts_with("audio/")
+}
+
 /// Keys of the object store that go with a job.
 pub fn media_of(record: &JobRecord) -> Vec<String> {
     let result = record.result.as_deref().and_then(|url| match AudioUrl::parse(url) {
@@ -258,8 +260,6 @@ mod tests {
     use voxfleet_schema::{job::result_key, transcript::VadKind};
 
     const LONG: Duration = Duration::from_secs(60);
-    const DEAD: Duration = Duration::from_secs(3);
-    const MS: Duration = Duration::from_millis(1);
 
     fn assigned(epoch: u64) -> JobRecord {
         JobRecord { state: JobState::Assigned, epoch, attempts: 1, worker: Some(worker("g0", "i")), ..job("j") }
@@ -270,7 +270,7 @@ mod tests {
         let heard = LONG + Duration::from_millis(age_ms);
         let holders: Vec<_> = names.iter().map(|(worker, held)| Holder { worker, held, heard }).collect();
         let desired = Desired { record, settled_since: Some(LONG), final_index: None };
-        compare(desired, owner.map(|health| Owner { health, heard, given_up: None }), &holders, 2 * LONG, DEAD)
+        compare(desired, owner.map(|health| Owner { health, heard, given_up: None }), &holders)
     }
 
     fn release(gpu: &str, epoch: u64) -> Action {
@@ -288,7 +288,7 @@ mod tests {
         assert_eq!(run(&mine, alive, &[("g0", 5)], 2_000), [Action::Raise { above: 5 }]);
         assert_eq!(run(&mine, alive, &[("g0", 2), ("g1", 1)], 2_000), [release("g1", 1), Action::Taken]);
         assert_eq!(run(&mine, Some(WorkerHealth::Dead), &[], 0), [Action::Displace]);
-        assert_eq!(run(&mine, None, &[], 0), [Action::Displace]);
+        assert_eq!(run(&mine, None, &[], 60_000), [], "its silence has not been judged");
         assert_eq!(run(&mine, Some(WorkerHealth::Suspect), &[("g0", 2)], 0), [Action::Taken]);
         assert_eq!(run(&mine, Some(WorkerHealth::Draining), &[("g0", 2)], 0), [Action::MoveIfRoom]);
         assert_eq!(run(&mine, Some(WorkerHealth::Draining), &[], 2_000), [Action::TakeBack]);
@@ -300,16 +300,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_under_way_or_not_heard_yet_is_left_alone() {
+    fn what_is_under_way_is_left_alone() {
         let record = assigned(1);
         let mut desired = Desired { record: &record, settled_since: None, final_index: None };
-        assert_eq!(compare(desired, None, &[], LONG, DEAD), []);
+        let dead = Owner { health: WorkerHealth::Dead, heard: Duration::ZERO, given_up: None };
+        assert_eq!(compare(desired, Some(dead), &[]), []);
         desired.settled_since = Some(Duration::ZERO);
-        assert_eq!(compare(desired, None, &[], 2_000 * MS, DEAD), [], "a takeover has not heard everybody yet");
-        assert_eq!(compare(desired, None, &[], 3_001 * MS, DEAD), [Action::Displace]);
+        assert_eq!(compare(desired, Some(dead), &[]), [Action::Displace]);
         let failure = Failure::new(FailureClass::BadAudio, "no");
         let owner = Owner { health: WorkerHealth::Alive, heard: Duration::ZERO, given_up: Some(&failure) };
-        assert_eq!(compare(desired, Some(owner), &[], LONG, DEAD), [Action::GaveUp(failure.clone())]);
+        assert_eq!(compare(desired, Some(owner), &[]), [Action::GaveUp(failure.clone())]);
     }
 
     #[test]
@@ -319,9 +319,9 @@ mod tests {
         let holder = Holder { worker: &me, held: &held, heard: LONG };
         let desired = Desired { record: &record, settled_since: Some(Duration::ZERO), final_index: None };
         let owner = Some(Owner { health: WorkerHealth::Alive, heard: LONG, given_up: None });
-        assert_eq!(compare(desired, owner, &[holder], LONG, DEAD), [Action::CatchUp, Action::Taken]);
+        assert_eq!(compare(desired, owner, &[holder]), [Action::CatchUp, Action::Taken]);
         let seen = Desired { final_index: Some(0), ..desired };
-        assert_eq!(compare(seen, owner, &[holder], LONG, DEAD), [Action::Taken]);
+        assert_eq!(compare(seen, owner, &[holder]), [Action::Taken]);
     }
 
     #[test]
@@ -428,6 +428,11 @@ mod tests {
         for theirs in ["calls/j.wav", "audio/a/b", "audio/a b", "result/j", "audio"] {
             assert_eq!(job_of_media(theirs), None, "{theirs}");
         }
+        assert_eq!(media_due(&record, false), media_of(&record));
+        assert_eq!(media_due(&record, true), std::slice::from_ref(&key));
+        let failed = JobRecord { state: JobState::Failed, ..record.clone() };
+        assert!(may_be_needed("audio/j", Some(&failed)) && may_be_needed("audio/j", None));
+        assert!(!may_be_needed("audio/j", Some(&record)) && !may_be_needed(&key, Some(&failed)));
         assert!(!orphan(&key, Some(&record)) && !orphan("audio/j", Some(&record)));
         assert!(orphan(&other, Some(&record)) && orphan(&key, None));
         let running = JobRecord { state: JobState::Assigned, ..record };

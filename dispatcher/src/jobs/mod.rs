@@ -4,6 +4,7 @@
 //! done about a job is decided by the pure functions of [`decide`]; [`request`] turns what strangers send into records.
 
 pub mod decide;
+pub mod letters;
 pub mod request;
 
 use std::{
@@ -15,11 +16,10 @@ use voxfleet_schema::{
     failure::Failure,
     id::{StreamId, WorkerName},
     job::{JobRecord, JobState},
-    session::Priority,
     transcript::{Final, VadKind},
 };
 
-use crate::sessions::CallId;
+use crate::{admission::rank, sessions::CallId};
 pub use request::{Recording, Submission};
 
 /// What of a job's last final decides about it.
@@ -108,6 +108,8 @@ pub struct Job {
     pub taken: bool,
     /// A smaller model than the one asked for, while its worker runs that.
     pub stand_in: Option<String>,
+    /// This process chose its worker or sent it there: which model it needs there is known.
+    pub planned: bool,
     /// Who waits for its record to be written.
     pub submits: Vec<CallId>,
     /// Asks that came while something was under way.
@@ -133,6 +135,7 @@ impl Job {
             assigned_since: now,
             taken: false,
             stand_in: None,
+            planned: false,
             submits: Vec::new(),
             later: Vec::new(),
         }
@@ -194,12 +197,8 @@ pub enum Known {
 /// Nobody's patience depends on how far beyond this he is, and counting takes time.
 const MAX_AHEAD: usize = 1_000;
 
-/// Place in the queue: higher priority first, then who was submitted first.
-type Place = (Priority, u64, StreamId);
-
-fn place_of(record: &JobRecord) -> Place {
-    (record.options.priority, record.submitted_ms, record.id.clone())
-}
+/// Place in the queue: when it is due, as Unix time in ms.
+type Place = (u64, StreamId);
 
 /// All of them.
 #[derive(Debug, Default)]
@@ -211,9 +210,21 @@ pub struct Book {
     busy: BTreeSet<StreamId>,
     /// When ended jobs are to be looked at again, as Unix times in ms.
     expiries: BTreeSet<(u64, StreamId)>,
+    /// Time that one step of priority is worth, in ms.
+    age_ms: u64,
 }
 
 impl Book {
+    pub fn new(age: Duration) -> Self {
+        Self { age_ms: age.as_millis() as u64, ..Self::default() }
+    }
+
+    /// One of a lower priority is due that much later than it was submitted, and then before whoever comes after that: nobody
+    /// is overtaken for ever.
+    fn place_of(&self, record: &JobRecord) -> Place {
+        (record.submitted_ms.saturating_add(rank(record.options.priority) * self.age_ms), record.id.clone())
+    }
+
     pub fn get(&self, id: &StreamId) -> Option<&Known> {
         self.known.get(id)
     }
@@ -248,7 +259,7 @@ impl Book {
     pub fn remove(&mut self, id: &StreamId) -> Option<Known> {
         let known = self.known.remove(id);
         if let Some(Known::Job(job)) = &known {
-            self.queue.remove(&place_of(&job.record));
+            self.queue.remove(&self.place_of(&job.record));
         }
         self.busy.remove(id);
         known
@@ -258,7 +269,7 @@ impl Book {
     pub fn file(&mut self, id: &StreamId) {
         match self.known.get(id) {
             Some(Known::Job(job)) => {
-                let place = place_of(&job.record);
+                let place = self.place_of(&job.record);
                 if job.settled() && job.state() == JobState::Queued {
                     self.queue.insert(place);
                     self.busy.remove(id);
@@ -278,7 +289,7 @@ impl Book {
 
     /// Jobs at rest that wait for a slot, in order.
     pub fn queue(&self) -> impl Iterator<Item = &StreamId> {
-        self.queue.iter().map(|(_, _, id)| id)
+        self.queue.iter().map(|(_, id)| id)
     }
 
     pub fn queued(&self) -> usize {
@@ -287,8 +298,13 @@ impl Book {
 
     /// Jobs before this one, counted up to [`MAX_AHEAD`]; none unless it waits.
     pub fn ahead(&self, record: &JobRecord) -> Option<u32> {
-        let place = place_of(record);
+        let place = self.place_of(record);
         self.queue.contains(&place).then(|| self.queue.range(..place).take(MAX_AHEAD).count() as u32)
+    }
+
+    /// The same for everybody who waits, [`MAX_AHEAD`] for those behind that.
+    pub fn places(&self) -> HashMap<&StreamId, u32> {
+        self.queue().zip(0..).map(|(id, ahead)| (id, ahead.min(MAX_AHEAD as u32))).collect()
     }
 
     /// Everything that is not at rest in the queue.
@@ -326,6 +342,10 @@ impl Book {
 mod tests {
     use super::*;
     use crate::testing::{id, job};
+    use proptest::prelude::*;
+    use voxfleet_schema::session::Priority;
+
+    const AGE: Duration = Duration::from_secs(600);
 
     fn queued(name: &str, priority: Priority, submitted_ms: u64) -> Known {
         let mut record = job(name);
@@ -336,7 +356,7 @@ mod tests {
 
     #[test]
     fn the_queue_is_in_order_of_priority_then_time() {
-        let mut book = Book::default();
+        let mut book = Book::new(AGE);
         for (name, priority, at) in [
             ("late", Priority::Normal, 9),
             ("low", Priority::Low, 1),
@@ -359,6 +379,33 @@ mod tests {
         book.file(&id("early"));
         book.remove(&id("high"));
         assert_eq!((order(&book), book.busy().count()), (vec!["early".into(), "late".into(), "low".into()], 0));
+    }
+
+    proptest! {
+        /// Whoever was submitted earlier by more than his priority costs him comes first; of those alike always.
+        #[test]
+        fn nobody_is_overtaken_for_longer_than_priority_is_worth(
+            all in prop::collection::vec((0u64..4_000_000, 0u8..3), 2..40),
+        ) {
+            let of = [Priority::High, Priority::Normal, Priority::Low];
+            let mut book = Book::new(AGE);
+            let name = |n: usize| format!("j{n:02}");
+            for (n, (at, priority)) in all.iter().enumerate() {
+                book.insert(id(&name(n)), queued(&name(n), of[usize::from(*priority)], *at));
+            }
+            let order: Vec<_> = book.queue().map(ToString::to_string).collect();
+            let places = book.places();
+            for (n, (at, priority)) in all.iter().enumerate() {
+                let place = order.iter().position(|id| *id == name(n));
+                prop_assert_eq!(places.get(&id(&name(n))).map(|p| *p as usize), place);
+                for (m, (later, other)) in all.iter().enumerate() {
+                    let worth = u64::from(priority.saturating_sub(*other)) * 600_000;
+                    if at + worth < *later {
+                        prop_assert!(place < order.iter().position(|id| *id == name(m)));
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,27 +1,33 @@
 //! Which worker takes a session or a file job: filter, then score, then pick. Pure; time and load come in as values.
 //!
-//! Every candidate leaves with a reason, chosen or not, so that an `assigned` or `waiting` event explains itself.
+//! A [`Roster`] keeps what does not change from one decision to the next. Every worker has a reason, chosen or not;
+//! [`Roster::explain`] tells them, for an event that explains itself.
 
+mod explain;
 mod fit;
+mod roster;
 
-use std::cmp::Ordering;
+use std::{cmp::Ordering, time::Duration};
 
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
-    fleet::{Heartbeat, WorkerHealth},
+    fleet::WorkerHealth,
     id::WorkerName,
     session::{Policy, SessionOptions},
     transcript::VadKind,
 };
 
+pub use explain::Rows;
 pub use fit::LADDER;
+pub use roster::{Duty, Roster, Seen, Slot};
 
 use crate::config::DispatcherConfig;
+use fit::Wanted;
+use roster::Row;
 
-/// A decode rate older than this says nothing about now.
-const DECODE_RATE_FRESH_MS: u64 = 60_000;
-/// Share of a device's memory that other tenants may use before it counts against the device, in per mille.
-const PRESSURE_FROM: u64 = 850;
+/// Two cards that differ by less have the same room: what drivers and contexts take differs by a few MB from one reading to
+/// the next, and sessions would not spread evenly.
+const ROOM_STEP_MB: u64 = 1_024;
 
 /// What is to be placed.
 #[derive(Debug, Clone, Copy)]
@@ -31,28 +37,42 @@ pub struct Request<'a> {
     pub vad: Option<VadKind>,
     /// Somebody listens: it must keep up with speech. A file job need not.
     pub live: bool,
+    /// The service it belongs to, with a map of the fleet; none: no service of the map takes it.
+    pub service: Option<Service>,
+    /// It has a slot of this worker now, which comes free when it moves.
+    pub leaves: Option<&'a WorkerName>,
+    /// Workers that refused it just now.
+    pub left_out: &'a [Slot],
 }
 
-/// One worker that could take it.
-#[derive(Debug, Clone, Copy)]
-pub struct Candidate<'a> {
-    pub name: &'a WorkerName,
-    pub heartbeat: &'a Heartbeat,
-    pub health: WorkerHealth,
-    /// Slots of the kind asked for that are taken, the dispatcher's own pending assignments included.
-    pub used: u32,
-    /// Slots of that kind in all: those of live sessions and of jobs do not count against each other.
-    pub slots: u32,
-    /// A newer incarnation runs on its GPU.
-    pub superseded: bool,
-    /// It refused this session and has not sent two heartbeats since.
-    pub refused: bool,
+impl<'a> Request<'a> {
+    /// A new one on a fleet without a map.
+    pub fn new(options: &'a SessionOptions, live: bool) -> Self {
+        Self { options, vad: None, live, service: None, leaves: None, left_out: &[] }
+    }
+}
+
+/// A service of the fleet map, by its place there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Service {
+    pub number: u16,
+    /// It may use CPUs.
+    pub cpu: bool,
 }
 
 /// Why a worker cannot take a session.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Refusal {
-    NotAlive(WorkerHealth),
+    Joining,
+    Suspect,
+    Dead,
+    Draining,
+    Unhealthy,
+    NotAlive,
+    /// The fleet map gives it to others, or does not name it.
+    OtherService,
+    /// A reserve, and no GPU it stands in for has failed.
+    Reserved,
     /// The session keeps the VAD kind of its finals.
     OtherVad,
     /// The policy keeps it off CPUs, or on them.
@@ -70,14 +90,48 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    const ALL: [Refusal; 18] = [
+        Refusal::Joining,
+        Refusal::Suspect,
+        Refusal::Dead,
+        Refusal::Draining,
+        Refusal::Unhealthy,
+        Refusal::NotAlive,
+        Refusal::OtherService,
+        Refusal::Reserved,
+        Refusal::OtherVad,
+        Refusal::WrongDevice,
+        Refusal::ModelNotHere,
+        Refusal::ModelTooLarge,
+        Refusal::ModelDoesNotFitNow,
+        Refusal::NoSlot,
+        Refusal::TooSlow,
+        Refusal::TooHot,
+        Refusal::RefusedBefore,
+        Refusal::Superseded,
+    ];
+
+    fn of(health: WorkerHealth) -> Self {
+        match health {
+            WorkerHealth::Joining => Refusal::Joining,
+            WorkerHealth::Suspect => Refusal::Suspect,
+            WorkerHealth::Dead => Refusal::Dead,
+            WorkerHealth::Draining => Refusal::Draining,
+            WorkerHealth::Unhealthy => Refusal::Unhealthy,
+            WorkerHealth::Alive | WorkerHealth::Unknown => Refusal::NotAlive,
+        }
+    }
+
     pub fn as_str(self) -> &'static str {
         match self {
-            Refusal::NotAlive(WorkerHealth::Joining) => "joining",
-            Refusal::NotAlive(WorkerHealth::Suspect) => "suspect",
-            Refusal::NotAlive(WorkerHealth::Dead) => "dead",
-            Refusal::NotAlive(WorkerHealth::Draining) => "draining",
-            Refusal::NotAlive(WorkerHealth::Unhealthy) => "unhealthy",
-            Refusal::NotAlive(_) => "not alive",
+            Refusal::Joining => "joining",
+            Refusal::Suspect => "suspect",
+            Refusal::Dead => "dead",
+            Refusal::Draining => "draining",
+            Refusal::Unhealthy => "unhealthy",
+            Refusal::NotAlive => "not alive",
+            Refusal::OtherService => "serves another service",
+            Refusal::Reserved => "held in reserve",
             Refusal::OtherVad => "other vad kind",
             Refusal::WrongDevice => "policy excludes this device",
             Refusal::ModelNotHere => "model not here",
@@ -89,6 +143,37 @@ impl Refusal {
             Refusal::RefusedBefore => "refused it just now",
             Refusal::Superseded => "newer incarnation on this gpu",
         }
+    }
+
+    /// For this request the worker is not there at all.
+    fn is_absence(self) -> bool {
+        matches!(
+            self,
+            Refusal::Joining
+                | Refusal::Suspect
+                | Refusal::Dead
+                | Refusal::Draining
+                | Refusal::Unhealthy
+                | Refusal::NotAlive
+                | Refusal::OtherService
+                | Refusal::Reserved
+        )
+    }
+
+    /// A policy that excludes whole devices never comes free, no more than memory that is not there.
+    fn is_for_good(self) -> bool {
+        matches!(self, Refusal::ModelTooLarge | Refusal::ModelNotHere | Refusal::WrongDevice)
+    }
+
+    /// The model, or one that may stand in for it, was found there.
+    fn comes_after_model(self) -> bool {
+        use Refusal::{ModelDoesNotFitNow, ModelTooLarge, NoSlot, Superseded, TooHot, TooSlow};
+        matches!(self, ModelTooLarge | ModelDoesNotFitNow | NoSlot | TooSlow | TooHot | Superseded)
+    }
+
+    /// It could take it once a slot is free.
+    pub fn is_for_now(self) -> bool {
+        matches!(self, Refusal::NoSlot | Refusal::RefusedBefore)
     }
 }
 
@@ -105,9 +190,32 @@ pub struct Score {
     pub pressure: u32,
     pub warm: bool,
     pub free_mb: u64,
+    /// Free memory in steps of [`ROOM_STEP_MB`]; 0 on a CPU, whose memory is that of all workers of its host.
+    room: u64,
+    /// Place on the ladder of what stands in for the model asked for.
+    stand_in: Option<usize>,
+    /// Place in the order of (host, device index, name), for equals.
+    rank: u32,
 }
 
 impl Score {
+    /// No request scores better there: where that is not good enough, nothing need be looked up.
+    fn at_best(row: &Row, live: bool) -> Self {
+        let places = row.places(live);
+        Self {
+            cpu: false,
+            smaller: 0,
+            used: places.used,
+            slots: places.slots,
+            pressure: row.pressure,
+            warm: row.any_loaded,
+            free_mb: row.free_mb,
+            room: room(row),
+            stand_in: None,
+            rank: row.rank,
+        }
+    }
+
     fn compare(&self, other: &Self) -> Ordering {
         let share = |a: &Self, b: &Self| u64::from(a.used) * u64::from(b.slots);
         self.cpu
@@ -116,160 +224,218 @@ impl Score {
             .then_with(|| share(self, other).cmp(&share(other, self)))
             .then_with(|| self.pressure.cmp(&other.pressure))
             .then_with(|| other.warm.cmp(&self.warm))
-            .then_with(|| other.free_mb.cmp(&self.free_mb))
+            .then_with(|| other.room.cmp(&self.room))
+            .then_with(|| self.rank.cmp(&other.rank))
     }
 }
 
-/// Reasons, in the order of the candidates.
-pub type Reasons = Vec<Result<Score, Refusal>>;
-
-#[derive(Debug)]
-pub struct Decision {
-    /// Index of the chosen candidate, or why there is none.
-    pub pick: Result<usize, Failure>,
-    pub reasons: Reasons,
+/// Free memory in steps of [`ROOM_STEP_MB`]; that of a CPU says nothing of the worker.
+fn room(row: &Row) -> u64 {
+    if row.cpu { 0 } else { row.free_mb / ROOM_STEP_MB }
 }
 
-/// Chooses among `candidates`.
-pub fn route(request: Request<'_>, candidates: &[Candidate<'_>], config: &DispatcherConfig) -> Decision {
-    let any_gpu = candidates.iter().any(|c| !fit::is_cpu(c.heartbeat));
-    let mut reasons: Reasons = candidates.iter().map(|c| judge(request, c, any_gpu, config)).collect();
-    let newest_can = |gpu: &WorkerName, reasons: &Reasons| {
-        candidates.iter().zip(reasons).any(|(c, r)| r.is_ok() && !c.superseded && c.name.gpu_id == gpu.gpu_id)
-    };
-    for at in 0..candidates.len() {
-        if candidates[at].superseded && reasons[at].is_ok() && newest_can(candidates[at].name, &reasons) {
-            reasons[at] = Err(Refusal::Superseded);
+/// Whom a request goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pick {
+    pub slot: Slot,
+    /// The smaller model it is to run in place of the one asked for.
+    pub stand_in: Option<&'static str>,
+}
+
+/// What of a request holds for all workers.
+struct Terms<'a> {
+    request: &'a Request<'a>,
+    wanted: Wanted,
+    /// On a fleet without any GPU a CPU stands in for nothing.
+    any_gpu: bool,
+    now: Duration,
+}
+
+impl Roster {
+    /// Chooses a worker.
+    pub fn route(&self, request: &Request<'_>, now: Duration, config: &DispatcherConfig) -> Result<Pick, Failure> {
+        let terms = self.terms(request, now);
+        let mut best: Option<(Slot, Score)> = None;
+        let mut met = Refusals::default();
+        // Somebody has the model and is only full: should nobody take it, that is what is said.
+        let mut only_full = false;
+        for (slot, row) in self.rows.iter().enumerate() {
+            let full = only_full && row.places(request.live).is_full();
+            let beaten =
+                || best.as_ref().is_some_and(|(_, best)| best.compare(&Score::at_best(row, request.live)).is_lt());
+            if !row.shared && (full || beaten()) {
+                continue;
+            }
+            match self.judge(&terms, slot, row) {
+                Ok(score) if best.as_ref().is_none_or(|(_, best)| score.compare(best) == Ordering::Less) => {
+                    best = Some((slot, score));
+                }
+                Ok(_) => {}
+                Err(refusal) => {
+                    only_full |= refusal == Refusal::NoSlot;
+                    met.add(refusal);
+                }
+            }
+        }
+        match best {
+            Some((slot, score)) => Ok(Pick { slot, stand_in: score.stand_in.map(|rung| LADDER[rung]) }),
+            None => Err(self.refuse(&terms, met, config)),
         }
     }
-    let pick = candidates
-        .iter()
-        .zip(&reasons)
-        .enumerate()
-        .filter_map(|(at, (candidate, reason))| reason.ok().map(|score| (at, candidate, score)))
-        .min_by(|(_, a, x), (_, b, y)| x.compare(y).then_with(|| tie(a).cmp(&tie(b))))
-        .map(|(at, _, _)| at);
-    Decision { pick: pick.ok_or_else(|| refuse(request, candidates, &reasons, config)), reasons }
-}
 
-fn tie<'a>(candidate: &Candidate<'a>) -> (&'a str, Option<u32>, &'a WorkerName) {
-    (&candidate.heartbeat.host, candidate.heartbeat.device.index, candidate.name)
-}
+    /// Whether any worker could take it, now or once a slot is free, of those that `counts`.
+    pub fn any_could(&self, request: &Request<'_>, now: Duration, counts: impl Fn(&WorkerName) -> bool) -> bool {
+        let terms = self.terms(request, now);
+        let could = |(slot, row): (Slot, &Row)| match self.judge(&terms, slot, row) {
+            Ok(_) => true,
+            Err(refusal) => refusal.is_for_now(),
+        };
+        self.rows.iter().enumerate().any(|(slot, row)| could((slot, row)) && counts(self.name(slot)))
+    }
 
-fn judge(
-    request: Request<'_>,
-    candidate: &Candidate<'_>,
-    any_gpu: bool,
-    config: &DispatcherConfig,
-) -> Result<Score, Refusal> {
-    let beat = candidate.heartbeat;
-    if candidate.health != WorkerHealth::Alive {
-        return Err(Refusal::NotAlive(candidate.health));
+    /// The smaller model that a worker is to run in place of the one asked for, if that does not fit there.
+    pub fn stand_in(&self, options: &SessionOptions, worker: &WorkerName) -> Option<&'static str> {
+        let row = &self.rows[self.slot(worker)?];
+        let fit = row.shelf.fit(Wanted::of(options, &self.names)).ok()?;
+        fit.stand_in.map(|rung| LADDER[rung])
     }
-    if candidate.refused {
-        return Err(Refusal::RefusedBefore);
-    }
-    if request.vad.is_some_and(|vad| vad != beat.engine.vad) {
-        return Err(Refusal::OtherVad);
-    }
-    let cpu = fit::is_cpu(beat);
-    let device_ok = match request.options.policy {
-        // What a newer version means is not known here: as if nothing had been said.
-        Policy::AllowCpu | Policy::Unknown => true,
-        Policy::ForceCpu => cpu,
-        // On a fleet without any GPU a CPU stands in for nothing.
-        Policy::ExactModel | Policy::AllowSmaller => !cpu || !any_gpu,
-    };
-    if !device_ok {
-        return Err(Refusal::WrongDevice);
-    }
-    let fit = fit::model(request.options, beat, config.reserve_percent)?;
-    if candidate.used >= candidate.slots {
-        return Err(Refusal::NoSlot);
-    }
-    // What it measured under work that is gone says nothing of a worker that is idle.
-    if request.live
-        && candidate.used > 0
-        && let (Some(rate), Some(age)) = (beat.engine.decode_rate, beat.engine.decode_rate_age_ms)
-        && age < DECODE_RATE_FRESH_MS
-        && rate < config.min_decode_rate
-    {
-        return Err(Refusal::TooSlow);
-    }
-    if beat.device.temperature_c.is_some_and(|t| t >= config.max_temperature_c) {
-        return Err(Refusal::TooHot);
-    }
-    let device = &beat.device;
-    let others = device.used_by_others_mb.saturating_mul(1_000) / device.total_mb.max(1);
-    Ok(Score {
-        smaller: fit.stand_in.map_or(0, |(_, sizes)| sizes),
-        cpu: cpu && request.options.policy != Policy::ForceCpu,
-        used: candidate.used,
-        slots: candidate.slots,
-        pressure: others.saturating_sub(PRESSURE_FROM) as u32,
-        warm: fit.warm,
-        free_mb: device.free_mb,
-    })
-}
 
-/// The typed refusal when nobody can take it: an empty fleet, a model nobody has or could hold, or no room now.
-fn refuse(request: Request<'_>, candidates: &[Candidate<'_>], reasons: &Reasons, config: &DispatcherConfig) -> Failure {
-    let retry =
-        |class, message: &str| Failure { retry_after_ms: Some(config.retry_after_ms), ..Failure::new(class, message) };
-    let there = |r: &Result<Score, Refusal>| !matches!(r, Err(Refusal::NotAlive(_)));
-    if !reasons.iter().any(there) {
-        return retry(FailureClass::NoWorkers, "no worker is ready");
+    /// A number for a model's name, the same for all names that no worker lists: strangers may think up any.
+    pub fn model_number(&self, model: &str) -> Option<u32> {
+        self.names.known(model)
     }
-    if let Some(model) = &request.options.model
-        && !candidates.iter().any(|c| fit::lists_any(request.options, c.heartbeat, model))
-    {
-        return Failure::new(FailureClass::ModelMissing, format!("no worker has model {model:?}"));
-    }
-    // A policy or a VAD kind that excludes whole devices never comes free, no more than memory that is not there.
-    let never = |r: &Result<Score, Refusal>| {
-        matches!(r, Err(Refusal::ModelTooLarge | Refusal::ModelNotHere | Refusal::WrongDevice))
-    };
-    if reasons.iter().filter(|r| there(r)).all(never) {
-        return Failure::new(FailureClass::ModelDoesNotFit, "no device of the fleet can hold the model");
-    }
-    retry(FailureClass::NoCapacity, "No GPU resources available")
-}
 
-/// The smaller model that `beat`'s worker is to run in place of the one asked for, if that does not fit there.
-pub fn stand_in(options: &SessionOptions, beat: &Heartbeat, config: &DispatcherConfig) -> Option<&'static str> {
-    fit::model(options, beat, config.reserve_percent).ok()?.stand_in.map(|(name, _)| name)
-}
+    fn terms<'a>(&self, request: &'a Request<'a>, now: Duration) -> Terms<'a> {
+        let strict = matches!(request.options.policy, Policy::ExactModel | Policy::AllowSmaller);
+        let of_service = |duty| match (duty, request.service) {
+            (Duty::Serves(number), Some(service)) => number == service.number,
+            (Duty::Anyone, _) => true,
+            _ => false,
+        };
+        Terms {
+            request,
+            wanted: Wanted::of(request.options, &self.names),
+            any_gpu: strict && self.rows.iter().any(|row| !row.cpu && of_service(row.duty)),
+            now,
+        }
+    }
 
-/// Every candidate's reason as a person reads it, chosen one marked.
-pub fn explain(candidates: &[Candidate<'_>], decision: &Decision) -> serde_json::Value {
-    let picked = decision.pick.as_ref().ok().copied();
-    candidates
-        .iter()
-        .zip(&decision.reasons)
-        .enumerate()
-        .map(|(at, (candidate, reason))| {
-            let mut row = serde_json::json!({
-                "gpu_id": candidate.name.gpu_id,
-                "incarnation": candidate.name.incarnation,
-            });
-            match reason {
-                Ok(score) => {
-                    row["used"] = score.used.into();
-                    row["slots"] = score.slots.into();
-                    row["warm"] = score.warm.into();
-                    if score.smaller > 0 {
-                        row["sizes_smaller"] = score.smaller.into();
-                    }
-                    row["free_mb"] = score.free_mb.into();
-                    row["pressure_permille"] = score.pressure.into();
-                    row["chosen"] = (picked == Some(at)).into();
-                }
-                Err(refusal) => row["refused"] = refusal.as_str().into(),
+    fn judge(&self, terms: &Terms<'_>, slot: Slot, row: &Row) -> Result<Score, Refusal> {
+        let score = self.judge_alone(terms, slot, row)?;
+        if row.superseded && row.shared {
+            let newer = |other: &Slot| !self.rows[*other].superseded;
+            let takes_it = |other: Slot| self.judge_alone(terms, other, &self.rows[other]).is_ok();
+            if self.others_on_gpu(slot).filter(newer).any(takes_it) {
+                return Err(Refusal::Superseded);
             }
-            row
+        }
+        Ok(score)
+    }
+
+    /// Without regard to other incarnations that might do better.
+    fn judge_alone(&self, terms: &Terms<'_>, slot: Slot, row: &Row) -> Result<Score, Refusal> {
+        let request = terms.request;
+        let health = row.health(terms.now);
+        if health != WorkerHealth::Alive {
+            return Err(Refusal::of(health));
+        }
+        match (row.duty, request.service) {
+            (Duty::Anyone, _) => {}
+            (Duty::Serves(number), Some(service)) if number == service.number => {}
+            (Duty::Cpu, Some(service)) if service.cpu => {}
+            (Duty::Reserve, _) => return Err(Refusal::Reserved),
+            _ => return Err(Refusal::OtherService),
+        }
+        if request.left_out.contains(&slot) {
+            return Err(Refusal::RefusedBefore);
+        }
+        if request.vad.is_some_and(|vad| vad != row.vad) {
+            return Err(Refusal::OtherVad);
+        }
+        let device_ok = match request.options.policy {
+            // What a newer version means is not known here: as if nothing had been said.
+            Policy::AllowCpu | Policy::Unknown => true,
+            Policy::ForceCpu => row.cpu,
+            Policy::ExactModel | Policy::AllowSmaller => !row.cpu || !terms.any_gpu,
+        };
+        if !device_ok {
+            return Err(Refusal::WrongDevice);
+        }
+        let fit = row.shelf.fit(terms.wanted)?;
+        let mut places = row.places(request.live);
+        if row.shared && request.leaves.is_some_and(|from| self.moves_within(from, slot)) {
+            places.used = places.used.saturating_sub(1);
+        }
+        if places.is_full() {
+            return Err(Refusal::NoSlot);
+        }
+        if request.live && row.slow {
+            return Err(Refusal::TooSlow);
+        }
+        if row.hot {
+            return Err(Refusal::TooHot);
+        }
+        Ok(Score {
+            smaller: fit.smaller,
+            cpu: row.cpu && request.options.policy != Policy::ForceCpu,
+            used: places.used,
+            slots: places.slots,
+            pressure: row.pressure,
+            warm: fit.warm,
+            free_mb: row.free_mb,
+            room: room(row),
+            stand_in: fit.stand_in,
+            rank: row.rank,
         })
-        .collect()
+    }
+
+    /// To another incarnation on the same GPU.
+    fn moves_within(&self, from: &WorkerName, to: Slot) -> bool {
+        let to = self.name(to);
+        from.gpu_id == to.gpu_id && from != to && self.slot(from).is_some()
+    }
+
+    /// The typed refusal when nobody can take it: an empty fleet, a model nobody has or could hold, or no room now.
+    fn refuse(&self, terms: &Terms<'_>, met: Refusals, config: &DispatcherConfig) -> Failure {
+        let retry = |class, message: &str| Failure {
+            retry_after_ms: Some(config.retry_after_ms),
+            ..Failure::new(class, message)
+        };
+        if terms.request.service.is_none() && self.rows.iter().any(|row| row.duty != Duty::Anyone) {
+            return Failure::new(FailureClass::ModelMissing, "no service of the fleet is for this model");
+        }
+        if !met.any(|refusal| !refusal.is_absence()) {
+            return retry(FailureClass::NoWorkers, "no worker is ready");
+        }
+        if let Some(model) = &terms.request.options.model
+            && !met.any(Refusal::comes_after_model)
+            && !self.rows.iter().any(|row| row.shelf.lists_any(terms.wanted))
+        {
+            return Failure::new(FailureClass::ModelMissing, format!("no worker has model {model:?}"));
+        }
+        if !met.any(|refusal| !refusal.is_absence() && !refusal.is_for_good()) {
+            return Failure::new(FailureClass::ModelDoesNotFit, "no device of the fleet can hold the model");
+        }
+        retry(FailureClass::NoCapacity, NO_CAPACITY)
+    }
 }
+
+/// Which refusals were met on the way.
+#[derive(Debug, Clone, Copy, Default)]
+struct Refusals(u32);
+
+impl Refusals {
+    fn add(&mut self, refusal: Refusal) {
+        self.0 |= 1 << refusal as u32;
+    }
+
+    fn any(self, what: impl Fn(Refusal) -> bool) -> bool {
+        Refusal::ALL.into_iter().any(|refusal| self.0 & (1 << refusal as u32) != 0 && what(refusal))
+    }
+}
+
+/// What somebody is told who comes when everything is taken.
+pub const NO_CAPACITY: &str = "No GPU resources available";
 
 #[cfg(test)]
 mod tests;

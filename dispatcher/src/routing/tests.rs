@@ -1,5 +1,6 @@
-use proptest::prelude::*;
-use voxfleet_schema::fleet::Residency;
+mod random;
+
+use voxfleet_schema::fleet::{Heartbeat, Residency};
 
 use super::*;
 use crate::testing::{beat, model};
@@ -20,22 +21,47 @@ fn gpus(count: u32) -> Vec<Gpu> {
         .collect()
 }
 
-fn candidates(gpus: &[Gpu]) -> Vec<Candidate<'_>> {
-    gpus.iter()
-        .map(|g| Candidate {
-            name: &g.name,
-            heartbeat: &g.beat,
-            health: WorkerHealth::Alive,
-            used: g.used,
-            slots: g.beat.slots.total,
-            superseded: false,
-            refused: false,
-        })
-        .collect()
+fn seen(gpu: &Gpu) -> Seen<'_> {
+    Seen {
+        name: &gpu.name,
+        heartbeat: &gpu.beat,
+        health: WorkerHealth::Alive,
+        suspect_at: Duration::MAX,
+        superseded: false,
+        sessions: gpu.used,
+        jobs: 0,
+        promised: &[],
+        duty: Duty::Anyone,
+        reserve_percent: 10,
+    }
+}
+
+fn roster(gpus: &[Gpu]) -> Roster {
+    roster_of(gpus.iter().map(seen))
+}
+
+fn roster_of<'a>(seen: impl IntoIterator<Item = Seen<'a>>) -> Roster {
+    let mut roster = Roster::default();
+    for one in seen {
+        roster.put(one, &DispatcherConfig::default());
+    }
+    roster
+}
+
+fn route(roster: &Roster, request: &Request<'_>) -> Result<Slot, Failure> {
+    roster.route(request, Duration::ZERO, &DispatcherConfig::default()).map(|pick| pick.slot)
 }
 
 fn pick(gpus: &[Gpu], options: &SessionOptions) -> Result<usize, Failure> {
-    route(Request { options, vad: None, live: true }, &candidates(gpus), &DispatcherConfig::default()).pick
+    route(&roster(gpus), &Request::new(options, true))
+}
+
+/// What is said of each, in the order in which they were put in.
+fn reasons(roster: &Roster, request: &Request<'_>) -> Vec<Option<String>> {
+    let told = roster.explain(request, None, Duration::ZERO, Rows::All);
+    let rows = told.as_array().expect("rows");
+    let of = |name: &WorkerName| rows.iter().find(|r| r["gpu_id"] == name.gpu_id.as_str()).expect("a row");
+    roster.who.iter().map(|who| of(&who.name)["refused"].as_str().map(str::to_owned)).collect()
 }
 
 fn class(gpus: &[Gpu], options: &SessionOptions) -> FailureClass {
@@ -87,13 +113,13 @@ fn each_filter_names_its_reason() {
         (tiny, Refusal::ModelTooLarge),
     ];
     let options = SessionOptions::default();
-    let request = Request { options: &options, vad: Some(VadKind::Silero), live: true };
+    let request = Request { vad: Some(VadKind::Silero), ..Request::new(&options, true) };
     for (change, refusal) in cases {
         let mut fleet = gpus(2);
         change(&mut fleet[0]);
-        let decision = route(request, &candidates(&fleet), &DispatcherConfig::default());
-        assert_eq!(decision.reasons[0], Err(refusal));
-        assert_eq!(decision.pick, Ok(1));
+        let roster = roster(&fleet);
+        assert_eq!(reasons(&roster, &request), [Some(refusal.as_str().to_owned()), None]);
+        assert_eq!(route(&roster, &request), Ok(1));
     }
     for (used, age_ms) in [(1, 60_000), (0, 1)] {
         let mut fleet = gpus(1);
@@ -107,20 +133,22 @@ fn each_filter_names_its_reason() {
 fn only_the_alive_take_new_work() {
     let fleet = gpus(1);
     let options = SessionOptions::default();
-    for health in [
-        WorkerHealth::Joining,
-        WorkerHealth::Suspect,
-        WorkerHealth::Dead,
-        WorkerHealth::Draining,
-        WorkerHealth::Unhealthy,
-        WorkerHealth::Unknown,
+    for (health, told) in [
+        (WorkerHealth::Joining, "joining"),
+        (WorkerHealth::Suspect, "suspect"),
+        (WorkerHealth::Dead, "dead"),
+        (WorkerHealth::Draining, "draining"),
+        (WorkerHealth::Unhealthy, "unhealthy"),
+        (WorkerHealth::Unknown, "not alive"),
     ] {
-        let mut one = candidates(&fleet);
-        one[0].health = health;
-        let decision = route(Request { options: &options, vad: None, live: true }, &one, &DispatcherConfig::default());
-        assert_eq!(decision.reasons, [Err(Refusal::NotAlive(health))]);
-        assert_eq!(decision.pick.expect_err("nobody").class, FailureClass::NoWorkers);
+        let roster = roster_of([Seen { health, ..seen(&fleet[0]) }]);
+        let request = Request::new(&options, true);
+        assert_eq!(reasons(&roster, &request), [Some(told.to_owned())]);
+        assert_eq!(route(&roster, &request).expect_err("nobody").class, FailureClass::NoWorkers);
     }
+    let roster = roster_of([Seen { suspect_at: Duration::from_secs(1), ..seen(&fleet[0]) }]);
+    let at = |ms| roster.route(&Request::new(&options, true), Duration::from_millis(ms), &DispatcherConfig::default());
+    assert!(at(999).is_ok() && at(1_000).is_err(), "silence counts between two heartbeats too");
     assert_eq!(class(&[], &options), FailureClass::NoWorkers);
 }
 
@@ -132,11 +160,9 @@ fn refusals_tell_apart_what_waiting_cures() {
     assert_eq!(class(&fleet, &wants("large", Policy::ExactModel)), FailureClass::ModelDoesNotFit);
     fleet[0].beat.models[0].expected_mb = 19_000;
     assert_eq!(class(&fleet, &wants("large", Policy::ExactModel)), FailureClass::NoCapacity);
-    let mut refused = candidates(&fleet);
-    refused[0].refused = true;
     let options = SessionOptions::default();
-    let decision = route(Request { options: &options, vad: None, live: true }, &refused, &DispatcherConfig::default());
-    assert_eq!(decision.pick.expect_err("refused").class, FailureClass::NoCapacity);
+    let refused = Request { left_out: &[0], ..Request::new(&options, true) };
+    assert_eq!(route(&roster(&fleet), &refused).expect_err("refused").class, FailureClass::NoCapacity);
 }
 
 #[test]
@@ -147,9 +173,12 @@ fn a_smaller_model_stands_in_where_the_policy_lets_it() {
     assert_eq!(class(&fleet, &wants("medium", Policy::ExactModel)), FailureClass::ModelDoesNotFit);
     assert_eq!(pick(&fleet, &wants("medium", Policy::AllowSmaller)), Ok(0));
     assert_eq!(pick(&fleet, &wants("medium", Policy::AllowCpu)), Ok(0));
-    let config = DispatcherConfig::default();
-    assert_eq!(stand_in(&wants("medium", Policy::AllowCpu), &fleet[0].beat, &config), Some("base"));
-    assert_eq!(stand_in(&wants("base", Policy::AllowCpu), &fleet[0].beat, &config), None, "as asked");
+    let one = roster(&fleet);
+    assert_eq!(one.stand_in(&wants("medium", Policy::AllowCpu), &fleet[0].name), Some("base"));
+    assert_eq!(one.stand_in(&wants("base", Policy::AllowCpu), &fleet[0].name), None, "as asked");
+    let options = wants("large-v3-turbo", Policy::AllowCpu);
+    let picked = one.route(&Request::new(&options, true), Duration::ZERO, &DispatcherConfig::default());
+    assert_eq!(picked, Ok(Pick { slot: 0, stand_in: Some("base") }));
     fleet[0].beat.models.remove(0);
     fleet[0].used = 4;
     let full = class(&fleet, &wants("medium", Policy::AllowSmaller));
@@ -181,6 +210,8 @@ fn the_score_goes_by_share_then_pressure_then_warmth_then_memory() {
     let options = SessionOptions::default();
     let mut fleet = gpus(2);
     fleet[1].beat.device.free_mb += 1;
+    assert_eq!(pick(&fleet, &options), Ok(0), "a little more memory is nothing");
+    fleet[1].beat.device.free_mb += 2_000;
     assert_eq!(pick(&fleet, &options), Ok(1), "free memory");
     fleet[0].beat.models[0] = model("small", Residency::Loaded, 852);
     assert_eq!(pick(&fleet, &options), Ok(0), "warm before memory");
@@ -193,20 +224,119 @@ fn the_score_goes_by_share_then_pressure_then_warmth_then_memory() {
     assert_eq!(pick(&fleet, &options), Ok(0), "a share, not a count");
 }
 
+fn twins() -> Vec<Gpu> {
+    let mut twins = vec![gpus(1).remove(0), gpus(1).remove(0)];
+    twins[1].name.incarnation = voxfleet_schema::id::Incarnation::new("j").expect("id");
+    twins
+}
+
+/// The first is the older one.
+fn both(twins: &[Gpu]) -> Roster {
+    roster_of([Seen { superseded: true, ..seen(&twins[0]) }, seen(&twins[1])])
+}
+
 #[test]
 fn of_two_incarnations_the_newest_that_can_takes_it() {
     let options = SessionOptions::default();
-    let mut fleet = vec![gpus(1).remove(0), gpus(1).remove(0)];
-    fleet[1].name.incarnation = voxfleet_schema::id::Incarnation::new("j").expect("id");
+    let request = Request::new(&options, true);
+    let mut fleet = twins();
     fleet[1].used = 3;
-    let both = |fleet: &[Gpu]| {
-        let mut both = candidates(fleet);
-        both[0].superseded = true;
-        route(Request { options: &options, vad: None, live: true }, &both, &DispatcherConfig::default()).pick
-    };
-    assert_eq!(both(&fleet), Ok(1));
-    fleet[1].used = 4;
-    assert_eq!(both(&fleet), Ok(0));
+    assert_eq!(route(&both(&fleet), &request), Ok(1));
+    fleet[1].beat.device.temperature_c = Some(90);
+    assert_eq!(route(&both(&fleet), &request), Ok(0));
+}
+
+#[test]
+fn two_incarnations_on_one_gpu_have_its_slots_between_them() {
+    let options = SessionOptions::default();
+    let request = Request::new(&options, true);
+    let mut fleet = twins();
+    (fleet[0].used, fleet[1].used) = (3, 1);
+    let full = both(&fleet);
+    assert_eq!(route(&full, &request).expect_err("full").class, FailureClass::NoCapacity);
+    assert_eq!(full.free(true, Duration::ZERO), 0);
+    let moves = Request { leaves: Some(&fleet[0].name), ..request };
+    assert_eq!(route(&full, &moves), Ok(1), "its own slot comes free");
+    fleet[1].used = 0;
+    assert_eq!(both(&fleet).free(true, Duration::ZERO), 1);
+}
+
+#[test]
+fn memory_that_is_spoken_for_is_not_given_twice() {
+    let mut fleet = gpus(1);
+    fleet[0].beat.models = vec![
+        model("a", Residency::Available, 10_000),
+        model("b", Residency::Available, 10_000),
+        model("c", Residency::Available, 7_600),
+    ];
+    let (a, b, c) = (wants("a", Policy::ExactModel), wants("b", Policy::ExactModel), wants("c", Policy::ExactModel));
+    let fits = |roster: &Roster, options| route(roster, &Request::new(options, true)).is_ok();
+    let promised = roster_of([Seen { promised: &[Some("a"), Some("a")], ..seen(&fleet[0]) }]);
+    assert!(fits(&promised, &a) && fits(&promised, &c), "once, however many need it");
+    assert!(!fits(&promised, &b), "17,600 MB free, 10,000 of them spoken for");
+    let default = roster_of([Seen { promised: &[None], ..seen(&fleet[0]) }]);
+    assert!(!fits(&default, &b), "the first of its list is its default");
+    fleet[0].beat.models[0].state = Residency::Loading;
+    assert!(!fits(&roster(&fleet), &b), "what it has taken so far is not known");
+    fleet[0].beat.models[0].state = Residency::Loaded;
+    let loaded = roster_of([Seen { promised: &[Some("a")], ..seen(&fleet[0]) }]);
+    assert!(fits(&loaded, &b), "its heartbeat counts what is loaded");
+}
+
+#[test]
+fn two_incarnations_on_one_gpu_have_one_memory() {
+    let mut fleet = twins();
+    for twin in &mut fleet {
+        twin.beat.models = vec![model("a", Residency::Available, 10_000)];
+    }
+    let options = wants("a", Policy::ExactModel);
+    let promised = [Some("a")];
+    let roster = roster_of([Seen { superseded: true, promised: &promised, ..seen(&fleet[0]) }, seen(&fleet[1])]);
+    assert_eq!(route(&roster, &Request::new(&options, true)), Ok(0), "only where it is promised already");
+    fleet[0].beat.models[0].state = Residency::Loaded;
+    fleet[0].beat.device.free_mb = 10_000;
+    let roster = both(&fleet);
+    assert_eq!(route(&roster, &Request::new(&options, true)), Ok(0), "the other's heartbeat is older");
+}
+
+#[test]
+fn a_roster_forgets_who_left_and_keeps_its_order() {
+    let options = SessionOptions::default();
+    let request = Request::new(&options, true);
+    let fleet = gpus(5);
+    let mut all = roster(&fleet);
+    for gone in [0, 3] {
+        all.remove(&fleet[gone].name);
+        all.remove(&fleet[gone].name);
+    }
+    let next = |roster: &Roster| roster.name(route(roster, &request).expect("room")).gpu_id.to_string();
+    assert_eq!((next(&all), all.len()), ("g1".to_owned(), 3));
+    let order: Vec<_> = all.explain(&request, None, Duration::ZERO, Rows::All).as_array().expect("rows").clone();
+    assert_eq!(order.iter().map(|r| r["gpu_id"].as_str().expect("id")).collect::<Vec<_>>(), ["g1", "g2", "g4"]);
+    all.put(Seen { sessions: 1, ..seen(&fleet[1]) }, &DispatcherConfig::default());
+    assert_eq!(next(&all), "g2");
+}
+
+#[test]
+fn a_heartbeat_that_changes_nothing_offers_nothing() {
+    let mut fleet = gpus(1);
+    let config = DispatcherConfig::default();
+    let mut all = Roster::default();
+    assert!(all.put(seen(&fleet[0]), &config), "it is new");
+    fleet[0].beat.device.free_mb -= 7;
+    fleet[0].beat.seq += 1;
+    assert!(!all.put(seen(&fleet[0]), &config));
+    assert!(!all.put(Seen { sessions: 1, ..seen(&fleet[0]) }, &config), "less than before");
+    assert!(all.put(seen(&fleet[0]), &config));
+    fleet[0].beat.device.free_mb = 900;
+    all.put(seen(&fleet[0]), &config);
+    fleet[0].beat.device.free_mb = 9_000;
+    assert!(all.put(seen(&fleet[0]), &config), "its model fits again");
+    let full = Seen { sessions: 4, jobs: 1, ..seen(&fleet[0]) };
+    all.put(full, &config);
+    fleet[0].beat.models.push(model("base", Residency::Available, 388));
+    let full = Seen { sessions: 4, jobs: 1, ..seen(&fleet[0]) };
+    assert!(!all.put(full, &config), "nobody could use it");
 }
 
 #[test]
@@ -214,57 +344,34 @@ fn an_explanation_names_every_candidate() {
     let mut fleet = gpus(3);
     fleet[2].used = 4;
     let options = SessionOptions::default();
-    let candidates = candidates(&fleet);
-    let decision =
-        route(Request { options: &options, vad: None, live: true }, &candidates, &DispatcherConfig::default());
-    let rows = explain(&candidates, &decision);
+    let rows = roster(&fleet).explain(&Request::new(&options, true), Some(0), Duration::ZERO, Rows::Short);
     assert_eq!(rows[0]["chosen"], true);
     assert_eq!(rows[1]["chosen"], false);
     assert_eq!(rows[2]["refused"], "no free slot");
 }
 
-proptest! {
-    #[test]
-    fn no_slot_is_given_twice_and_none_is_refused_while_one_is_free(
-        slots in prop::collection::vec(0u32..6, 0..8),
-        requests in 0usize..60,
-        order in any::<prop::sample::Index>(),
-    ) {
-        let mut fleet = gpus(slots.len() as u32);
-        for (gpu, total) in fleet.iter_mut().zip(&slots) {
-            gpu.beat.slots.total = *total;
-        }
-        if !fleet.is_empty() {
-            let by = order.index(fleet.len());
-            fleet.rotate_left(by);
-        }
-        let room: u32 = slots.iter().sum();
-        for n in 0..requests {
-            match pick(&fleet, &SessionOptions::default()) {
-                Ok(at) => {
-                    prop_assert!(fleet[at].used < fleet[at].beat.slots.total);
-                    let before = |g: &Gpu| f64::from(g.used) / f64::from(g.beat.slots.total);
-                    let best = fleet.iter().filter(|g| g.used < g.beat.slots.total).map(before).fold(1.0, f64::min);
-                    prop_assert!(before(&fleet[at]) <= best);
-                    fleet[at].used += 1;
-                }
-                Err(_) => prop_assert!(n as u32 >= room),
-            }
-        }
-        let placed: u32 = fleet.iter().map(|g| g.used).sum();
-        prop_assert_eq!(placed, room.min(requests as u32));
+#[test]
+fn of_a_large_fleet_an_explanation_tells_what_matters() {
+    let mut fleet = gpus(200);
+    for gpu in &mut fleet[50..150] {
+        gpu.used = 4;
     }
-
-    #[test]
-    fn the_order_of_candidates_does_not_matter(used in prop::collection::vec(0u32..5, 1..9), turn in 0usize..9) {
-        let mut fleet = gpus(used.len() as u32);
-        for (gpu, used) in fleet.iter_mut().zip(&used) {
-            gpu.used = *used;
-        }
-        let name = |fleet: &[Gpu]| pick(fleet, &SessionOptions::default()).ok().map(|at| fleet[at].name.clone());
-        let first = name(&fleet);
-        let len = fleet.len();
-        fleet.rotate_left(turn % len);
-        prop_assert_eq!(name(&fleet), first);
+    fleet[150].beat.device.temperature_c = Some(99);
+    for gpu in &mut fleet[..50] {
+        gpu.used = 1;
     }
+    let options = SessionOptions::default();
+    let request = Request::new(&options, true);
+    let all = roster(&fleet);
+    let chosen = route(&all, &request).expect("room");
+    let short = all.explain(&request, Some(chosen), Duration::ZERO, Rows::Short);
+    let rows = short.as_array().expect("rows");
+    assert_eq!(rows.len(), 8 + 2 + 1);
+    assert_eq!((&rows[0]["chosen"], rows[0]["used"].as_u64()), (&true.into(), Some(0)));
+    assert!(rows[1..8].iter().all(|r| r["chosen"] == false && r["used"] == 0));
+    let counted = |why: &str| rows.iter().find(|r| r["refused"] == why).map(|r| r["count"].as_u64());
+    assert_eq!((counted("no free slot"), counted("too hot")), (Some(Some(100)), Some(Some(1))));
+    assert_eq!(rows[10], serde_json::json!({ "gpus": 200, "more_with_room": 99 - 8 }));
+    let full = all.explain(&request, Some(chosen), Duration::ZERO, Rows::All);
+    assert_eq!(full.as_array().map(Vec::len), Some(200));
 }

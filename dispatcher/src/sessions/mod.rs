@@ -93,13 +93,16 @@ pub struct Session {
     pub idle: Idle,
     /// Where the dispatcher's own end stands, while no audio follows it.
     pub own_end: Option<u64>,
+    /// Its worker did not answer while the dispatcher's own link was in doubt: it is asked again then.
+    pub ask_again: Option<Duration>,
     /// Workers that refused it, and the number of the heartbeat they had sent then.
     pub refused: Vec<(WorkerName, u64)>,
     /// Whose slot it is counted against.
     pub charged: Option<WorkerName>,
     /// Had a worker before.
     pub displaced_from: Option<WorkerName>,
-    pub waiting_since: Duration,
+    /// Monotonic time in ms since when it waits; below 0 if it did so before this dispatcher came.
+    pub waiting_since_ms: i64,
     pub why_waiting: Option<Failure>,
     /// Every GPU's reason of the last decision, for the event.
     pub reasons: serde_json::Value,
@@ -115,6 +118,8 @@ pub struct Session {
     pub last_before_walk: Option<u64>,
     /// A smaller model than the one asked for, while its worker runs that.
     pub stand_in: Option<String>,
+    /// This process chose its worker or asked it: which model it needs there is known.
+    pub planned: bool,
     /// Monotonic time since when no worker has had it; not started over by workers that refuse.
     pub unplaced_since: Option<Duration>,
     /// It was told that its audio expires.
@@ -136,10 +141,11 @@ impl Session {
             chain: None,
             idle: Idle::new(idle_now),
             own_end: None,
+            ask_again: None,
             refused: Vec::new(),
             charged: None,
             displaced_from: None,
-            waiting_since: now,
+            waiting_since_ms: now.as_millis() as i64,
             why_waiting: None,
             reasons: serde_json::Value::Null,
             told_epoch: 0,
@@ -148,6 +154,7 @@ impl Session {
             walker: None,
             last_before_walk: None,
             stand_in: None,
+            planned: false,
             unplaced_since: None,
             told_failed: false,
             closing_since: None,
@@ -161,6 +168,14 @@ impl Session {
     pub fn enter(&mut self, stage: Stage, now: Duration) {
         self.stage = stage;
         self.since = now;
+    }
+
+    /// Nobody has it from now on, unless that was so before.
+    pub fn waits_from(&mut self, now: Duration) {
+        if self.unplaced_since.is_none() {
+            self.unplaced_since = Some(now);
+            self.waiting_since_ms = now.as_millis() as i64;
+        }
     }
 
     pub fn state(&self) -> SessionState {

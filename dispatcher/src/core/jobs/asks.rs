@@ -3,7 +3,7 @@
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
     id::StreamId,
-    job::{JobList, JobListRequest, JobQuery, JobRecord, JobState, JobStatus, Submitted},
+    job::{JobList, JobListRequest, JobQuery, JobRecord, JobState, JobStatus, JobSummary, Submitted},
 };
 
 use super::{Core, JobEffect, JobLoaded, ListError, PutError};
@@ -11,6 +11,7 @@ use crate::{
     core::Answer,
     jobs::{Ask, Job, Known, Loading, Stage, Submission, request},
     moment::Moment,
+    routing::Rows,
     sessions::CallId,
 };
 
@@ -39,9 +40,11 @@ impl Core {
     pub(super) fn jobs_listed(&mut self, call: CallId, result: Result<(Vec<JobRecord>, u64), ListError>) {
         match result {
             Ok((records, total)) => {
+                let places = self.jobs.book.places();
                 let row = |record: JobRecord| {
                     let progress = self.job_progress(&record);
-                    request::summary(record, progress)
+                    let ahead = places.get(&record.id).copied();
+                    JobSummary { ahead, ..request::summary(record, progress) }
                 };
                 let jobs = records.into_iter().map(row).collect();
                 self.answer(call, Answer::Jobs(Box::new(JobList { jobs, total })));
@@ -155,7 +158,7 @@ impl Core {
         }
         if !self.takes_jobs() {
             let why = if self.jobs.store_filling { "the bucket of jobs is nearly full" } else { "too many jobs wait" };
-            let failure = self.come_again(FailureClass::NoCapacity, why);
+            let failure = self.queue_full(&submission.id, why, now);
             return self.refuse(call, failure);
         }
         let record = submission.record(now);
@@ -260,29 +263,34 @@ impl Core {
     }
 
     fn answer_status(&mut self, id: &StreamId, call: CallId, now: Moment) {
+        self.refresh_roster();
         let Some(job) = self.jobs.book.job(id) else {
             return;
         };
+        let (why, candidates) = self.why_job_waits(job, now);
         let status = JobStatus {
             progress: self.job_progress(&job.record),
             ahead: self.jobs.book.ahead(&job.record),
-            why: self.why_job_waits(job, now),
-            candidates: serde_json::Value::Null,
+            why,
+            candidates,
             record: request::told(&job.record),
         };
         self.answer(call, Answer::Job(Box::new(status)));
     }
 
-    fn why_job_waits(&self, job: &Job, now: Moment) -> Option<String> {
+    /// With every worker's reason as it would be now.
+    fn why_job_waits(&self, job: &Job, now: Moment) -> (Option<String>, serde_json::Value) {
         if job.state() != JobState::Queued {
-            return None;
+            return (None, serde_json::Value::Null);
         }
+        let (pick, candidates) = self.decide_job(job, |_| Some(Rows::All), now);
         let record = &job.record;
         if record.not_before_ms.is_some_and(|at| at > now.unix_ms) {
             let error = record.error.as_ref().map(ToString::to_string).unwrap_or_default();
-            return Some(format!("try {} failed, the next one comes soon: {error}", record.attempts));
+            let why = format!("try {} failed, the next one comes soon: {error}", record.attempts);
+            return (Some(why), candidates);
         }
-        self.decide_job(job, now).0.err().map(|failure| failure.to_string())
+        (pick.err().map(|failure| failure.to_string()), candidates)
     }
 
     /// Whoever holds a job that has ended, or that nobody knows, lets go.

@@ -2,7 +2,7 @@
 
 use voxfleet_schema::{
     event::What,
-    failure::Failure,
+    failure::{Failure, FailureClass},
     id::StreamId,
     job::{JobRecord, JobState},
     transcript::Final,
@@ -51,10 +51,11 @@ impl Core {
 
     /// A try ended without the end of the job.
     pub(super) fn try_failed(&mut self, id: &StreamId, failure: &Failure, now: Moment) {
+        let others = self.others_could(id, now);
         let Some(job) = self.jobs.book.job(id) else {
             return;
         };
-        let tried = decide::Tried { progressed: job.progressed(), others: self.others_could(job, now) };
+        let tried = decide::Tried { progressed: job.progressed(), others };
         let verdict = decide::judge(&job.record, failure, tried, self.config.max_attempts);
         tracing::info!(job = %id, epoch = job.record.epoch, attempts = job.record.attempts, error = %failure, ?verdict, "a try failed");
         match verdict {
@@ -76,6 +77,8 @@ impl Core {
                 self.failed_there(id, now);
                 let change = |next: &mut JobRecord| {
                     next.attempts = attempts;
+                    // It crashed an engine while nothing else was decoded there.
+                    next.suspect |= failure.class == FailureClass::EngineCrash;
                     next.error = Some(failure);
                     next.not_before_ms = Some(now.unix_ms + pause_ms);
                 };

@@ -31,6 +31,8 @@ pub use endings::NOT_KEPT;
 
 use super::{Core, Effect};
 use crate::{
+    admission::come_again_ms,
+    fleet::Load,
     jobs::{Book, Job, JobMark, Known, Recording, Submission},
     moment::Moment,
     sessions::CallId,
@@ -95,6 +97,7 @@ pub enum JobInput {
     Released {
         worker: WorkerName,
         id: StreamId,
+        epoch: u64,
         done: bool,
     },
     Chain {
@@ -199,6 +202,23 @@ pub(super) struct Jobs {
     pub(super) store_filling: bool,
 }
 
+impl Jobs {
+    /// `age`: for how long a job of lower priority may be overtaken.
+    pub(super) fn new(age: Duration) -> Self {
+        Self { book: Book::new(age), ..Self::default() }
+    }
+
+    /// Those that a worker was given.
+    pub(super) fn of<'a>(&'a self, load: &'a Load) -> impl Iterator<Item = &'a Job> {
+        load.assigned().filter_map(|id| self.book.job(id))
+    }
+
+    /// Those that are not at rest in the queue.
+    pub(super) fn jobs(&self) -> impl Iterator<Item = &Job> {
+        self.book.busy().filter_map(|id| self.book.job(id))
+    }
+}
+
 impl Core {
     pub fn job(&mut self, input: JobInput, now: Moment) {
         match input {
@@ -208,7 +228,7 @@ impl Core {
             JobInput::Put { id, result } => self.job_put(&id, result, now),
             JobInput::Saved { id, result } => self.job_saved(&id, result, now),
             JobInput::Sent { id, epoch, result } => self.job_sent(&id, epoch, result, now),
-            JobInput::Released { worker, id, done } => self.job_released(&worker, &id, done),
+            JobInput::Released { worker, id, epoch, done } => self.job_released(&worker, &id, epoch, done),
             JobInput::Chain { id, mark } => self.job_chain(&id, mark, now),
             JobInput::Closed { id, result } => self.job_closed(&id, result, now),
             JobInput::Expired { id, result } => self.job_expired(id, result, now),
@@ -264,6 +284,14 @@ impl Core {
         let mut event = Event::new(Scope::Job, id.as_str(), what, now.unix_ms);
         with(&mut event);
         self.effect(Effect::Tell { event: Box::new(event), once: false });
+    }
+
+    /// What somebody is told whose job has no place in the queue: with many others he comes again later, and not at the same
+    /// moment.
+    fn queue_full(&self, id: &StreamId, why: &str, now: Moment) -> Failure {
+        let slots = self.roster.slots(false, now.mono);
+        let pause_ms = come_again_ms(self.config.retry_after_ms, id, self.jobs.book.queued(), slots);
+        Failure { retry_after_ms: Some(pause_ms), ..Failure::new(FailureClass::NoCapacity, why) }
     }
 
     /// Why something cannot be done now, and when to come again.

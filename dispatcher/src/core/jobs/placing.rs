@@ -7,18 +7,18 @@ use voxfleet_schema::{
     fleet::WorkerHealth,
     id::{StreamId, WorkerName},
     job::{JobRecord, JobState},
+    transcript::VadKind,
 };
 
-use super::{Core, JobEffect, JobLoaded, JobSaveError, Sent, Work};
+use super::{Core, JobEffect, JobLoaded, JobSaveError, Jobs, Sent, Work};
 use crate::{
     admission::Needs,
+    fleet::Load,
     jobs::{Job, Known, Stage, request},
     moment::Moment,
-    routing::{self, Candidate, Decision, LADDER, Refusal, Request},
+    routing::{Pick, Request, Rows, Slot},
 };
 
-/// A worker without room is left out until its next heartbeat but one.
-const HEARTBEATS_LEFT_OUT: u64 = 2;
 /// A worker where a try failed is left out for this long while others are only busy: an hour's wait for another would be
 /// worse than a second try.
 const FAILED_LEFT_OUT: Duration = Duration::from_secs(300);
@@ -30,50 +30,60 @@ const FETCHED_WITHIN: Duration = Duration::from_secs(30);
 const SHORT_QUEUE: usize = 1_000;
 const LONG_QUEUE_EVERY: Duration = Duration::from_millis(250);
 
+impl Jobs {
+    /// Models that jobs need which a worker was given.
+    pub(in crate::core) fn planned<'a>(&'a self, load: &'a Load) -> impl Iterator<Item = Option<&'a String>> {
+        self.of(load).filter(|job| job.planned).map(|job| job.stand_in.as_ref().or(job.record.options.model.as_ref()))
+    }
+}
+
 impl Core {
-    fn job_candidates<'a>(&'a self, job: &Job, now: Moment) -> Vec<Candidate<'a>> {
-        self.fleet
-            .workers()
-            .map(|(name, worker)| Candidate {
-                name,
-                heartbeat: &worker.heartbeat,
-                health: worker.health(now.mono, &self.config),
-                used: worker.jobs.used(),
-                slots: worker.heartbeat.job_slots.total,
-                superseded: self.fleet.superseded(name),
-                refused: job
-                    .refused
-                    .iter()
-                    .any(|(who, seq)| who == name && worker.heartbeat.seq < seq + HEARTBEATS_LEFT_OUT),
-            })
-            .collect()
+    fn vad_of(job: &Job) -> Option<VadKind> {
+        job.chain.as_ref().map(|c| c.vad).filter(|vad| *vad != VadKind::Unknown)
     }
 
-    /// Workers where it failed come last: while another could take it once a slot is free, they are left out.
-    fn route_job(&self, job: &Job, candidates: &[Candidate<'_>], now: Moment) -> Decision {
-        let vad = job.chain.as_ref().map(|c| c.vad).filter(|vad| *vad != voxfleet_schema::transcript::VadKind::Unknown);
-        let request = Request { options: &job.record.options, vad, live: false };
-        if !job.failed.is_empty() {
-            let failed_at =
-                |name: &WorkerName| job.failed.iter().any(|(who, at)| who == name && now.since(*at) < FAILED_LEFT_OUT);
-            let others: Vec<_> =
-                candidates.iter().map(|c| Candidate { refused: c.refused || failed_at(c.name), ..*c }).collect();
-            let decision = routing::route(request, &others, &self.config);
-            let could = |(c, reason): (&Candidate<'_>, &Result<_, Refusal>)| !failed_at(c.name) && has_place(reason);
-            if candidates.iter().zip(&decision.reasons).any(could) {
-                return decision;
-            }
-        }
-        routing::route(request, candidates, &self.config)
+    /// Routes a job, with every worker's reasons if `rows` asks for them. Workers where it failed come last: while another
+    /// could take it once a slot is free, they are left out.
+    pub(super) fn decide_job(
+        &self,
+        job: &Job,
+        rows: impl FnOnce(bool) -> Option<Rows>,
+        now: Moment,
+    ) -> (Result<Pick, Failure>, serde_json::Value) {
+        let refused = self.left_out(&job.refused);
+        let request = Request {
+            vad: Self::vad_of(job),
+            leaves: job.charged.as_ref(),
+            left_out: &refused,
+            ..self.request_for(&job.record.options, false)
+        };
+        let failed: Vec<Slot> = self.failed_lately(job, now).filter_map(|name| self.roster.slot(name)).collect();
+        let without: Vec<Slot> = refused.iter().chain(&failed).copied().collect();
+        let others = Request { left_out: &without, ..request };
+        let has_failed = |name: &WorkerName| self.failed_lately(job, now).any(|other| other == name);
+        let elsewhere = !failed.is_empty() && self.roster.any_could(&others, now.mono, |name| !has_failed(name));
+        let request = if elsewhere { others } else { request };
+        let pick = self.roster.route(&request, now.mono, &self.config);
+        let reasons = rows(pick.is_ok()).map(|rows| {
+            let chosen = pick.as_ref().ok().map(|pick| pick.slot);
+            self.roster.explain(&request, chosen, now.mono, rows)
+        });
+        (pick, reasons.unwrap_or_default())
+    }
+
+    fn failed_lately<'a>(&self, job: &'a Job, now: Moment) -> impl Iterator<Item = &'a WorkerName> + use<'a> {
+        job.failed.iter().filter(move |(_, at)| now.since(*at) < FAILED_LEFT_OUT).map(|(name, _)| name)
     }
 
     /// A worker where it has not failed could take it, now or once a slot is free.
-    pub(super) fn others_could(&self, job: &Job, now: Moment) -> bool {
-        let candidates = self.job_candidates(job, now);
-        let decision = self.route_job(job, &candidates, now);
-        candidates.iter().zip(&decision.reasons).any(|(c, reason)| {
-            let here = job.record.worker.as_ref() == Some(c.name) || job.failed.iter().any(|(who, _)| who == c.name);
-            !here && has_place(reason)
+    pub(super) fn others_could(&mut self, id: &StreamId, now: Moment) -> bool {
+        self.refresh_roster();
+        let Some(job) = self.jobs.book.job(id) else {
+            return false;
+        };
+        let request = Request { vad: Self::vad_of(job), ..self.request_for(&job.record.options, false) };
+        self.roster.any_could(&request, now.mono, |name| {
+            job.record.worker.as_ref() != Some(name) && !job.failed.iter().any(|(who, _)| who == name)
         })
     }
 
@@ -92,27 +102,18 @@ impl Core {
         }
     }
 
-    /// Routes a job; with the answer every worker's reasons.
-    pub(super) fn decide_job(&self, job: &Job, now: Moment) -> (Result<WorkerName, Failure>, serde_json::Value) {
-        let candidates = self.job_candidates(job, now);
-        let decision = self.route_job(job, &candidates, now);
-        let reasons = routing::explain(&candidates, &decision);
-        (decision.pick.map(|at| candidates[at].name.clone()), reasons)
-    }
-
     /// Finds a worker and starts to write it down. `counted`: it begins a new try.
     pub(super) fn place_job(&mut self, id: &StreamId, counted: bool, now: Moment) -> Result<(), Failure> {
+        self.refresh_roster();
         let Some(job) = self.jobs.book.job(id) else {
             return Ok(());
         };
-        let candidates = self.job_candidates(job, now);
-        let decision = self.route_job(job, &candidates, now);
-        let at = decision.pick.clone()?;
-        let reasons = routing::explain(&candidates, &decision);
-        let worker = candidates[at].name.clone();
-        let next = assigned(job, worker, counted, now);
+        let (pick, reasons) = self.decide_job(job, |placed| placed.then_some(Rows::Short), now);
+        let pick = pick?;
+        let next = assigned(job, self.roster.name(pick.slot).clone(), counted, now);
         if let Some(job) = self.jobs.book.job_mut(id) {
             job.reasons = reasons;
+            (job.stand_in, job.planned) = (pick.stand_in.map(str::to_owned), true);
         }
         self.save_job(id, next, now);
         Ok(())
@@ -335,11 +336,12 @@ impl Core {
         }
     }
 
-    pub(super) fn job_released(&mut self, worker: &WorkerName, id: &StreamId, done: bool) {
+    pub(super) fn job_released(&mut self, worker: &WorkerName, id: &StreamId, epoch: u64, done: bool) {
         // If not, its heartbeat will show the job again.
         if done && let Some(load) = self.fleet.job_load_mut(worker) {
             load.let_go(id);
             self.jobs.place_due = true;
+            self.log_job_slot("job released", id, epoch, worker);
         }
     }
 
@@ -351,9 +353,9 @@ impl Core {
         let Some(worker) = job.record.worker.clone() else {
             return;
         };
-        let known = self.fleet.get(&worker);
-        let stand_in = known.and_then(|w| routing::stand_in(&job.record.options, &w.heartbeat, &self.config));
-        job.stand_in = stand_in.map(str::to_owned);
+        let stand_in = self.roster.stand_in(&job.record.options, &worker);
+        (job.stand_in, job.planned) = (stand_in.map(str::to_owned), true);
+        self.fleet.touch(&worker);
         let item = Box::new(request::work_item(&job.record, stand_in));
         let publish = !job.taken;
         job.enter(Stage::Sending, now.mono);
@@ -426,13 +428,9 @@ impl Core {
         job.refused.push((worker, seq));
     }
 
-    fn free_job_slots(&self, now: Moment) -> u32 {
-        let alive = self.fleet.workers().filter(|(_, w)| w.health(now.mono, &self.config) == WorkerHealth::Alive);
-        alive.map(|(_, w)| w.heartbeat.job_slots.total.saturating_sub(w.jobs.used())).sum()
-    }
-
     /// After each batch of inputs.
     pub(in crate::core) fn settle_jobs(&mut self, now: Moment) {
+        self.refresh_roster();
         let long = self.jobs.book.queued() > SHORT_QUEUE && now.since(self.jobs.placed) < LONG_QUEUE_EVERY;
         if self.jobs.place_due && !long {
             self.place_jobs(now);
@@ -441,27 +439,32 @@ impl Core {
 
     /// Gives waiting jobs what is free, in order.
     pub(in crate::core) fn place_jobs(&mut self, now: Moment) {
+        self.refresh_roster();
         (self.jobs.place_due, self.jobs.placed) = (false, now.mono);
-        if self.jobs.book.queued() > 0 && self.free_job_slots(now) > 0 {
+        if self.jobs.book.queued() > 0 && self.roster.free(false, now.mono) > 0 {
             let ready = |id: &&StreamId| {
                 let job = self.jobs.book.job(id);
                 job.is_some_and(|job| job.record.not_before_ms.is_none_or(|at| at <= now.unix_ms))
             };
             let queue: Vec<StreamId> = self.jobs.book.queue().filter(ready).cloned().collect();
-            let models = self.fleet.workers().flat_map(|(_, w)| w.heartbeat.models.iter().map(|m| m.name.clone()));
-            let listed: HashSet<String> = models.collect();
             let mut hopeless = HashSet::new();
             for id in queue {
                 let Some(job) = self.jobs.book.job(&id) else {
                     continue;
                 };
-                let needs = (job.refused.is_empty() && job.failed.is_empty()).then(|| needs(job, &listed));
-                if needs.as_ref().is_some_and(|n| hopeless.contains(n)) {
+                let needs = self.job_needs(job);
+                if hopeless.contains(&needs) {
                     continue;
                 }
+                let anywhere = job.refused.is_empty() && job.failed.is_empty();
                 if self.place_job(&id, true, now).is_err() {
-                    hopeless.extend(needs);
-                } else if self.free_job_slots(now) == 0 {
+                    if anywhere {
+                        hopeless.insert(needs);
+                    }
+                    continue;
+                }
+                self.refresh_roster();
+                if self.roster.free(false, now.mono) == 0 {
                     break;
                 }
             }
@@ -470,22 +473,11 @@ impl Core {
             self.tell_job_waits(&id, now);
         }
     }
-}
 
-/// It could take the job now, or will once a slot is free.
-fn has_place<T>(reason: &Result<T, Refusal>) -> bool {
-    matches!(reason, Ok(_) | Err(Refusal::NoSlot | Refusal::RefusedBefore))
-}
-
-/// What decides whether there is room for it. Models that no worker lists are all alike: strangers may think up as many
-/// as there are jobs, and each would be looked for on every worker.
-fn needs(job: &Job, listed: &HashSet<String>) -> Needs {
-    let known = |model: &&String| listed.contains(*model) || LADDER.contains(&model.as_str());
-    let model = job.record.options.model.as_ref();
-    Needs {
-        model: model.map(|model| Some(model).filter(known).cloned().unwrap_or_default()),
-        policy: job.record.options.policy.into(),
-        vad: job.chain.as_ref().map(|c| c.vad),
+    /// What decides whether there is room for it.
+    fn job_needs(&self, job: &Job) -> Needs {
+        let options = &job.record.options;
+        Needs { model: self.model_of(options), policy: options.policy.into(), vad: Self::vad_of(job) }
     }
 }
 
@@ -500,24 +492,5 @@ fn assigned(job: &Job, worker: WorkerName, counted: bool, now: Moment) -> JobRec
         started_ms: job.record.started_ms.or(Some(now.unix_ms)),
         not_before_ms: None,
         ..job.record.clone()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::job;
-
-    #[test]
-    fn models_that_nobody_has_are_all_alike() {
-        let listed = HashSet::from(["mine".to_owned()]);
-        let of = |model: &str| {
-            let mut record = job("a");
-            record.options.model = Some(model.to_owned());
-            needs(&Job::new(record, None, None, Duration::ZERO), &listed)
-        };
-        assert_eq!(of("thought-up-1"), of("thought-up-2"));
-        assert_ne!(of("mine"), of("thought-up-1"));
-        assert_ne!(of("medium"), of("thought-up-1"), "a smaller one may stand in for it");
     }
 }

@@ -7,7 +7,7 @@ use voxfleet_schema::{
 };
 
 use super::Core;
-use crate::moment::Moment;
+use crate::{moment::Moment, routing::Rows};
 
 impl Core {
     pub(super) fn tell_submitted(&mut self, id: &StreamId, now: Moment) {
@@ -41,7 +41,7 @@ impl Core {
             detail["model"] = smaller["model"].clone();
             detail["model_asked"] = smaller["model_asked"].clone();
         }
-        tracing::info!(job = %id, epoch, gpu = %worker.gpu_id, incarnation = %worker.incarnation, "job assigned");
+        self.log_job_slot("job assigned", id, epoch, &worker);
         let gpu_id = worker.gpu_id.to_string();
         if let Some(from) = moved_from {
             self.job_event(id, What::Moved, now, |e| {
@@ -66,7 +66,7 @@ impl Core {
         if job.told_waiting || !job.settled() || job.state() != JobState::Queued {
             return;
         }
-        let (pick, reasons) = self.decide_job(job, now);
+        let (pick, reasons) = self.decide_job(job, |_| Some(Rows::Short), now);
         let ahead = self.jobs.book.ahead(&job.record);
         let paused = job.record.not_before_ms.is_some_and(|at| at > now.unix_ms);
         let error = if paused { job.record.error.clone() } else { pick.err() };

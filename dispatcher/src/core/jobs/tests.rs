@@ -17,7 +17,7 @@ use voxfleet_schema::{
 use super::*;
 use crate::{
     config::DispatcherConfig,
-    core::{Admission, Answer},
+    core::{Admission, Answer, Burial},
     jobs::JobEnd,
     testing::{beat, holds_job, id, worker},
 };
@@ -94,11 +94,12 @@ impl World {
                 Effect::Tell { event, .. } => self.told.push(*event),
                 Effect::Answer { call, answer } => self.answers.push((call, *answer)),
                 Effect::Admit { heartbeat } => {
-                    self.core.admitted(&heartbeat.worker(), Admission::Ready, self.now);
+                    let ready = Admission::Ready { revision: 1, drain_until_ms: None };
+                    self.core.admitted(&heartbeat.worker(), ready, self.now);
                     self.gather();
                 }
-                Effect::Bury { heartbeat } => {
-                    self.core.buried(&heartbeat.worker(), Ok(()), self.now);
+                Effect::Bury { worker, .. } => {
+                    self.core.buried(&worker, Burial::Written, self.now);
                     self.gather();
                 }
                 Effect::RemoveConsumers { worker } => self.stored.work.retain(|(name, _), _| *name != worker),
@@ -170,7 +171,7 @@ impl World {
                     stored.work.remove(&place);
                 }
                 self.released.push((worker.clone(), id.clone(), epoch));
-                JobInput::Released { worker, id, done: true }
+                JobInput::Released { worker, id, epoch, done: true }
             }
             JobEffect::ReadChain { id } => JobInput::Chain { mark: stored.last(&id), id },
             JobEffect::Close { record } => {

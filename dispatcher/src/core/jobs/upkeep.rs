@@ -8,7 +8,7 @@ use std::{
 use voxfleet_schema::{
     event::What,
     failure::{Failure, FailureClass},
-    fleet::WorkerHealth,
+    fleet::{Held, WorkerHealth},
     id::{Kind, StreamId, WorkerName},
     job::{JobRecord, JobState},
 };
@@ -24,6 +24,12 @@ use crate::{
 
 /// A read that was lost, and an end that could not be written, are tried again.
 const AGAIN: Duration = Duration::from_secs(2);
+/// Longer than any write or question takes with all its retries: whatever was to answer it is gone.
+const LOST_AFTER: Duration = Duration::from_secs(30);
+/// Storing a recording, or an end with its dead letter, may take longer.
+const STORING_LOST_AFTER: Duration = Duration::from_secs(120);
+/// A job whose workers die one after another, without a final in between, is what kills them.
+const MAX_DEATHS: u32 = 10;
 /// Ended jobs that are expired at the same time: each deletes objects.
 const EXPIRING: usize = 8;
 /// One that could not be expired is tried again.
@@ -64,12 +70,15 @@ impl Core {
             let Some(job) = self.jobs.book.job_mut(&id) else {
                 continue;
             };
-            let late = now.since(job.since) >= AGAIN;
+            let age = now.since(job.since);
+            let late = age >= AGAIN;
             match (&job.stage, job.state()) {
                 (Stage::Reading(_), _) if late => {
                     job.since = now.mono;
                     self.job_effect(JobEffect::Load { id });
                 }
+                (Stage::Saving(_) | Stage::Sending, _) if age >= LOST_AFTER => self.begin_job_again(&id, now),
+                (Stage::Putting(_) | Stage::Closing, _) if age >= STORING_LOST_AFTER => self.begin_job_again(&id, now),
                 (Stage::Settled, JobState::Closing) if late => self.write_job_end(&id, now),
                 (Stage::Settled, _) => self.check_job_end(&id, now),
                 _ => {}
@@ -81,6 +90,39 @@ impl Core {
         }
         self.reconcile_jobs(now);
         self.place_jobs(now);
+    }
+
+    /// What was under way for a job has not come back, whatever became of it: a task that failed answers nothing.
+    fn begin_job_again(&mut self, id: &StreamId, now: Moment) {
+        let Some(job) = self.jobs.book.job_mut(id) else {
+            return;
+        };
+        tracing::error!(job = %id, "what was under way for a job was lost, beginning again");
+        match std::mem::replace(&mut job.stage, Stage::Settled) {
+            // It may have been written or not.
+            Stage::Saving(next) => {
+                job.enter(Stage::Reading(next), now.mono);
+                self.job_effect(JobEffect::Load { id: id.clone() });
+            }
+            Stage::Putting(_) => {
+                let failure = self.come_again(FailureClass::Timeout, "the recording could not be stored");
+                self.forget_new_job(id, &failure);
+            }
+            Stage::Sending => self.send_work(id, now),
+            Stage::Closing => self.write_job_end(id, now),
+            other @ (Stage::Settled | Stage::Reading(_)) => job.stage = other,
+        }
+    }
+
+    /// Its owner says whether it crashed an engine: whoever gets it next is told.
+    pub(in crate::core) fn note_suspect_job(&mut self, held: &Held, owner: &WorkerName) {
+        if let Some(job) = self.jobs.book.job_mut(&held.id)
+            && job.state() == JobState::Assigned
+            && job.record.epoch == held.epoch
+            && job.record.worker.as_ref() == Some(owner)
+        {
+            job.record.suspect = held.suspect;
+        }
     }
 
     pub(super) fn job_expired(&mut self, id: StreamId, result: Result<Expired, String>, now: Moment) {
@@ -104,7 +146,6 @@ impl Core {
 
     /// Compares what the keys say with what workers hold, and acts on the difference.
     pub(in crate::core) fn reconcile_jobs(&mut self, now: Moment) {
-        let dead_after = Duration::from_millis(self.config.dead_after_ms);
         let mut holders: HashMap<&StreamId, Vec<Holder<'_>>> = HashMap::new();
         for (worker, known, held) in self.job_holders() {
             holders.entry(&held.id).or_default().push(Holder { worker, held, heard: known.heard });
@@ -137,7 +178,7 @@ impl Core {
                 Some(Owner { health, heard: worker.heard, given_up })
             });
             let held = holders.get(id).map_or(&[][..], Vec::as_slice);
-            let found = decide::compare(desired, owner, held, now.mono, dead_after);
+            let found = decide::compare(desired, owner, held);
             actions.extend(found.into_iter().map(|action| (id.clone(), action)));
         }
         for id in strangers {
@@ -181,20 +222,24 @@ impl Core {
         }
     }
 
-    /// Its worker is gone. Another goes on from the last final at once; the try stays counted.
+    /// Its worker is gone. Another goes on from the last final at once. That was no try of the job's own: workers are taken
+    /// away for any reason, and what crashes an engine is found out by the worker that lives.
     fn displace_job(&mut self, id: &StreamId, now: Moment) {
         let Some(job) = self.jobs.book.job(id) else {
             return;
         };
         let gpu = job.record.worker.as_ref().map(|w| w.gpu_id.to_string()).unwrap_or_default();
         let failure = Failure::new(FailureClass::EngineCrash, format!("worker {gpu} died while it had the job"));
-        let tried = decide::Tried { progressed: job.progressed(), others: true };
-        match decide::judge(&job.record, &failure, tried, self.config.max_attempts) {
-            decide::Verdict::Close => self.close_job(id, failure, now),
-            decide::Verdict::Again { attempts, .. } | decide::Verdict::Elsewhere { attempts, .. } => {
-                let change = |next: &mut JobRecord| (next.attempts, next.error) = (attempts, Some(failure));
-                self.requeue_job(id, change, now);
-            }
+        let (deaths, attempts) = match job.progressed() {
+            true => (1, 0),
+            false => (job.record.deaths + 1, job.record.attempts.saturating_sub(1)),
+        };
+        if deaths >= MAX_DEATHS {
+            return self.close_job(id, failure, now);
         }
+        let change = |next: &mut JobRecord| {
+            (next.attempts, next.deaths, next.error) = (attempts, deaths, Some(failure));
+        };
+        self.requeue_job(id, change, now);
     }
 }

@@ -219,3 +219,86 @@ fn beyond_the_limit_new_sessions_wait_in_the_log_in_their_order() {
     assert!(world.core.book.session(&id("d")).is_none());
     assert_eq!(world.core.cursor(), 3, "d has its turn later");
 }
+
+#[test]
+fn audio_that_comes_before_the_key_of_an_asked_for_session_is_read_again_by_a_successor() {
+    let mut world = World::new(1);
+    world.keep = |e| matches!(e, Effect::Save { .. });
+    world.open(1, "s");
+    world.audio("s", 1);
+    assert_eq!(world.core.cursor(), 0, "nothing of it is written");
+    world.keep = |_| false;
+    world.answer_kept();
+    assert_eq!((world.state("s"), world.core.cursor()), (SessionState::Assigned, 1));
+}
+
+#[test]
+fn audio_that_comes_while_an_ended_session_is_opened_again_is_read_again_by_a_successor() {
+    let mut world = World::new(1);
+    world.audio("s", 1);
+    world.entry("s", 2, &[("Asr-End", "1")], b"");
+    world.core.finished(&end_final("s", 0, 1, 2), world.now);
+    world.run();
+    world.keep = |e| matches!(e, Effect::Save { .. });
+    world.open(1, "s");
+    world.audio("s", 3);
+    assert_eq!(world.core.cursor(), 2, "its key says that it has ended");
+    world.keep = |_| false;
+    world.answer_kept();
+    assert_eq!((world.state("s"), world.core.cursor()), (SessionState::Assigned, 3));
+}
+
+#[test]
+fn audio_behind_an_end_is_read_again_until_this_dispatcher_has_written_the_key() {
+    let mut world = World::new(1);
+    world.audio("s", 1);
+    world.entry("s", 2, &[("Asr-End", "1")], b"");
+    world.keep = |e| matches!(e, Effect::Save { .. } | Effect::Walk { .. });
+    // As after a takeover: the end stands, and a predecessor may have sent `ended`.
+    let session = world.core.book.session_mut(&id("s")).expect("known");
+    session.chain = Some(ChainMark::from(&end_final("s", 0, 1, 2)));
+    world.audio("s", 3);
+    assert_eq!(world.core.cursor(), 2);
+    world.core.tick(world.now);
+    world.run();
+    assert!(matches!(world.kept.pop(), Some(Effect::Walk { .. })));
+    let walker = Box::new(Walker::after(&end_final("s", 0, 1, 2)));
+    let opener = Some(Opener { seq: 3, options: None, source: None });
+    world.core.walked(&id("s"), Ok(WalkEnd { walker, opener, rejected: Vec::new(), last: None }), world.now);
+    world.run();
+    assert_eq!(world.core.cursor(), 2);
+    world.answer_kept();
+    assert_eq!((world.record("s").epoch, world.core.cursor()), (2, 3));
+}
+
+#[test]
+fn audio_behind_an_end_that_a_predecessor_wrote_late_goes_on() {
+    let mut world = World::new(1);
+    world.keep = |e| matches!(e, Effect::Save { .. } | Effect::Walk { .. } | Effect::Load { .. });
+    // The end final stands, audio came behind it, and the last entry is somebody's close.
+    let record =
+        SessionRecord { state: SessionState::Assigned, epoch: 1, worker: Some(worker("g0", "i")), ..world_record("s") };
+    let chain = Some(ChainMark::from(&end_final("s", 0, 1, 2)));
+    let loaded = Loaded { record: Some((record.clone(), 1)), chain, last: Some((4, false)) };
+    world.core.recover(loaded, world.now);
+    world.run();
+    let walked = |world: &mut World| {
+        assert!(matches!(world.kept.pop(), Some(Effect::Walk { .. })), "{:?}", world.kept);
+        let walker = Box::new(Walker::after(&end_final("s", 0, 1, 2)));
+        let opener = Some(Opener { seq: 3, options: None, source: None });
+        world.core.walked(&id("s"), Ok(WalkEnd { walker, opener, rejected: Vec::new(), last: None }), world.now);
+        world.run();
+    };
+    walked(&mut world);
+    assert!(matches!(world.kept.pop(), Some(Effect::Save { .. })));
+    world.core.saved(&id("s"), Err(SaveError::Conflict), world.now);
+    world.run();
+    assert!(matches!(world.kept.pop(), Some(Effect::Load { .. })));
+    let ended = SessionRecord { state: SessionState::Ended, ended_seq: Some(2), ..record };
+    world.core.loaded(&id("s"), Ok(Loaded { record: Some((ended, 2)), ..Loaded::default() }), world.now);
+    world.run();
+    walked(&mut world);
+    world.keep = |_| false;
+    world.answer_kept();
+    assert_eq!((world.state("s"), world.record("s").epoch), (SessionState::Assigned, 2));
+}

@@ -166,8 +166,8 @@ impl Play {
                         Some(JobInput::Loaded { id, .. }) => {
                             Some(JobInput::Loaded { id, result: Err("lost".to_owned()) })
                         }
-                        Some(JobInput::Released { worker, id, .. }) => {
-                            Some(JobInput::Released { worker, id, done: false })
+                        Some(JobInput::Released { worker, id, epoch, .. }) => {
+                            Some(JobInput::Released { worker, id, epoch, done: false })
                         }
                         other => other,
                     };

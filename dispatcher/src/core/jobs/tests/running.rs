@@ -84,7 +84,8 @@ fn a_dead_workers_job_is_placed_again_above_its_epoch() {
     world.beat(1, |_| ());
     world.seconds(4, |w| w.beat(1, |_| ()));
     let record = world.key("a");
-    assert_eq!((record.state, record.epoch, record.attempts), (JobState::Assigned, 2, 2));
+    assert_eq!((record.state, record.epoch), (JobState::Assigned, 2));
+    assert_eq!((record.attempts, record.deaths), (1, 1), "that was no try of its own");
     assert_eq!(record.worker, Some(worker("g1", "i")));
     assert_eq!(world.told(What::Moved), 1);
 }
@@ -103,12 +104,34 @@ fn a_job_that_gets_on_survives_any_number_of_workers() {
         world.seconds(4, |w| w.beat(n, |_| ()));
         assert_eq!(world.state("a"), JobState::Assigned, "worker {n}");
     }
-    for n in 6..9 {
-        assert_eq!((world.state("a"), world.key("a").attempts), (JobState::Assigned, n as u32 - 5), "worker {n}");
+    for n in 6..15 {
+        let (attempts, deaths) = (world.key("a").attempts, world.key("a").deaths);
+        assert_eq!((world.state("a"), attempts, deaths), (JobState::Assigned, 1, n as u32 - 5), "worker {n}");
         world.beat(n, |_| ());
         world.seconds(4, |w| w.beat(n, |_| ()));
     }
-    assert_eq!(world.state("a"), JobState::Failed, "three tries without a final");
+    assert_eq!(world.state("a"), JobState::Failed, "ten deaths without a final in between");
+}
+
+#[test]
+fn a_job_that_crashed_an_engine_alone_is_a_suspect_wherever_it_goes() {
+    let mut world = World::new(2);
+    world.submit(1, "a");
+    world.run();
+    world.seconds(1, |w| w.beat(0, |b| b.given_up = given_up("a", 1, FailureClass::EngineCrash)));
+    assert!(world.key("a").suspect);
+    world.seconds(3, |w| (0..2).for_each(|n| w.beat(n, |_| ())));
+    let record = world.key("a");
+    assert_eq!(
+        (record.state, record.worker.clone(), record.suspect),
+        (JobState::Assigned, Some(worker("g1", "i")), true)
+    );
+    world.seconds(2, |w| {
+        w.beat(0, |_| ());
+        w.beat(1, |b| b.held = vec![holds_job("a", 2)]);
+    });
+    world.seconds(1, |w| w.beat(1, |b| b.given_up = given_up("a", 2, FailureClass::Timeout)));
+    assert!(!world.key("a").suspect, "its worker said that it has passed");
 }
 
 #[test]

@@ -1,0 +1,142 @@
+//! The fleet map at work.
+
+use voxfleet_schema::fleet::{Residency, Role};
+
+use super::*;
+use crate::{config::ServiceConfig, sessions::Asked, testing::model};
+
+fn mapped(services: &[(&str, ServiceConfig)]) -> World {
+    let mut world = World::new(0);
+    // Listening has only begun: who has not been heard is not missed yet.
+    world.now.mono = Duration::from_secs(1);
+    let config = DispatcherConfig {
+        services: services.iter().map(|(name, config)| ((*name).to_owned(), config.clone())).collect(),
+        ..DispatcherConfig::default()
+    };
+    world.core = Core::new(config, "d".to_owned(), Subjects::new("asr.v1"));
+    world
+}
+
+fn service(gpus: &[&str], reserves: &[&str]) -> ServiceConfig {
+    let names = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect();
+    ServiceConfig { gpus: names(gpus), reserves: names(reserves), ..ServiceConfig::default() }
+}
+
+fn prewarmed(world: &World) -> Vec<(String, String)> {
+    let of = |e: &Effect| match e {
+        Effect::Prewarm { worker, model } => Some((worker.gpu_id.to_string(), model.clone())),
+        _ => None,
+    };
+    world.kept.iter().filter_map(of).collect()
+}
+
+fn pairs(list: &[(&str, &str)]) -> Vec<(String, String)> {
+    list.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect()
+}
+
+fn held_by(world: &World, gpu: &str) -> Vec<voxfleet_schema::fleet::Held> {
+    let mine = |s: &&crate::sessions::Session| s.record.worker.as_ref().is_some_and(|w| w.gpu_id.as_str() == gpu);
+    let sessions = world.core.book.sessions().map(|(_, s)| s).filter(mine);
+    sessions
+        .filter(|s| s.state() == SessionState::Assigned)
+        .map(|s| held(s.record.id.as_str(), s.record.epoch))
+        .collect()
+}
+
+/// Heartbeats of these, with what they were given.
+fn beats(gpus: &'static [u32]) -> impl Fn(&mut World) {
+    move |world| {
+        for n in gpus {
+            let held = held_by(world, &format!("g{n}"));
+            world.beat(*n, |b| b.held = held);
+        }
+    }
+}
+
+#[test]
+fn a_reserve_takes_the_work_of_a_gpu_that_died_and_nothing_before() {
+    let preload = ServiceConfig { preload: vec!["small".to_owned()], ..service(&["g0", "g1"], &["g2"]) };
+    let mut world = mapped(&[("asr", preload)]);
+    for n in 0..3 {
+        world.beat(n, |_| ());
+    }
+    assert_eq!(prewarmed(&world), pairs(&[("g0", "small"), ("g1", "small")]));
+    world.kept.clear();
+    for n in 0..8 {
+        world.audio(&format!("s{n}"), n + 1);
+    }
+    world.seconds(1, beats(&[0, 1, 2]));
+    let failure = world.open(1, "more");
+    assert!(matches!(&failure, Some(Answer::Refused(f)) if f.message == "No GPU resources available"), "{failure:?}");
+    world.seconds(5, beats(&[1, 2]));
+    let moved: Vec<_> = world.assigned[8..].iter().map(|(_, gpu, _)| gpu.as_str()).collect();
+    assert_eq!(moved, ["g2"; 4]);
+    assert_eq!(prewarmed(&world), pairs(&[("g2", "small")]));
+    let degraded: Vec<_> = world.told.iter().filter(|e| e.scope == Scope::Fleet && e.what == What::Degraded).collect();
+    assert_eq!(degraded.len(), 1);
+    assert_eq!((degraded[0].id.as_str(), &degraded[0].detail["standing_in"]), ("g0", &"g2".into()));
+    world.core.fleet_status(CallId(9), world.now);
+    world.run();
+    let Some((_, Answer::Fleet(status))) = world.answers.last() else { panic!("{:?}", world.answers) };
+    let rows: Vec<_> = status.services[0].gpus.iter().map(|g| (g.gpu_id.as_str(), g.role, g.health)).collect();
+    let alive = Some(voxfleet_schema::fleet::WorkerHealth::Alive);
+    assert_eq!(rows, [("g0", Role::Serves, None), ("g1", Role::Serves, alive), ("g2", Role::StandingIn, alive)]);
+
+    // A new incarnation on g0: after a while the reserve takes nothing new, and what it has stays.
+    let back = |world: &mut World| {
+        let mut heartbeat = beat("g0", "j");
+        heartbeat.device.index = Some(0);
+        world.core.heartbeat(heartbeat, world.now);
+        world.run();
+        beats(&[1, 2])(world);
+    };
+    world.seconds(14, back);
+    assert_eq!(world.told.iter().filter(|e| e.scope == Scope::Fleet && e.what == What::Restored).count(), 1);
+    assert_eq!(held_by(&world, "g2").len(), 4);
+    let Some(Answer::Opened(opened)) = world.open(2, "new") else { panic!("{:?}", world.answers.last()) };
+    assert_eq!(opened.worker, worker("g0", "j"));
+}
+
+#[test]
+fn each_service_keeps_to_its_own_gpus_and_limits() {
+    let of = |gpus: &[&str], models: &[&str], cpu| ServiceConfig {
+        models: models.iter().map(|m| (*m).to_owned()).collect(),
+        cpu,
+        ..service(gpus, &[])
+    };
+    let tight = ServiceConfig { memory_limit_percent: 20, ..of(&["g1"], &["medium"], true) };
+    let mut world = mapped(&[("asr", of(&["g0"], &["small"], false)), ("bulk", tight)]);
+    let both = |b: &mut Heartbeat| {
+        b.models = vec![model("small", Residency::Available, 852), model("medium", Residency::Available, 4_900)];
+    };
+    world.beat(0, both);
+    world.beat(1, |b| {
+        both(b);
+        b.device.free_mb = 24_000;
+    });
+    world.beat(2, |b| {
+        both(b);
+        b.device.index = None;
+        b.device.total_mb = 0;
+    });
+    let open = |world: &mut World, call: u64, model: Option<&str>| {
+        let options = SessionOptions { model: model.map(str::to_owned), ..SessionOptions::default() };
+        world.ask(call, &format!("s{call}"), Asked::Open(Box::new(options)));
+        match world.answers.last() {
+            Some((_, Answer::Opened(opened))) => Ok(opened.worker.gpu_id.to_string()),
+            Some((_, Answer::Refused(failure))) => Err(failure.class),
+            other => panic!("{other:?}"),
+        }
+    };
+    for call in 0..4 {
+        assert_eq!(open(&mut world, call, Some("small")).as_deref(), Ok("g0"));
+    }
+    assert_eq!(open(&mut world, 5, Some("small")), Err(FailureClass::NoCapacity), "no CPUs for this service");
+    assert_eq!(open(&mut world, 6, None), Err(FailureClass::NoCapacity), "the usual service");
+    // 4,900 MB are more than a fifth of 24,000, so a smaller one stands in on its GPU; the CPU comes later.
+    assert_eq!(open(&mut world, 7, Some("medium")).as_deref(), Ok("g1"));
+    for call in 8..11 {
+        assert_eq!(open(&mut world, call, Some("medium")).as_deref(), Ok("g1"));
+    }
+    assert_eq!(open(&mut world, 12, Some("medium")).as_deref(), Ok("g2"), "CPU workers when no GPU has room");
+}
