@@ -3,13 +3,17 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
 use voxfleet_schema::{fleet::Provider, id::GpuId};
 use voxfleet_store::fetch::FetchConfig;
 
-use crate::ipc::{EngineKind, ModelFile, SimulatedConfig};
+use crate::{
+    ipc::{EngineKind, ModelFile, SimulatedConfig},
+    preempt::PreemptionConfig,
+};
 
 /// Bytes of audio each session may always hold, in MB: four seconds of the widest format in use, two minutes of the default one,
 /// and never less than one entry of the log.
@@ -122,8 +126,15 @@ pub struct WorkerConfig {
     pub fetch: FetchConfig,
     /// Audio in memory, in MB; 0 = 4 for each slot and 64 beyond.
     pub buffer_mb: u64,
-    /// The one budget for everything a stop has to do.
+    /// Time from one heartbeat to the next.
+    pub heartbeat_ms: u32,
+    /// An engine that does not answer, or has work and does not move, for this long is ended and started again.
+    pub engine_stuck_ms: u64,
+    /// The one budget for everything a stop has to do, hand-over included; 0 = what the provider gives.
     pub shutdown_ms: u64,
+    /// The same for a drain that names no deadline.
+    pub drain_ms: u64,
+    pub preemption: PreemptionConfig,
     /// Executable of the engine child; none = this one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub engine_exe: Option<PathBuf>,
@@ -165,8 +176,15 @@ impl Default for WorkerConfig {
             simulated: SimulatedConfig::default(),
             fetch: FetchConfig::default(),
             buffer_mb: 0,
-            // Docker's and systemd's patience before SIGKILL is ten seconds or more.
-            shutdown_ms: 10_000,
+            // A dispatcher calls a worker suspect after one and a half of them.
+            heartbeat_ms: 1_000,
+            // The longest a healthy engine is silent is one step of a decode on a loaded CPU, a few seconds.
+            engine_stuck_ms: 15_000,
+            // See `shutdown`.
+            shutdown_ms: 0,
+            // Sessions move within seconds where there is room; a minute lets them wait for some.
+            drain_ms: 60_000,
+            preemption: PreemptionConfig::default(),
             engine_exe: None,
             cache_dir: None,
         }
@@ -232,8 +250,20 @@ impl WorkerConfig {
             format!("worker.buffer_mb: {}, at least {SESSION_SHARE_MB} for each slot", self.buffer_mb),
         );
         check(
-            (500..=600_000).contains(&self.shutdown_ms),
-            format!("worker.shutdown_ms: {}, allowed are 500 to 600000", self.shutdown_ms),
+            (100..=10_000).contains(&self.heartbeat_ms),
+            format!("worker.heartbeat_ms: {}, allowed are 100 to 10000", self.heartbeat_ms),
+        );
+        check(
+            (2_000..=600_000).contains(&self.engine_stuck_ms),
+            format!("worker.engine_stuck_ms: {}, allowed are 2000 to 600000", self.engine_stuck_ms),
+        );
+        check(
+            self.shutdown_ms == 0 || (500..=600_000).contains(&self.shutdown_ms),
+            format!("worker.shutdown_ms: {}, allowed are 500 to 600000, or 0", self.shutdown_ms),
+        );
+        check(
+            (500..=86_400_000).contains(&self.drain_ms),
+            format!("worker.drain_ms: {}, allowed are 500 to 86400000", self.drain_ms),
         );
         for (name, path) in &self.models {
             check(good_model_name(name), format!("worker.models: {name:?} is not a name for a model"));
@@ -274,7 +304,23 @@ impl WorkerConfig {
             }
         }
         found.extend(self.fetch.problems());
+        found.extend(self.preemption.problems());
         found
+    }
+
+    /// From SIGTERM to the end of the process.
+    pub(crate) fn shutdown(&self) -> Duration {
+        Duration::from_millis(match (self.shutdown_ms, self.provider) {
+            // SIGKILL follows SIGTERM after about five seconds.
+            (0, Provider::RunPod) => 4_500,
+            // Docker's and systemd's patience is ten seconds or more.
+            (0, _) => 9_500,
+            (ms, _) => ms,
+        })
+    }
+
+    pub(crate) fn heartbeat(&self) -> Duration {
+        Duration::from_millis(u64::from(self.heartbeat_ms))
     }
 
     /// Model files by name: those named, then those of the folder (or of the cache).
@@ -401,6 +447,14 @@ mod tests {
         ] {
             assert!(problems.iter().any(|p| p.starts_with(field)), "{field} not in {problems:?}");
         }
+    }
+
+    #[test]
+    fn a_stop_keeps_within_what_the_provider_gives() {
+        let ms = |provider, shutdown_ms| WorkerConfig { provider, shutdown_ms, ..simulated() }.shutdown().as_millis();
+        assert_eq!(ms(Provider::RunPod, 0), 4_500);
+        assert_eq!(ms(Provider::Local, 0), 9_500);
+        assert_eq!(ms(Provider::RunPod, 700), 700);
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! The heartbeat: each second, from a task of its own that waits for nobody.
+//! The heartbeat: each second, and at once on news that others wait for, from a task of its own that waits for nobody.
 //!
 //! Everything in it is read from shared figures; the device is sampled elsewhere, because a driver may block.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::{
-    sync::watch,
-    time::{Instant, MissedTickBehavior, interval, timeout},
+    sync::{Notify, watch},
+    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{Nats, fleet::heartbeat_publish};
@@ -22,7 +22,27 @@ use crate::{
     supervisor::holdings::{Holdings, Snapshot},
 };
 
-const EVERY: Duration = Duration::from_secs(1);
+/// How often the device is sampled.
+const SAMPLE_EVERY: Duration = Duration::from_secs(1);
+/// Between a heartbeat and one that only brings news: many sessions moved at once make few of them.
+const NEWS_GAP: Duration = Duration::from_millis(50);
+
+/// Beats go on for so long without the main connection: it is usually back at once, on another server.
+const WITHOUT_MAIN: Duration = Duration::from_secs(10);
+
+/// An incarnation's name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Named {
+    pub(crate) incarnation: Incarnation,
+    /// Unix time in ms.
+    pub(crate) since_ms: u64,
+}
+
+impl Named {
+    pub(crate) fn now(incarnation: Incarnation) -> Self {
+        Self { incarnation, since_ms: unix_ms() }
+    }
+}
 
 /// What never changes in a worker's heartbeats.
 #[derive(Debug, Clone)]
@@ -37,24 +57,30 @@ pub(crate) struct Identity {
 #[derive(Debug, Clone)]
 pub(crate) struct Sources {
     pub(crate) identity: Identity,
-    pub(crate) incarnation: watch::Receiver<Incarnation>,
+    pub(crate) name: watch::Receiver<Named>,
     pub(crate) device: watch::Receiver<Device>,
     pub(crate) engine: Engine,
     pub(crate) holdings: Arc<Holdings>,
+    pub(crate) news: Arc<Notify>,
+    pub(crate) every: Duration,
 }
 
 impl Sources {
-    fn heartbeat(&self, incarnation: Incarnation, seq: u64, now: Instant) -> Heartbeat {
-        let Snapshot { slots, job_slots, held, given_up, draining } = self.holdings.snapshot(now);
+    fn heartbeat(&self, name: &Named, seq: u64, now: Instant) -> Heartbeat {
+        let Snapshot { slots, job_slots, mut held, given_up, drain } = self.holdings.snapshot(now);
+        for held in &mut held {
+            let crashes = self.engine.suspected(held.kind, &held.id);
+            (held.suspect, held.crashes) = (crashes.is_some(), crashes.unwrap_or(0));
+        }
         let (engine, models) = self.engine.heartbeat_state(now);
         let identity = &self.identity;
         Heartbeat {
             gpu_id: identity.gpu_id.clone(),
-            incarnation,
+            incarnation: name.incarnation.clone(),
             seq,
             sent_ms: unix_ms(),
-            started_ms: 0,
-            beat_ms: 0,
+            started_ms: name.since_ms,
+            beat_ms: self.every.as_millis() as u32,
             host: identity.host.clone(),
             pid: std::process::id(),
             provider: identity.provider,
@@ -65,40 +91,55 @@ impl Sources {
             given_up,
             models,
             engine,
-            draining,
-            drain: None,
+            draining: drain.is_some(),
+            drain,
             price_per_hour: identity.price_per_hour,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
 }
 
-/// Beats until `stop`, then once more: whoever listens sees what is still held.
-pub(crate) async fn run(nats: Nats, mut sources: Sources, stop: CancellationToken) {
-    let mut ticks = interval(EVERY);
+/// Beats on `own` until `stop`, then once more: whoever listens sees what is still held. Without the connection that carries
+/// the work, `main`, it falls silent after a while: beats are no use to anybody whose sessions stand still.
+pub(crate) async fn run(own: Nats, main: Nats, mut sources: Sources, stop: CancellationToken) {
+    let news = Arc::clone(&sources.news);
+    let every = sources.every;
+    let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    let mut current = sources.incarnation.borrow_and_update().clone();
+    let mut current = sources.name.borrow_and_update().clone();
     let mut seq = 0;
+    let mut beaten_at: Option<Instant> = None;
+    let mut main_at = Instant::now();
     loop {
         let last = tokio::select! {
             () = stop.cancelled() => true,
             _ = ticks.tick() => false,
             // A new name is announced at once.
-            Ok(()) = sources.incarnation.changed() => false,
+            Ok(()) = sources.name.changed() => false,
+            () = async {
+                news.notified().await;
+                if let Some(at) = beaten_at {
+                    sleep_until(at + NEWS_GAP).await;
+                }
+            } => false,
         };
-        let incarnation = sources.incarnation.borrow_and_update().clone();
-        if incarnation != current {
-            (current, seq) = (incarnation, 0);
+        let name = sources.name.borrow_and_update().clone();
+        if name != current {
+            (current, seq) = (name, 0);
+        }
+        if main.is_connected() {
+            main_at = Instant::now();
         }
         // Beats that wait in a disconnected client would all be sent later, as if they were fresh.
-        if nats.is_connected() {
-            let heartbeat = sources.heartbeat(current.clone(), seq, Instant::now());
+        if own.is_connected() && main_at.elapsed() < WITHOUT_MAIN {
+            let heartbeat = sources.heartbeat(&current, seq, Instant::now());
             seq += 1;
-            match timeout(EVERY, heartbeat_publish(&nats, &heartbeat)).await {
+            match timeout(every, heartbeat_publish(&own, &heartbeat)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(error = &error as &dyn std::error::Error, "heartbeat not sent"),
-                Err(_) => tracing::warn!("heartbeat not sent within a second"),
+                Err(_) => tracing::warn!("heartbeat not sent within its time"),
             }
+            beaten_at = Some(Instant::now());
         }
         if last {
             break;
@@ -113,7 +154,7 @@ pub(crate) async fn sample_device(
     figures: watch::Sender<Device>,
     stop: CancellationToken,
 ) {
-    let mut ticks = interval(EVERY);
+    let mut ticks = interval(SAMPLE_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     loop {
         tokio::select! {

@@ -13,6 +13,7 @@ mod heartbeat;
 pub mod ipc;
 mod job;
 mod lifecycle;
+mod preempt;
 mod pull;
 mod session;
 mod shutdown;
@@ -20,4 +21,5 @@ mod spawner;
 mod supervisor;
 
 pub use config::WorkerConfig;
+pub use preempt::PreemptionConfig;
 pub use supervisor::{WorkerError, run};

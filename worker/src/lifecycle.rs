@@ -4,10 +4,14 @@
 //! outbox says so, and the sessions open again from their last final as soon as the next child is ready. Nothing here
 //! waits for a session, and no session waits here for another one's audio.
 
+mod child;
+mod death;
 mod link;
 mod outbox;
 mod progress;
+mod session;
 mod spawn;
+mod suspects;
 
 use std::{
     collections::HashMap,
@@ -19,29 +23,32 @@ use std::{
 };
 
 use tokio::{
-    process::Child,
     sync::{Notify, mpsc, watch},
-    task::JoinSet,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
 use voxfleet_schema::{
     fleet::{EngineRunState, EngineState, ModelState},
-    session::SessionOptions,
+    id::{Kind, StreamId},
     transcript::VadKind,
 };
 
-pub(crate) use self::{outbox::Outbox, spawn::Program};
-use self::{progress::ProgressMeter, spawn::SpawnError};
+pub(crate) use self::{
+    outbox::Outbox,
+    session::{EngineSession, Opening},
+    spawn::Program,
+    suspects::Treatment,
+};
+use self::{
+    progress::ProgressMeter,
+    suspects::{Name, Suspects},
+};
 use crate::{
-    capacity::{Budget, locked},
-    ipc::{EngineConfig, EngineKind, EntryFor, FromEngine, StartPoint, ToEngine, transport::TransportError},
+    capacity::{Account, Budget, locked},
+    ipc::{EngineConfig, EngineKind, FromEngine, ToEngine},
+    session::Names,
 };
 
-/// The child only parses its configuration before it says `Ready`.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// Between closing the socket and SIGKILL: a decode step ends long before.
-const STOP_GRACE: Duration = Duration::from_millis(1_000);
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 /// A child that lived this long had no trouble starting.
@@ -93,14 +100,31 @@ struct Inner {
     link: watch::Sender<Option<Link>>,
     status: watch::Sender<EngineStatus>,
     outboxes: Mutex<HashMap<u64, Arc<Outbox>>>,
+    /// What the child is decoding, by handle.
+    decoding: Mutex<HashMap<u64, Decoding>>,
+    suspects: Mutex<Suspects>,
+    /// Without a sign of life for so long, the child is ended.
+    stuck_after: Duration,
     next_handle: AtomicU64,
     wanted: Notify,
     pid: AtomicU32,
     progress: Mutex<ProgressMeter>,
+    /// A change that the fleet should hear of at once.
+    news: Arc<Notify>,
 }
 
 #[derive(Debug, Clone)]
 pub(crate) struct Engine(Arc<Inner>);
+
+/// Windows of one session that are being decoded.
+#[derive(Debug)]
+struct Decoding {
+    /// None when it was closed before.
+    name: Option<Name>,
+    /// First sample of the stretch begun last.
+    at: u64,
+    windows: u32,
+}
 
 /// How one child's life ended.
 #[derive(Debug)]
@@ -114,7 +138,14 @@ enum LifeEnd {
 }
 
 impl Engine {
-    pub(crate) fn new(config: EngineConfig, program: Program, slots: usize, budget: Budget) -> Self {
+    pub(crate) fn new(
+        config: EngineConfig,
+        program: Program,
+        slots: usize,
+        budget: Budget,
+        stuck_after: Duration,
+        news: Arc<Notify>,
+    ) -> Self {
         let vad = if config.silero_model.is_some() { VadKind::Silero } else { VadKind::Energy };
         let engine = match config.engine {
             EngineKind::WhisperCpp => "whisper_cpp",
@@ -136,10 +167,14 @@ impl Engine {
             link: watch::Sender::new(None),
             status: watch::Sender::new(status),
             outboxes: Mutex::default(),
+            decoding: Mutex::default(),
+            suspects: Mutex::default(),
+            stuck_after,
             next_handle: AtomicU64::new(1),
             wanted: Notify::new(),
             pid: AtomicU32::new(0),
             progress: Mutex::default(),
+            news,
         }))
     }
 
@@ -158,7 +193,7 @@ impl Engine {
             vad: status.vad,
             ms_since_progress: progress.ms_since_progress,
             restarts: status.restarts,
-            crashes: 0,
+            crashes: locked(&self.0.suspects).crashes(now),
             decode_rate: progress.decode_rate,
             decode_rate_age_ms: progress.decode_rate_age_ms,
         };
@@ -167,10 +202,6 @@ impl Engine {
 
     pub(crate) fn pid(&self) -> Option<u32> {
         Some(self.0.pid.load(Ordering::Relaxed)).filter(|pid| *pid != 0)
-    }
-
-    pub(crate) fn is_working(&self) -> bool {
-        locked(&self.0.progress).working()
     }
 
     /// Starts the child if it is not running.
@@ -205,25 +236,41 @@ impl Engine {
         Ok(())
     }
 
-    /// Opens a session with a child that is ready. None: the child is gone, ask [`Self::ready`] again.
-    pub(crate) async fn open(
-        &self,
-        link: &Link,
-        options: SessionOptions,
-        start: StartPoint,
-        background: bool,
-    ) -> Option<EngineSession> {
-        let frames = link.frames.clone();
-        // Reserved first, so that the end of a session can always be said, in order.
-        let close = frames.clone().reserve_owned().await.ok()?;
-        let handle = self.0.next_handle.fetch_add(1, Ordering::Relaxed);
-        let account = if background { self.0.budget.apart(JOB_BYTES) } else { self.0.budget.account() };
-        let outbox = Arc::new(Outbox::new(account));
-        locked(&self.0.outboxes).insert(handle, Arc::clone(&outbox));
-        let session = EngineSession { handle, frames, close: Some(close), outbox, engine: self.clone() };
-        let open = ToEngine::Open { handle, options: Box::new(options), start: Box::new(start), background };
-        session.frames.send(open).await.ok()?;
-        Some(session)
+    fn next_handle(&self) -> u64 {
+        self.0.next_handle.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn account(&self, background: bool) -> Account {
+        if background { self.0.budget.apart(JOB_BYTES) } else { self.0.budget.account() }
+    }
+
+    fn register(&self, handle: u64, outbox: Arc<Outbox>) {
+        locked(&self.0.outboxes).insert(handle, outbox);
+    }
+
+    /// An input comes, with what others know about it.
+    pub(crate) fn begins(&self, names: &Names, suspect: bool, crashes: u32) {
+        locked(&self.0.suspects).begins(names.name(), suspect, crashes);
+    }
+
+    /// It is no longer here.
+    pub(crate) fn forget(&self, names: &Names) {
+        locked(&self.0.suspects).forget(&names.name());
+    }
+
+    /// How an input that goes on at sample `from` is to be decoded.
+    pub(crate) fn treat(&self, names: &Names, from: u64) -> Treatment {
+        locked(&self.0.suspects).treat(&names.name(), from)
+    }
+
+    /// A final up to `to_sample` is stored.
+    pub(crate) fn passed(&self, names: &Names, to_sample: u64) {
+        locked(&self.0.suspects).passed(&names.name(), to_sample);
+    }
+
+    /// Deaths of the engine while it decoded this suspect alone; none for one that is not suspected.
+    pub(crate) fn suspected(&self, kind: Kind, id: &StreamId) -> Option<u32> {
+        locked(&self.0.suspects).told(&(kind, id.clone()))
     }
 
     /// Keeps the child alive until `stop`; then ends it and returns when it is reaped.
@@ -276,106 +323,34 @@ impl Engine {
                 status.models = link::models_on_disk(&self.0.config);
             }
         });
-    }
-
-    /// One child from fork to reaping.
-    async fn live(&self, stop: &CancellationToken) -> LifeEnd {
-        if self.status().state == EngineRunState::Down {
-            self.set_state(EngineRunState::Starting, false);
-        }
-        let spawned = match spawn::spawn(&self.0.program).await {
-            Ok(spawned) => spawned,
-            Err(error) => {
-                self.log_spawn_error(&error);
-                return LifeEnd::NotReady;
-            }
-        };
-        let mut child = spawned.child;
-        self.0.pid.store(child.id().unwrap_or(0), Ordering::Relaxed);
-        tracing::info!(pid = child.id(), "engine started");
-
-        let (read, write) = spawned.socket.into_split();
-        let (frames, queue) = mpsc::channel(FRAMES + self.0.slots);
-        let mut stderr = JoinSet::new();
-        if let Some(pipe) = spawned.stderr {
-            stderr.spawn(link::forward_stderr(pipe));
-        }
-        let mut wires = JoinSet::new();
-        wires.spawn(link::write_frames(write, self.0.config.clone(), queue));
-        let (ready, mut is_ready) = mpsc::channel(1);
-        wires.spawn(link::read_frames(read, self.clone(), ready));
-
-        let begun = Instant::now();
-        let mut ready_at = None;
-        let stopped = loop {
-            tokio::select! {
-                () = stop.cancelled() => break true,
-                Some(vad) = is_ready.recv() => {
-                    ready_at = Some(Instant::now());
-                    self.set_state(EngineRunState::Ready, false);
-                    self.0.link.send_replace(Some(Link { frames: frames.clone(), vad }));
-                }
-                Some(ended) = wires.join_next() => {
-                    match ended {
-                        Ok(TransportError::Closed) => tracing::debug!("engine closed its socket"),
-                        Ok(error) => tracing::error!(error = &error as &dyn std::error::Error, "engine socket failed"),
-                        Err(error) => tracing::error!(%error, "engine wire task failed"),
-                    }
-                    break false;
-                }
-                _ = child.wait() => break false,
-                () = sleep(START_TIMEOUT.saturating_sub(begun.elapsed())), if ready_at.is_none() => {
-                    tracing::error!(timeout_ms = START_TIMEOUT.as_millis() as u64, "engine did not become ready");
-                    break false;
-                }
-            }
-        };
-        self.0.link.send_replace(None);
-        drop(frames);
-        // Ends both halves of the socket: the child's sign to stop.
-        wires.shutdown().await;
-        for (_, outbox) in locked(&self.0.outboxes).drain() {
-            outbox.gone();
-        }
-        locked(&self.0.progress).reset();
-        self.reap(child, stopped).await;
-        // The pipe ends with the child; its last words are worth a moment.
-        if timeout(STOP_GRACE, stderr.join_next()).await.is_err() {
-            tracing::warn!("something still holds the engine's stderr");
-        }
-        match (stopped, ready_at) {
-            (true, _) => LifeEnd::Stopped,
-            (false, None) => LifeEnd::NotReady,
-            (false, Some(at)) => LifeEnd::Died { lived: at.elapsed() },
-        }
-    }
-
-    fn log_spawn_error(&self, error: &SpawnError) {
-        tracing::error!(error = error as &dyn std::error::Error, "engine not started");
-    }
-
-    async fn reap(&self, mut child: Child, asked: bool) {
-        let pid = child.id();
-        let mut killed = false;
-        let status = match timeout(STOP_GRACE, child.wait()).await {
-            Ok(status) => status,
-            Err(_) => {
-                killed = true;
-                child.kill().await.err().map_or_else(|| child.try_wait().map(Option::unwrap_or_default), Err)
-            }
-        };
-        self.0.pid.store(0, Ordering::Relaxed);
-        match status {
-            Ok(status) if asked => tracing::info!(pid, %status, killed, "engine stopped"),
-            Ok(status) => tracing::error!(pid, %status, killed, "engine died"),
-            Err(error) => tracing::error!(pid, %error, "engine could not be reaped"),
+        if matches!(state, EngineRunState::Restarting | EngineRunState::Failed) {
+            self.0.news.notify_one();
         }
     }
 
     /// Takes one message from the child. Called by its reader only.
     fn receive(&self, message: FromEngine) {
         let outbox = |handle: u64| locked(&self.0.outboxes).get(&handle).cloned();
+        locked(&self.0.progress).heard();
         match message {
+            FromEngine::Began { handle, at } => {
+                let name = outbox(handle).map(|outbox| outbox.name.clone());
+                let mut decoding = locked(&self.0.decoding);
+                let begun = decoding.entry(handle).or_insert(Decoding { name, at, windows: 0 });
+                begun.at = at;
+                begun.windows += 1;
+            }
+            FromEngine::Over { handle } => {
+                let mut decoding = locked(&self.0.decoding);
+                if let Some(begun) = decoding.get_mut(&handle) {
+                    begun.windows -= 1;
+                    if begun.windows == 0 {
+                        decoding.remove(&handle);
+                    }
+                }
+            }
+            // Hearing it was all.
+            FromEngine::Pong { .. } => {}
             // Only the first one counts, and that one was taken by the reader.
             FromEngine::Ready { .. } => tracing::warn!("engine said ready twice"),
             FromEngine::Models(models) => self.0.status.send_modify(|status| status.models = models),
@@ -399,6 +374,11 @@ impl Engine {
                     outbox.final_draft(*draft);
                 }
             }
+            FromEngine::Finished { handle } => {
+                if let Some(outbox) = outbox(handle) {
+                    outbox.finished();
+                }
+            }
             FromEngine::Failed { handle, failure } => {
                 if let Some(outbox) = outbox(handle) {
                     outbox.failed(failure);
@@ -407,51 +387,6 @@ impl Engine {
             FromEngine::Progress { decodes, audio_ms, busy_ms, working } => {
                 locked(&self.0.progress).progress(Instant::now(), decodes, audio_ms, busy_ms, working);
             }
-        }
-    }
-}
-
-/// One session inside the engine. Dropping it closes it there and gives its bytes back.
-#[derive(Debug)]
-pub(crate) struct EngineSession {
-    handle: u64,
-    frames: mpsc::Sender<ToEngine>,
-    close: Option<mpsc::OwnedPermit<ToEngine>>,
-    outbox: Arc<Outbox>,
-    engine: Engine,
-}
-
-/// Room for one frame; see [`EngineSession::room`].
-pub(crate) struct FeedPermit<'a> {
-    handle: u64,
-    permit: mpsc::Permit<'a, ToEngine>,
-}
-
-impl EngineSession {
-    pub(crate) fn outbox(&self) -> &Outbox {
-        &self.outbox
-    }
-
-    /// Waits until a frame can be sent; cancel-safe. None: the child is gone, the outbox says so too.
-    pub(crate) async fn room(&self) -> Option<FeedPermit<'_>> {
-        let permit = self.frames.reserve().await.ok()?;
-        Some(FeedPermit { handle: self.handle, permit })
-    }
-}
-
-impl FeedPermit<'_> {
-    /// Hands an entry over. Its bytes are the caller's to count, with the outbox's account.
-    pub(crate) fn feed(self, entry: voxfleet_schema::audio::RawEntry) {
-        self.permit.send(ToEngine::Entry(EntryFor { handle: self.handle, entry }));
-    }
-}
-
-impl Drop for EngineSession {
-    fn drop(&mut self) {
-        locked(&self.engine.0.outboxes).remove(&self.handle);
-        self.outbox.account.close();
-        if let Some(close) = self.close.take() {
-            close.send(ToEngine::Close { handle: self.handle });
         }
     }
 }

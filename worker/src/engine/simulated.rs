@@ -92,7 +92,13 @@ impl SimulatedRecognizer {
             tracing::error!(decode = count, "simulated abort");
             std::process::abort();
         }
-        if config.hang_at > 0 && count > config.hang_at {
+        let at_the_top = longest_at_the_top(&window.samples);
+        if config.poison.is_some_and(|poison| at_the_top >= poison) {
+            tracing::error!(decode = count, at_the_top, "simulated abort at a poison input");
+            std::process::abort();
+        }
+        let hangs = config.poison_hang.is_some_and(|poison| at_the_top >= poison);
+        if hangs || (config.hang_at > 0 && count > config.hang_at) {
             // Deaf to its cancel flag, as a stuck device is.
             loop {
                 std::thread::park_timeout(Duration::from_secs(3_600));
@@ -120,6 +126,16 @@ impl Recognizer for SimulatedRecognizer {
     fn decode(&mut self, batch: &[Window]) -> Vec<Result<Hypothesis, EngineError>> {
         batch.iter().map(|window| self.decode_one(window)).collect()
     }
+}
+
+/// Longest run of samples with the highest value that 16 bits hold.
+fn longest_at_the_top(samples: &[f32]) -> u32 {
+    let (mut run, mut longest) = (0u32, 0);
+    for sample in samples {
+        run = if *sample >= 32_766.5 / 32_768.0 { run + 1 } else { 0 };
+        longest = longest.max(run);
+    }
+    longest
 }
 
 fn hear(window: &Window) -> Hypothesis {
@@ -277,6 +293,16 @@ mod tests {
         let mut states = [model.state().expect("state"), model.state().expect("state")];
         let failed: Vec<bool> = (0..6).map(|n| states[n % 2].decode(&[window(samples(100), 0)])[0].is_err()).collect();
         assert_eq!(failed, [false, false, true, false, false, true]);
+    }
+
+    #[test]
+    fn poison_is_a_run_at_the_top() {
+        let top = 32_767.0 / 32_768.0;
+        assert_eq!(longest_at_the_top(&[0.0, top, top, 32_766.0 / 32_768.0, top, top, top, 0.0]), 3);
+        assert_eq!(longest_at_the_top(&samples(16_000)), 0);
+        let config = SimulatedConfig { speed: 0.0, poison: Some(4), ..SimulatedConfig::default() };
+        let harmless = [vec![top; 3], vec![0.0; 9], vec![top; 3]].concat();
+        assert!(recognizer(config).decode(&[window(harmless, 0)])[0].is_ok());
     }
 
     #[test]

@@ -120,11 +120,28 @@ pub struct SimulatedConfig {
     /// Decodes after the n-th never return; 0 = never.
     pub hang_at: u64,
     pub load_ms: u64,
+    /// The process aborts at each window with so many samples at the very top (32,767) in a row: an input that is poison
+    /// wherever it goes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub poison: Option<u32>,
+    /// The same, but the decode never returns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub poison_hang: Option<u32>,
 }
 
 impl Default for SimulatedConfig {
     fn default() -> Self {
-        Self { speed: 20.0, weights_mb: 0, state_mb: 0, fail_every: 0, abort_at: 0, hang_at: 0, load_ms: 0 }
+        Self {
+            speed: 20.0,
+            weights_mb: 0,
+            state_mb: 0,
+            fail_every: 0,
+            abort_at: 0,
+            hang_at: 0,
+            load_ms: 0,
+            poison: None,
+            poison_hang: None,
+        }
     }
 }
 
@@ -143,12 +160,33 @@ pub enum ToEngine {
         /// Live sessions come first.
         #[serde(default)]
         background: bool,
+        #[serde(default)]
+        suspect: Option<Suspect>,
+    },
+    /// Say `Pong`.
+    Ping {
+        n: u64,
     },
     Entry(EntryFor),
+    /// Nothing more is fed: finish a final already begun and say so, begin no other.
+    Finish {
+        handle: u64,
+    },
     /// Forget it; running decodes of it are cancelled.
     Close {
         handle: u64,
     },
+}
+
+/// An input that may have killed the engine before.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Suspect {
+    /// Nothing else is decoded beside it until a final has gone beyond this sample, and it gets no partials.
+    pub beyond: u64,
+    /// How often it killed the engine alone: those with fewer come first.
+    pub crashes: u32,
+    /// The stretch that begins at `beyond` is not decoded; its final says this.
+    pub park: Option<Failure>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -185,6 +223,24 @@ pub enum FromEngine {
     Final {
         handle: u64,
         draft: Box<FinalDraft>,
+    },
+    /// A window of the stretch that begins at this sample goes to a decode thread. Said before it does, so that whoever
+    /// finds the child dead knows what it was doing.
+    Began {
+        handle: u64,
+        at: u64,
+    },
+    /// It came back.
+    Over {
+        handle: u64,
+    },
+    /// Answer to `Ping`, and a sign of life in long stretches of work.
+    Pong {
+        n: u64,
+    },
+    /// Answer to `Finish`: what had begun is said.
+    Finished {
+        handle: u64,
     },
     /// The session cannot go on here (model missing, options the model cannot follow).
     Failed {
@@ -233,6 +289,9 @@ pub struct FinalDraft {
     pub end: bool,
     pub lost: Option<Lost>,
     pub error: Option<Failure>,
+    /// Its audio was set aside undecoded; `error` says why.
+    #[serde(default)]
+    pub parked: bool,
     pub guards: Vec<String>,
     pub checkpoint_missing: bool,
     /// To be written before the final; none when nothing goes beyond it.

@@ -9,6 +9,7 @@ use std::{collections::VecDeque, sync::Mutex};
 use tokio::sync::Notify;
 use voxfleet_schema::failure::Failure;
 
+use super::suspects::Name;
 use crate::{
     capacity::{Account, locked},
     ipc::{FinalDraft, PartialDraft, StreamNote},
@@ -24,6 +25,7 @@ struct Waiting {
     notes: VecDeque<StreamNote>,
     notes_dropped: u64,
     failed: Option<Failure>,
+    finished: bool,
     gone: bool,
 }
 
@@ -36,12 +38,16 @@ pub(crate) struct Taken {
     /// Notes there was no room for.
     pub(crate) notes_dropped: u64,
     pub(crate) failed: Option<Failure>,
+    /// Nothing was fed since it was told to finish, and nothing is begun any more.
+    pub(crate) finished: bool,
     /// The engine died or was stopped: nothing comes any more.
     pub(crate) gone: bool,
 }
 
 #[derive(Debug)]
 pub(crate) struct Outbox {
+    /// Whose it is.
+    pub(super) name: Name,
     waiting: Mutex<Waiting>,
     changed: Notify,
     /// Bytes the engine holds for this session.
@@ -49,8 +55,8 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    pub(crate) fn new(account: Account) -> Self {
-        Self { waiting: Mutex::default(), changed: Notify::new(), account }
+    pub(super) fn new(name: Name, account: Account) -> Self {
+        Self { name, waiting: Mutex::default(), changed: Notify::new(), account }
     }
 
     pub(crate) fn final_draft(&self, draft: FinalDraft) {
@@ -81,6 +87,11 @@ impl Outbox {
         self.changed.notify_one();
     }
 
+    pub(crate) fn finished(&self) {
+        locked(&self.waiting).finished = true;
+        self.changed.notify_one();
+    }
+
     pub(crate) fn gone(&self) {
         locked(&self.waiting).gone = true;
         self.account.close();
@@ -96,6 +107,7 @@ impl Outbox {
             notes: std::mem::take(&mut waiting.notes),
             notes_dropped: std::mem::take(&mut waiting.notes_dropped),
             failed: waiting.failed.take(),
+            finished: waiting.finished,
             gone: waiting.gone,
         }
     }
@@ -114,7 +126,8 @@ mod tests {
     use crate::capacity::Budget;
 
     fn outbox() -> Outbox {
-        Outbox::new(Budget::new(10, 10).account())
+        let id = voxfleet_schema::id::StreamId::new("a").expect("id");
+        Outbox::new((voxfleet_schema::id::Kind::Session, id), Budget::new(10, 10).account())
     }
 
     fn partial(text: &str) -> PartialDraft {

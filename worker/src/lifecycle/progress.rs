@@ -19,6 +19,8 @@ pub(super) struct ProgressMeter {
     recent_audio_ms: f64,
     recent_busy_ms: f64,
     rated_at: Option<Instant>,
+    /// Since when an answer is awaited.
+    asked_at: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -43,21 +45,34 @@ impl ProgressMeter {
         self.moved_at = Some(now);
     }
 
+    /// The child is asked for a sign of life.
+    pub(super) fn asked(&mut self, now: Instant) {
+        self.asked_at.get_or_insert(now);
+    }
+
+    /// It said something, whatever it was.
+    pub(super) fn heard(&mut self) {
+        self.asked_at = None;
+    }
+
+    /// Nobody listened for a while: silence until now says nothing.
+    pub(super) fn forgive(&mut self, now: Instant) {
+        self.asked_at = None;
+        self.moved_at = self.moved_at.map(|_| now);
+    }
+
     /// A new child starts from nothing; the rate stays, it is the device's.
     pub(super) fn reset(&mut self) {
         self.working = false;
         self.moved_at = None;
+        self.asked_at = None;
         (self.audio_ms, self.busy_ms) = (0, 0);
-    }
-
-    pub(super) fn working(&self) -> bool {
-        self.working
     }
 
     pub(super) fn reading(&self, now: Instant) -> Reading {
         let age = |at: Instant| now.saturating_duration_since(at).min(Duration::from_secs(86_400)).as_millis() as u64;
         Reading {
-            ms_since_progress: self.moved_at.filter(|_| self.working).map_or(0, age),
+            ms_since_progress: self.moved_at.filter(|_| self.working).map_or(0, age).max(self.asked_at.map_or(0, age)),
             decode_rate: (self.recent_busy_ms > 0.0).then(|| (self.recent_audio_ms / self.recent_busy_ms) as f32),
             decode_rate_age_ms: self.rated_at.map(age),
         }
@@ -78,6 +93,27 @@ mod tests {
         assert_eq!(meter.reading(at(5_000)).ms_since_progress, 5_000);
         meter.progress(at(5_000), 2, 2_000, 200, false);
         assert_eq!(meter.reading(at(9_000)).ms_since_progress, 0);
+    }
+
+    #[test]
+    fn a_child_that_does_not_answer_stands_still_with_or_without_work() {
+        let mut meter = ProgressMeter::default();
+        let t0 = Instant::now();
+        let at = |ms| t0 + Duration::from_millis(ms);
+        meter.asked(t0);
+        meter.asked(at(1_000));
+        assert_eq!(meter.reading(at(3_000)).ms_since_progress, 3_000, "since it was asked first");
+        meter.heard();
+        assert_eq!(meter.reading(at(3_000)).ms_since_progress, 0);
+        // Deaf in a decode, but its loop answers.
+        meter.progress(at(4_000), 1, 0, 0, true);
+        meter.asked(at(9_000));
+        meter.heard();
+        assert_eq!(meter.reading(at(10_000)).ms_since_progress, 6_000);
+        // This process stood still itself.
+        meter.asked(at(10_000));
+        meter.forgive(at(60_000));
+        assert_eq!(meter.reading(at(60_500)).ms_since_progress, 500);
     }
 
     #[test]

@@ -10,15 +10,16 @@ use voxfleet_nats::{
     ServerError,
     log::LogError,
     publish::PublishError,
-    retry::Backoff,
-    transcript::{ChainError, Outcome, StoredFinal},
+    transcript::{Outcome, StoredFinal},
 };
-use voxfleet_schema::{audio::RawEntry, codec, event::What, failure::Failure, job::JobStage, transcript::Final};
+use voxfleet_schema::{audio::RawEntry, event::What, failure::Failure};
 
 use super::{
-    Desired, End, Session, Shared,
+    Desired, End, Session,
     feed::{Feed, HintVerdict},
-    outputs::{LagAlarm, Names, without_text},
+    outputs::LagAlarm,
+    park,
+    store::{Kept, StoreFailed, store},
 };
 use crate::{
     ipc::{ENTRY_COST, FinalDraft, PartialDraft, StartPoint},
@@ -27,10 +28,6 @@ use crate::{
 
 /// Finals that may wait to be stored before the session stops feeding.
 const MAX_DRAFTS: usize = 8;
-/// While the worker stops: how often it is asked whether the engine is done.
-const FINISH_CHECK: Duration = Duration::from_millis(50);
-/// What was fed last shows as work only with the engine's next report.
-const FINISH_SETTLE: Duration = Duration::from_millis(300);
 /// How often the lag is looked at when nothing else happens.
 const LAG_LOOK: Duration = Duration::from_secs(1);
 /// The engine collects this much before a window is full or silence is committed; beyond it, it is behind.
@@ -83,7 +80,9 @@ pub(super) struct Life<'a> {
     engine_lag_ms: u64,
     next_lag_look: Instant,
     gone: bool,
-    finishing_since: Option<Instant>,
+    /// The engine was told that nothing more comes, and said that nothing is begun any more.
+    asked_to_finish: bool,
+    finished: bool,
     next_progress: Instant,
 }
 
@@ -114,16 +113,10 @@ impl<'a> Life<'a> {
             engine_lag_ms: 0,
             next_lag_look: Instant::now() + LAG_LOOK,
             gone: false,
-            finishing_since: None,
+            asked_to_finish: false,
+            finished: false,
             next_progress: Instant::now(),
         }
-    }
-
-    /// Nothing is under way any more that a stop should wait for.
-    fn has_finished(&mut self, finish: bool) -> bool {
-        finish
-            && self.finishing_since.get_or_insert_with(Instant::now).elapsed() >= FINISH_SETTLE
-            && !self.session.shared.engine.is_working()
     }
 
     pub(super) async fn run(mut self: Box<Self>) -> Next {
@@ -155,7 +148,7 @@ impl<'a> Life<'a> {
                         )));
                     }
                     None if self.gone => return Next::Reopen(None),
-                    None if self.has_finished(desired.finish) => return Next::Stop(End::Finished),
+                    None if desired.finish && self.finished => return Next::Stop(End::Finished),
                     None => {}
                 }
             }
@@ -177,6 +170,7 @@ impl<'a> Life<'a> {
                 reading = Some(self.read_log());
             }
 
+            let says_finish = desired.finish && !self.asked_to_finish;
             tokio::select! {
                 changed = self.desired.changed() => if changed.is_err() {
                     return Next::Stop(End::Finished);
@@ -200,8 +194,12 @@ impl<'a> Life<'a> {
                         return Next::Stop(end);
                     }
                 }
-                permit = engine.room(), if self.pending.is_some() => match (permit, self.pending.take()) {
+                permit = engine.room(), if self.pending.is_some() || says_finish => match (permit, self.pending.take()) {
                     (Some(permit), Some(entry)) => permit.feed(entry),
+                    (Some(permit), None) => {
+                        permit.finish();
+                        self.asked_to_finish = true;
+                    }
                     // The child is gone; what it had not answered is read from the log again.
                     _ => self.gone = true,
                 },
@@ -209,7 +207,6 @@ impl<'a> Life<'a> {
                 () = sleep_until(self.feed.next_look()), if may_read && reading.is_none() => {}
                 () = &mut room_again, if !has_room => {}
                 () = sleep_until(self.next_lag_look) => self.observe_lag(),
-                () = sleep_until(Instant::now() + FINISH_CHECK), if desired.finish => {}
             }
         }
     }
@@ -252,6 +249,7 @@ impl<'a> Life<'a> {
             self.gone = true;
             self.pending = None;
         }
+        self.finished |= taken.finished;
         taken.failed.map(|failure| self.session.failed(self.epoch, failure))
     }
 
@@ -360,11 +358,15 @@ impl<'a> Life<'a> {
         match kept {
             Err(StoreFailed::Chain(error)) => Some(Next::Stop(session.chain_failed(self.epoch, &error))),
             Err(StoreFailed::Aggregate(failure)) => Some(Next::Stop(End::Failed(failure))),
-            Ok(Kept { outcome: Outcome::Stored { seq, chain_lost }, value }) => {
+            Ok(Kept { outcome: Outcome::Stored { seq, chain_lost }, value, parked }) => {
                 if chain_lost {
                     session.shared.events.tell(session.names.event(What::ChainLost, self.epoch), None);
                 }
                 session.figures.stored(&value);
+                session.shared.engine.passed(&session.names, value.to_sample);
+                if parked {
+                    park::tell(session, &value);
+                }
                 if session.work.is_some() && !value.end && self.next_progress <= Instant::now() {
                     self.next_progress = Instant::now() + PROGRESS_EVERY;
                     self.partial = Some(PartialDraft {
@@ -393,103 +395,10 @@ impl<'a> Life<'a> {
     }
 }
 
-/// A final and what became of it.
-#[derive(Debug)]
-pub(super) struct Kept {
-    outcome: Outcome,
-    value: Final,
-}
-
-/// Why a final could not be stored at all.
-#[derive(Debug)]
-enum StoreFailed {
-    Chain(ChainError),
-    /// The aggregate that it was to name.
-    Aggregate(Failure),
-}
-
-impl From<ChainError> for StoreFailed {
-    fn from(error: ChainError) -> Self {
-        StoreFailed::Chain(error)
-    }
-}
-
-/// Writes the checkpoint, then the final that names it; before a job's end final, its aggregate.
-async fn store(
-    session: &Session,
-    mut draft: FinalDraft,
-    epoch: u64,
-    last: Option<(u64, u64)>,
-) -> Result<Kept, StoreFailed> {
-    let (shared, names): (&Shared, &Names) = (&session.shared, &session.names);
-    let (predecessor, last_index) = last.unzip();
-    let checkpoint_seq = match draft.checkpoint.take() {
-        None => None,
-        Some(mut checkpoint) => {
-            checkpoint.index = last_index.map_or(0, |index| index + 1);
-            let mut backoff = Backoff::default();
-            loop {
-                match shared.chain.checkpoint_put(names.kind, &names.id, &checkpoint).await {
-                    Ok(seq) => break Some(seq),
-                    Err(error @ ChainError::Encode(_)) => return Err(error.into()),
-                    Err(error) => {
-                        tracing::warn!(
-                            id = %names.id,
-                            error = &error as &dyn std::error::Error,
-                            "checkpoint not written, trying again"
-                        );
-                        backoff.wait().await;
-                    }
-                }
-            }
-        }
-    };
-    let mut value = names.final_of(draft, epoch, last_index, checkpoint_seq);
-    if let Some(work) = session.work.as_ref().filter(|_| value.end) {
-        session.figures.enter(JobStage::Finishing);
-        let url = work.aggregate(&shared.chain, &value).await.map_err(StoreFailed::Aggregate)?;
-        value.result = Some(url);
-    }
-    match shared.chain.store(&value, predecessor).await {
-        Ok(outcome) => Ok(Kept { outcome, value }),
-        Err(error) if is_too_large(&error) => {
-            let len = codec::to_json(&value).map_err(ChainError::Encode)?.len();
-            tracing::error!(id = %names.id, len, %error, "final too large, stored without its text");
-            let mut value = without_text(value, len);
-            if value.result.is_some() {
-                // The aggregate has its text.
-                value.error = None;
-            }
-            Ok(Kept { outcome: shared.chain.store(&value, predecessor).await?, value })
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Over our limit, or over that of a server configured with a smaller one.
-fn is_too_large(error: &ChainError) -> bool {
-    matches!(error, ChainError::TooLarge { .. } | ChainError::Server(ServerError::TooLarge))
-}
-
 /// Waits for what is running; for ever when nothing is.
 async fn resolve<T>(running: &mut Running<'_, T>) -> T {
     match running {
         Some(future) => future.await,
         None => std::future::pending().await,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_final_that_no_server_takes_is_stored_without_its_text() {
-        assert!(is_too_large(&ChainError::TooLarge { len: 300_000, limit: 262_144 }));
-        assert!(is_too_large(&ChainError::Server(ServerError::TooLarge)), "as where max_payload is below our limit");
-        for error in [ServerError::Timeout, ServerError::Closed] {
-            assert!(!is_too_large(&ChainError::Server(error)));
-        }
-        assert!(!is_too_large(&ChainError::Conflict));
     }
 }

@@ -13,8 +13,12 @@ mod hints;
 mod life;
 mod open;
 mod outputs;
+mod park;
+mod store;
 
 use std::{
+    future::Future,
+    panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::{AtomicU8, AtomicU64, Ordering},
@@ -22,7 +26,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{Semaphore, watch};
+use futures_util::FutureExt as _;
+use tokio::{
+    sync::{Semaphore, watch},
+    time::{Instant, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
     log::AudioLog,
@@ -47,8 +55,9 @@ pub(crate) use self::{
 };
 use crate::{
     capacity::Budget,
+    heartbeat::Named,
     job::Work,
-    lifecycle::{Engine, EngineDown},
+    lifecycle::{Engine, EngineDown, Opening, Treatment},
     supervisor::events::Events,
 };
 
@@ -68,6 +77,8 @@ pub(crate) struct Shared {
     pub(crate) log_reads: Arc<Semaphore>,
     /// Largest entry of the log, in bytes.
     pub(crate) max_entry: u64,
+    /// Of this worker, for people.
+    pub(crate) name: watch::Receiver<Named>,
 }
 
 /// What the supervisor wants of a session.
@@ -78,6 +89,8 @@ pub(crate) struct Desired {
     pub(crate) options: Arc<SessionOptions>,
     /// Feed nothing more, store what has begun, and end.
     pub(crate) finish: bool,
+    /// Released: it ends by then, whatever has begun.
+    pub(crate) finish_by: Option<Instant>,
 }
 
 /// Figures the heartbeat reads while the task works. The highest value means none.
@@ -149,7 +162,7 @@ impl Handle {
     pub(crate) fn new(names: Names, epoch: u64, options: SessionOptions) -> Self {
         Self {
             names,
-            desired: watch::Sender::new(Desired { epoch, options: Arc::new(options), finish: false }),
+            desired: watch::Sender::new(Desired { epoch, options: Arc::new(options), finish: false, finish_by: None }),
             hints: Arc::default(),
             figures: Arc::default(),
             cancel: CancellationToken::new(),
@@ -158,6 +171,41 @@ impl Handle {
 
     pub(crate) fn epoch(&self) -> u64 {
         self.desired.borrow().epoch
+    }
+
+    /// What has begun may still be stored, nothing else.
+    pub(crate) fn finish(&self) {
+        self.desired.send_modify(|desired| desired.finish = true);
+    }
+
+    /// The same, and by then it is over.
+    pub(crate) fn finish_by(&self, deadline: Instant) {
+        self.desired.send_modify(|desired| {
+            desired.finish = true;
+            desired.finish_by = Some(deadline);
+        });
+    }
+
+    /// Somebody else has it: how it ends here interests nobody.
+    pub(crate) fn is_released(&self) -> bool {
+        self.cancel.is_cancelled() || self.desired.borrow().finish_by.is_some()
+    }
+
+    /// Waits until it must not go on here.
+    pub(crate) async fn over(&self) {
+        let mut wishes = self.desired.subscribe();
+        let time_over = async {
+            // The sender is ours: an error cannot come.
+            let by = wishes.wait_for(|wish| wish.finish_by.is_some()).await.ok().and_then(|wish| wish.finish_by);
+            match by {
+                Some(deadline) => sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.cancel.cancelled() => {}
+            () = time_over => {}
+        }
     }
 
     pub(crate) fn held(&self) -> Held {
@@ -198,6 +246,16 @@ pub(crate) enum End {
     Finished,
     /// A job's end final stands in its chain.
     Done,
+}
+
+/// Runs what belongs to one session or job; a panic in there is its own failure and nobody else's.
+pub(crate) async fn contained<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+    AssertUnwindSafe(work).catch_unwind().await.map_err(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+        tracing::error!(panic = text, "a session's task panicked");
+        Failure::new(FailureClass::Internal, "a fault in the worker's own code ended this here")
+    })
 }
 
 #[derive(Debug)]
@@ -261,6 +319,14 @@ impl Session {
         End::Failed(failure)
     }
 
+    /// Where the engine cannot be started, that is no try of a job: another worker may have one that can.
+    fn not_its_fault(&self, failure: Failure) -> Failure {
+        match self.names.kind {
+            Kind::Job => Failure { class: FailureClass::NoCapacity, ..failure },
+            _ => failure,
+        }
+    }
+
     fn chain_failed(&self, epoch: u64, error: &ChainError) -> End {
         tracing::error!(id = %self.names.id, error = error as &dyn std::error::Error, "chain unreadable");
         self.failed(epoch, Failure::new(FailureClass::Internal, format!("the chain cannot be used: {error}")))
@@ -286,6 +352,7 @@ impl Session {
                 return Ok(Opened::Ended);
             }
         }
+        let goes_on_at = last.as_ref().map_or(0, |last| last.value.to_sample);
         // A recording never expires.
         let log = self.work.is_none().then_some(&self.shared.log);
         let start = open::locate(&self.shared.chain, log, *kind, id, last.as_ref().map(|l| &l.value))
@@ -295,7 +362,9 @@ impl Session {
             Ok(link) => link,
             Err(EngineDown::Stopping) => return Err(End::Finished),
             Err(error @ EngineDown::Failed) => {
-                return Err(self.failed(epoch, Failure::new(FailureClass::EngineCrash, error.to_string())));
+                return Err(
+                    self.failed(epoch, self.not_its_fault(Failure::new(FailureClass::EngineCrash, error.to_string())))
+                );
             }
         };
         if let Some(last) = &last
@@ -311,6 +380,14 @@ impl Session {
             event.detail = serde_json::json!({ "lost": lost });
             self.shared.events.tell(event, Some(format!("{id}-lost-{}-{}", lost.from_seq, lost.to_seq)));
         }
+        // Asked last: it is about the child that has just become ready.
+        let treatment = self.shared.engine.treat(&self.names, goes_on_at);
+        if let Treatment::GiveUp(failure) = treatment {
+            return Err(self.failed(epoch, failure));
+        }
+        if treatment != Treatment::Normal {
+            tracing::warn!(%id, epoch, ?treatment, "session is suspected of killing the engine");
+        }
         tracing::info!(
             %id,
             epoch,
@@ -319,7 +396,14 @@ impl Session {
             expired = start.expired,
             "session opened"
         );
-        match self.shared.engine.open(&link, (*desired.options).clone(), start.clone(), self.work.is_some()).await {
+        let opening = Opening {
+            names: &self.names,
+            options: (*desired.options).clone(),
+            start: start.clone(),
+            background: self.work.is_some(),
+            treatment: &treatment,
+        };
+        match self.shared.engine.open(&link, opening).await {
             None => Ok(Opened::EngineGone),
             Some(engine) => Ok(Opened::Life(Box::new(Life::new(self, engine, epoch, last, &start)))),
         }
@@ -337,4 +421,31 @@ enum Opened<'a> {
 #[cfg(test)]
 pub(crate) mod tests {
     pub(crate) use super::outputs::tests::final_of;
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_is_a_failure_of_its_session() {
+        let failed = contained(async { panic!("{}", "thrown") }).await.map(|(): ()| ());
+        assert_eq!(failed.map_err(|failure| failure.class), Err(FailureClass::Internal));
+        assert_eq!(contained(async { 3 }).await, Ok(3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_released_may_finish_but_not_for_ever() {
+        let names = Names {
+            kind: Kind::Session,
+            id: voxfleet_schema::id::StreamId::new("a").expect("id"),
+            gpu_id: voxfleet_schema::id::GpuId::new("g").expect("id"),
+        };
+        let handle = Handle::new(names, 1, SessionOptions::default());
+        handle.finish();
+        let second = Duration::from_secs(1);
+        assert!(tokio::time::timeout(second, handle.over()).await.is_err() && !handle.is_released());
+        handle.finish_by(Instant::now() + 2 * second);
+        assert!(handle.is_released());
+        assert!(tokio::time::timeout(second, handle.over()).await.is_err());
+        assert!(tokio::time::timeout(2 * second, handle.over()).await.is_ok());
+        handle.cancel.cancel();
+        handle.over().await;
+    }
 }

@@ -20,6 +20,10 @@ pub(crate) struct Names {
 }
 
 impl Names {
+    pub(crate) fn name(&self) -> (Kind, StreamId) {
+        (self.kind, self.id.clone())
+    }
+
     /// Completes a draft as the successor of `last_index`.
     pub(super) fn final_of(
         &self,
@@ -169,6 +173,7 @@ pub(crate) mod tests {
             end: false,
             lost: None,
             error: None,
+            parked: false,
             guards: Vec::new(),
             checkpoint_missing: false,
             checkpoint: None,

@@ -6,10 +6,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
-    fleet::{GivenUp, Held, Slots},
+    fleet::{DrainNotice, GivenUp, Held, Slots},
     id::{Kind, StreamId},
 };
 
@@ -88,7 +88,7 @@ struct Inner {
     sessions: BTreeMap<Key, Arc<Handle>>,
     failures: HashMap<Key, (Instant, Failure)>,
     given_up: VecDeque<(Instant, GivenUp)>,
-    draining: bool,
+    drain: Option<DrainNotice>,
 }
 
 impl Inner {
@@ -104,7 +104,7 @@ pub(crate) struct Snapshot {
     pub(crate) job_slots: Slots,
     pub(crate) held: Vec<Held>,
     pub(crate) given_up: Vec<GivenUp>,
-    pub(crate) draining: bool,
+    pub(crate) drain: Option<DrainNotice>,
 }
 
 /// Sessions and jobs held, by name. Read by heartbeat and pulls, changed by control; locked for moments only.
@@ -113,11 +113,13 @@ pub(crate) struct Holdings {
     slots: u32,
     job_slots: u32,
     inner: Mutex<Inner>,
+    /// Something changed that the dispatcher should hear of at once.
+    news: Arc<Notify>,
 }
 
 impl Holdings {
-    pub(super) fn new(slots: u32, job_slots: u32) -> Self {
-        Self { slots, job_slots, inner: Mutex::default() }
+    pub(super) fn new(slots: u32, job_slots: u32, news: Arc<Notify>) -> Self {
+        Self { slots, job_slots, inner: Mutex::default(), news }
     }
 
     pub(crate) fn snapshot(&self, now: Instant) -> Snapshot {
@@ -128,7 +130,7 @@ impl Holdings {
             job_slots: Slots { total: self.job_slots, used: inner.used(Kind::Job) },
             held: inner.sessions.values().map(|handle| handle.held()).collect(),
             given_up: inner.given_up.iter().map(|(_, given_up)| given_up.clone()).collect(),
-            draining: inner.draining,
+            drain: inner.drain.clone(),
         }
     }
 
@@ -139,11 +141,20 @@ impl Holdings {
     /// Jobs that may be taken now.
     pub(super) fn free_job_slots(&self) -> usize {
         let inner = locked(&self.inner);
-        if inner.draining { 0 } else { self.job_slots.saturating_sub(inner.used(Kind::Job)) as usize }
+        if inner.drain.is_some() { 0 } else { self.job_slots.saturating_sub(inner.used(Kind::Job)) as usize }
     }
 
-    pub(super) fn set_draining(&self) {
-        locked(&self.inner).draining = true;
+    /// Takes nothing new from now on, and says so.
+    pub(super) fn set_draining(&self, notice: DrainNotice) {
+        locked(&self.inner).drain = Some(notice);
+        self.news.notify_one();
+    }
+
+    /// Worth a heartbeat of its own: what waits for this worker to be empty, or for a session it lets go, waits no second more.
+    fn less(&self, inner: &Inner) {
+        if inner.drain.is_some() || inner.sessions.is_empty() {
+            self.news.notify_one();
+        }
     }
 
     pub(super) fn get(&self, kind: Kind, id: &StreamId) -> Option<Arc<Handle>> {
@@ -174,7 +185,7 @@ impl Holdings {
         let situation = Situation {
             held_epoch: inner.sessions.get(&key).map(|handle| handle.epoch()),
             free_slots: self.slots(kind).saturating_sub(inner.used(kind)),
-            draining: inner.draining,
+            draining: inner.drain.is_some(),
             engine_failed,
             model_known,
             failure: inner.failures.get(&key).map(|(_, failure)| failure),
@@ -196,6 +207,7 @@ impl Holdings {
             inner.given_up.pop_front();
         }
         inner.given_up.push_back((now, given_up));
+        self.news.notify_one();
     }
 
     /// Forgets a session whose task has ended, unless its name is held by a newer one.
@@ -204,6 +216,7 @@ impl Holdings {
         let mut inner = locked(&self.inner);
         if inner.sessions.get(&key).is_some_and(|held| Arc::ptr_eq(held, handle)) {
             inner.sessions.remove(&key);
+            self.less(&inner);
         }
         if let Some(failure) = failure
             && inner.failures.len() < MAX_FAILURES
@@ -214,7 +227,10 @@ impl Holdings {
 
     /// Takes a session out at once; its task ends by itself.
     pub(super) fn remove(&self, kind: Kind, id: &StreamId) {
-        locked(&self.inner).sessions.remove(&(kind, id.clone()));
+        let mut inner = locked(&self.inner);
+        if inner.sessions.remove(&(kind, id.clone())).is_some() {
+            self.less(&inner);
+        }
     }
 
     /// Gives a hint to its session; one for a session not held here is dropped.
@@ -272,7 +288,7 @@ mod tests {
 
     #[test]
     fn jobs_and_sessions_take_no_slots_from_each_other() {
-        let holdings = Holdings::new(1, 1);
+        let holdings = Holdings::new(1, 1, Arc::default());
         let now = Instant::now();
         let consider = |kind, id: &str| holdings.consider(kind, &StreamId::new(id).expect("id"), 1, false, true, now);
         holdings.put(handle(Kind::Session, "a"));
@@ -288,7 +304,7 @@ mod tests {
 
     #[test]
     fn a_job_given_up_is_told_until_it_comes_back_or_a_minute_has_passed() {
-        let holdings = Holdings::new(1, 1);
+        let holdings = Holdings::new(1, 1, Arc::default());
         let now = Instant::now();
         let given_up = |id: &str| GivenUp {
             kind: Kind::Job,

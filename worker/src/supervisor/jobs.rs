@@ -17,7 +17,7 @@ use voxfleet_schema::{
 use super::{Supervisor, WorkerError, holdings::Decision};
 use crate::{
     job::{Job, JobEnd, job_options},
-    session::{Handle, Names},
+    session::{Handle, Names, contained},
 };
 
 /// Progress acks: well within the consumer's ack wait of 30 s.
@@ -47,7 +47,11 @@ impl Supervisor {
         match self.holdings.consider(Kind::Job, id, epoch, engine_failed, model_known, Instant::now()) {
             // Delivered again while it runs here: its progress acks count for this delivery too.
             Decision::Held => tracing::debug!(job = %id, epoch, "work item delivered again"),
-            Decision::Refuse(failure) => {
+            Decision::Refuse(mut failure) => {
+                if failure.class == FailureClass::EngineCrash {
+                    // No engine has seen it: that is no try, and no suspicion.
+                    failure.class = FailureClass::NoCapacity;
+                }
                 tracing::info!(job = %id, epoch, %failure, "job refused");
                 if failure.class != FailureClass::BadRequest {
                     self.give_up(&item, failure);
@@ -71,6 +75,7 @@ impl Supervisor {
 
     fn start(&self, item: WorkItem, ack: WorkAck, jobs: &mut JoinSet<JobFinished>) {
         let names = Names { kind: Kind::Job, id: item.job.clone(), gpu_id: self.gpu_id.clone() };
+        self.engine.begins(&names, item.suspect, 0);
         let handle = Arc::new(Handle::new(names, item.epoch, job_options(&item.options)));
         self.holdings.put(Arc::clone(&handle));
         tracing::info!(job = %item.job, epoch = item.epoch, attempt = item.attempt, "job taken");
@@ -92,7 +97,7 @@ impl Supervisor {
                 self.holdings.give_up(given_up, Instant::now());
             }
         }
-        self.holdings.ended(&handle, None, Instant::now());
+        self.let_go(&handle, None);
         Ok(())
     }
 }
@@ -103,13 +108,17 @@ async fn run(job: Job, ack: WorkAck) -> JobFinished {
     let mut beats = interval(STILL_AT_IT);
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = {
-        let running = job.run();
-        tokio::pin!(running);
+        let running = contained(job.run());
+        let over = handle.over();
+        tokio::pin!(running, over);
         loop {
             tokio::select! {
                 biased;
-                () = handle.cancel.cancelled() => break None,
-                end = &mut running => break Some(end),
+                () = &mut over => break None,
+                end = &mut running => match end.unwrap_or_else(JobEnd::GivenUp) {
+                    JobEnd::GivenUp(_) if handle.is_released() => break None,
+                    end => break Some(end),
+                },
                 _ = beats.tick() => {
                     if let Err(error) = ack.progress().await {
                         // The item comes again then, and finds the job held.

@@ -2,7 +2,7 @@
 //!
 //! | task | does |
 //! |---|---|
-//! | heartbeat | one each second, from shared figures |
+//! | heartbeat | one each second, from shared figures; it and control requests have a connection of their own |
 //! | device | samples NVML or `/proc` |
 //! | engine | keeps the child alive ([`crate::lifecycle`]) |
 //! | serve | control requests, the sessions' tasks, the pull ([`serve`]), jobs ([`jobs`]) |
@@ -17,24 +17,31 @@ mod serve;
 use std::{sync::Arc, time::Duration};
 
 use tokio::{
-    sync::{Semaphore, watch},
+    sync::{Notify, Semaphore, watch},
     task::JoinError,
     time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use voxfleet_nats::{Nats, log::AudioLog, media::Media, publish::Publisher, transcript::Chain};
+use voxfleet_nats::{
+    ConnectError, Nats, log::AudioLog, media::Media, publish::Publisher, retry::Backoff, transcript::Chain,
+};
 use voxfleet_schema::id::{IdError, Incarnation, WorkerName};
 use voxfleet_store::fetch::{FetchError, Fetcher};
 
-use self::{events::Events, holdings::Holdings, serve::Served};
+use self::{
+    events::Events,
+    holdings::Holdings,
+    serve::{Reasons, Served},
+};
 use crate::{
     capacity::{Budget, HintPool},
     config::WorkerConfig,
     device::{DeviceError, Probe},
-    heartbeat::{self, Identity, Sources},
+    heartbeat::{self, Identity, Named, Sources},
     ipc::EngineConfig,
     job::Means,
     lifecycle::{Engine, Program},
+    preempt,
     session::Shared,
     shutdown::{ShutdownBudget, Stage},
 };
@@ -48,6 +55,8 @@ pub enum WorkerError {
     Config(Vec<String>),
     #[error("device")]
     Device(#[from] DeviceError),
+    #[error("preemption notices cannot be listened for")]
+    Preemption(#[source] std::io::Error),
     #[error("recordings cannot be fetched")]
     Fetch(#[from] FetchError),
     #[error("a task of the worker failed")]
@@ -56,6 +65,8 @@ pub enum WorkerError {
     Name(#[from] IdError),
     #[error("the connection to NATS is closed")]
     Disconnected,
+    #[error("no connection for heartbeats")]
+    Connect(#[from] ConnectError),
     #[error(transparent)]
     Fleet(#[from] voxfleet_nats::fleet::FleetError),
 }
@@ -64,6 +75,8 @@ pub enum WorkerError {
 #[derive(Clone)]
 pub(crate) struct Supervisor {
     nats: Nats,
+    /// For heartbeats and control requests: never behind audio, finals and results.
+    own: Nats,
     config: Arc<WorkerConfig>,
     models: Arc<Vec<String>>,
     default_model: Arc<str>,
@@ -90,8 +103,14 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         })
         .await??
     };
+    let Some(own) = shutdown.run_until_cancelled(own_connection(&nats)).await else {
+        return Ok(());
+    };
+    let own = own?;
+    let preemption = preempt::Watch::open(&config.preemption).await.map_err(WorkerError::Preemption)?;
     if config.gpu_id.is_none() && !probe.is_gpu() {
-        let taken = shutdown.run_until_cancelled(neighbours::names_taken(&nats, &probe.host)).await;
+        let listening = neighbours::names_taken(&nats, &probe.host, config.heartbeat());
+        let taken = shutdown.run_until_cancelled(listening).await;
         probe.rename_cpu(config.index, &taken.unwrap_or_default())?;
     }
     let max_entry = nats.max_payload() as u64;
@@ -105,8 +124,16 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         args: vec!["engine".to_owned()],
         visible_device: probe.visible_device().to_owned(),
     };
-    let engine = Engine::new(engine_config, program, (config.slots + config.job_slots) as usize, budget.clone());
-    let holdings = Arc::new(Holdings::new(config.slots, config.job_slots));
+    let news = Arc::new(Notify::new());
+    let engine = Engine::new(
+        engine_config,
+        program,
+        (config.slots + config.job_slots) as usize,
+        budget.clone(),
+        Duration::from_millis(config.engine_stuck_ms),
+        Arc::clone(&news),
+    );
+    let holdings = Arc::new(Holdings::new(config.slots, config.job_slots, Arc::clone(&news)));
     let publisher = Publisher::new(&nats);
     let (events, event_queue) = Events::new();
     let identity = Identity {
@@ -121,7 +148,8 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     let stop_engine = CancellationToken::new();
     let tasks = TaskTracker::new();
     let stop_tasks = CancellationToken::new();
-    let (incarnation, current) = watch::channel(new_incarnation()?);
+    let (name, current) = watch::channel(Named::now(new_incarnation()?));
+    let (preempted, preemptions) = watch::channel(None);
     let (figures, device) = watch::channel(first_figures);
     engine_tasks.spawn({
         let (engine, stop) = (engine.clone(), stop_engine.clone());
@@ -129,20 +157,31 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     });
     let sources = Sources {
         identity: identity.clone(),
-        incarnation: current,
+        name: current.clone(),
         device,
         engine: engine.clone(),
         holdings: Arc::clone(&holdings),
+        news,
+        every: config.heartbeat(),
     };
-    tasks.spawn(heartbeat::run(nats.clone(), sources, stop_tasks.clone()));
+    tasks.spawn(heartbeat::run(own.clone(), nats.clone(), sources, stop_tasks.clone()));
     tasks.spawn(heartbeat::sample_device(probe, engine.clone(), figures, stop_tasks.clone()));
     tasks.spawn(event_queue.run(publisher.clone()));
     tasks.spawn({
-        let (nats, me, stop) = (nats.clone(), identity.clone(), stop_tasks.clone());
+        let (nats, me, stop, every) = (nats.clone(), identity.clone(), stop_tasks.clone(), config.heartbeat());
         async move {
-            let taken = stop.run_until_cancelled(neighbours::names_taken(&nats, &me.host)).await;
+            let taken = stop.run_until_cancelled(neighbours::names_taken(&nats, &me.host, every)).await;
             if taken.is_some_and(|taken| taken.contains(&me.gpu_id)) {
                 tracing::warn!(gpu_id = %me.gpu_id, "another worker of this host has the same gpu_id, one of them will be superseded");
+            }
+        }
+    });
+
+    tasks.spawn({
+        let stop = stop_tasks.clone();
+        async move {
+            if let Some(what) = stop.run_until_cancelled(preemption.notice()).await {
+                preempted.send_replace(Some(what));
             }
         }
     });
@@ -156,10 +195,12 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         budget,
         log_reads: Arc::new(Semaphore::new(LOG_READS)),
         max_entry,
+        name: current,
     };
     let media = Media::new(&nats);
     let supervisor = Supervisor {
         nats: nats.clone(),
+        own: own.clone(),
         models: Arc::new(models),
         default_model,
         gpu_id: identity.gpu_id.clone(),
@@ -177,8 +218,8 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         hints: HintPool::new(hint_bytes, max_entry),
         config: Arc::new(config),
     };
-    let served = supervisor.serve_all(incarnation, &shutdown).await;
-    let ending = ShutdownBudget::begin(served.stop_begun, Duration::from_millis(supervisor.config.shutdown_ms));
+    let ended = supervisor.serve_all(name, Reasons::new(&shutdown, preemptions)).await;
+    let ending = ended.budget;
     // Senders of events go with it.
     drop(supervisor);
 
@@ -189,11 +230,30 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     tasks.close();
     ending.run(Stage::Tasks, tasks.wait()).await;
     let left = ending.deadline(Stage::Nats).saturating_duration_since(Instant::now());
-    if !nats.close(left).await {
-        tracing::warn!("connection did not close in time");
+    let (main_closed, own_closed) = tokio::join!(nats.close(left), own.close(left));
+    if !(main_closed && own_closed) {
+        tracing::warn!("connections did not close in time");
     }
-    tracing::info!(elapsed_ms = served.stop_begun.elapsed().as_millis() as u64, "worker stopped");
-    served.result
+    tracing::info!(elapsed_ms = ending.elapsed().as_millis() as u64, "worker stopped");
+    ended.result
+}
+
+/// Connects once more; repeats while no server answers, as the first connection does when it is lost.
+async fn own_connection(nats: &Nats) -> Result<Nats, WorkerError> {
+    let mut backoff = Backoff::default();
+    loop {
+        match nats.sibling("voxfleet-worker-heartbeat").await {
+            Ok(own) => return Ok(own),
+            Err(error @ ConnectError::Unreachable { .. }) => {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "no connection for heartbeats yet, trying again"
+                );
+                backoff.wait().await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// A name that was never used before.
@@ -219,27 +279,33 @@ fn engine_config(config: &WorkerConfig, probe: &Probe) -> EngineConfig {
 
 impl Supervisor {
     /// Serves under one name after another, until told to stop.
-    async fn serve_all(&self, names: watch::Sender<Incarnation>, shutdown: &CancellationToken) -> Ended {
+    async fn serve_all(&self, names: watch::Sender<Named>, mut reasons: Reasons) -> Ended {
         loop {
-            let me = WorkerName { gpu_id: self.gpu_id.clone(), incarnation: names.borrow().clone() };
-            let result = match self.serve(&me, shutdown).await {
-                Ok(Served::Stopped { begun }) => return Ended { stop_begun: begun, result: Ok(()) },
+            let me = WorkerName { gpu_id: self.gpu_id.clone(), incarnation: names.borrow().incarnation.clone() };
+            let result = match self.serve(&me, &mut reasons).await {
+                Ok(Served::Stopped(budget)) => return Ended { budget, result: Ok(()) },
                 Ok(Served::Renew) => new_incarnation().map_err(WorkerError::from),
                 Err(error) => Err(error),
             };
             match result {
                 Ok(incarnation) => {
                     tracing::info!(was = %me.incarnation, now = %incarnation, "worker renewed");
-                    names.send_replace(incarnation);
+                    names.send_replace(Named::now(incarnation));
                 }
-                Err(error) => return Ended { stop_begun: Instant::now(), result: Err(error) },
+                Err(error) => return Ended { budget: self.shutdown_budget(), result: Err(error) },
             }
         }
+    }
+
+    /// For a stop that begins now.
+    fn shutdown_budget(&self) -> ShutdownBudget {
+        let total = self.config.shutdown();
+        ShutdownBudget::begin(Instant::now(), total, total)
     }
 }
 
 #[derive(Debug)]
 struct Ended {
-    stop_begun: Instant,
+    budget: ShutdownBudget,
     result: Result<(), WorkerError>,
 }

@@ -9,17 +9,18 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::{fleet::Heartbeat, id::GpuId};
 
-/// A little more than the time between two heartbeats.
-const LISTEN: Duration = Duration::from_millis(1_200);
+/// Beyond the time between two heartbeats.
+const MARGIN: Duration = Duration::from_millis(200);
 
-/// Names that other living processes of this host beat under. Two that start within this time do not hear each other.
-pub(super) async fn names_taken(nats: &Nats, host: &str) -> HashSet<GpuId> {
+/// Names that other living processes of this host beat under, if they beat as often as we do (`every`). Two that start within
+/// this time do not hear each other.
+pub(super) async fn names_taken(nats: &Nats, host: &str, every: Duration) -> HashSet<GpuId> {
     let mut taken = HashSet::new();
     // A worker that starts before its server is there has nobody to hear.
     if !nats.is_connected() {
         return taken;
     }
-    let end = Instant::now() + LISTEN;
+    let end = Instant::now() + every + MARGIN;
     let mut heard = match heartbeats(nats).await {
         Ok(heard) => heard,
         Err(error) => {

@@ -8,6 +8,7 @@ use std::{
 };
 
 use tokio::{
+    sync::watch,
     task::{JoinError, JoinSet},
     time::{Instant, sleep_until},
 };
@@ -21,54 +22,104 @@ use voxfleet_nats::{
 use voxfleet_schema::{
     event::What,
     failure::{Failure, FailureClass},
-    fleet::{Assignment, ControlReply, ControlRequest, EngineRunState},
+    fleet::{Assignment, ControlReply, ControlRequest, DrainNotice, EngineRunState},
     id::{Kind, StreamId, WorkerName},
 };
 
 use super::{Supervisor, WorkerError, holdings::Decision, jobs::JobFinished};
 use crate::{
     pull,
-    session::{End, Handle, Names},
+    session::{End, Handle, Names, contained, unix_ms},
     shutdown::{ShutdownBudget, Stage},
 };
 
 /// How serving under one name ended.
 #[derive(Debug)]
 pub(super) enum Served {
-    /// The time of the stop began at `begun`.
-    Stopped {
-        begun: Instant,
-    },
+    /// What is left of the time is the stop's.
+    Stopped(ShutdownBudget),
     Renew,
 }
 
 /// What a request leads to besides its answer.
 enum After {
     GoOn,
-    Drain { until: Instant },
+    Drain(Duration),
     Renew,
 }
 
-/// Serving, and the two ways out of it.
+/// Serving, and leaving in two steps.
 #[derive(Debug, Clone, Copy)]
 enum Phase {
     Serving,
-    /// Takes nothing new; what is held goes on until it is released, at most until then.
-    Draining {
-        until: Instant,
-    },
-    /// Sessions finish what they have begun.
-    Stopping {
-        begun: Instant,
-        until: Instant,
-    },
+    /// Takes nothing new; what is held goes on until the dispatcher has moved it.
+    HandingOver(ShutdownBudget),
+    /// Whatever is left stores what it has begun.
+    Finishing(ShutdownBudget),
 }
 
 impl Phase {
+    fn budget(self) -> Option<ShutdownBudget> {
+        match self {
+            Phase::Serving => None,
+            Phase::HandingOver(budget) | Phase::Finishing(budget) => Some(budget),
+        }
+    }
+
     fn deadline(self) -> Option<Instant> {
         match self {
             Phase::Serving => None,
-            Phase::Draining { until } | Phase::Stopping { until, .. } => Some(until),
+            Phase::HandingOver(budget) => Some(budget.deadline(Stage::HandOver)),
+            Phase::Finishing(budget) => Some(budget.deadline(Stage::Finish)),
+        }
+    }
+
+    /// Leaving within `budget`: the earlier end of two reasons holds, and nothing goes back.
+    fn leaving(self, budget: ShutdownBudget) -> Phase {
+        match self {
+            Phase::HandingOver(present) | Phase::Finishing(present) if present.over() <= budget.over() => self,
+            Phase::Finishing(_) => Phase::Finishing(budget),
+            Phase::Serving | Phase::HandingOver(_) => Phase::HandingOver(budget),
+        }
+    }
+}
+
+/// What ends a worker from outside, each told once.
+pub(super) struct Reasons {
+    shutdown: CancellationToken,
+    shutdown_told: bool,
+    preempted: watch::Receiver<Option<String>>,
+}
+
+enum Reason {
+    Shutdown,
+    Preempted(String),
+}
+
+impl Reasons {
+    pub(super) fn new(shutdown: &CancellationToken, preempted: watch::Receiver<Option<String>>) -> Self {
+        Self { shutdown: shutdown.clone(), shutdown_told: false, preempted }
+    }
+
+    /// The next one. Cancel-safe.
+    async fn next(&mut self) -> Reason {
+        let preempted = async {
+            loop {
+                if self.preempted.changed().await.is_err() {
+                    // Nobody is left who could say so.
+                    std::future::pending::<()>().await;
+                }
+                if let Some(what) = self.preempted.borrow_and_update().clone() {
+                    return what;
+                }
+            }
+        };
+        tokio::select! {
+            () = self.shutdown.cancelled(), if !self.shutdown_told => {
+                self.shutdown_told = true;
+                Reason::Shutdown
+            }
+            what = preempted => Reason::Preempted(what),
         }
     }
 }
@@ -78,10 +129,10 @@ type Finished = (Arc<Handle>, Option<End>);
 
 impl Supervisor {
     /// Serves under the name `me`.
-    pub(super) async fn serve(&self, me: &WorkerName, shutdown: &CancellationToken) -> Result<Served, WorkerError> {
+    pub(super) async fn serve(&self, me: &WorkerName, reasons: &mut Reasons) -> Result<Served, WorkerError> {
         let mut control = tokio::select! {
             control = self.listen(me) => control?,
-            () = shutdown.cancelled() => return Ok(Served::Stopped { begun: Instant::now() }),
+            () = reasons.shutdown.cancelled() => return Ok(Served::Stopped(self.shutdown_budget())),
         };
         tracing::info!(worker = %me, "serving");
         let mut sessions: JoinSet<Finished> = JoinSet::new();
@@ -97,21 +148,22 @@ impl Supervisor {
             Box::pin(pull::run(pull, self.hints.clone(), max_entry, Arc::clone(&self.holdings)));
         let mut phase = Phase::Serving;
         let served = loop {
-            match phase {
-                Phase::Serving => {}
-                Phase::Draining { until } => {
-                    if self.holdings.is_empty() || Instant::now() >= until {
-                        phase = self.stopping();
-                        continue;
-                    }
-                }
-                Phase::Stopping { begun, until } => {
-                    if self.holdings.is_empty() || Instant::now() >= until {
-                        break Served::Stopped { begun };
-                    }
-                }
-            }
+            // Released sessions may still be storing what they had begun.
+            let empty = self.holdings.is_empty() && sessions.is_empty() && jobs.is_empty();
             let deadline = phase.deadline();
+            let time_over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            match phase {
+                Phase::HandingOver(budget) | Phase::Finishing(budget) if empty => break Served::Stopped(budget),
+                Phase::HandingOver(budget) if time_over => {
+                    let left = self.holdings.all();
+                    tracing::info!(left = left.len(), "not all was handed over, finishing what has begun");
+                    left.iter().for_each(|handle| handle.finish());
+                    phase = Phase::Finishing(budget);
+                    continue;
+                }
+                Phase::Finishing(budget) if time_over => break Served::Stopped(budget),
+                Phase::Serving | Phase::HandingOver(_) | Phase::Finishing(_) => {}
+            }
             let free_jobs = self.holdings.free_job_slots();
             tokio::select! {
                 request = control.next() => {
@@ -124,13 +176,12 @@ impl Supervisor {
                         // The dispatcher asks again; assignments are idempotent.
                         tracing::warn!(error = &error as &dyn std::error::Error, "control request not answered");
                     }
-                    match after {
-                        After::GoOn => {}
-                        After::Renew => break Served::Renew,
-                        After::Drain { until } => if !matches!(phase, Phase::Stopping { .. }) {
-                            self.holdings.set_draining();
-                            phase = Phase::Draining { until };
-                        },
+                    match (after, phase.budget()) {
+                        (After::GoOn, _) => {}
+                        (After::Renew, None) => break Served::Renew,
+                        // It holds nothing that counts, and wants nothing new: a new name would be for nothing.
+                        (After::Renew, Some(budget)) => break Served::Stopped(budget),
+                        (After::Drain(total), _) => phase = self.leave(phase, "asked", total),
                     }
                 }
                 Some(finished) = sessions.join_next() => self.session_ended(finished)?,
@@ -143,11 +194,17 @@ impl Supervisor {
                     }
                 },
                 Some(loaded) = loads.join_next() => loaded?,
-                error = &mut pulling, if matches!(phase, Phase::Serving | Phase::Draining { .. }) => {
+                error = &mut pulling, if !matches!(phase, Phase::Finishing(_)) => {
                     tracing::error!(error = &error as &dyn std::error::Error, "pull ended");
                     return Err(WorkerError::Disconnected);
                 }
-                () = shutdown.cancelled(), if !matches!(phase, Phase::Stopping { .. }) => phase = self.stopping(),
+                reason = reasons.next() => phase = match reason {
+                    Reason::Shutdown => self.leave(phase, "sigterm", self.config.shutdown()),
+                    Reason::Preempted(what) => {
+                        let notice = Duration::from_millis(self.config.preemption.notice_ms);
+                        self.leave(phase, &format!("preemption: {what}"), notice)
+                    }
+                },
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {}
             }
         };
@@ -161,11 +218,10 @@ impl Supervisor {
         drop(control);
         drop(pulling);
         loads.shutdown().await;
-        let begun = match served {
-            Served::Stopped { begun } => begun,
-            Served::Renew => Instant::now(),
+        let budget = match served {
+            Served::Stopped(budget) => budget,
+            Served::Renew => self.shutdown_budget(),
         };
-        let budget = ShutdownBudget::begin(begun, Duration::from_millis(self.config.shutdown_ms));
         let all_ended = pin!(async {
             while sessions.join_next().await.is_some() {}
             while jobs.join_next().await.is_some() {}
@@ -174,29 +230,32 @@ impl Supervisor {
         Ok(served)
     }
 
+    /// Begins to leave, or leaves sooner.
+    fn leave(&self, phase: Phase, why: &str, total: Duration) -> Phase {
+        let total = total.min(MAX_DRAIN);
+        let budget = ShutdownBudget::begin(Instant::now(), total, self.config.shutdown());
+        let next = phase.leaving(budget);
+        if next.budget() == Some(budget) {
+            tracing::info!(why, budget_ms = total.as_millis() as u64, "draining");
+            let until_ms = unix_ms() + total.as_millis() as u64;
+            self.holdings.set_draining(DrainNotice { why: why.to_owned(), until_ms: Some(until_ms) });
+        }
+        next
+    }
+
     /// Subscribes; repeats until the server answers.
     async fn listen(&self, me: &WorkerName) -> Result<ControlServer, WorkerError> {
         let mut backoff = Backoff::default();
         loop {
-            match serve_control(&self.nats, me).await {
+            match serve_control(&self.own, me).await {
                 Ok(control) => return Ok(control),
-                Err(error) if self.nats.connection_events().borrow().closed => return Err(error.into()),
+                Err(error) if self.own.connection_events().borrow().closed => return Err(error.into()),
                 Err(error) => {
                     tracing::warn!(error = &error as &dyn std::error::Error, "not listening yet, trying again");
                     backoff.wait().await;
                 }
             }
         }
-    }
-
-    fn stopping(&self) -> Phase {
-        let begun = Instant::now();
-        self.holdings.set_draining();
-        for handle in self.holdings.all() {
-            handle.desired.send_modify(|desired| desired.finish = true);
-        }
-        let budget = ShutdownBudget::begin(begun, Duration::from_millis(self.config.shutdown_ms));
-        Phase::Stopping { begun, until: budget.deadline(Stage::Finish) }
     }
 
     fn answer(
@@ -208,8 +267,8 @@ impl Supervisor {
         let refused = |class, text: &str| ControlReply::Refused(Failure::new(class, text));
         let reply = match request {
             ControlRequest::Assign(assignment) => self.assign(assignment, sessions),
-            ControlRequest::Release { kind, id, epoch, .. } => {
-                self.release(kind, &id, epoch);
+            ControlRequest::Release { kind, id, epoch, finish_ms } => {
+                self.release(kind, &id, epoch, Duration::from_millis(finish_ms.into()));
                 ControlReply::Done
             }
             ControlRequest::Prewarm { model } if self.knows(&model) => {
@@ -218,13 +277,12 @@ impl Supervisor {
             }
             ControlRequest::Prewarm { .. } => refused(FailureClass::ModelMissing, "the model is not on this worker"),
             ControlRequest::Drain { deadline_ms } => {
-                tracing::info!(deadline_ms, "draining");
-                let until = Instant::now() + Duration::from_millis(deadline_ms.min(MAX_DRAIN_MS));
-                return (ControlReply::Done, After::Drain { until });
+                let deadline_ms = if deadline_ms == 0 { self.config.drain_ms } else { deadline_ms };
+                return (ControlReply::Done, After::Drain(Duration::from_millis(deadline_ms)));
             }
             ControlRequest::Renew => return (ControlReply::Done, After::Renew),
             ControlRequest::Cancel { kind, id } => {
-                self.release(kind, &id, u64::MAX);
+                self.release(kind, &id, u64::MAX, Duration::ZERO);
                 ControlReply::Done
             }
             ControlRequest::Unknown => refused(FailureClass::BadRequest, "unknown request"),
@@ -232,12 +290,17 @@ impl Supervisor {
         (reply, After::GoOn)
     }
 
-    fn release(&self, kind: Kind, id: &StreamId, epoch: u64) {
+    /// Lets go, at once or when a final already begun is stored, at most after `finish`. Its slot is free either way.
+    fn release(&self, kind: Kind, id: &StreamId, epoch: u64, finish: Duration) {
         if let Some(handle) = self.holdings.get(kind, id)
             && handle.epoch() <= epoch
         {
-            tracing::info!(%kind, %id, epoch, "released");
-            handle.cancel.cancel();
+            tracing::info!(%kind, %id, epoch, finish_ms = finish.as_millis() as u64, "released");
+            if finish.is_zero() {
+                handle.cancel.cancel();
+            } else {
+                handle.finish_by(Instant::now() + finish.min(LONGEST_FINISH));
+            }
             self.holdings.remove(kind, id);
         }
     }
@@ -256,7 +319,7 @@ impl Supervisor {
     }
 
     fn assign(&self, assignment: Assignment, sessions: &mut JoinSet<Finished>) -> ControlReply {
-        let Assignment { kind, id, epoch, options, .. } = assignment;
+        let Assignment { kind, id, epoch, options, suspect, crashes } = assignment;
         if kind != Kind::Session {
             let failure = Failure::new(FailureClass::BadRequest, "jobs come as work items, not by request");
             return ControlReply::Refused(failure);
@@ -281,14 +344,15 @@ impl Supervisor {
             }
             Decision::Start => {
                 let names = Names { kind, id, gpu_id: self.gpu_id.clone() };
+                self.engine.begins(&names, suspect, crashes);
                 let handle = Arc::new(Handle::new(names, epoch, options));
                 self.holdings.put(Arc::clone(&handle));
                 let session = handle.session(self.shared.clone(), None);
                 sessions.spawn(async move {
                     let end = tokio::select! {
                         biased;
-                        () = handle.cancel.cancelled() => None,
-                        end = session.run() => Some(end),
+                        () = handle.over() => None,
+                        end = contained(session.run()) => Some(end.unwrap_or_else(End::Failed)),
                     };
                     (handle, end)
                 });
@@ -311,10 +375,55 @@ impl Supervisor {
             }
             Some(End::Failed(failure)) => Some(failure),
         };
-        self.holdings.ended(&handle, failure, Instant::now());
+        self.let_go(&handle, failure);
         Ok(())
+    }
+
+    /// A task has ended: nothing is kept of what it ran, unless it runs again already.
+    pub(super) fn let_go(&self, handle: &Arc<Handle>, failure: Option<Failure>) {
+        self.holdings.ended(handle, failure, Instant::now());
+        if self.holdings.get(handle.names.kind, &handle.names.id).is_none() {
+            self.engine.forget(&handle.names);
+        }
     }
 }
 
 /// Longest drain: a day.
-const MAX_DRAIN_MS: u64 = 86_400_000;
+const MAX_DRAIN: Duration = Duration::from_secs(86_400);
+/// Longest time for a final already begun when it was released: a window is decoded long before.
+const LONGEST_FINISH: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_earlier_end_of_two_reasons_holds() {
+        let seconds = Duration::from_secs;
+        let tail = seconds(10);
+        let drain = ShutdownBudget::begin(Instant::now(), seconds(60), tail);
+        let phase = Phase::Serving.leaving(drain);
+        assert_eq!(phase.budget(), Some(drain));
+        tokio::time::advance(seconds(20)).await;
+        let sigterm = ShutdownBudget::begin(Instant::now(), tail, tail);
+        let sooner = phase.leaving(sigterm);
+        assert_eq!(sooner.budget(), Some(sigterm));
+        assert!(matches!(sooner, Phase::HandingOver(_)));
+        assert_eq!(sooner.leaving(drain).budget(), Some(sigterm), "a later end changes nothing");
+        let finishing = Phase::Finishing(drain).leaving(sigterm);
+        assert!(matches!(finishing, Phase::Finishing(budget) if budget == sigterm), "and nothing goes back");
+    }
+
+    #[tokio::test]
+    async fn each_reason_is_told_once() {
+        let (stop, (sender, receiver)) = (CancellationToken::new(), watch::channel(None));
+        let mut reasons = Reasons::new(&stop, receiver);
+        stop.cancel();
+        assert!(matches!(reasons.next().await, Reason::Shutdown));
+        sender.send_replace(Some("file".to_owned()));
+        drop(sender);
+        assert!(matches!(reasons.next().await, Reason::Preempted(what) if what == "file"));
+        let soon = tokio::time::timeout(Duration::from_millis(20), reasons.next()).await;
+        assert!(soon.is_err(), "nothing more");
+    }
+}

@@ -32,7 +32,7 @@ use voxfleet_worker::{
 /// Longer than anything here takes, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn simulated_config(simulated: SimulatedConfig) -> EngineConfig {
+pub(crate) fn simulated_config(simulated: SimulatedConfig) -> EngineConfig {
     let model = |name: &str| ModelFile { name: name.to_owned(), path: PathBuf::from("/nonexistent") };
     EngineConfig {
         engine: EngineKind::Simulated,
@@ -47,22 +47,22 @@ fn simulated_config(simulated: SimulatedConfig) -> EngineConfig {
     }
 }
 
-fn instant() -> SimulatedConfig {
+pub(crate) fn instant() -> SimulatedConfig {
     SimulatedConfig { speed: 0.0, ..SimulatedConfig::default() }
 }
 
 /// A child and its supervisor's side of the socket.
-struct Child {
+pub(crate) struct Child {
     writer: BlockingWriter<UnixStream>,
     inbox: Receiver<FromEngine>,
     socket: UnixStream,
     child: Option<JoinHandle<Result<(), ChildError>>>,
     /// All that came so far.
-    seen: Vec<FromEngine>,
+    pub(crate) seen: Vec<FromEngine>,
 }
 
 impl Child {
-    fn start(config: EngineConfig) -> Self {
+    pub(crate) fn start(config: EngineConfig) -> Self {
         let (ours, theirs) = UnixStream::pair().expect("socketpair");
         let child = std::thread::spawn(move || serve(theirs));
         let mut reader = BlockingReader::new(ours.try_clone().expect("clone"));
@@ -80,27 +80,27 @@ impl Child {
         started
     }
 
-    fn send(&mut self, frame: ToEngine) {
+    pub(crate) fn send(&mut self, frame: ToEngine) {
         self.writer.send(&frame).expect("send");
     }
 
-    fn open(&mut self, handle: u64, options: SessionOptions) {
+    pub(crate) fn open(&mut self, handle: u64, options: SessionOptions) {
         self.open_as(handle, options, false);
     }
 
-    fn open_as(&mut self, handle: u64, options: SessionOptions, background: bool) {
+    pub(crate) fn open_as(&mut self, handle: u64, options: SessionOptions, background: bool) {
         let start = Box::new(StartPoint::beginning());
-        self.send(ToEngine::Open { handle, options: Box::new(options), start, background });
+        self.send(ToEngine::Open { handle, options: Box::new(options), start, background, suspect: None });
     }
 
-    fn feed(&mut self, handle: u64, log: &[RawEntry]) {
+    pub(crate) fn feed(&mut self, handle: u64, log: &[RawEntry]) {
         for entry in log {
             self.send(ToEngine::Entry(EntryFor { handle, entry: entry.clone() }));
         }
     }
 
     /// Waits until what has come so far gives an answer.
-    fn until<T>(&mut self, what: &str, mut answer: impl FnMut(&[FromEngine]) -> Option<T>) -> T {
+    pub(crate) fn until<T>(&mut self, what: &str, mut answer: impl FnMut(&[FromEngine]) -> Option<T>) -> T {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(found) = answer(&self.seen) {
@@ -114,7 +114,7 @@ impl Child {
         }
     }
 
-    fn finals_of(&mut self, handle: u64) -> Vec<FinalDraft> {
+    pub(crate) fn finals_of(&mut self, handle: u64) -> Vec<FinalDraft> {
         self.until("end final", |seen| {
             let all = finals_in(seen, handle);
             all.last().is_some_and(|f| f.end).then_some(all)
@@ -131,13 +131,13 @@ impl Child {
     }
 
     /// Closes the socket and waits for the child.
-    fn end(mut self) -> Result<(), ChildError> {
+    pub(crate) fn end(mut self) -> Result<(), ChildError> {
         self.socket.shutdown(std::net::Shutdown::Both).expect("shutdown");
         self.child.take().expect("running").join().expect("no panic")
     }
 }
 
-fn finals_in(seen: &[FromEngine], handle: u64) -> Vec<FinalDraft> {
+pub(crate) fn finals_in(seen: &[FromEngine], handle: u64) -> Vec<FinalDraft> {
     let finals = seen.iter().filter_map(|m| match m {
         FromEngine::Final { handle: h, draft } if *h == handle => Some((**draft).clone()),
         _ => None,
@@ -145,7 +145,7 @@ fn finals_in(seen: &[FromEngine], handle: u64) -> Vec<FinalDraft> {
     finals.collect()
 }
 
-fn partials_in(seen: &[FromEngine], handle: u64) -> Vec<PartialDraft> {
+pub(crate) fn partials_in(seen: &[FromEngine], handle: u64) -> Vec<PartialDraft> {
     let partials = seen.iter().filter_map(|m| match m {
         FromEngine::Partial { handle: h, partial } if *h == handle => Some((**partial).clone()),
         _ => None,

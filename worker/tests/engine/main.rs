@@ -6,6 +6,7 @@
 //! | `child` | the child process's loop over a real socketpair |
 //! | `conformance` | what every engine promises, real and simulated |
 //! | `official` | models of the official shapes |
+//! | `suspects` | inputs that may kill the engine are decoded alone or set aside; sessions that finish |
 //! | `support` | audio, logs, recognizers, detectors |
 
 mod accuracy;
@@ -13,3 +14,4 @@ mod child;
 mod conformance;
 mod official;
 mod support;
+mod suspects;

@@ -1,4 +1,4 @@
-//! What the engine loop keeps: sessions, models, the pool, and the way out. It decides what is decoded next.
+//! What the engine loop keeps: sessions, models, the pool, and the way out.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -17,53 +17,48 @@ use voxfleet_schema::{
 use crate::{
     engine::{
         Cancel, EngineError, Purpose, Window,
-        pool::{Done, Job, Loaded, Model, Pool, ends_session, expected_mb},
+        pool::{Done, Loaded, Model, Pool, ends_session, expected_mb},
         stream::{SessionStream, Step},
         vad::VadFactory,
     },
     ipc::{
-        EngineConfig, FromEngine, ModelFile, StartPoint, ToEngine,
+        EngineConfig, FromEngine, ModelFile, StartPoint, Suspect, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
 
-type Said = Result<(), TransportError>;
+pub(super) type Said = Result<(), TransportError>;
 
 /// A load that takes longer than this is no longer a sign of life.
 const LONGEST_LOAD: Duration = Duration::from_secs(120);
 
-/// How long a recording's window waits behind partials.
-const OVERDUE: Duration = Duration::from_secs(5);
+/// In long stretches of work something is said this often.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
-/// Whose windows are looked at.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Turn {
-    Live,
-    /// Recordings that have waited for long.
-    Overdue,
-    Recordings,
-}
-
-struct Session {
-    stream: SessionStream,
-    model: String,
+pub(super) struct Session {
+    pub(super) stream: SessionStream,
+    pub(super) model: String,
     /// A final's window that waits for a thread, and since when.
-    ready: Option<(Window, Instant)>,
+    pub(super) ready: Option<(Window, Instant)>,
     /// The window of a final is being decoded.
-    decoding: Option<Cancel>,
+    pub(super) decoding: Option<Cancel>,
     /// A partial is being decoded.
-    partial: Option<Cancel>,
-    last_partial: Instant,
+    pub(super) partial: Option<Cancel>,
+    pub(super) last_partial: Instant,
     /// A file job: live sessions come first.
-    background: bool,
+    pub(super) background: bool,
     /// There is input that has not been stepped over.
-    dirty: bool,
+    pub(super) dirty: bool,
+    /// Nothing more is fed; only a final that has begun is still said.
+    pub(super) finishing: bool,
+    /// Until it has shown that it is harmless.
+    pub(super) suspect: Option<Suspect>,
 }
 
-struct Shelved {
+pub(super) struct Shelved {
     file: ModelFile,
     state: Residency,
-    model: Option<Model>,
+    pub(super) model: Option<Model>,
     resident_mb: u64,
     expected_mb: u64,
     loading_since: Option<Instant>,
@@ -77,12 +72,15 @@ struct Totals {
 }
 
 pub(super) struct Desk {
-    config: EngineConfig,
-    pool: Pool,
+    pub(super) config: EngineConfig,
+    pub(super) pool: Pool,
     vads: Arc<dyn VadFactory>,
     out: BlockingWriter<UnixStream>,
-    sessions: HashMap<u64, Session>,
-    models: BTreeMap<String, Shelved>,
+    said_at: Instant,
+    pub(super) sessions: HashMap<u64, Session>,
+    pub(super) models: BTreeMap<String, Shelved>,
+    /// A suspect's window is being decoded: nothing else is begun.
+    pub(super) alone: Option<u64>,
     totals: Totals,
     /// What was last told: totals, signs of life, working.
     told: (Totals, u64, bool),
@@ -101,14 +99,17 @@ impl Desk {
             pool,
             vads,
             out,
+            said_at: Instant::now(),
             sessions: HashMap::new(),
             models,
+            alone: None,
             totals: Totals::default(),
             told: (Totals::default(), 0, false),
         }
     }
 
     pub(super) fn say(&mut self, message: &FromEngine) -> Said {
+        self.said_at = Instant::now();
         self.out.send(message)
     }
 
@@ -154,22 +155,46 @@ impl Desk {
                 }
                 return self.say_models();
             }
-            ToEngine::Open { handle, options, start, background } => {
-                return self.open(handle, &options, *start, background);
+            ToEngine::Open { handle, options, start, background, suspect } => {
+                return self.open(handle, &options, *start, background, suspect);
             }
+            ToEngine::Ping { n } => return self.say(&FromEngine::Pong { n }),
             // Audio of a session that failed or was closed a moment ago.
             ToEngine::Entry(for_session) => {
-                if let Some(session) = self.sessions.get_mut(&for_session.handle) {
+                if let Some(session) = self.sessions.get_mut(&for_session.handle).filter(|s| !s.finishing) {
                     session.stream.push(for_session.entry);
                     session.dirty = true;
                 }
             }
+            ToEngine::Finish { handle } => return self.finish(handle),
             ToEngine::Close { handle } => self.forget(handle),
         }
         Ok(())
     }
 
-    fn open(&mut self, handle: u64, options: &SessionOptions, start: StartPoint, background: bool) -> Said {
+    /// What has begun is still said; the rest is for whoever goes on with the session.
+    fn finish(&mut self, handle: u64) -> Said {
+        let Some(session) = self.sessions.get_mut(&handle) else {
+            // It failed, and said so.
+            return Ok(());
+        };
+        session.finishing = true;
+        session.dirty = false;
+        session.partial.iter().for_each(Cancel::cancel);
+        if session.ready.is_some() || session.decoding.is_some() {
+            return Ok(());
+        }
+        self.say(&FromEngine::Finished { handle })
+    }
+
+    fn open(
+        &mut self,
+        handle: u64,
+        options: &SessionOptions,
+        start: StartPoint,
+        background: bool,
+        suspect: Option<Suspect>,
+    ) -> Said {
         let model = options.model.clone().unwrap_or_else(|| self.config.default_model.clone());
         let was = self.models.get(&model).map(|m| m.state);
         if let Err(error) = self.want(&model) {
@@ -184,6 +209,8 @@ impl Desk {
             last_partial: Instant::now(),
             background,
             dirty: true,
+            finishing: false,
+            suspect,
         };
         self.sessions.insert(handle, session);
         if was == self.models.get(&model).map(|m| m.state) { Ok(()) } else { self.say_models() }
@@ -232,13 +259,16 @@ impl Desk {
 
     /// Steps every session that has input, and keeps the threads busy meanwhile.
     pub(super) fn work(&mut self) -> Said {
-        self.dispatch();
+        self.dispatch()?;
         let mut dirty: Vec<(bool, u64)> =
             self.sessions.iter().filter(|(_, s)| s.dirty).map(|(handle, s)| (s.background, *handle)).collect();
         dirty.sort_unstable();
         for (_, handle) in dirty {
             self.step(handle)?;
-            self.dispatch();
+            self.dispatch()?;
+            if self.said_at.elapsed() >= SIGN_OF_LIFE {
+                self.say(&FromEngine::Pong { n: 0 })?;
+            }
         }
         Ok(())
     }
@@ -251,12 +281,21 @@ impl Desk {
             session.dirty = false;
             match session.stream.step() {
                 Ok(Step::Starved | Step::Ended) => break,
-                Ok(Step::Draft(draft)) => self.say(&FromEngine::Final { handle, draft })?,
+                Ok(Step::Draft(draft)) => {
+                    session.went_beyond(draft.to_sample);
+                    self.say(&FromEngine::Final { handle, draft })?;
+                }
                 Ok(Step::Final(window)) => {
                     // What it would say has just been overtaken.
                     session.partial.iter().for_each(Cancel::cancel);
-                    session.ready = Some((window, Instant::now()));
-                    break;
+                    let Some(why) = session.parked() else {
+                        session.ready = Some((window, Instant::now()));
+                        break;
+                    };
+                    if let Some(draft) = session.stream.set_aside(why) {
+                        session.went_beyond(draft.to_sample);
+                        self.say(&FromEngine::Final { handle, draft })?;
+                    }
                 }
                 Err(error) => return self.fail(handle, &error),
             }
@@ -276,88 +315,9 @@ impl Desk {
         if bytes > 0 { self.say(&FromEngine::Consumed { handle, bytes }) } else { Ok(()) }
     }
 
-    /// Hands windows to idle threads: finals of live sessions, then the partial that has waited longest, then finals of
-    /// recordings; one of those that has waited for long goes before partials, so that it is done at all.
-    ///
-    /// While a live session has input that nobody has looked at, its next window may be a moment away: recordings wait.
-    fn dispatch(&mut self) {
-        while self.pool.idle() {
-            let unseen = self.sessions.values().any(|s| !s.background && s.dirty);
-            let mut next =
-                self.next_final(Turn::Live).or_else(|| self.next_final(Turn::Overdue)).or_else(|| self.next_partial());
-            if next.is_none() && !unseen {
-                next = self.next_final(Turn::Recordings);
-            }
-            let Some(job) = next else {
-                return;
-            };
-            if let Err(job) = self.pool.decode(Box::new(job)) {
-                self.take_back(*job);
-                return;
-            }
-        }
-    }
-
-    /// The window of a final that has waited longest among those whose turn it is.
-    fn next_final(&mut self, turn: Turn) -> Option<Job> {
-        let live = self.sessions.values().any(|s| !s.background);
-        let recordings = self.sessions.values().filter(|s| s.background && s.decoding.is_some()).count();
-        // Beside live sessions recordings leave one thread free, where there is more than one.
-        let most = if live { self.config.decode_states.saturating_sub(1).max(1) } else { usize::MAX };
-        if turn != Turn::Live && recordings >= most {
-            return None;
-        }
-        let waiting = self.sessions.iter_mut().filter_map(|(handle, session)| {
-            let since = session.ready.as_ref()?.1;
-            let model = self.models.get(&session.model)?.model.as_ref()?;
-            let its_turn = match turn {
-                Turn::Live => !session.background,
-                Turn::Overdue => session.background && since.elapsed() >= OVERDUE,
-                Turn::Recordings => session.background,
-            };
-            its_turn.then_some((since, *handle, model, session))
-        });
-        let (_, handle, model, session) = waiting.min_by_key(|(since, handle, ..)| (*since, *handle))?;
-        let (window, ready_at) = session.ready.take()?;
-        session.decoding = Some(window.cancel.clone());
-        Some(Job { handle, model: model.clone(), window, ready_at })
-    }
-
-    fn next_partial(&mut self) -> Option<Job> {
-        let due = self.sessions.iter_mut().filter_map(|(handle, session)| {
-            let model = self.models.get(&session.model)?.model.as_ref()?;
-            let due = session.partial.is_none() && session.ready.is_none() && session.stream.partial_due();
-            due.then_some((session.last_partial, *handle, model, session))
-        });
-        let (_, handle, model, session) = due.min_by_key(|(last, handle, ..)| (*last, *handle))?;
-        let mut window = session.stream.partial_window()?;
-        let now = Instant::now();
-        // Of its own, so that a final can overtake it without stopping the session.
-        window.cancel = Cancel::default();
-        session.partial = Some(window.cancel.clone());
-        session.last_partial = now;
-        Some(Job { handle, model: model.clone(), window, ready_at: now })
-    }
-
-    /// No thread took it after all.
-    fn take_back(&mut self, job: Job) {
-        let Some(session) = self.sessions.get_mut(&job.handle) else {
-            return;
-        };
-        match job.window.purpose {
-            Purpose::Final => {
-                session.decoding = None;
-                session.ready = Some((job.window, job.ready_at));
-            }
-            Purpose::Partial => {
-                session.partial = None;
-                session.stream.partial_failed();
-            }
-        }
-    }
-
     pub(super) fn done(&mut self, done: Done) -> Said {
         self.pool.freed(done.thread);
+        self.alone.take_if(|handle| *handle == done.handle);
         self.totals.decodes += 1;
         // Both or neither: time of a decode that was cancelled or failed would read as a slow device.
         if done.heard.is_ok() {
@@ -370,10 +330,13 @@ impl Desk {
             shelved.resident_mb += done.state_mb;
             self.say_models()?;
         }
+        let handle = done.handle;
         match done.window.purpose {
-            Purpose::Final => self.final_done(done),
-            Purpose::Partial => self.partial_done(&done),
+            Purpose::Final => self.final_done(done)?,
+            Purpose::Partial => self.partial_done(&done)?,
         }
+        // After what came of it: a death in between finds it blamed rather than forgotten.
+        self.say(&FromEngine::Over { handle })
     }
 
     fn final_done(&mut self, done: Done) -> Said {
@@ -397,9 +360,14 @@ impl Desk {
             ..Timings::default()
         };
         let draft = session.stream.complete(heard, guards, &done.info, timings);
-        session.dirty = true;
+        let finishing = session.finishing;
+        session.dirty = !finishing;
         if let Some(draft) = draft {
+            session.went_beyond(draft.to_sample);
             self.say(&FromEngine::Final { handle, draft })?;
+        }
+        if finishing {
+            self.say(&FromEngine::Finished { handle })?;
         }
         self.say_what_it_left(handle)
     }
@@ -454,6 +422,17 @@ impl Desk {
 }
 
 impl Session {
+    /// A final has ended there.
+    fn went_beyond(&mut self, to_sample: u64) {
+        self.suspect.take_if(|suspect| suspect.beyond < to_sample);
+    }
+
+    /// Why the present stretch is not to be decoded.
+    fn parked(&self) -> Option<Failure> {
+        let suspect = self.suspect.as_ref()?;
+        suspect.park.clone().filter(|_| self.stream.from_sample() >= suspect.beyond)
+    }
+
     fn cancel(&self) {
         self.stream.cancel();
         self.decoding.iter().chain(&self.partial).for_each(Cancel::cancel);

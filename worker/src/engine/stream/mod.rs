@@ -257,6 +257,20 @@ impl SessionStream {
         Some(self.draft(pending, segments, guards, error, info, timings))
     }
 
+    /// Sets the last [`Step::Final`] aside undecoded: a final without segments that says why, with the same boundaries.
+    pub fn set_aside(&mut self, why: Failure) -> Option<Box<FinalDraft>> {
+        let pending = self.pending.take()?;
+        let nobody = RecognizerInfo::none();
+        let mut draft = self.draft(pending, Vec::new(), Vec::new(), Some(why), &nobody, Timings::default());
+        draft.parked = true;
+        Some(draft)
+    }
+
+    /// First sample of the present stretch: the end of the last final.
+    pub fn from_sample(&self) -> u64 {
+        self.segment.from
+    }
+
     /// Makes the pending final and starts the next stretch from its resume point.
     fn draft(
         &mut self,
@@ -283,6 +297,7 @@ impl SessionStream {
             end: pending.end,
             lost: self.lost.take(),
             error,
+            parked: false,
             guards,
             checkpoint_missing: std::mem::take(&mut self.checkpoint_missing),
             checkpoint,

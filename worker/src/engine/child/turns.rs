@@ -1,0 +1,148 @@
+//! What is decoded next.
+//!
+//! Suspects first, one at a time and with nothing beside them; then finals of live sessions, then the partial that has waited
+//! longest, then finals of recordings; one of those that has waited for long goes before partials, so that it is done at
+//! all. While a live session has input that nobody has looked at, its next window may be a moment away: recordings wait.
+
+use std::time::{Duration, Instant};
+
+use super::desk::{Desk, Said, Session};
+use crate::{
+    engine::{Cancel, Purpose, pool::Job},
+    ipc::FromEngine,
+};
+
+/// How long a recording's window waits behind partials.
+const OVERDUE: Duration = Duration::from_secs(5);
+
+/// Whose windows are looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Live,
+    /// Recordings that have waited for long.
+    Overdue,
+    Recordings,
+}
+
+impl Turn {
+    fn is_of(self, session: &Session, since: Instant) -> bool {
+        match self {
+            Turn::Live => !session.background,
+            Turn::Overdue => session.background && since.elapsed() >= OVERDUE,
+            Turn::Recordings => session.background,
+        }
+    }
+}
+
+impl Desk {
+    /// Hands windows to idle threads.
+    pub(super) fn dispatch(&mut self) -> Said {
+        while self.pool.idle() && self.alone.is_none() {
+            let next = match self.first_suspect() {
+                // It waits until the others are done, and they for it.
+                Some(_) if !self.pool.all_idle() => return Ok(()),
+                Some(handle) => {
+                    let job = self.job_of(handle);
+                    self.alone = job.as_ref().map(|job| job.handle);
+                    job
+                }
+                None => self.next_of_the_others(),
+            };
+            let Some(job) = next else {
+                return Ok(());
+            };
+            let handle = job.handle;
+            let at = self.sessions.get(&handle).map_or(job.window.from_sample, |s| s.stream.from_sample());
+            self.say(&FromEngine::Began { handle, at })?;
+            if let Err(job) = self.pool.decode(Box::new(job)) {
+                self.take_back(*job);
+                return self.say(&FromEngine::Over { handle });
+            }
+        }
+        Ok(())
+    }
+
+    fn next_of_the_others(&mut self) -> Option<Job> {
+        let unseen = self.sessions.values().any(|s| !s.background && s.dirty);
+        let next = self.next_final(Turn::Live).or_else(|| self.next_final(Turn::Overdue));
+        let next = next.or_else(|| self.next_partial());
+        if next.is_none() && !unseen { self.next_final(Turn::Recordings) } else { next }
+    }
+
+    /// The suspect whose window is to be decoded next: those that have done least harm first, so that on a device where
+    /// everything dies no single one is blamed for it.
+    fn first_suspect(&self) -> Option<u64> {
+        let waiting = self.sessions.iter().filter_map(|(handle, session)| {
+            let crashes = session.suspect.as_ref()?.crashes;
+            let since = session.ready.as_ref()?.1;
+            self.models.get(&session.model)?.model.as_ref()?;
+            Some((crashes, since, *handle))
+        });
+        waiting.min().map(|(.., handle)| handle)
+    }
+
+    /// The window of a final that has waited longest among those whose turn it is.
+    fn next_final(&mut self, turn: Turn) -> Option<Job> {
+        let live = self.sessions.values().any(|s| !s.background);
+        let recordings = self.sessions.values().filter(|s| s.background && s.decoding.is_some()).count();
+        // Beside live sessions recordings leave one thread free, where there is more than one.
+        let most = if live { self.config.decode_states.saturating_sub(1).max(1) } else { usize::MAX };
+        if turn != Turn::Live && recordings >= most {
+            return None;
+        }
+        let waiting = self.sessions.iter().filter_map(|(handle, session)| {
+            let since = session.ready.as_ref()?.1;
+            self.models.get(&session.model)?.model.as_ref()?;
+            turn.is_of(session, since).then_some((since, *handle))
+        });
+        let (_, handle) = waiting.min()?;
+        self.job_of(handle)
+    }
+
+    /// Takes the final's window that waits there.
+    fn job_of(&mut self, handle: u64) -> Option<Job> {
+        let session = self.sessions.get_mut(&handle)?;
+        let model = self.models.get(&session.model)?.model.clone()?;
+        let (window, ready_at) = session.ready.take()?;
+        session.decoding = Some(window.cancel.clone());
+        Some(Job { handle, model, window, ready_at })
+    }
+
+    fn next_partial(&mut self) -> Option<Job> {
+        let due = self.sessions.iter_mut().filter_map(|(handle, session)| {
+            let model = self.models.get(&session.model)?.model.as_ref()?;
+            let due = session.partial.is_none()
+                && session.ready.is_none()
+                && session.suspect.is_none()
+                && !session.finishing
+                && session.stream.partial_due();
+            due.then_some((session.last_partial, *handle, model, session))
+        });
+        let (_, handle, model, session) = due.min_by_key(|(last, handle, ..)| (*last, *handle))?;
+        let mut window = session.stream.partial_window()?;
+        let now = Instant::now();
+        // Of its own, so that a final can overtake it without stopping the session.
+        window.cancel = Cancel::default();
+        session.partial = Some(window.cancel.clone());
+        session.last_partial = now;
+        Some(Job { handle, model: model.clone(), window, ready_at: now })
+    }
+
+    /// No thread took it after all.
+    fn take_back(&mut self, job: Job) {
+        self.alone.take_if(|handle| *handle == job.handle);
+        let Some(session) = self.sessions.get_mut(&job.handle) else {
+            return;
+        };
+        match job.window.purpose {
+            Purpose::Final => {
+                session.decoding = None;
+                session.ready = Some((job.window, job.ready_at));
+            }
+            Purpose::Partial => {
+                session.partial = None;
+                session.stream.partial_failed();
+            }
+        }
+    }
+}

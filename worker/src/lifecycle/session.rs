@@ -1,0 +1,105 @@
+//! One session inside the engine, as its task holds it.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use super::{Engine, Link, Outbox, suspects::Treatment};
+use crate::{
+    capacity::locked,
+    ipc::{EntryFor, StartPoint, Suspect, ToEngine},
+    session::Names,
+};
+use voxfleet_schema::session::SessionOptions;
+
+/// What a session is opened with.
+pub(crate) struct Opening<'a> {
+    pub(crate) names: &'a Names,
+    pub(crate) options: SessionOptions,
+    pub(crate) start: StartPoint,
+    /// Live sessions come first.
+    pub(crate) background: bool,
+    pub(crate) treatment: &'a Treatment,
+}
+
+impl Opening<'_> {
+    fn suspect(&self) -> Option<Suspect> {
+        match self.treatment {
+            Treatment::Normal | Treatment::GiveUp(_) => None,
+            Treatment::Alone { beyond, crashes } => Some(Suspect { beyond: *beyond, crashes: *crashes, park: None }),
+            Treatment::Park { at, failure, crashes } => {
+                Some(Suspect { beyond: *at, crashes: *crashes, park: Some(failure.clone()) })
+            }
+        }
+    }
+}
+
+/// One session inside the engine. Dropping it closes it there and gives its bytes back.
+#[derive(Debug)]
+pub(crate) struct EngineSession {
+    handle: u64,
+    frames: mpsc::Sender<ToEngine>,
+    close: Option<mpsc::OwnedPermit<ToEngine>>,
+    outbox: Arc<Outbox>,
+    engine: Engine,
+}
+
+/// Room for one frame; see [`EngineSession::room`].
+pub(crate) struct FeedPermit<'a> {
+    handle: u64,
+    permit: mpsc::Permit<'a, ToEngine>,
+}
+
+impl EngineSession {
+    pub(crate) fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    /// Waits until a frame can be sent; cancel-safe. None: the child is gone, the outbox says so too.
+    pub(crate) async fn room(&self) -> Option<FeedPermit<'_>> {
+        let permit = self.frames.reserve().await.ok()?;
+        Some(FeedPermit { handle: self.handle, permit })
+    }
+}
+
+impl FeedPermit<'_> {
+    /// Hands an entry over. Its bytes are the caller's to count, with the outbox's account.
+    pub(crate) fn feed(self, entry: voxfleet_schema::audio::RawEntry) {
+        self.permit.send(ToEngine::Entry(EntryFor { handle: self.handle, entry }));
+    }
+
+    /// Says that nothing more comes.
+    pub(crate) fn finish(self) {
+        self.permit.send(ToEngine::Finish { handle: self.handle });
+    }
+}
+
+impl Drop for EngineSession {
+    fn drop(&mut self) {
+        locked(&self.engine.0.outboxes).remove(&self.handle);
+        self.outbox.account.close();
+        if let Some(close) = self.close.take() {
+            close.send(ToEngine::Close { handle: self.handle });
+        }
+    }
+}
+
+impl Engine {
+    /// Opens a session with a child that is ready. None: the child is gone, ask [`Self::ready`] again.
+    pub(crate) async fn open(&self, link: &Link, opening: Opening<'_>) -> Option<EngineSession> {
+        let frames = link.frames.clone();
+        // Reserved first, so that the end of a session can always be said, in order.
+        let close = frames.clone().reserve_owned().await.ok()?;
+        let handle = self.next_handle();
+        let account = self.account(opening.background);
+        let name = (opening.names.kind, opening.names.id.clone());
+        let outbox = Arc::new(Outbox::new(name, account));
+        self.register(handle, Arc::clone(&outbox));
+        let session = EngineSession { handle, frames, close: Some(close), outbox, engine: self.clone() };
+        let suspect = opening.suspect();
+        let Opening { options, start, background, .. } = opening;
+        let open = ToEngine::Open { handle, options: Box::new(options), start: Box::new(start), background, suspect };
+        session.frames.send(open).await.ok()?;
+        Some(session)
+    }
+}

@@ -1,0 +1,121 @@
+//! What the engine child does with inputs that may have killed it, and with sessions that end in order.
+
+use voxfleet_schema::{
+    audio::RawEntry,
+    failure::{Failure, FailureClass},
+    session::SessionOptions,
+};
+use voxfleet_worker::{
+    engine::vad::Energy,
+    ipc::{FromEngine, SimulatedConfig, StartPoint, Suspect, ToEngine},
+};
+
+use crate::{
+    child::{Child, finals_in, instant, partials_in, simulated_config},
+    support::*,
+};
+
+fn open_suspect(child: &mut Child, handle: u64, suspect: Suspect) {
+    let start = Box::new(StartPoint::beginning());
+    let options = Box::new(SessionOptions::default());
+    child.send(ToEngine::Open { handle, options, start, background: false, suspect: Some(suspect) });
+}
+
+/// What was being decoded while a window of `handle` was, until its first final.
+fn beside(seen: &[FromEngine], handle: u64) -> Vec<u64> {
+    let mut running: Vec<u64> = Vec::new();
+    let mut beside = Vec::new();
+    for message in seen {
+        match message {
+            FromEngine::Began { handle, .. } => running.push(*handle),
+            FromEngine::Over { handle } => {
+                let at = running.iter().position(|h| h == handle).expect("it had begun");
+                running.swap_remove(at);
+            }
+            FromEngine::Final { handle: h, .. } if *h == handle => return beside,
+            _ => {}
+        }
+        if running.contains(&handle) {
+            beside.extend(running.iter().filter(|h| **h != handle));
+        }
+    }
+    beside
+}
+
+#[test]
+fn a_suspect_is_decoded_alone_until_its_first_final_and_says_the_same() {
+    let mut child = Child::start(simulated_config(SimulatedConfig { speed: 40.0, ..instant() }));
+    let logs: Vec<Vec<RawEntry>> = (1..=4).map(|n| log_16k(&first_seconds(n, 12), 100)).collect();
+    open_suspect(&mut child, 0, Suspect { beyond: 0, crashes: 1, park: None });
+    for handle in 1..4 {
+        child.open(handle, SessionOptions::default());
+    }
+    for at in 0..logs.iter().map(Vec::len).max().expect("logs") {
+        for (handle, log) in (0..).zip(&logs) {
+            child.feed(handle, log.get(at..=at).unwrap_or_default());
+        }
+    }
+    for (handle, log) in (0..).zip(&logs) {
+        let direct = finals(log, &mut Remembering::new(&simulated()), &Energy);
+        assert_eq!(timeless(&child.finals_of(handle)), timeless(&direct), "session {handle}");
+    }
+    assert_eq!(beside(&child.seen, 0), Vec::<u64>::new(), "nothing beside it");
+    assert!((1..4).any(|handle| !beside(&child.seen, handle).is_empty()), "the others share the threads");
+    let first_final =
+        child.seen.iter().position(|m| matches!(m, FromEngine::Final { handle: 0, .. })).expect("a final");
+    assert_eq!(partials_in(&child.seen[..first_final], 0), [], "no partial could kill the engine for it");
+    child.end().expect("end");
+}
+
+#[test]
+fn a_parked_stretch_is_not_decoded_and_moves_no_boundary() {
+    let log = log_16k(&call(1), 100);
+    let direct = finals(&log, &mut Remembering::new(&simulated()), &Energy);
+    let (n, bad) = direct.iter().enumerate().skip(1).find(|(_, f)| !f.segments.is_empty()).expect("speech");
+    let why = Failure::new(FailureClass::EngineCrash, "it kills");
+    let mut child = Child::start(simulated_config(instant()));
+    open_suspect(&mut child, 7, Suspect { beyond: bad.from_sample, crashes: 3, park: Some(why.clone()) });
+    child.feed(7, &log);
+    let stored = child.finals_of(7);
+    assert_eq!(stored.len(), direct.len());
+    for (at, (stored, direct)) in stored.iter().zip(&direct).enumerate() {
+        if at == n {
+            assert!(stored.parked && stored.segments.is_empty());
+            assert_eq!(stored.error, Some(why.clone()));
+            assert_eq!((stored.from_sample, stored.to_sample), (direct.from_sample, direct.to_sample));
+            assert_eq!((stored.audio, &stored.resume), (direct.audio, &direct.resume));
+        } else {
+            assert_eq!(timeless(std::slice::from_ref(stored)), timeless(std::slice::from_ref(direct)), "final {at}");
+        }
+    }
+    let decoded = child.seen.iter().any(|m| matches!(m, FromEngine::Began { at, .. } if *at == bad.from_sample));
+    assert!(!decoded, "it was never touched");
+    child.end().expect("end");
+}
+
+#[test]
+fn a_session_that_finishes_says_what_it_had_begun_and_nothing_else() {
+    let answered = |seen: &[FromEngine]| seen.iter().position(|m| matches!(m, FromEngine::Finished { handle: 1 }));
+    let log = log_16k(&call(1), 100);
+    let mut child = Child::start(simulated_config(SimulatedConfig { speed: 10.0, ..instant() }));
+    child.open(1, SessionOptions { interim: false, ..SessionOptions::default() });
+    child.feed(1, &log);
+    child.until("a decode", |seen| seen.iter().any(|m| matches!(m, FromEngine::Began { .. })).then_some(()));
+    let before = finals_in(&child.seen, 1).len();
+    child.send(ToEngine::Finish { handle: 1 });
+    child.until("its end", answered);
+    let finals = finals_in(&child.seen, 1);
+    // What came before the request reached it, and the one that was being decoded then.
+    assert!(finals.len() > before && finals.iter().any(|f| !f.segments.is_empty()) && !finals.iter().any(|f| f.end));
+    child.send(ToEngine::Ping { n: 9 });
+    child.until("an answer", |seen| seen.iter().any(|m| matches!(m, FromEngine::Pong { n: 9 })).then_some(()));
+    assert_eq!(finals_in(&child.seen, 1).len(), finals.len(), "nothing was begun after that");
+    child.end().expect("end");
+
+    let mut child = Child::start(simulated_config(instant()));
+    child.open(1, SessionOptions::default());
+    child.send(ToEngine::Finish { handle: 1 });
+    child.until("its end", answered);
+    assert_eq!(finals_in(&child.seen, 1), []);
+    child.end().expect("end");
+}
