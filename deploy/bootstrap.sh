@@ -5,7 +5,7 @@
 #   sh deploy/bootstrap.sh test     build and run every test
 #
 # Fetches what cargo cannot (nats-server, the nats CLI, cmake, ONNX Runtime, the Silero VAD model; for the tests also the
-# Python client nats-py and an S3 server) into a user cache, never system-wide, then builds and runs. Safe to repeat and to run twice at once. POSIX sh; see `help` below.
+# Python client nats-py, an S3 server and libfaketime) into a user cache, never system-wide, then builds and runs. Safe to repeat and to run twice at once. POSIX sh; see `help` below.
 #
 # Invariants: a file appears in the cache only when it is whole and checked (staged beside it, then renamed); what comes
 # with a known checksum is refused when it differs; every fall-back says what it does. Steps go to standard error, so
@@ -38,7 +38,7 @@ usage: sh deploy/bootstrap.sh <verb> [arguments]
   bench [args]   release build, then `voxfleet bench [args]`
   lint           cargo fmt --check and cargo clippy with warnings as errors
   deps           only fetch what cargo cannot: nats-server, nats, cmake, ONNX Runtime, Silero VAD, nats-py,
-                 an S3 server for tests
+                 an S3 server and libfaketime for tests
   env            print `export` lines for a shell: eval "$(sh deploy/bootstrap.sh env)"
   help           this text
 
@@ -799,6 +799,36 @@ install_s3_server() {
     SOURCE="from PyPI wheels (checksums verified)"
 }
 
+# ---------------------------------------------------------------------------------------------- libfaketime
+
+# Makes the clocks of a worker lie in one test. Debian's and Ubuntu's package unpacked into the cache, where there is one.
+faketime() {
+    step_begin
+    library_=$CACHE/lib/libfaketime.so.1
+    for dir_ in "/usr/lib/$ARCH-linux-gnu" /usr/lib64 /usr/lib; do
+        if [ -f "$dir_/faketime/libfaketime.so.1" ]; then
+            step "libfaketime: $dir_/faketime"
+            return
+        fi
+    done
+    if [ -f "$library_" ]; then
+        step "libfaketime: in the cache"
+        return
+    fi
+    lock
+    new_stage
+    if ! offline && have apt-get && have dpkg-deb && (cd "$STAGE" && logged apt-get download libfaketime) &&
+        logged dpkg-deb -x "$STAGE"/libfaketime_*.deb "$STAGE/faketime"; then
+        file_=$(find "$STAGE/faketime" -type f -name libfaketime.so.1 | head -n 1)
+        if [ -n "$file_" ]; then
+            install_file "$file_" "$library_" 755
+            step "libfaketime: from the system's package archive (checked by apt)"
+            return
+        fi
+    fi
+    step "libfaketime: not to be had here (install the package libfaketime); the test of wrong clocks is skipped"
+}
+
 # ---------------------------------------------------------------------------------------------- verbs
 
 # Everything that cargo cannot bring; leaves the environment ready for it.
@@ -818,7 +848,7 @@ prepare() {
     tool cmake install_cmake
     onnxruntime
     silero
-    case $VERB in test | deps) nats_py; s3_server ;; esac
+    case $VERB in test | deps) nats_py; s3_server; faketime ;; esac
     clean_up
     if [ -n "$ABSENT" ]; then
         die "these parts are needed and could not be had:$ABSENT

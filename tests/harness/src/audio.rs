@@ -9,7 +9,7 @@ use symphonia::core::{
     meta::MetadataOptions,
 };
 
-use crate::{Error, Result, find};
+use crate::{Error, Result, dice::Dice, find};
 
 /// Interleaved 16-bit samples.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,7 +106,7 @@ pub fn call_text(n: u32) -> Result<String> {
 /// `seconds` are full. The same seed gives the same samples.
 pub fn bursts(seed: u64, seconds: f64) -> Pcm {
     const RATE: f64 = 16_000.0;
-    let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut dice = Dice::new(seed);
     let wanted = (seconds * RATE) as usize;
     let mut samples = Vec::with_capacity(wanted);
     while samples.len() < wanted {
@@ -123,21 +123,24 @@ pub fn bursts(seed: u64, seconds: f64) -> Pcm {
     Pcm::mono_16k(samples)
 }
 
-pub fn silence(seconds: f64) -> Pcm {
-    Pcm::mono_16k(vec![0; (seconds * 16_000.0) as usize])
+/// Half a second to three seconds of even noise, then 0.7 to 1.5 s of near silence, until `seconds` are full. So loud that a
+/// detector hears all of it, wherever it begins to listen: one that adapts takes the valleys of [`bursts`] for pauses where
+/// it has heard nothing quieter.
+pub fn blasts(seed: u64, seconds: f64) -> Pcm {
+    let mut dice = Dice::new(seed ^ 0xb1a5);
+    let wanted = (seconds * 16_000.0) as usize;
+    let mut samples = Vec::with_capacity(wanted);
+    while samples.len() < wanted {
+        let (noise, pause) = (dice.between(0.5, 3.0), dice.between(0.7, 1.5));
+        samples.extend((0..(noise * 16_000.0) as usize).map(|_| dice.between(-20_000.0, 20_000.0) as i16));
+        samples.extend((0..(pause * 16_000.0) as usize).map(|_| dice.between(-4.0, 4.0) as i16));
+    }
+    samples.truncate(wanted);
+    Pcm::mono_16k(samples)
 }
 
-/// xorshift64*: small, and the same everywhere.
-struct Dice(u64);
-
-impl Dice {
-    /// 0 to 1.
-    fn unit(&mut self) -> f64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11) as f64 / (1u64 << 53) as f64
-    }
+pub fn silence(seconds: f64) -> Pcm {
+    Pcm::mono_16k(vec![0; (seconds * 16_000.0) as usize])
 }
 
 /// Word error rate: edit distance over words, by the number of reference words.

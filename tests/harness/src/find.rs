@@ -68,6 +68,14 @@ fn is_executable(path: &Path) -> bool {
     path.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
 }
 
+/// The library that makes a process's clocks lie, where it is: a package of the system, or what `deploy/bootstrap.sh` has
+/// put into the cache.
+pub fn faketime() -> Option<PathBuf> {
+    let system = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib"];
+    let system = system.iter().map(|dir| Path::new(dir).join("faketime/libfaketime.so.1"));
+    system.chain([cache().join("lib/libfaketime.so.1")]).find(|path| path.is_file())
+}
+
 /// The project's root, for test data.
 pub fn root() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));

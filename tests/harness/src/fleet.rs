@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -10,23 +11,35 @@ use async_nats::jetstream;
 use futures_util::{StreamExt, TryStreamExt};
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::{
     Error, Result,
     child::Child,
     find,
     process::{Dispatcher, Settings, Worker},
+    relay::Relay,
     server::{Cluster, NatsServer, ServerOptions},
     wait::eventually,
+    wire::Tamper,
 };
 
 const READY_DEADLINE: Duration = Duration::from_secs(60);
 
-/// One fleet at a time in this process: two cores do not carry two, and their timings would mean nothing.
-pub async fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::const_new(());
-    TURN.lock().await
+/// How many fleets without timing of their own run at once; what they mostly do is wait for a death to be noticed.
+const PLACES: u32 = 3;
+
+static MACHINE: Semaphore = Semaphore::const_new(PLACES as usize);
+
+/// The whole machine: two cores do not carry another fleet beside one that is timed or decodes with a real model.
+pub async fn turn() -> Option<SemaphorePermit<'static>> {
+    // Never closed, so there always is one.
+    MACHINE.acquire_many(PLACES).await.ok()
+}
+
+/// A place beside others, for a small simulated fleet whose test asks what happens and not how fast.
+pub async fn place() -> Option<SemaphorePermit<'static>> {
+    MACHINE.acquire().await.ok()
 }
 
 /// Which engine the workers run.
@@ -68,6 +81,16 @@ pub struct FleetBuilder {
     settings: Settings,
     options: ServerOptions,
     servers: Option<Servers>,
+    through: Through,
+    worker_env: Vec<(String, String)>,
+}
+
+/// Whether processes speak to their servers through relays, and who looks at what they publish.
+#[derive(Clone, Default)]
+struct Through {
+    relays: bool,
+    dispatchers: Option<Arc<dyn Tamper>>,
+    workers: Option<Arc<dyn Tamper>>,
 }
 
 impl FleetBuilder {
@@ -109,6 +132,30 @@ impl FleetBuilder {
         self
     }
 
+    /// Each process through a relay of its own, for [`Fleet::relay`].
+    pub fn through_relays(mut self) -> Self {
+        self.through.relays = true;
+        self
+    }
+
+    /// The same, and what dispatchers publish passes through these hands.
+    pub fn tamper_dispatchers(mut self, tamper: impl Tamper + 'static) -> Self {
+        self.through.dispatchers = Some(Arc::new(tamper));
+        self.through_relays()
+    }
+
+    /// The same with what workers publish.
+    pub fn tamper_workers(mut self, tamper: impl Tamper + 'static) -> Self {
+        self.through.workers = Some(Arc::new(tamper));
+        self.through_relays()
+    }
+
+    /// A further environment variable of every worker.
+    pub fn worker_env(mut self, name: &str, value: &str) -> Self {
+        self.worker_env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     /// Starts everything and waits until each worker beats, is ready, and has its consumer.
     pub async fn start(self) -> Result<Fleet> {
         let dir =
@@ -123,7 +170,9 @@ impl FleetBuilder {
             .with("worker.slots", self.slots)
             .with("worker.gpu", "none")
             .and(&settings);
-        let client = async_nats::connect(urls).await.map_err(Error::nats("connecting to the fleet's server"))?;
+        // A server that stands still is noticed within seconds.
+        let options = async_nats::ConnectOptions::new().ping_interval(Duration::from_secs(2));
+        let client = options.connect(urls).await.map_err(Error::nats("connecting to the fleet's server"))?;
         let mut fleet = Fleet {
             workers: Vec::new(),
             dispatchers: Vec::new(),
@@ -131,13 +180,19 @@ impl FleetBuilder {
             js: jetstream::new(client),
             settings,
             worker_settings,
+            through: self.through,
+            relays: BTreeMap::new(),
+            worker_env: self.worker_env,
+            dispatcher_starts: 0,
             dir,
         };
         for n in 1..=self.dispatchers {
-            let name = format!("dispatcher-{n}");
-            fleet.dispatchers.push(Dispatcher::start(&name, &fleet.settings, fleet.dir.path())?);
+            fleet.relay_for(&format!("dispatcher-{n}")).await?;
+            let dispatcher = fleet.start_dispatcher(n)?;
+            fleet.dispatchers.push(dispatcher);
         }
         for n in 1..=self.workers {
+            fleet.relay_for(&format!("gpu-{n}")).await?;
             fleet.add_worker(&format!("gpu-{n}"))?;
         }
         fleet.wait_ready().await?;
@@ -171,6 +226,10 @@ pub struct Fleet {
     js: jetstream::Context,
     settings: Settings,
     worker_settings: Settings,
+    through: Through,
+    relays: BTreeMap<String, Relay>,
+    worker_env: Vec<(String, String)>,
+    dispatcher_starts: u32,
     dir: TempDir,
 }
 
@@ -185,6 +244,8 @@ impl Fleet {
             settings: Settings::new(),
             options: ServerOptions::default(),
             servers: None,
+            through: Through::default(),
+            worker_env: Vec::new(),
         }
     }
 
@@ -216,8 +277,91 @@ impl Fleet {
 
     /// Starts one more worker; [`Self::wait_ready`] waits for it.
     pub fn add_worker(&mut self, gpu_id: &str) -> Result<&mut Worker> {
-        self.workers.push(Worker::start(gpu_id, &self.worker_settings, self.dir.path())?);
+        let worker = self.start_worker(gpu_id)?;
+        self.workers.push(worker);
         self.workers.last_mut().ok_or_else(|| Error::Wrong("a worker just added is gone".to_owned()))
+    }
+
+    fn start_worker(&self, gpu_id: &str) -> Result<Worker> {
+        let settings = self.reached_by(gpu_id, &self.worker_settings);
+        Worker::start_in(gpu_id, &settings, self.dir.path(), &self.worker_env)
+    }
+
+    /// A name of its own for each start: logs and `fleet.status` tell them apart.
+    fn start_dispatcher(&mut self, n: usize) -> Result<Dispatcher> {
+        let name = format!("dispatcher-{n}");
+        self.dispatcher_starts += 1;
+        let settings = self.reached_by(&name, &self.settings);
+        let settings = settings.with("dispatcher.name", format!("{name}-{}", self.dispatcher_starts));
+        Dispatcher::start(&name, &settings, self.dir.path())
+    }
+
+    /// Settings with the address of this process's relay, if it has one.
+    fn reached_by(&self, name: &str, settings: &Settings) -> Settings {
+        match self.relays.get(name) {
+            Some(relay) => settings.clone().with("nats.urls", relay.url()),
+            None => settings.clone(),
+        }
+    }
+
+    async fn relay_for(&mut self, name: &str) -> Result<()> {
+        if self.through.relays {
+            let tamper = if name.starts_with("dispatcher") { &self.through.dispatchers } else { &self.through.workers };
+            let relay = Relay::start_with(&self.servers.urls(), tamper.clone()).await?;
+            self.relays.insert(name.to_owned(), relay);
+        }
+        Ok(())
+    }
+
+    /// The relay of `dispatcher-1`, `gpu-1`, ..., for faults between it and the servers.
+    pub fn relay(&self, name: &str) -> Result<&Relay> {
+        self.relays.get(name).ok_or_else(|| Error::Wrong(format!("{name} has no relay")))
+    }
+
+    pub fn relays(&self) -> impl Iterator<Item = (&String, &Relay)> {
+        self.relays.iter()
+    }
+
+    /// A new process with the name and device of worker `i`, which is killed if it still runs.
+    pub fn restart_worker(&mut self, i: usize) -> Result<()> {
+        self.workers[i].kill9()?;
+        let gpu_id = self.workers[i].gpu_id().to_owned();
+        self.workers[i] = self.start_worker(&gpu_id)?;
+        Ok(())
+    }
+
+    /// A new process in the place of dispatcher `i`, which is killed if it still runs.
+    pub fn restart_dispatcher(&mut self, i: usize) -> Result<()> {
+        self.dispatchers[i].kill9()?;
+        self.dispatchers[i] = self.start_dispatcher(i + 1)?;
+        Ok(())
+    }
+
+    /// Which of the dispatchers is active.
+    pub async fn leader(&self) -> Option<usize> {
+        let status = crate::probe_api::fleet_status(&self.client()).await?;
+        let number = status["dispatcher"].as_str()?.strip_prefix("dispatcher-")?.split('-').next()?;
+        number.parse::<usize>().ok()?.checked_sub(1).filter(|i| *i < self.dispatchers.len())
+    }
+
+    /// Server `i` of however many there are.
+    pub fn server_at(&mut self, i: usize) -> Result<&mut NatsServer> {
+        match &mut self.servers {
+            Servers::One(server) => Ok(server),
+            Servers::Many(cluster) if i < cluster.servers().len() => Ok(cluster.server(i)),
+            _ => Err(Error::Wrong("this server is not the fleet's own".to_owned())),
+        }
+    }
+
+    /// Which server leads `stream`; the first where there is one only.
+    pub async fn leader_of(&self, stream: &str) -> Result<usize> {
+        match &self.servers {
+            Servers::Many(cluster) => {
+                let leader = cluster.leader_of(stream).await?;
+                leader.ok_or_else(|| Error::Wrong(format!("{stream} has no leader")))
+            }
+            _ => Ok(0),
+        }
     }
 
     /// The single server, for faults on it.
@@ -279,6 +423,17 @@ impl Fleet {
     /// Waits until the session's chain has an end final; gives its text.
     pub async fn wait_end(&self, session: &str, deadline: Duration) -> Result<String> {
         wait_end(&self.js, session, deadline).await
+    }
+
+    /// Writes the whole log of each process into this folder.
+    pub fn keep_logs(&self, folder: &Path) -> Result<()> {
+        std::fs::create_dir_all(folder).map_err(Error::io(folder.display().to_string()))?;
+        let workers = self.workers.iter().map(|w| &**w);
+        for child in workers.chain(self.dispatchers.iter().map(|d| &**d)) {
+            let path = folder.join(format!("{}.log", child.name()));
+            std::fs::write(&path, child.log()).map_err(Error::io(path.display().to_string()))?;
+        }
+        Ok(())
     }
 
     /// The newest logs of all processes, for a failing test's message.

@@ -6,7 +6,8 @@
 //! | [`find`] | where `nats-server`, `nats` and `voxfleet` are, or the command that brings them |
 //! | [`child`] | one child process: log in a file, killed and reaped on drop, dies with its parent |
 //! | [`server`] | a nats-server of one's own, single or a cluster of three |
-//! | [`relay`] | a TCP relay that pauses, swallows and cuts |
+//! | [`relay`] | a TCP relay that pauses, swallows, delays, stalls and cuts, each direction by itself |
+//! | [`wire`] | single publishes dropped, doubled, delayed or changed on their way through a relay |
 //! | [`https`] | a web server that serves, refuses, redirects and misbehaves as told |
 //! | [`s3`] | a real S3 service |
 //! | [`process`] | `voxfleet dispatcher` and `voxfleet worker`, configured through the environment |
@@ -15,6 +16,10 @@
 //! | [`load`] | many sessions at once, and JetStream by itself |
 //! | [`probe_api`] | the service API and heartbeats, asked plainly |
 //! | [`checker`] | reads log and chain, says everything that does not fit |
+//! | [`words`] | which samples a simulated transcript stands for |
+//! | [`verdict`] | was every sample of a session or job transcribed exactly once? |
+//! | [`chaos`] | random faults over many sessions and jobs |
+//! | [`dice`] | chance that repeats |
 //! | [`audio`] | test calls, made sounds, word error rate |
 //! | [`wait`] | poll with a deadline; nothing here sleeps a fixed time |
 //!
@@ -22,8 +27,10 @@
 //! product's `nats` crate, so that a mistake there can not hide itself.
 
 pub mod audio;
+pub mod chaos;
 pub mod checker;
 pub mod child;
+pub mod dice;
 pub mod find;
 pub mod fleet;
 pub mod https;
@@ -34,7 +41,10 @@ pub mod producer;
 pub mod relay;
 pub mod s3;
 pub mod server;
+pub mod verdict;
 pub mod wait;
+pub mod wire;
+pub mod words;
 
 /// What went wrong while something was set up or asked.
 #[derive(Debug, thiserror::Error)]

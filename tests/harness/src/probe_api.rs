@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use async_nats::{Client, Subscriber};
+use async_nats::Client;
+pub use async_nats::Subscriber;
 use serde_json::{Value, json};
 
 use crate::{Error, Result};
@@ -34,8 +35,13 @@ pub async fn open(client: &Client, session: &str, idle_timeout_s: u32) -> Result
 
 /// Heartbeats of one GPU from now on.
 pub async fn heartbeats(client: &Client, gpu_id: &str) -> Result<Subscriber> {
-    let subscriber = client.subscribe(format!("asr.v1.heartbeat.{gpu_id}")).await;
-    let subscriber = subscriber.map_err(Error::nats("heartbeats"))?;
-    client.flush().await.map_err(Error::nats("heartbeats"))?;
+    subscribe(client, &format!("asr.v1.heartbeat.{gpu_id}")).await
+}
+
+/// Everything on `subject` from now on, as it is published.
+pub async fn subscribe(client: &Client, subject: &str) -> Result<Subscriber> {
+    let subscriber = client.subscribe(subject.to_owned()).await;
+    let subscriber = subscriber.map_err(Error::nats(subject))?;
+    client.flush().await.map_err(Error::nats(subject))?;
     Ok(subscriber)
 }

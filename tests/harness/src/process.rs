@@ -72,9 +72,14 @@ pub struct Worker {
 
 impl Worker {
     pub fn start(gpu_id: &str, settings: &Settings, dir: &Path) -> Result<Self> {
+        Self::start_in(gpu_id, settings, dir, &[])
+    }
+
+    /// With further environment variables.
+    pub fn start_in(gpu_id: &str, settings: &Settings, dir: &Path, env: &[(String, String)]) -> Result<Self> {
         let settings = settings.clone().with("worker.gpu_id", gpu_id);
         let mut command = voxfleet(&settings, dir)?;
-        command.arg("worker");
+        command.arg("worker").envs(env.iter().cloned());
         let child = Child::start(gpu_id, command, &dir.join(format!("{gpu_id}.log")))?;
         Ok(Self { gpu_id: gpu_id.to_owned(), child })
     }

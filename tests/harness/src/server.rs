@@ -32,11 +32,13 @@ pub struct ServerOptions {
     pub extra: String,
     /// Use exactly this binary.
     pub binary: Option<PathBuf>,
+    /// Largest file it may write, in bytes (`ulimit -f`).
+    pub file_limit: Option<u64>,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { jetstream: true, max_payload: None, extra: String::new(), binary: None }
+        Self { jetstream: true, max_payload: None, extra: String::new(), binary: None, file_limit: None }
     }
 }
 
@@ -56,6 +58,7 @@ struct Plan {
     port: u16,
     jetstream: bool,
     cluster: Option<(u16, Vec<u16>)>,
+    file_limit: Option<u64>,
 }
 
 impl NatsServer {
@@ -86,7 +89,14 @@ impl NatsServer {
             Some(path) => path.clone(),
             None => find::nats_server()?,
         };
-        let plan = Plan { binary, name: name.to_owned(), port, jetstream: options.jetstream, cluster };
+        let plan = Plan {
+            binary,
+            name: name.to_owned(),
+            port,
+            jetstream: options.jetstream,
+            cluster,
+            file_limit: options.file_limit,
+        };
         std::fs::write(dir.path().join("server.conf"), config(options)).map_err(Error::io("server.conf"))?;
         let child = plan.launch(dir.path())?;
         let mut server = Self { child, plan, dir };
@@ -132,6 +142,16 @@ impl NatsServer {
 
     pub fn log(&self) -> String {
         self.child.log()
+    }
+
+    /// False once it has ended, by whatever.
+    pub fn is_running(&mut self) -> bool {
+        self.child.ended().is_none()
+    }
+
+    /// Lifts the limit of [`ServerOptions::file_limit`]; it counts from the next start.
+    pub fn lift_file_limit(&mut self) {
+        self.plan.file_limit = None;
     }
 
     /// A plain client.
@@ -182,7 +202,14 @@ impl NatsServer {
 
 impl Plan {
     fn launch(&self, dir: &Path) -> Result<Child> {
-        let mut command = Command::new(&self.binary);
+        let mut command = match self.file_limit {
+            None => Command::new(&self.binary),
+            Some(bytes) => {
+                let mut limited = Command::new("prlimit");
+                limited.arg(format!("--fsize={bytes}")).arg(&self.binary);
+                limited
+            }
+        };
         command.arg("-c").arg(dir.join("server.conf"));
         command.args(["-a", "127.0.0.1", "-p", &self.port.to_string(), "-n", &self.name]);
         command.arg("--ports_file_dir").arg(dir);
@@ -284,6 +311,14 @@ impl Cluster {
 
     pub fn servers(&self) -> &[NatsServer] {
         &self.servers
+    }
+
+    /// SIGKILL of the server that leads `stream`; which one that was.
+    pub async fn kill_leader(&mut self, stream: &str) -> Result<usize> {
+        let leader = self.leader_of(stream).await?;
+        let leader = leader.ok_or_else(|| Error::Wrong(format!("{stream} has no leader")))?;
+        self.servers[leader].kill9()?;
+        Ok(leader)
     }
 
     /// For faults on one of them.
