@@ -47,6 +47,15 @@ pub(crate) struct Producer {
     next: u64,
     max_chunk: usize,
     give_up: Duration,
+    /// Where a person is told that the log is full, and that it takes audio again.
+    tell: Option<fn(&str)>,
+}
+
+impl ProducerError {
+    /// There is no room for it now; later there may be.
+    pub(crate) fn is_full(&self) -> bool {
+        matches!(self, ProducerError::GaveUp { source: LogError::Full, .. })
+    }
 }
 
 impl Producer {
@@ -67,7 +76,13 @@ impl Producer {
             next: 0,
             max_chunk: nats.max_payload().saturating_sub(HEADER_ROOM),
             give_up,
+            tell: None,
         })
+    }
+
+    pub(crate) fn telling(mut self, tell: fn(&str)) -> Self {
+        self.tell = Some(tell);
+        self
     }
 
     /// Sends these session options with the first chunk.
@@ -103,10 +118,17 @@ impl Producer {
         }
         let begun = Instant::now();
         let mut backoff = Backoff::default();
+        let mut full = false;
         loop {
             let source = match self.attempt(&headers, &payload, &msg_id).await {
                 Ok(seq) => {
                     self.next += 1;
+                    if let Some(tell) = self.tell.filter(|_| full) {
+                        tell(&format!(
+                            "there is room again, chunk {number} is stored after {} s",
+                            begun.elapsed().as_secs()
+                        ));
+                    }
                     return Ok(seq);
                 }
                 Err(error) if may_pass(&error) => error,
@@ -116,6 +138,11 @@ impl Producer {
                 return Err(ProducerError::GaveUp { number, waited_s: begun.elapsed().as_secs(), source });
             }
             tracing::warn!(number, error = %source, "chunk not acknowledged, sending it again");
+            if let Some(tell) = self.tell.filter(|_| matches!(source, LogError::Full) && !full) {
+                let left = self.give_up.saturating_sub(begun.elapsed()).as_secs();
+                tell(&format!("chunk {number}: {source}; nothing sent before is lost, it is sent again for {left} s"));
+                full = true;
+            }
             tokio::select! {
                 () = stop.cancelled() => return Err(ProducerError::Stopped),
                 () = backoff.wait() => {}

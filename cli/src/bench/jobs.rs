@@ -28,7 +28,7 @@ use voxfleet_worker::{engine::direct::transcribe_log, ipc::StartPoint};
 use super::{
     memory::{Processes, Sampled},
     pipeline::Kind,
-    progress, processes, recording, rounded,
+    processes, progress, recording, rounded,
 };
 
 /// Beyond the time the direct call took, or for the first job of a worker.

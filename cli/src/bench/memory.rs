@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, time::Duration};
 use serde_json::{Value, json};
 use voxfleet_harness::child::{children_of, resident_bytes};
 
-use super::{rounded, processes::Memory};
+use super::{processes::Memory, rounded};
 
 const EACH: Duration = Duration::from_secs(1);
 

@@ -3,9 +3,13 @@
 //! | module | measures |
 //! |---|---|
 //! | [`accuracy`] | word error rate of live calls beside the same engine offline, and how late finals come |
+//! | [`chaos`] | random faults over many sessions and jobs: nothing lost, nothing twice |
+//! | [`allocate`] | one routing decision, on fleets of 4 to 1,000 GPUs |
+//! | [`failover`] | workers killed in mid-word: time to the verdict and to the next words, nothing lost, nothing twice |
 //! | [`latency`] | from the end of a word to its first partial and to its final, and how many sessions this CPU carries |
 //! | [`peers`] | text and speed of our engine beside whisper.cpp by itself |
 //! | [`pipeline`] | audio through NATS and the fleet against the same engine called directly, live and ([`jobs`]) as a file |
+//! | [`rebalance`] | half of the workers killed at once: events, moves, time until all sessions produce again |
 //! | [`route`] | added latency from a producer's publish to the engine, and what a fleet saturates at |
 //! | [`scale`] | sessions over more and more workers: what one dispatcher carries, and where its wall is |
 //! | [`startup`] | start-up time of each process, and memory with idle sessions |
@@ -15,6 +19,9 @@
 //! Each prints a table, or with `--json` one object with fixed field names.
 
 mod accuracy;
+mod allocate;
+mod chaos;
+mod failover;
 mod jobs;
 mod latency;
 mod memory;
@@ -22,6 +29,7 @@ mod peers;
 mod pipeline;
 mod probe;
 mod processes;
+mod rebalance;
 mod recording;
 mod route;
 mod scale;
@@ -41,9 +49,13 @@ use crate::{exit::Exit, transcript::screen};
 
 Examples:
   voxfleet bench accuracy
+  voxfleet bench allocate
+  voxfleet bench chaos --minutes 3 --seed 1
+  voxfleet bench failover --kills 20
   voxfleet bench latency --quick
   voxfleet bench peers
   voxfleet bench pipeline --jobs
+  voxfleet bench rebalance
   voxfleet bench route --sessions 1000 --seconds 30 --json
   voxfleet bench scale
   voxfleet bench startup")]
@@ -59,12 +71,20 @@ pub(crate) struct BenchArgs {
 enum Bench {
     /// Word error rate of the test calls live, at the pace they were spoken, beside the same engine offline
     Accuracy(accuracy::AccuracyArgs),
+    /// Random faults, ten kills a minute and more, over many sessions and jobs; was anything lost or said twice?
+    Chaos(chaos::ChaosArgs),
+    /// How long one routing decision takes, on fleets of 4 to 1,000 GPUs
+    Allocate(allocate::AllocateArgs),
+    /// Workers killed in mid-word: time to the verdict and to the next words
+    Failover(failover::FailoverArgs),
     /// From the end of a word to its first partial and its final, with one session and with the most this CPU carries
     Latency(latency::LatencyArgs),
     /// Our engine beside whisper.cpp by itself: text and speed
     Peers(peers::PeersArgs),
     /// Audio per second through NATS and the fleet, against the same engine called directly
     Pipeline(pipeline::PipelineArgs),
+    /// Half of the workers killed at once: events, moves, time until every session produces again
+    Rebalance(rebalance::RebalanceArgs),
     /// Added latency from publish to engine with many sessions, and the rate at which it saturates
     Route(route::RouteArgs),
     /// Many sessions over many workers: CPU, memory, latency, and where the wall is
@@ -83,9 +103,13 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
     let measured = async {
         match bench {
             Bench::Accuracy(args) => accuracy::run(args).await,
+            Bench::Chaos(args) => chaos::run(args).await,
+            Bench::Allocate(args) => tokio::task::spawn_blocking(move || allocate::run(&args)).await?,
+            Bench::Failover(args) => failover::run(args).await,
             Bench::Latency(args) => latency::run(args).await,
             Bench::Peers(args) => peers::run(args).await,
             Bench::Pipeline(args) => pipeline::run(args).await,
+            Bench::Rebalance(args) => rebalance::run(args).await,
             Bench::Route(args) => route::run(args).await,
             Bench::Scale(args) => scale::run(args).await,
             Bench::Startup(args) => startup::run(args).await,
@@ -108,7 +132,8 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
     } else {
         table("", &result)?;
     }
-    Ok(Exit::Ok)
+    // A bench that is a test says so.
+    Ok(if result["clean"] == Value::Bool(false) { Exit::Failure } else { Exit::Ok })
 }
 
 /// Every bench with its line of help.
@@ -181,7 +206,7 @@ fn grid(rows: &[Value]) -> Vec<String> {
 }
 
 /// Fields that name a row.
-const HEADS: [&str; 5] = ["engine", "sessions", "workers", "process", "call"];
+const HEADS: [&str; 6] = ["engine", "gpus", "sessions", "workers", "process", "call"];
 
 /// Three digits behind the point are more than these measurements are good for.
 fn rounded(value: f64) -> f64 {

@@ -33,9 +33,9 @@ use voxfleet_worker::{
 
 use super::{
     pipeline::{Kind, log},
-    progress,
+    processes, progress,
     recording::{self, Spoken},
-    processes, rounded,
+    rounded,
 };
 use crate::wer::{WordErrors, compare};
 

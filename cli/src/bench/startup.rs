@@ -14,7 +14,7 @@ use voxfleet_harness::{
 };
 use voxfleet_worker::engine::whisper::WhisperModel;
 
-use super::{progress, rounded, processes::Memory};
+use super::{processes::Memory, progress, rounded};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 /// Open requests on their way at once.

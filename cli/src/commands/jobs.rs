@@ -9,7 +9,7 @@ use voxfleet_schema::{
     job::{AudioUrl, JobList, JobListRequest, JobRecord, JobState, JobStatus, JobSummary},
 };
 
-use super::{close, need_jetstream, status::table};
+use super::{close, dead, need_jetstream, status::table};
 use crate::{
     Context,
     args::{JobArg, JobsArgs, JobsCommand, ListArgs, ResultArgs, SubmitArgs},
@@ -50,6 +50,7 @@ pub(crate) async fn run(args: &JobsArgs, context: &Context) -> anyhow::Result<Ex
             (JobsCommand::Show(args), _) => show(args, &nats).await,
             (JobsCommand::Cancel(args), _) => cancel(args, &nats).await,
             (JobsCommand::Result(args), _) => result(args, &nats).await,
+            (JobsCommand::Dead(args), _) => dead::run(args, &nats).await,
         }
     };
     let answer = answer.await;
@@ -150,7 +151,7 @@ fn not_yet<T>(id: &StreamId, state: JobState, why: Option<String>) -> anyhow::Re
     Err(anyhow::anyhow!("job {id} has not ended, it is {}{why}; {hint}", state.as_str())).or_exit(Exit::Refused)
 }
 
-fn now_ms() -> u64 {
+pub(super) fn now_ms() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
@@ -172,6 +173,11 @@ fn row(job: &JobSummary, now_ms: u64) -> Vec<String> {
     let progress = match (job.state, job.progress.and_then(|p| p.fraction())) {
         (JobState::Done, _) => "100 %".to_owned(),
         (JobState::Assigned, Some(fraction)) => format!("{} %", percent(fraction)),
+        (JobState::Queued, _) => match job.ahead {
+            Some(0) => "next".to_owned(),
+            Some(ahead) => format!("{ahead} before it"),
+            None => none(),
+        },
         _ => none(),
     };
     vec![
@@ -189,7 +195,7 @@ fn row(job: &JobSummary, now_ms: u64) -> Vec<String> {
 }
 
 /// Two of the largest units: `12s`, `5m`, `3h`, `2d`.
-fn age(ms: u64) -> String {
+pub(super) fn age(ms: u64) -> String {
     match ms / 1000 {
         s if s < 60 => format!("{s}s"),
         s if s < 3_600 => format!("{}m", s / 60),
@@ -231,6 +237,11 @@ fn details(status: &JobStatus, now_ms: u64) -> String {
             (None, false) => None,
         },
     );
+    self::fields(&fields)
+}
+
+/// One a line, the values under each other.
+pub(super) fn fields(fields: &[(&str, String)]) -> String {
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let line = |(name, value): &(&str, String)| format!("{name:<width$}  {value}");
     fields.iter().map(line).collect::<Vec<_>>().join("\n")
@@ -300,6 +311,12 @@ mod tests {
             ["call-17", "failed", "(bad_audio)", "-", "-", "2h", "01:30.0", "-"]
         );
         assert!(shown.ends_with("1 of 3 jobs"), "{shown}");
+        let queued = |ahead: u32| {
+            let job = json!({"job": "j", "state": "queued", "priority": "low", "submitted_ms": 0, "ahead": ahead});
+            let list: JobList = serde_json::from_value(json!({"jobs": [job], "total": 1})).expect("a list");
+            text(&list, 0)
+        };
+        assert!(queued(0).contains("next") && queued(7).contains("7 before it"), "{}", queued(7));
         assert!(text(&JobList { jobs: Vec::new(), total: 0 }, 0).ends_with("no jobs"));
     }
 }

@@ -28,7 +28,7 @@ use crate::{
     Context,
     args::StreamArgs,
     exit::{Exit, OrExit as _, coded},
-    producer::{Producer, ago, due},
+    producer::{Producer, ProducerError, ago, due},
     sound::{Input, Sound, SoundError},
     transcript::{
         follow::{Follow, Followed, Seen, follow_all},
@@ -149,6 +149,7 @@ async fn with_nats(
 ) -> anyhow::Result<Exit> {
     let give_up = Duration::from_secs(args.give_up_s);
     let mut producer = Producer::new(nats, plan.id.clone(), sound.format(), give_up).or_exit(Exit::Internal)?;
+    producer = producer.telling(|text| eprintln!("{text}"));
     if args.open {
         let opened = open(nats, plan).await?;
         eprintln!("{} is on {} (epoch {})", opened.session, opened.worker.gpu_id, opened.epoch);
@@ -264,7 +265,7 @@ async fn send(
                 () = tokio::time::sleep_until(due(started, sent.audio_ms, speed)) => {}
             }
         }
-        let seq = producer.send(chunk, false, &never).await.or_exit(Exit::Unavailable)?;
+        let seq = producer.send(chunk, false, &never).await.map_err(unsent)?;
         sent.first_seq = if sent.chunks == 0 { seq } else { sent.first_seq };
         (sent.chunks, sent.last_seq) = (sent.chunks + 1, seq);
         bar.set_position(sent.audio_ms);
@@ -276,7 +277,7 @@ async fn send(
     // An end without audio would open nothing, and nothing would answer it; what a request opened it does end.
     if !args.no_end && (sent.chunks > 0 || args.open) {
         sent.ended = true;
-        sent.last_seq = producer.send(Bytes::new(), true, &never).await.or_exit(Exit::Unavailable)?;
+        sent.last_seq = producer.send(Bytes::new(), true, &never).await.map_err(unsent)?;
     }
     bar.finish_and_clear();
     // What was readable has been sent and ended like a whole file; that it was not whole is told all the same.
@@ -287,6 +288,11 @@ async fn send(
         }
         None => Ok(sent),
     }
+}
+
+fn unsent(error: ProducerError) -> anyhow::Error {
+    let exit = if error.is_full() { Exit::Refused } else { Exit::Unavailable };
+    coded(exit, error.into())
 }
 
 /// Reads on a thread that may block. It ends with its input, or when nobody takes its chunks any more; standard input

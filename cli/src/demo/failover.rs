@@ -97,8 +97,7 @@ pub(crate) async fn act(
     let text = live.text();
     let Watched { killed, moments, .. } = watched.into_inner().unwrap_or_else(PoisonError::into_inner);
     let killed = killed.ok_or_else(|| anyhow::anyhow!("the call ended before its worker could be killed"))?;
-    let found =
-        Failover { id, killed, moments, same_text: text == offline, words: text.split_whitespace().count() };
+    let found = Failover { id, killed, moments, same_text: text == offline, words: text.split_whitespace().count() };
     for line in found.lines() {
         voice.line(&if found.same_text { paint.green(&line) } else { paint.red(&line) })?;
     }
@@ -117,7 +116,7 @@ fn note(watched: &Mutex<Watched>, news: Seen<'_>) {
     };
     let mut watched = locked(watched);
     watched.owner = Some((gpu_id.clone(), epoch));
-    if !watched.killed.as_ref().is_some_and(|killed| epoch > killed.epoch) {
+    if watched.killed.as_ref().is_none_or(|killed| epoch <= killed.epoch) {
         return;
     }
     let moments = &mut watched.moments;

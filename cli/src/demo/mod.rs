@@ -26,10 +26,7 @@ use voxfleet_harness::{
     find,
     fleet::{Engine, Fleet, models_dir},
 };
-use voxfleet_nats::{
-    Nats, NatsConfig,
-    transcript::Chain,
-};
+use voxfleet_nats::{Nats, NatsConfig, transcript::Chain};
 use voxfleet_schema::{
     id::{Kind, StreamId},
     job::JobResult,
@@ -42,8 +39,8 @@ use crate::{
     exit::{Exit, OrExit as _},
     file_job::{Step, Wish, outcome, progress::Show, wait},
     transcript::{
-        line::Paint,
         follow::Seen,
+        line::Paint,
         screen::{Detail, Screen, Style, object, out},
     },
 };

@@ -32,8 +32,14 @@ pub(crate) struct View {
 /// What to show for one message.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum News<'a> {
-    Final { new: &'a Final, moved_from: Option<String> },
-    Partial { new: &'a Partial, moved_from: Option<String> },
+    Final {
+        new: &'a Final,
+        moved_from: Option<String>,
+    },
+    Partial {
+        new: &'a Partial,
+        moved_from: Option<String>,
+    },
     /// Told by the dispatcher before anything of the new owner came: what the old one was at is void.
     Moved(Move),
     Event(&'a Event),

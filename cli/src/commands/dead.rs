@@ -1,0 +1,427 @@
+//! `voxfleet jobs dead`: what could not be done, shown, tried again, put away.
+
+use serde_json::{Value, json};
+use voxfleet_nats::{
+    Nats,
+    api::ApiError,
+    dead::{DeadLetters, StoredLetter},
+    media::Media,
+};
+use voxfleet_schema::{
+    dead::{DeadLetter, RefusedRequest},
+    id::{Kind, StreamId},
+    job::{AudioUrl, Inline, JobRecord, JobRequest, JobState, Submitted, audio_key},
+};
+
+use super::{
+    jobs::{age, fields, now_ms},
+    status::table,
+};
+use crate::{
+    args::{DeadArg, DeadArgs, DeadCommand, DeadListArgs, DropArgs, KindArgs, RetryArgs},
+    exit::{Exit, OrExit as _, coded},
+    file_job::ask,
+    transcript::screen::{object, out},
+};
+
+/// Ids tried for a job that is submitted again.
+const IDS: u32 = 100;
+const MAX_ID: usize = 64;
+/// Of what is no letter, in characters.
+const SHOWN: usize = 2_000;
+
+pub(super) async fn run(args: &DeadArgs, nats: &Nats) -> anyhow::Result<Exit> {
+    match &args.what {
+        DeadCommand::List(args) => list(args, nats).await,
+        DeadCommand::Show(args) => show(args, nats).await,
+        DeadCommand::Retry(args) => retry(args, nats).await,
+        DeadCommand::Drop(args) => remove(args, nats).await,
+    }
+}
+
+async fn list(args: &DeadListArgs, nats: &Nats) -> anyhow::Result<Exit> {
+    let (letters, total) = DeadLetters::new(nats).list(args.limit as usize).await.or_exit(Exit::Unavailable)?;
+    if args.output.json {
+        object(&json!({"letters": letters.iter().map(value).collect::<Vec<_>>(), "total": total}))?;
+    } else {
+        out(&text(&letters, total, now_ms()))?;
+    }
+    Ok(Exit::Ok)
+}
+
+fn value(stored: &StoredLetter) -> Value {
+    let mut value = json!({"seq": stored.seq, "stored_ms": stored.stored_ms, "kind": stored.kind, "id": stored.id});
+    match &stored.letter {
+        Ok(letter) => value["letter"] = json!(letter),
+        Err(error) => value["unreadable"] = json!({"error": error.to_string(), "begins": begins(stored)}),
+    }
+    value
+}
+
+fn begins(stored: &StoredLetter) -> String {
+    String::from_utf8_lossy(&stored.payload).chars().take(SHOWN).collect()
+}
+
+fn text(letters: &[StoredLetter], total: u64, now_ms: u64) -> String {
+    let mut rows = vec![["SEQ", "KIND", "ID", "CLASS", "AGE", "GPU", "TRIES", "WHY"].map(str::to_owned).to_vec()];
+    rows.extend(letters.iter().map(|stored| row(stored, now_ms)));
+    let mut text = table(&rows);
+    match total {
+        0 => text.push_str("no dead letters"),
+        total if total > letters.len() as u64 => text.push_str(&format!("{} of {total} letters", letters.len())),
+        _ => {}
+    }
+    text.trim_end().to_owned()
+}
+
+fn row(stored: &StoredLetter, now_ms: u64) -> Vec<String> {
+    let none = || "-".to_owned();
+    let (class, gpu, tries, why) = match &stored.letter {
+        Ok(letter) => (
+            letter.error.class.to_string(),
+            letter.origin.gpu_id.as_ref().map_or_else(none, ToString::to_string),
+            if letter.attempts > 0 { letter.attempts.to_string() } else { none() },
+            letter.error.message.chars().take(80).collect(),
+        ),
+        Err(_) => (none(), none(), none(), "not a letter this version can read".to_owned()),
+    };
+    let at = age(now_ms.saturating_sub(stored.stored_ms));
+    vec![stored.seq.to_string(), stored.kind.to_string(), stored.id.to_string(), class, at, gpu, tries, why]
+}
+
+/// Every letter under this id: of the kind that was named, or of whichever there is.
+async fn find(nats: &Nats, id: &StreamId, kind: KindArgs) -> anyhow::Result<Vec<StoredLetter>> {
+    let mut found = Vec::new();
+    for (wanted, of) in [(!kind.session, Kind::Job), (!kind.job, Kind::Session)] {
+        if wanted {
+            found.extend(DeadLetters::new(nats).of(of, id).await.or_exit(Exit::Unavailable)?);
+        }
+    }
+    if found.is_empty() { nothing(id) } else { Ok(found) }
+}
+
+fn nothing<T>(id: &StreamId) -> anyhow::Result<T> {
+    Err(anyhow::anyhow!("there is no dead letter of {id}")).or_exit(Exit::NotFound)
+}
+
+async fn show(args: &DeadArg, nats: &Nats) -> anyhow::Result<Exit> {
+    let letters = find(nats, &args.id, args.kind).await?;
+    if args.output.json {
+        object(&json!({"letters": letters.iter().map(value).collect::<Vec<_>>()}))?;
+    } else {
+        let now = now_ms();
+        let shown: Vec<String> = letters.iter().map(|stored| details(stored, now)).collect();
+        out(&shown.join("\n\n"))?;
+    }
+    Ok(Exit::Ok)
+}
+
+fn details(stored: &StoredLetter, now_ms: u64) -> String {
+    let ago = |ms: u64| format!("{} ago", age(now_ms.saturating_sub(ms)));
+    let mut lines = vec![
+        (stored.kind.as_str(), stored.id.to_string()),
+        ("letter", format!("number {} in ASR_DEAD, {}", stored.seq, ago(stored.stored_ms))),
+    ];
+    let letter = match &stored.letter {
+        Ok(letter) => letter,
+        Err(error) => {
+            lines.push(("unreadable", error.to_string()));
+            lines.push(("begins", begins(stored)));
+            return fields(&lines);
+        }
+    };
+    let DeadLetter { error, origin, attempts, audio, record, request, .. } = letter;
+    let mut put = |name, value: Option<String>| lines.extend(value.map(|value| (name, value)));
+    put("error", Some(error.to_string()));
+    put("gpu", origin.gpu_id.as_ref().map(ToString::to_string));
+    put("incarnation", origin.incarnation.as_ref().map(ToString::to_string));
+    put("epoch", origin.epoch.map(|n| n.to_string()));
+    put("written by", origin.dispatcher.as_ref().map(|name| format!("dispatcher {name}")));
+    put("tries", (*attempts > 0).then(|| attempts.to_string()));
+    put("audio", audio.as_ref().map(|range| format!("log entries {} to {}", range.from_seq, range.to_seq)));
+    if let Some(record) = record {
+        put("name", record.name.clone());
+        put("recording", Some(AudioUrl::harmless(&record.audio)));
+        put("deaths", (record.deaths > 0).then(|| format!("{} workers died while they had it", record.deaths)));
+        put("submitted", Some(ago(record.submitted_ms)));
+    }
+    if let Some(request) = request {
+        put("request", Some(format!("{} bytes, number {} in ASR_JOBS", request.body_bytes, request.seq)));
+        put("type", request.content_type.clone());
+        put("body", Some(body_text(request)));
+    }
+    fields(&lines)
+}
+
+fn body_text(request: &RefusedRequest) -> String {
+    match (&request.body, &request.body_base64) {
+        (Some(text), _) => text.chars().take(SHOWN).collect(),
+        (None, Some(Inline(bytes))) => format!("{} bytes that are no text; --json shows them", bytes.len()),
+        (None, None) => "not kept".to_owned(),
+    }
+}
+
+async fn retry(args: &RetryArgs, nats: &Nats) -> anyhow::Result<Exit> {
+    let letters = DeadLetters::new(nats);
+    let of_job = letters.of(Kind::Job, &args.job).await.or_exit(Exit::Unavailable)?;
+    if of_job.is_empty() {
+        return match letters.of(Kind::Session, &args.job).await.or_exit(Exit::Unavailable)?.is_empty() {
+            true => nothing(&args.job),
+            false => Err(anyhow::anyhow!(
+                "{} is a session: its window has its place in the transcript, and cannot be decoded again",
+                args.job
+            ))
+            .or_exit(Exit::Usage),
+        };
+    }
+    let record = ask::record(nats, &args.job).await?;
+    let source = source(record, &of_job)?;
+    let id = match &args.id {
+        Some(id) => id.clone(),
+        None => free_id(nats, &args.job).await?,
+    };
+    let request = JobRequest { job: Some(id.clone()), ..source.request };
+    request.validate().or_exit(Exit::Failure)?;
+    let submitted = submit(nats, &args.job, &id, request).await?;
+    // By their numbers: one that came meanwhile stays.
+    let mut dropped = 0;
+    if !args.keep {
+        for stored in &of_job {
+            match letters.remove(stored.seq).await {
+                Ok(there) => dropped += u64::from(there),
+                Err(error) => eprintln!("letter {} stays: {error}", stored.seq),
+            }
+        }
+    }
+    if let Some(note) = source.note {
+        eprintln!("{note}");
+    }
+    if args.output.json {
+        object(&json!({
+            "job": submitted.job, "state": submitted.state, "retry_of": args.job, "letters_dropped": dropped,
+        }))?;
+    } else {
+        out(submitted.job.as_str())?;
+    }
+    Ok(Exit::Ok)
+}
+
+/// What is asked for again.
+#[derive(Debug)]
+struct Source {
+    request: JobRequest,
+    note: Option<&'static str>,
+}
+
+/// The key has the whole URL; a letter has it without what may be a signature; a request that was refused has what its sender
+/// wrote.
+fn source(record: Option<JobRecord>, letters: &[StoredLetter]) -> anyhow::Result<Source> {
+    if let Some(record) = record.filter(|record| record.state == JobState::Failed) {
+        return Ok(Source { request: again(record), note: None });
+    }
+    let mut why = None;
+    for letter in letters.iter().filter_map(|stored| stored.letter.as_ref().ok()) {
+        if let Some(record) = &letter.record {
+            let signed = record.audio.starts_with("http");
+            let note = "its key has expired: the URL is the letter's, where a signature would be missing";
+            return Ok(Source { request: again(record.clone()), note: signed.then_some(note) });
+        }
+        match letter.request.as_ref().map(refused_request) {
+            Some(Ok(request)) => return Ok(Source { request, note: None }),
+            Some(Err(error)) => why = why.or(Some(error)),
+            None => {}
+        }
+    }
+    Err(why.unwrap_or_else(|| anyhow::anyhow!("its letter does not say what was asked for"))).or_exit(Exit::Failure)
+}
+
+fn again(record: JobRecord) -> JobRequest {
+    JobRequest {
+        job: None,
+        audio: Some(record.audio),
+        data: None,
+        name: record.name,
+        options: record.options,
+        result_ttl_s: Some(record.result_ttl_s),
+    }
+}
+
+fn refused_request(request: &RefusedRequest) -> anyhow::Result<JobRequest> {
+    let body: &[u8] = match (&request.body, &request.body_base64) {
+        (Some(text), _) => text.as_bytes(),
+        (None, Some(Inline(bytes))) => bytes,
+        (None, None) => anyhow::bail!("nothing of the request was kept"),
+    };
+    anyhow::ensure!(
+        body.len() as u64 == request.body_bytes,
+        "only the first {} of its {} bytes were kept; submit it again from its source",
+        body.len(),
+        request.body_bytes
+    );
+    let decoded = JobRequest::decode(body, request.content_type.as_deref());
+    decoded.map_err(|error| anyhow::Error::new(error).context("it is no job; submit a corrected one"))
+}
+
+/// The first id of its kind that no job has.
+async fn free_id(nats: &Nats, job: &StreamId) -> anyhow::Result<StreamId> {
+    for n in 1..=IDS {
+        let id = numbered(job, n)?;
+        if id != *job && ask::record(nats, &id).await?.is_none() {
+            return Ok(id);
+        }
+    }
+    Err(anyhow::anyhow!("{IDS} retries of {job} exist already; choose an --id")).or_exit(Exit::Usage)
+}
+
+/// `call-17` and `call-17-r1` -> `call-17-r<n>`.
+fn numbered(job: &StreamId, n: u32) -> anyhow::Result<StreamId> {
+    let text = job.as_str();
+    let digits = |tail: &str| !tail.is_empty() && tail.bytes().all(|b| b.is_ascii_digit());
+    let base = text.rsplit_once("-r").filter(|(_, tail)| digits(tail)).map_or(text, |(base, _)| base);
+    let tail = format!("-r{n}");
+    // Ids are ASCII.
+    let base = &base[..base.len().min(MAX_ID - tail.len())];
+    StreamId::new(format!("{base}{tail}")).or_exit(Exit::Internal)
+}
+
+/// A recording that came with the old job goes when that expires: the new one has its own.
+async fn submit(nats: &Nats, old: &StreamId, id: &StreamId, mut request: JobRequest) -> anyhow::Result<Submitted> {
+    let media = Media::new(nats);
+    let copied = request.audio.as_deref() == Some(AudioUrl::object(&audio_key(old)).as_str());
+    if copied {
+        let Some(recording) = media.get(&audio_key(old)).await.or_exit(Exit::Unavailable)? else {
+            let gone = anyhow::anyhow!("the recording of {old} has expired with it; submit it again from its source");
+            return Err(gone).or_exit(Exit::NotFound);
+        };
+        media.put(&audio_key(id), recording).await.or_exit(Exit::Unavailable)?;
+        request.audio = Some(AudioUrl::object(&audio_key(id)));
+    }
+    let error = match ask::submit(nats, &request).await {
+        Ok(submitted) => return Ok(submitted),
+        Err(error) => error,
+    };
+    // Where nobody answered it may have been taken, and then its recording is needed.
+    if copied
+        && matches!(error, ApiError::Refused(_))
+        && let Err(error) = media.delete(&audio_key(id)).await
+    {
+        tracing::warn!(%error, key = audio_key(id), "the copied recording stays behind");
+    }
+    Err(coded(Exit::of_api(&error), anyhow::Error::new(error).context(format!("job {id}"))))
+}
+
+async fn remove(args: &DropArgs, nats: &Nats) -> anyhow::Result<Exit> {
+    let letters = DeadLetters::new(nats);
+    let dropped = match (&args.id, args.seq) {
+        (Some(id), _) => {
+            let mut dropped = 0;
+            for stored in find(nats, id, args.kind).await? {
+                dropped += u64::from(letters.remove(stored.seq).await.or_exit(Exit::Unavailable)?);
+            }
+            dropped
+        }
+        (None, Some(seq)) => match letters.remove(seq).await.or_exit(Exit::Unavailable)? {
+            true => 1,
+            false => return Err(anyhow::anyhow!("there is no dead letter {seq}")).or_exit(Exit::NotFound),
+        },
+        (None, None) => 0,
+    };
+    if args.output.json {
+        object(&json!({"dropped": dropped}))?;
+    } else {
+        out(&format!("{dropped} dropped"))?;
+    }
+    Ok(Exit::Ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(text: &str) -> StreamId {
+        StreamId::new(text).expect("id")
+    }
+
+    fn record(state: &str, audio: &str) -> JobRecord {
+        serde_json::from_value(json!({
+            "id": "call-17", "state": state, "audio": audio, "options": {"language": "de"}, "result_ttl_s": 600,
+            "epoch": 2, "attempts": 3, "submitted_ms": 1_000, "changed_ms": 0, "name": "a.wav",
+        }))
+        .expect("a record")
+    }
+
+    fn stored(letter: Value) -> StoredLetter {
+        let payload = bytes::Bytes::from(letter.to_string());
+        let letter = voxfleet_schema::codec::from_json(&payload);
+        StoredLetter { seq: 12, stored_ms: 1_000, kind: Kind::Job, id: id("call-17"), letter, payload }
+    }
+
+    fn failed(audio: &str) -> StoredLetter {
+        stored(json!({
+            "kind": "job", "id": "call-17", "at_ms": 1_000, "attempts": 3,
+            "error": {"class": "engine_crash", "message": "the engine died"},
+            "origin": {"gpu_id": "gpu-1", "incarnation": "i", "epoch": 2, "dispatcher": "d"},
+            "record": record("failed", audio),
+        }))
+    }
+
+    fn refused(body: &str, body_bytes: usize) -> StoredLetter {
+        stored(json!({
+            "kind": "job", "id": "call-17", "at_ms": 1_000, "error": {"class": "bad_request", "message": "x"},
+            "request": {"seq": 4, "body_bytes": body_bytes, "body": body},
+        }))
+    }
+
+    #[test]
+    fn retries_are_numbered() {
+        for (old, n, new) in [("call-17", 1, "call-17-r1"), ("call-17-r1", 2, "call-17-r2"), ("a-r", 1, "a-r-r1")] {
+            assert_eq!(numbered(&id(old), n).expect("id").as_str(), new);
+        }
+        let longest = "x".repeat(64);
+        assert_eq!(numbered(&id(&longest), 100).expect("id").as_str().len(), 64);
+    }
+
+    #[test]
+    fn the_key_has_the_whole_url_and_a_letter_may_lack_its_signature() {
+        let letters = [failed("https://h/a.wav")];
+        let whole = source(Some(record("failed", "https://h/a.wav?sig=1")), &letters).expect("a source");
+        assert_eq!((whole.request.audio.as_deref(), whole.note), (Some("https://h/a.wav?sig=1"), None));
+        assert_eq!(whole.request.options.language.as_deref(), Some("de"));
+        // A key of a job of that name that did not fail is another job's.
+        for record in [None, Some(record("done", "s3://b/other"))] {
+            let bare = source(record, &letters).expect("a source");
+            assert_eq!(bare.request.audio.as_deref(), Some("https://h/a.wav"));
+            assert!(bare.note.is_some_and(|note| note.contains("signature")));
+        }
+        assert!(source(None, &[failed("s3://b/k")]).is_ok_and(|source| source.note.is_none()));
+    }
+
+    #[test]
+    fn a_refused_request_is_tried_again_only_where_it_is_one() {
+        let body = r#"{"audio":"s3://b/k"}"#;
+        assert!(
+            source(None, &[refused(body, body.len())]).is_ok_and(|s| s.request.audio.as_deref() == Some("s3://b/k"))
+        );
+        let cut = source(None, &[refused(body, 100_000)]).expect_err("cut");
+        assert!(cut.to_string().contains("only the first"), "{cut:#}");
+        let noise = source(None, &[refused("{\"audoi\":1}", 11)]).expect_err("no job");
+        assert!(noise.to_string().contains("corrected"), "{noise:#}");
+    }
+
+    #[test]
+    fn letters_are_shown() {
+        let foreign = stored(json!({"from": "somebody else"}));
+        let shown = text(&[failed("s3://b/k"), foreign], 7, 61_000);
+        let rows: Vec<Vec<&str>> = shown.lines().map(|l| l.split_whitespace().collect()).collect();
+        assert_eq!(rows[1][..7], ["12", "job", "call-17", "engine_crash", "1m", "gpu-1", "3"]);
+        assert!(shown.contains("not a letter this version can read") && shown.ends_with("2 of 7 letters"), "{shown}");
+        let shown = details(&failed("https://h/a.wav?sig=secret"), 61_000);
+        for part in ["engine_crash: the engine died", "dispatcher d", "https://h/a.wav", "1m ago"] {
+            assert!(shown.contains(part), "{part:?} is not in:\n{shown}");
+        }
+        assert!(!shown.contains("secret"), "{shown}");
+        let shown = details(&refused("{\"audoi\":1}", 11), 61_000);
+        assert!(shown.contains("{\"audoi\":1}") && shown.contains("number 4 in ASR_JOBS"), "{shown}");
+        assert!(text(&[], 0, 0).ends_with("no dead letters"));
+    }
+}

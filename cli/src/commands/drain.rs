@@ -1,0 +1,165 @@
+//! `voxfleet drain`: take a GPU out of the fleet in good order.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use serde_json::json;
+use voxfleet_nats::{
+    Nats,
+    api::{self, Endpoint},
+    fleet::{self, FleetError},
+};
+use voxfleet_schema::{
+    fleet::{DrainRequest, Drained, Heartbeat},
+    id::{Kind, WorkerName},
+};
+
+use super::close;
+use crate::{
+    Context,
+    args::DrainArgs,
+    exit::{Exit, OrExit as _, coded},
+    transcript::screen::{object, out},
+};
+
+const ASK: Duration = Duration::from_secs(10);
+/// A worker that has been silent for as long as makes a dispatcher declare it dead is gone.
+const SILENT: Duration = Duration::from_secs(3);
+/// What a worker that was told no deadline takes at most, unless its configuration says otherwise.
+const DEFAULT_DEADLINE: Duration = Duration::from_secs(60);
+/// Beyond its deadline: the last heartbeat, the silence after it, and a busy machine.
+const GRACE: Duration = Duration::from_secs(15);
+
+pub(crate) async fn run(args: &DrainArgs, context: &Context) -> anyhow::Result<Exit> {
+    let (nats, _) = context.client("voxfleet-drain").await?;
+    let drained = drain(args, &nats, context).await;
+    close(nats).await;
+    drained
+}
+
+async fn drain(args: &DrainArgs, nats: &Nats, context: &Context) -> anyhow::Result<Exit> {
+    // Heard from before it is asked, so that no heartbeat is missed.
+    let mut beats = fleet::heartbeats(nats).await.or_exit(Exit::Unavailable)?;
+    let deadline_ms = args.deadline.map(|s| u64::from(s) * 1000);
+    let request = DrainRequest { gpu_id: args.gpu.clone(), deadline_ms };
+    let drained: Drained = (api::request(nats, Endpoint::FleetDrain, &request, ASK).await).map_err(|error| {
+        coded(Exit::of_api(&error), anyhow::Error::new(error).context(format!("drain {}", args.gpu)))
+    })?;
+    if !args.wait {
+        if args.json {
+            object(&serde_json::to_value(&drained)?)?;
+        } else {
+            out(&told(args, &drained))?;
+        }
+        return Ok(Exit::Ok);
+    }
+    if !args.json {
+        eprintln!("{}", told(args, &drained));
+    }
+    let begun = Instant::now();
+    let patience = args.deadline.map_or(DEFAULT_DEADLINE, |s| Duration::from_secs(s.into())) + GRACE;
+    let mut leaving = Leaving::new(&drained.workers, begun);
+    loop {
+        let now = Instant::now();
+        if leaving.all_gone(now) {
+            if args.json {
+                let mut value = serde_json::to_value(&drained)?;
+                value["gone_after_ms"] = json!(leaving.last_heard.duration_since(begun).as_millis() as u64);
+                object(&value)?;
+            } else {
+                out(&format!("{} is gone", args.gpu))?;
+            }
+            return Ok(Exit::Ok);
+        }
+        if now.duration_since(begun) > patience {
+            let left: Vec<String> = leaving.left.keys().map(ToString::to_string).collect();
+            let waited = patience.as_secs();
+            return Err(anyhow::anyhow!("{} still beats after {waited} s", left.join(", "))).or_exit(Exit::Failure);
+        }
+        let beat = tokio::select! {
+            () = context.shutdown.cancelled() => return Ok(Exit::Interrupted),
+            beat = tokio::time::timeout(Duration::from_millis(250), beats.next()) => beat,
+        };
+        match beat {
+            Ok(Ok(beat)) => {
+                if let Some(line) = leaving.heard(&beat, Instant::now()).filter(|_| !args.json) {
+                    eprintln!("{line}");
+                }
+            }
+            Ok(Err(FleetError::Server(error))) => return Err(error).or_exit(Exit::Unavailable),
+            Ok(Err(error)) => tracing::warn!(%error, "a heartbeat cannot be read"),
+            // Nothing heard in this while; the silence is what is waited for.
+            Err(_) => {}
+        }
+    }
+}
+
+fn told(args: &DrainArgs, drained: &Drained) -> String {
+    let workers = match drained.workers.len() {
+        1 => String::new(),
+        n => format!(" on {n} workers"),
+    };
+    format!("{} drains: {} to hand over{workers}", args.gpu, load(drained.sessions as usize, drained.jobs as usize))
+}
+
+fn load(sessions: usize, jobs: usize) -> String {
+    let of = |n: usize, what: &str| if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") };
+    format!("{} and {}", of(sessions, "session"), of(jobs, "job"))
+}
+
+/// Who has been told to go and was still heard.
+struct Leaving {
+    /// When each was last heard, and what it held then.
+    left: BTreeMap<WorkerName, (Instant, Option<(usize, usize)>)>,
+    last_heard: Instant,
+}
+
+impl Leaving {
+    fn new(workers: &[WorkerName], now: Instant) -> Self {
+        Self { left: workers.iter().map(|w| (w.clone(), (now, None))).collect(), last_heard: now }
+    }
+
+    /// A line when it holds something else than before.
+    fn heard(&mut self, beat: &Heartbeat, now: Instant) -> Option<String> {
+        let (at, held) = self.left.get_mut(&beat.worker())?;
+        (*at, self.last_heard) = (now, now);
+        let count = |kind| beat.held.iter().filter(|h| h.kind == kind).count();
+        let holds = (count(Kind::Session), count(Kind::Job));
+        if *held == Some(holds) {
+            return None;
+        }
+        *held = Some(holds);
+        let draining = if beat.draining { "" } else { ", not draining yet" };
+        Some(format!("{}: {} left{draining}", beat.gpu_id, load(holds.0, holds.1)))
+    }
+
+    fn all_gone(&mut self, now: Instant) -> bool {
+        self.left.retain(|_, (at, _)| now.duration_since(*at) < SILENT);
+        self.left.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_is_gone_when_it_is_silent() {
+        let worker: WorkerName = serde_json::from_value(json!({"gpu_id": "g", "incarnation": "i"})).expect("a worker");
+        let begun = Instant::now();
+        let mut leaving = Leaving::new(std::slice::from_ref(&worker), begun);
+        assert!(!leaving.all_gone(begun + Duration::from_secs(2)));
+        if let Some((at, _)) = leaving.left.get_mut(&worker) {
+            *at = begun + Duration::from_secs(2);
+        }
+        assert!(!leaving.all_gone(begun + Duration::from_secs(4)), "it was heard in between");
+        assert!(leaving.all_gone(begun + Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn loads_are_counted_in_words() {
+        assert_eq!(load(1, 2), "1 session and 2 jobs");
+    }
+}

@@ -1,0 +1,139 @@
+//! `voxfleet status`: what the dispatcher believes; without one, what workers and streams say themselves.
+
+mod text;
+mod why;
+
+use std::{collections::BTreeMap, time::Duration};
+
+use serde_json::{Value, json};
+use tokio::time::{Instant, timeout_at};
+use voxfleet_nats::{
+    Nats,
+    api::{self, ApiError, Endpoint},
+    fleet::{self, Queued},
+    kv::{Bucket, Records},
+};
+use voxfleet_schema::{
+    fleet::{FleetStatus, Heartbeat, WorkerHealth, WorkerStatus},
+    id::WorkerName,
+    session::{SessionRecord, SessionState},
+};
+
+pub(super) use text::table;
+
+use super::close;
+use crate::{
+    Context,
+    args::StatusArgs,
+    exit::{Exit, OrExit as _},
+    transcript::screen::{object, out},
+};
+
+const ASK: Duration = Duration::from_secs(2);
+/// Workers beat each second; one beat of each is heard in this time.
+const LISTEN: Duration = Duration::from_millis(1_300);
+
+/// Where the table comes from.
+enum Fleet {
+    Told(Box<FleetStatus>),
+    /// By workers alone, and why no dispatcher told it.
+    Heard {
+        why: String,
+        workers: Vec<WorkerStatus>,
+    },
+}
+
+impl Fleet {
+    fn workers(&self) -> &[WorkerStatus] {
+        match self {
+            Fleet::Told(status) => &status.workers,
+            Fleet::Heard { workers, .. } => workers,
+        }
+    }
+}
+
+pub(crate) async fn run(args: &StatusArgs, context: &Context) -> anyhow::Result<Exit> {
+    let (nats, _) = context.client("voxfleet-status").await?;
+    let answer = match &args.why {
+        Some(id) => why::run(id, args.json, &nats).await,
+        None => whole(args, &nats).await,
+    };
+    close(nats).await;
+    answer
+}
+
+async fn whole(args: &StatusArgs, nats: &Nats) -> anyhow::Result<Exit> {
+    let fleet = fleet(nats).await?;
+    let sessions = sessions(nats, args.all).await?;
+    // Beside the point of the table: who may not look at streams sees it without.
+    let queued = fleet::queued(nats).await.unwrap_or_else(|error| {
+        tracing::warn!(%error, "cannot see what waits for workers");
+        BTreeMap::new()
+    });
+    if args.json {
+        object(&value(&fleet, &sessions, &queued))?;
+    } else {
+        out(&text::whole(&fleet, &sessions, &queued, super::jobs::now_ms()))?;
+    }
+    Ok(Exit::Ok)
+}
+
+fn value(fleet: &Fleet, sessions: &[SessionRecord], queued: &BTreeMap<WorkerName, Queued>) -> Value {
+    let queued: BTreeMap<String, &Queued> = queued.iter().map(|(worker, n)| (worker.to_string(), n)).collect();
+    let mut value = json!({
+        "dispatcher": null, "dispatcher_error": null, "workers": fleet.workers(), "sessions": sessions, "queued": queued,
+    });
+    match fleet {
+        Fleet::Heard { why, .. } => value["dispatcher_error"] = json!(why),
+        Fleet::Told(status) => {
+            value["dispatcher"] = json!(status.dispatcher);
+            value["dead"] = json!(status.dead);
+            value["services"] = json!(status.services);
+            value["sessions_waiting"] = json!(status.sessions_waiting);
+            value["sessions_assigned"] = json!(status.sessions_assigned);
+            value["jobs_queued"] = json!(status.jobs_queued);
+            value["jobs_assigned"] = json!(status.jobs_assigned);
+        }
+    }
+    value
+}
+
+async fn fleet(nats: &Nats) -> anyhow::Result<Fleet> {
+    match api::request::<_, FleetStatus>(nats, Endpoint::FleetStatus, &json!({}), ASK).await {
+        Ok(status) => Ok(Fleet::Told(Box::new(status))),
+        Err(error @ (ApiError::NoDispatcher | ApiError::Timeout | ApiError::Refused(_) | ApiError::Malformed(_))) => {
+            Ok(Fleet::Heard { why: error.to_string(), workers: heard(nats).await? })
+        }
+        Err(error) => Err(error).or_exit(Exit::Unavailable),
+    }
+}
+
+/// Every worker that beats now.
+pub(super) async fn heard(nats: &Nats) -> anyhow::Result<Vec<WorkerStatus>> {
+    let mut beats = fleet::heartbeats(nats).await.or_exit(Exit::Unavailable)?;
+    let until = Instant::now() + LISTEN;
+    let mut last: BTreeMap<WorkerName, (Instant, Heartbeat)> = BTreeMap::new();
+    while let Ok(beat) = timeout_at(until, beats.next()).await {
+        match beat {
+            Ok(beat) => {
+                last.insert(beat.worker(), (Instant::now(), beat));
+            }
+            Err(fleet::FleetError::Server(error)) => return Err(error).or_exit(Exit::Unavailable),
+            Err(error) => tracing::warn!(%error, "a heartbeat cannot be read"),
+        }
+    }
+    let status = |(at, heartbeat): (Instant, Heartbeat)| WorkerStatus {
+        health: if heartbeat.draining { WorkerHealth::Draining } else { WorkerHealth::Alive },
+        ms_since_heartbeat: u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX),
+        heartbeat,
+    };
+    Ok(last.into_values().map(status).collect())
+}
+
+async fn sessions(nats: &Nats, all: bool) -> anyhow::Result<Vec<SessionRecord>> {
+    let records = Records::<SessionRecord>::new(nats, Bucket::Sessions).all().await.or_exit(Exit::Unavailable)?;
+    let mut sessions: Vec<SessionRecord> = records.into_iter().map(|(_, versioned)| versioned.value).collect();
+    sessions.retain(|s| all || s.state != SessionState::Ended);
+    sessions.sort_by(|a, b| a.opened_ms.cmp(&b.opened_ms).then_with(|| a.id.cmp(&b.id)));
+    Ok(sessions)
+}
