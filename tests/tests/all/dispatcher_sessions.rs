@@ -546,10 +546,13 @@ async fn hostile_requests_and_entries_get_their_answer_and_cost_nothing() -> Res
         let reply = setup.ask("session.open", body.to_owned()).await?;
         ensure!(class(&reply) == "bad_request", "{reply} to {}", &body[..body.len().min(40)]);
     }
-    for endpoint in ["fleet.drain", "plan"] {
-        let reply = setup.ask(endpoint, "{}").await?;
-        ensure!(reply["error"]["message"].as_str().is_some_and(|m| m.contains("not available")), "{reply}");
+    let reply = setup.ask("plan", "{}").await?;
+    ensure!(reply["error"]["message"].as_str().is_some_and(|m| m.contains("not available")), "{reply}");
+    for body in ["{}", "{\"gpu_id\":\"a b\"}", "{\"gpu_id\":\"g0\",\"force\":true}"] {
+        let reply = setup.ask("fleet.drain", body).await?;
+        ensure!(class(&reply) == "bad_request", "{reply} to {body}");
     }
+    ensure!(class(&setup.ask("fleet.drain", "{\"gpu_id\":\"nobody\"}").await?) == "not_found");
     ensure!(class(&setup.session("close", "nobody").await?) == "not_found");
 
     type Bad = (&'static [u8], &'static [(&'static str, &'static str)], &'static str);

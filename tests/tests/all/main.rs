@@ -4,6 +4,9 @@
 //! |---|---|
 //! | [`floors`] | who may depend on whom |
 //! | [`live_simulated`], [`live_micro`] | many sessions at once; text as the engine gives it when called directly |
+//! | [`third_party`] | what somebody sees who has only the `nats` command |
+//! | [`operator`], [`dead_letters`] | why something is where it is, a drain, what failed found and tried again |
+//! | [`viewer`], [`full_log`] | who watches a move or stalls; a log at its limit |
 //! | [`nats_pub`], [`examples`] | producers that know nothing of us: the `nats` command, shell, Python, Rust |
 //! | [`bad_input`] | every bad input gets its typed error and costs nobody else anything |
 //! | [`cluster_r3`] | the same on three servers |
@@ -12,8 +15,14 @@
 //! | [`models`] | models brought here over breaks, kills, wrong bytes and full disks; what fits on a device |
 //! | [`dispatcher_sessions`] | the dispatcher without a worker's code: open, wait, move, end, go on, take over |
 //! | [`dispatcher_jobs`] | the same for file jobs: submit, queue, give out, fail, cancel, expire, take over |
+//! | [`fleet_routing`] | where sessions land on a whole fleet, who is refused, and a burst of opens |
+//! | [`standby`] | dispatchers that stop, die and come back |
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
+//! | [`drain`] | leaving: begun finals, hand-over, one budget, preemption notices |
+//! | [`poison`] | inputs that kill or hang the engine are set aside and cost nobody else a word |
 //! | [`audio_decoder`] | recordings are decoded by a confined process whose every death is a typed failure |
+//! | [`faults_r1`], [`faults_r3`] | what may break at any moment, on one server and on three ([`faults`]) |
+//! | [`mutants`] | the checker sees a broken fence and a broken resume position |
 //! | [`fetch`] | recordings come from allowed places only, whole or not at all |
 //! | [`direct`] | the engine without a fleet, for comparison |
 
@@ -23,17 +32,25 @@ mod bad_input;
 mod cli;
 mod cli_jobs;
 mod cluster_r3;
+mod dead_letters;
 mod direct;
 mod dispatcher_jobs;
 mod dispatcher_sessions;
+mod drain;
 mod examples;
+mod faults;
+mod faults_r1;
+mod faults_r3;
 mod fetch;
+mod fleet_routing;
 mod floors;
+mod full_log;
 mod jobs_fleet;
 mod jobs_sources;
 mod live_micro;
 mod live_simulated;
 mod models;
+mod mutants;
 mod nats_chain;
 mod nats_claim;
 mod nats_fleet;
@@ -42,4 +59,9 @@ mod nats_log;
 mod nats_media;
 mod nats_pub;
 mod nats_topology;
+mod operator;
+mod poison;
+mod standby;
+mod third_party;
+mod viewer;
 mod worker_supervisor;

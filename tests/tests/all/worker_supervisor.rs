@@ -32,22 +32,25 @@ use crate::direct;
 const SOON: Duration = Duration::from_secs(15);
 
 /// A server with the topology, one worker, and its heartbeats.
-struct Alone {
-    worker: Worker,
+pub(crate) struct Alone {
+    pub(crate) worker: Worker,
     beats: Heartbeats,
     nats: Nats,
-    js: async_nats::jetstream::Context,
+    pub(crate) js: async_nats::jetstream::Context,
     _server: NatsServer,
     _dir: TempDir,
 }
 
-fn id(name: &str) -> StreamId {
+pub(crate) fn id(name: &str) -> StreamId {
     StreamId::new(name).expect("id")
 }
 
 impl Alone {
-    async fn start(settings: Settings) -> Result<Self> {
-        let server = NatsServer::start().await?;
+    pub(crate) async fn start(settings: Settings) -> Result<Self> {
+        Self::start_on(NatsServer::start().await?, settings).await
+    }
+
+    pub(crate) async fn start_on(server: NatsServer, settings: Settings) -> Result<Self> {
         let nats = Nats::connect(&NatsConfig { urls: vec![server.url()], ..NatsConfig::default() }, "test").await?;
         topology::ensure(&nats, &TopologyConfig::default()).await?;
         let beats = heartbeats(&nats).await?;
@@ -65,7 +68,7 @@ impl Alone {
     }
 
     /// The first heartbeat from now on that fits.
-    async fn beat(&mut self, what: &str, fits: impl Fn(&Heartbeat) -> bool) -> Result<Heartbeat> {
+    pub(crate) async fn beat(&mut self, what: &str, fits: impl Fn(&Heartbeat) -> bool) -> Result<Heartbeat> {
         let find = async {
             loop {
                 let beat = self.beats.next().await?;
@@ -78,21 +81,21 @@ impl Alone {
         found.with_context(|| format!("no heartbeat with {what}\n{}", self.worker.log_tail()))?
     }
 
-    async fn name(&mut self) -> Result<WorkerName> {
+    pub(crate) async fn name(&mut self) -> Result<WorkerName> {
         Ok(self.beat("a name", |_| true).await?.worker())
     }
 
-    async fn ask(&self, name: &WorkerName, request: &ControlRequest) -> Result<ControlReply> {
+    pub(crate) async fn ask(&self, name: &WorkerName, request: &ControlRequest) -> Result<ControlReply> {
         // Its first heartbeat may come before its control subscription.
         let ask = || async { control(&self.nats, name, request, Duration::from_secs(2)).await.ok() };
         Ok(eventually("an answer to a control request", SOON, ask).await?)
     }
 
-    async fn assign(&self, name: &WorkerName, session: &str, epoch: u64) -> Result<ControlReply> {
+    pub(crate) async fn assign(&self, name: &WorkerName, session: &str, epoch: u64) -> Result<ControlReply> {
         self.assign_with(name, session, epoch, SessionOptions::default()).await
     }
 
-    async fn assign_with(
+    pub(crate) async fn assign_with(
         &self,
         name: &WorkerName,
         session: &str,
@@ -104,17 +107,17 @@ impl Alone {
         self.ask(name, &ControlRequest::Assign(assignment)).await
     }
 
-    async fn take(&self, name: &WorkerName, session: &str, epoch: u64) -> Result<()> {
+    pub(crate) async fn take(&self, name: &WorkerName, session: &str, epoch: u64) -> Result<()> {
         let reply = self.assign(name, session, epoch).await?;
         ensure!(reply == ControlReply::Done, "{reply:?}\n{}", self.worker.log_tail());
         Ok(())
     }
 
-    async fn release(&self, name: &WorkerName, session: &str, epoch: u64) -> Result<ControlReply> {
+    pub(crate) async fn release(&self, name: &WorkerName, session: &str, epoch: u64) -> Result<ControlReply> {
         self.ask(name, &ControlRequest::Release { kind: Kind::Session, id: id(session), epoch, finish_ms: 0 }).await
     }
 
-    async fn end_text(&self, session: &str) -> Result<String> {
+    pub(crate) async fn end_text(&self, session: &str) -> Result<String> {
         let finals = eventually(format!("end final of {session}"), Duration::from_secs(30), || async {
             let finals = checker::finals(&self.js, session).await.ok()?;
             finals.last()?.is_end().then_some(finals)
@@ -250,8 +253,9 @@ async fn a_killed_engine_is_started_again_and_sessions_go_on_from_their_last_fin
     producer.end().await?;
     assert_eq!(alone.end_text("crash").await?, direct::simulated_text(&pcm)?);
     checker::check(&alone.js, "crash").await?.clean()?;
-    let beat = alone.beat("a restart", |b| b.engine.restarts == 1).await?;
-    assert_eq!(beat.engine.state, EngineRunState::Ready);
+    let started = |b: &Heartbeat| b.engine.restarts == 1 && b.engine.state == EngineRunState::Ready;
+    let beat = alone.beat("a restart", started).await?;
+    assert_eq!(beat.engine.crashes, 1);
     assert_ne!(alone.worker.engine_pid(), Some(engine));
     assert_eq!(beat.worker(), name, "the worker itself lived on");
     Ok(())

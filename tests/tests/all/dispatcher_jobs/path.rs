@@ -104,7 +104,7 @@ async fn a_malformed_publish_is_put_away_for_its_sender() -> Result<()> {
     ensure!(rejected["error"]["class"] == "bad_request" && rejected["seq"] == seq, "{rejected}");
     let dead = setup.dead("broken").await?;
     ensure!(
-        dead.len() == 1 && dead[0]["body"] == "{\"audoi\":" && dead[0]["error"]["class"] == "bad_request",
+        dead.len() == 1 && dead[0]["request"]["body"] == "{\"audoi\":" && dead[0]["error"]["class"] == "bad_request",
         "{dead:?}"
     );
 
@@ -114,7 +114,7 @@ async fn a_malformed_publish_is_put_away_for_its_sender() -> Result<()> {
     setup.event("hurry", "rejected").await?;
     setup.publish("normal", "bytes", Some("application/msgpack"), vec![0xff, 0xfe]).await?;
     setup.event("bytes", "rejected").await?;
-    ensure!(setup.dead("bytes").await?[0]["body_base64"] == "//4=");
+    ensure!(setup.dead("bytes").await?[0]["request"]["body_base64"] == "//4=");
     setup.publish("normal", "b*d", None, request("x").to_string().into()).await.ok();
     setup.door_is_empty().await?;
     ensure!(setup.status("broken").await?["error"]["class"] == "not_found");

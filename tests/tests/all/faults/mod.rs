@@ -1,0 +1,393 @@
+//! Faults under speech: sessions and a recording on two workers and two dispatchers, something breaks, and every sample is
+//! transcribed exactly once all the same. The bodies here run on one server and on three ([`crate::faults_r1`],
+//! [`crate::faults_r3`]); what breaks at random over minutes is `voxfleet bench chaos`.
+//!
+//! The simulated text is made from the samples, so the judge needs nothing that the program says of itself.
+
+pub(crate) mod limits;
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use tokio::{task::JoinSet, time::Instant};
+use voxfleet_harness::{
+    audio::{self, Pcm},
+    chaos::{
+        self,
+        hands::Hands,
+        schedule::{Fault, Process},
+        talk::{self, Said, Talk},
+    },
+    find,
+    fleet::{self, Engine, Fleet, FleetBuilder, Servers},
+    server::{Cluster, ServerOptions},
+    verdict::{self, JobEnd, Verdict},
+};
+
+/// What the fleet stands on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ground {
+    OneServer,
+    ThreeServers,
+}
+
+/// Everything ends within this once nothing breaks any more.
+const PATIENCE: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(50);
+
+impl Ground {
+    pub(crate) fn builder() -> FleetBuilder {
+        let builder = Fleet::builder().workers(2).dispatchers(2).slots(8).through_relays();
+        builder.engine(Engine::Simulated { speed: 30.0 })
+    }
+
+    pub(crate) async fn start(self, builder: FleetBuilder) -> Result<Fleet> {
+        if self == Ground::OneServer {
+            return Ok(builder.start().await?);
+        }
+        // Clients would learn the servers' own addresses and go round their relays.
+        let options = ServerOptions { extra: "cluster { no_advertise: true }".to_owned(), ..ServerOptions::default() };
+        let cluster = Cluster::start_with(3, options).await?;
+        Ok(builder.on(Servers::Many(cluster)).set("dispatcher.topology.replicas", 3).start().await?)
+    }
+}
+
+/// What is said while something breaks.
+pub(crate) struct Load {
+    pub(crate) seed: u64,
+    talks: JoinSet<Said>,
+    said: Vec<Said>,
+    job: Option<(String, Pcm)>,
+    submission: JoinSet<voxfleet_harness::Result<()>>,
+}
+
+impl Load {
+    /// Four sessions of so many seconds at twice the pace of speech, and a recording of half a minute.
+    pub(crate) fn begin(fleet: &Fleet, seed: u64, seconds: f64) -> Self {
+        Self::crowd(fleet, seed, seconds, 2.0, 4)
+    }
+
+    pub(crate) fn crowd(fleet: &Fleet, seed: u64, seconds: f64, speed: f64, sessions: u64) -> Self {
+        let js = talk::impatient(fleet.client());
+        let mut talks = JoinSet::new();
+        for n in 0..sessions {
+            let chunk_ms = [100, 200, 40, 400][(n % 4) as usize];
+            let id = session(seed, n);
+            talks.spawn(talk::talk(js.clone(), Talk { id, seed: seed * 100 + n, seconds, speed, chunk_ms }));
+        }
+        let (id, pcm) = (format!("fault-{seed}-job"), audio::blasts(seed * 100 + 99, 30.0));
+        let mut submission = JoinSet::new();
+        let (job, recording) = (id.clone(), pcm.clone());
+        submission.spawn(async move { talk::submit(js, job, &recording, "normal").await });
+        Self { seed, talks, said: Vec::new(), job: Some((id, pcm)), submission }
+    }
+
+    /// Waits until every chain has an end, mending what is due meanwhile; gives what the checker says of each session.
+    pub(crate) async fn judged(mut self, hands: &mut Hands) -> Result<Vec<Verdict>> {
+        let outcome = self.judge(hands).await;
+        outcome.with_context(|| hands.fleet.logs())
+    }
+
+    async fn judge(&mut self, hands: &mut Hands) -> Result<Vec<Verdict>> {
+        let until = Instant::now() + PATIENCE;
+        while !self.talks.is_empty() || !self.submission.is_empty() {
+            ensure!(Instant::now() < until, "producers are still waiting");
+            hands.mend().await?;
+            while let Some(said) = self.talks.try_join_next() {
+                self.said.push(said?);
+            }
+            if let Some(submitted) = self.submission.try_join_next() {
+                submitted??;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        let js = hands.fleet.js();
+        let mut verdicts = Vec::new();
+        for said in &self.said {
+            ensure!(said.gave_up.is_none(), "{}: {:?}", said.id, said.gave_up);
+            while !ended(&js, "session", &said.id).await {
+                ensure!(
+                    Instant::now() < until,
+                    "{} has no end: {:#?}",
+                    said.id,
+                    verdict::session(&js, &said.id, &said.samples).await?
+                );
+                hands.mend().await?;
+                tokio::time::sleep(LOOK).await;
+            }
+            verdicts.push(verdict::session(&js, &said.id, &said.samples).await?);
+        }
+        if let Some((id, pcm)) = &self.job {
+            while !ended(&js, "job", id).await {
+                ensure!(Instant::now() < until, "{id} has no end");
+                hands.mend().await?;
+                tokio::time::sleep(LOOK).await;
+            }
+            let (judged, end) = verdict::job(&js, id, &pcm.samples).await?;
+            ensure!(end == JobEnd::Done, "{id}: {end:?}");
+            judged.clean(id)?;
+        }
+        Ok(verdicts)
+    }
+
+    pub(crate) async fn clean(self, hands: &mut Hands) -> Result<Vec<Verdict>> {
+        let seed = self.seed;
+        let verdicts = self.judged(hands).await?;
+        for (n, verdict) in verdicts.iter().enumerate() {
+            verdict.clone().clean(&format!("session {n} of {seed}")).with_context(|| hands.fleet.logs())?;
+            ensure!(verdict.finals >= 3, "hardly anything was said: {verdict:?}");
+        }
+        ensure!(hands.unexpected.is_empty(), "processes ended by themselves: {:#?}", hands.unexpected);
+        Ok(verdicts)
+    }
+}
+
+pub(crate) fn session(seed: u64, n: u64) -> String {
+    format!("fault-{seed}-{n}")
+}
+
+async fn ended(js: &async_nats::jetstream::Context, kind: &str, id: &str) -> bool {
+    let subject = format!("asr.v1.transcript.{kind}.{id}.final");
+    let last = async {
+        js.get_stream_no_info("ASR_TRANSCRIPT").await.ok()?.get_last_raw_message_by_subject(&subject).await.ok()
+    };
+    let last = tokio::time::timeout(Duration::from_secs(2), last).await.ok().flatten();
+    let json: Option<Value> = last.and_then(|m| serde_json::from_slice(&m.payload).ok());
+    json.is_some_and(|j| j["end"] == true)
+}
+
+/// Looks until the moment has come, mending what is due.
+pub(crate) async fn until(hands: &mut Hands, moment: Instant) -> Result<()> {
+    while Instant::now() < moment {
+        hands.mend().await?;
+        tokio::time::sleep_until(moment.min(Instant::now() + LOOK)).await;
+    }
+    Ok(())
+}
+
+/// Breaks it as soon as there is something to break.
+pub(crate) async fn break_it(hands: &mut Hands, fault: Fault) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while hands.apply(fault).await?.is_none() {
+        ensure!(Instant::now() < deadline, "nothing to break for {fault:?}");
+        hands.mend().await?;
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
+}
+
+/// The script: what breaks how many seconds after speech began.
+async fn play(ground: Ground, seed: u64, builder: FleetBuilder, script: &[(f64, Fault)]) -> Result<Vec<Verdict>> {
+    let _turn = fleet::turn().await;
+    let mut hands = Hands::new(ground.start(builder).await?);
+    let seconds = 10.0 + 2.0 * script.last().map_or(0.0, |(at, _)| *at);
+    let load = Load::begin(&hands.fleet, seed, seconds);
+    let begun = Instant::now();
+    for (at, fault) in script {
+        until(&mut hands, begun + Duration::from_secs_f64(*at)).await?;
+        break_it(&mut hands, *fault).await?;
+    }
+    load.clean(&mut hands).await
+}
+
+async fn one(ground: Ground, seed: u64, script: &[(f64, Fault)]) -> Result<()> {
+    play(ground, seed, Ground::builder(), script).await.map(drop)
+}
+
+const fn s(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+const WORKER: Process = Process::Worker(0);
+const ACTIVE: Process = Process::Dispatcher { active: true };
+const STANDBY: Process = Process::Dispatcher { active: false };
+
+pub(crate) async fn a_worker_is_killed(ground: Ground) -> Result<()> {
+    let moved = play(ground, 1, Ground::builder(), &[(1.5, Fault::Kill(WORKER, s(1_000)))]).await?;
+    ensure!(moved.iter().any(|v| v.epoch > 1), "nobody moved: {moved:?}");
+    Ok(())
+}
+
+pub(crate) async fn a_worker_stands_still_and_goes_on(ground: Ground) -> Result<()> {
+    let moved = play(ground, 2, Ground::builder(), &[(1.5, Fault::Stop(WORKER, s(6_000)))]).await?;
+    ensure!(moved.iter().any(|v| v.epoch > 1), "nobody moved: {moved:?}");
+    Ok(())
+}
+
+pub(crate) async fn an_engine_is_killed_and_another_stands_still(ground: Ground) -> Result<()> {
+    one(ground, 3, &[(1.2, Fault::KillEngine(0)), (2.0, Fault::StopEngine(1, s(2_000)))]).await
+}
+
+pub(crate) async fn the_active_dispatcher_is_killed_then_the_other(ground: Ground) -> Result<()> {
+    one(ground, 4, &[(1.0, Fault::Kill(ACTIVE, s(2_000))), (1.5, Fault::Kill(STANDBY, s(1_000)))]).await
+}
+
+pub(crate) async fn the_active_dispatcher_stands_still_longer_than_its_lease(ground: Ground) -> Result<()> {
+    one(ground, 5, &[(1.0, Fault::Stop(ACTIVE, s(7_500)))]).await
+}
+
+pub(crate) async fn half_of_the_streams_lose_their_leader(ground: Ground) -> Result<()> {
+    let kill = |stream| Fault::KillServer(stream, s(300));
+    one(ground, 6, &[(1.0, kill("ASR_AUDIO")), (3.0, kill("ASR_TRANSCRIPT")), (5.0, kill("ASR_LIVE"))]).await
+}
+
+pub(crate) async fn the_other_streams_lose_their_leader(ground: Ground) -> Result<()> {
+    let kill = |stream| Fault::KillServer(stream, s(1_500));
+    one(ground, 7, &[(1.0, kill("ASR_WORK")), (3.5, kill("KV_asr_sessions")), (6.0, kill("KV_asr_control"))]).await
+}
+
+pub(crate) async fn a_server_in_lame_duck_mode_leaves(ground: Ground) -> Result<()> {
+    one(ground, 8, &[(1.5, Fault::LameDuck(0, s(2_000)))]).await
+}
+
+pub(crate) async fn workers_and_servers_lose_sight_of_each_other(ground: Ground) -> Result<()> {
+    one(ground, 9, &[(1.0, Fault::Pause(WORKER, s(2_000))), (2.0, Fault::Reset(Process::Worker(1)))]).await
+}
+
+pub(crate) async fn one_direction_is_swallowed(ground: Ground) -> Result<()> {
+    let script =
+        [(1.0, Fault::OneWay(WORKER, true, s(3_000))), (2.0, Fault::OneWay(Process::Worker(1), false, s(2_500)))];
+    one(ground, 10, &script).await
+}
+
+pub(crate) async fn the_dispatchers_line_is_late_and_stalls(ground: Ground) -> Result<()> {
+    let script = [
+        (0.5, Fault::Delay(ACTIVE, s(5_000))),
+        (0.6, Fault::Stall(WORKER, s(5_000))),
+        (0.7, Fault::Delay(Process::Worker(1), s(5_000))),
+    ];
+    one(ground, 11, &script).await
+}
+
+pub(crate) async fn hints_are_purged_and_consumers_deleted_by_hand(ground: Ground) -> Result<()> {
+    one(ground, 12, &[(1.0, Fault::PurgeLive), (1.5, Fault::DeleteConsumers(0)), (3.0, Fault::DeleteConsumers(1))])
+        .await
+}
+
+pub(crate) async fn hints_are_dropped_doubled_late_and_out_of_order(ground: Ground) -> Result<()> {
+    play(ground, 13, Ground::builder().tamper_dispatchers(chaos::hint_faults(13, 0.6)), &[]).await.map(drop)
+}
+
+pub(crate) async fn two_faults_at_once(ground: Ground) -> Result<()> {
+    let script = [
+        (1.5, Fault::Kill(WORKER, s(1_000))),
+        (1.5, Fault::Kill(ACTIVE, s(1_500))),
+        (5.0, Fault::KillEngine(1)),
+        (5.0, Fault::KillServer("ASR_TRANSCRIPT", s(500))),
+    ];
+    one(ground, 14, &script).await
+}
+
+pub(crate) async fn the_heir_is_killed_while_a_worker_drains(ground: Ground) -> Result<()> {
+    // Who drains is out of reach of the second fault, which so meets the other worker.
+    one(ground, 15, &[(1.5, Fault::Terminate(WORKER)), (1.7, Fault::Kill(WORKER, s(700)))]).await
+}
+
+pub(crate) async fn the_server_dies_while_a_worker_drains(ground: Ground) -> Result<()> {
+    one(ground, 16, &[(1.5, Fault::Terminate(WORKER)), (1.5, Fault::KillServer("ASR_TRANSCRIPT", s(700)))]).await
+}
+
+/// Which worker the record of this session names.
+async fn owner(fleet: &Fleet, session: &str) -> Option<usize> {
+    let stream = fleet.js().get_stream_no_info("KV_asr_sessions").await.ok()?;
+    let record = stream.get_last_raw_message_by_subject(&format!("$KV.asr_sessions.{session}")).await.ok()?;
+    let record: Value = serde_json::from_slice(&record.payload).ok()?;
+    let gpu = record["worker"]["gpu_id"].as_str()?.to_owned();
+    fleet.workers.iter().position(|w| w.gpu_id() == gpu)
+}
+
+pub(crate) async fn the_next_owner_of_the_same_session_is_killed_too(ground: Ground) -> Result<()> {
+    let _turn = fleet::turn().await;
+    let mut hands = Hands::new(ground.start(Ground::builder().workers(3)).await?);
+    let load = Load::begin(&hands.fleet, 17, 20.0);
+    let id = session(17, 0);
+    let mut killed = Vec::new();
+    until(&mut hands, Instant::now() + s(1_500)).await?;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while killed.len() < 2 {
+        ensure!(Instant::now() < deadline, "{id} was owned by {killed:?} only\n{}", hands.fleet.logs());
+        match owner(&hands.fleet, &id).await {
+            // In the middle of its move: the record names it, it may not have begun.
+            Some(i) if killed.last() != Some(&i) => {
+                break_it(&mut hands, Fault::Kill(Process::Worker(i), s(6_000))).await?;
+                killed.push(i);
+            }
+            _ => tokio::time::sleep(s(5)).await,
+        }
+    }
+    let verdicts = load.clean(&mut hands).await?;
+    ensure!(verdicts.iter().any(|v| v.epoch > 1), "{verdicts:?}");
+    Ok(())
+}
+
+/// Nothing answers, connections stay open: buckets watched by anybody say nothing either.
+pub(crate) async fn a_server_stands_still(ground: Ground) -> Result<()> {
+    one(ground, 18, &[(1.5, Fault::StopServer("KV_asr_sessions", s(5_000)))]).await
+}
+
+pub(crate) async fn fifty_workers_start_at_one_instant(ground: Ground) -> Result<()> {
+    let _turn = fleet::turn().await;
+    let builder = Fleet::builder().workers(50).dispatchers(1).slots(1).engine(Engine::Simulated { speed: 0.0 });
+    let mut hands = Hands::new(ground.start(builder).await?);
+    let load = Load::crowd(&hands.fleet, 19, 8.0, 4.0, 12);
+    load.clean(&mut hands).await.map(drop)
+}
+
+/// Workers whose wall clocks are a day behind, and workers whose wall clocks run too fast. (Monotonic time is left alone: the
+/// kernel's own waits would go by another clock than the process that asks for them, which no machine does.)
+pub(crate) async fn clocks_are_wrong(ground: Ground) -> Result<()> {
+    let Some(library) = find::faketime() else {
+        eprintln!("skipped: libfaketime is not here; get it with: sh deploy/bootstrap.sh deps");
+        return Ok(());
+    };
+    for (seed, lie) in [(20, "-26h"), (21, "+3h x1.3")] {
+        let lying = Ground::builder().worker_env("LD_PRELOAD", &library.display().to_string());
+        let lying = lying.worker_env("FAKETIME", lie).worker_env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        play(ground, seed, lying, &[(1.5, Fault::Kill(WORKER, s(500)))]).await?;
+    }
+    Ok(())
+}
+
+/// Each body as a test on this ground.
+macro_rules! tests_on {
+    ($ground:expr; $($name:ident),* $(,)?) => {
+        $(
+            #[tokio::test(flavor = "multi_thread")]
+            async fn $name() -> anyhow::Result<()> {
+                crate::faults::$name($ground).await
+            }
+        )*
+    };
+}
+
+/// All of them.
+macro_rules! all_on {
+    ($ground:expr) => {
+        crate::faults::tests_on! {
+            $ground;
+            a_worker_is_killed,
+            a_worker_stands_still_and_goes_on,
+            an_engine_is_killed_and_another_stands_still,
+            the_active_dispatcher_is_killed_then_the_other,
+            the_active_dispatcher_stands_still_longer_than_its_lease,
+            half_of_the_streams_lose_their_leader,
+            the_other_streams_lose_their_leader,
+            a_server_in_lame_duck_mode_leaves,
+            workers_and_servers_lose_sight_of_each_other,
+            one_direction_is_swallowed,
+            the_dispatchers_line_is_late_and_stalls,
+            hints_are_purged_and_consumers_deleted_by_hand,
+            hints_are_dropped_doubled_late_and_out_of_order,
+            two_faults_at_once,
+            the_heir_is_killed_while_a_worker_drains,
+            the_server_dies_while_a_worker_drains,
+            the_next_owner_of_the_same_session_is_killed_too,
+            a_server_stands_still,
+            fifty_workers_start_at_one_instant,
+            clocks_are_wrong,
+        }
+    };
+}
+
+pub(crate) use {all_on, tests_on};
