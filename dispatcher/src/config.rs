@@ -46,11 +46,14 @@ pub struct DispatcherConfig {
     pub name: String,
     /// Streams and buckets to create and check.
     pub topology: TopologyConfig,
-    /// Without a heartbeat for this long a worker gets no new work: one heartbeat late and a half.
+    /// Without a heartbeat for this long a worker gets no new work: one heartbeat late and a half. For a worker that beats more
+    /// slowly (`worker.heartbeat_ms`) it is one and a half of its own.
     pub suspect_after_ms: u64,
-    /// Without a heartbeat for this long a worker is dead: three heartbeats in a row do not get lost by chance.
+    /// Without a heartbeat for this long a worker is dead: three heartbeats in a row do not get lost by chance. Three of its own
+    /// for a worker that beats more slowly.
     pub dead_after_ms: u64,
-    /// An engine with work that has not moved for this long is stuck: longer than a full window takes on a slow CPU.
+    /// An engine with work that has not moved for this long is stuck for good: its worker takes nothing new after half of
+    /// `worker.engine_stuck_ms` (15 s) and ends it after all of it, so this is longer.
     pub stuck_after_ms: u64,
     /// How long verdicts wait when many workers fall silent at once: a broken link heals or shows itself in that time.
     pub mass_silence_hold_ms: u64,
@@ -96,7 +99,7 @@ impl Default for DispatcherConfig {
             topology: TopologyConfig::default(),
             suspect_after_ms: 1_500,
             dead_after_ms: 3_000,
-            stuck_after_ms: 30_000,
+            stuck_after_ms: 20_000,
             mass_silence_hold_ms: 10_000,
             flush_after_ms: 2_000,
             tick_ms: 1_000,

@@ -2,6 +2,7 @@
 //! follows from them. Pure; verdicts are decided here and carried out elsewhere.
 
 mod health;
+mod link;
 mod load;
 #[cfg(test)]
 mod tests;
@@ -17,14 +18,12 @@ use voxfleet_schema::{
     id::{GpuId, Incarnation, Kind, StreamId, WorkerName},
 };
 
+pub use link::{HoldNews, RoundTrip, Why};
 pub use load::Load;
 
 use crate::config::DispatcherConfig;
-use health::Crashes;
-
-/// Three silent workers at once can be chance on a small fleet; with a fifth of the fleet it is the network.
-const MASS_SILENCE_WORKERS: usize = 3;
-const MASS_SILENCE_SHARE: usize = 5;
+use health::{Crashes, Patience};
+use link::Link;
 
 /// One incarnation.
 #[derive(Debug)]
@@ -42,8 +41,10 @@ pub struct Worker {
     pub jobs: Load,
     /// Revision of its key in `asr_fleet` as this process wrote it last: a verdict is fenced by it.
     pub revision: Option<u64>,
-    /// When its heartbeat was last written there.
-    pub noted: Duration,
+    /// Somebody else has written there, who hears it: for a verdict it has been silent since then.
+    elsewhere: Duration,
+    /// When its heartbeat was last written there; none: it is to be written as soon as may be.
+    pub noted: Option<Duration>,
     /// It was asked to be gone by this Unix time in ms, and takes nothing new from then on.
     pub drain_until_ms: Option<u64>,
     crashes: Crashes,
@@ -79,6 +80,8 @@ struct Missed {
 #[derive(Debug, Clone, Copy)]
 struct Dead {
     at: Duration,
+    /// Unix time in ms of a verdict that a predecessor left.
+    left_ms: Option<u64>,
     /// Its incarnation was heard again and told to renew.
     back: bool,
 }
@@ -92,10 +95,7 @@ pub struct Fleet {
     missed: HashMap<WorkerName, Missed>,
     dead: HashMap<WorkerName, Dead>,
     joined: u64,
-    mass_silence_since: Option<Duration>,
-    hold_until: Duration,
-    /// The last round trip of the dispatcher itself failed.
-    deaf: bool,
+    link: Link,
     /// Workers that are not as they were, for whoever keeps figures of them.
     touched: HashSet<WorkerName>,
 }
@@ -137,7 +137,8 @@ impl Fleet {
             load,
             jobs,
             revision: missed.and_then(|m| m.revision),
-            noted: now,
+            elsewhere: Duration::ZERO,
+            noted: Some(now),
             drain_until_ms: None,
             told: WorkerHealth::Joining,
             told_draining: false,
@@ -226,11 +227,11 @@ impl Fleet {
         }
     }
 
-    /// Somebody else has written its key: another dispatcher hears it, so its silence here begins anew.
+    /// Somebody else has written its key: another dispatcher hears it, so no verdict before its silence has lasted anew. It
+    /// is not alive for that.
     pub fn heard_elsewhere(&mut self, name: &WorkerName, now: Duration) {
-        self.touched.insert(name.clone());
         if let Some(worker) = self.workers.get_mut(name) {
-            (worker.heard, worker.revision) = (now, None);
+            (worker.elsewhere, worker.revision) = (now, None);
         }
         if let Some(missed) = self.missed.get_mut(name) {
             *missed = Missed { since: now, revision: None };
@@ -240,41 +241,61 @@ impl Fleet {
     /// Takes a worker out for good: its heartbeats are answered with `renew` from now on.
     pub fn bury(&mut self, name: &WorkerName, now: Duration) -> Option<Worker> {
         self.touched.insert(name.clone());
-        self.dead.entry(name.clone()).or_insert(Dead { at: now, back: false });
+        self.dead.entry(name.clone()).or_insert(Dead { at: now, left_ms: None, back: false });
         self.missed.remove(name);
         let worker = self.workers.remove(name);
         self.find_newest(&name.gpu_id);
         worker
     }
 
+    /// A predecessor's verdict.
+    pub fn was_buried(&mut self, name: &WorkerName, at_ms: u64, now: Duration) {
+        self.bury(name, now);
+        if let Some(dead) = self.dead.get_mut(name) {
+            dead.left_ms = Some(at_ms);
+        }
+    }
+
     pub fn is_dead(&self, name: &WorkerName) -> bool {
         self.dead.contains_key(name)
     }
 
-    /// Workers declared dead that have not been heard again, newest first.
+    /// Workers declared dead that have not been heard again, newest first. Of what a predecessor left not those whose GPU
+    /// has a worker: they may have taken a new name long ago.
     pub fn dead(&self) -> Vec<WorkerName> {
-        let mut dead: Vec<_> = self.dead.iter().filter(|(_, dead)| !dead.back).map(|(name, d)| (d.at, name)).collect();
+        let counts = |name: &WorkerName, dead: &Dead| {
+            !dead.back && (dead.left_ms.is_none() || !self.newest.contains_key(&name.gpu_id))
+        };
+        let dead = self.dead.iter().filter(|(name, dead)| counts(name, dead));
+        let mut dead: Vec<_> = dead.map(|(name, d)| (d.left_ms.is_none(), d.at, d.left_ms, name)).collect();
         dead.sort_by(|a, b| b.cmp(a));
-        dead.into_iter().map(|(_, name)| name.clone()).collect()
+        dead.into_iter().map(|(.., name)| name.clone()).collect()
     }
 
-    /// Whether a round trip of the dispatcher itself succeeded. While it does not, silence proves nothing; and shortly
+    /// A round trip of the dispatcher itself came to its end. While none is answered, silence proves nothing; and shortly
     /// after the link comes back heartbeats are late, not missing.
-    pub fn round_trip(&mut self, worked: bool, now: Duration, config: &DispatcherConfig) {
-        if !worked || self.deaf {
-            self.hold_verdicts(now + Duration::from_millis(config.dead_after_ms));
-        }
-        self.deaf = !worked;
-    }
-
-    /// No verdicts before `until`: the dispatcher's own link is in doubt.
-    pub fn hold_verdicts(&mut self, until: Duration) {
-        self.hold_until = self.hold_until.max(until);
+    pub fn round_trip(&mut self, trip: RoundTrip, now: Duration, config: &DispatcherConfig) {
+        self.link.round_trip(trip, now, config);
     }
 
     /// Whether silence means anything now.
     pub fn may_judge(&self, now: Duration) -> bool {
-        now >= self.hold_until
+        self.link.held(now).is_none()
+    }
+
+    /// The dispatcher's own link is in doubt: that nobody is heard says nothing.
+    pub fn deaf(&self, now: Duration) -> bool {
+        self.link.in_doubt(now)
+    }
+
+    /// Why verdicts wait now, if they do.
+    pub fn held(&self, now: Duration) -> Option<Why> {
+        self.link.held(now).map(|(why, _)| why)
+    }
+
+    /// What has changed about that since the last call.
+    pub fn hold_news(&mut self, now: Duration) -> Option<HoldNews> {
+        self.link.news(now)
     }
 
     pub fn health(&self, name: &WorkerName, now: Duration, config: &DispatcherConfig) -> WorkerHealth {
@@ -301,27 +322,24 @@ impl Fleet {
         self.workers.get_mut(name)?.news(now, config)
     }
 
-    /// Workers to declare dead now. Remembers when many fell silent together, so that their verdicts wait once, not for
-    /// ever.
+    /// Workers to declare dead now: silent for long enough as far as the dispatcher's own link proves it.
     pub fn verdicts(&mut self, now: Duration, config: &DispatcherConfig) -> Vec<WorkerName> {
-        let dead_after = Duration::from_millis(config.dead_after_ms);
-        let suspect_after = Duration::from_millis(config.suspect_after_ms);
-        let silences = || {
-            let heard = self.workers.iter().map(|(name, w)| (name, w.silent(now)));
-            heard.chain(self.missed.iter().map(|(name, m)| (name, now.saturating_sub(m.since))))
+        // How often somebody beats who has not been heard is not known.
+        let usual = Patience::with(0, config);
+        let signs = || {
+            let heard = self.workers.iter().map(|(name, w)| (name, w.heard.max(w.elsewhere), w.patience(config)));
+            heard.chain(self.missed.iter().map(|(name, m)| (name, m.since, usual)))
         };
-        let silent = silences().filter(|(_, silent)| *silent >= suspect_after).count();
+        let silent = signs().filter(|(_, sign, patience)| now.saturating_sub(*sign) >= patience.suspect_after).count();
         let all = self.workers.len() + self.missed.len();
-        let mass = silent >= MASS_SILENCE_WORKERS && silent * MASS_SILENCE_SHARE > all;
-        let mut dead: Vec<WorkerName> =
-            silences().filter(|(_, silent)| *silent >= dead_after).map(|(name, _)| name.clone()).collect();
-        self.mass_silence_since = if mass { Some(self.mass_silence_since.unwrap_or(now)) } else { None };
-        if let Some(since) = self.mass_silence_since {
-            self.hold_until = self.hold_until.max(since + Duration::from_millis(config.mass_silence_hold_ms));
-        }
-        if !self.may_judge(now) {
+        self.link.silent(silent, all, now, config);
+        if self.link.in_doubt(now) {
             return Vec::new();
         }
+        let longer = self.link.longer(now, config);
+        let dead =
+            signs().filter(|(_, sign, patience)| self.link.proven_silence(*sign) >= patience.dead_after + longer);
+        let mut dead: Vec<WorkerName> = dead.map(|(name, ..)| name.clone()).collect();
         dead.sort();
         dead
     }
@@ -356,8 +374,8 @@ fn held_by(heartbeat: &Heartbeat, kind: Kind) -> HashSet<StreamId> {
 
 /// Whether there is something in a heartbeat that decisions need not wait a second for.
 fn changed(before: &Heartbeat, after: &Heartbeat) -> bool {
-    fn what(held: &Held) -> (Kind, &StreamId, u64) {
-        (held.kind, &held.id, held.epoch)
+    fn what(held: &Held) -> (Kind, &StreamId, u64, bool) {
+        (held.kind, &held.id, held.epoch, held.elsewhere)
     }
     if before.draining != after.draining
         || before.engine.state != after.engine.state

@@ -116,7 +116,15 @@ impl Map {
         let only = (self.services.len() == 1).then_some(0);
         let found =
             at(&lists).or(only).or_else(|| at(&|s| s.name == USUAL)).or_else(|| at(&|s| s.config.models.is_empty()))?;
-        Some(Service { number: found as u16, cpu: self.services[found].config.cpu })
+        let service = &self.services[found];
+        let gpus = !service.gpus.is_empty() || !service.reserves.is_empty();
+        Some(Service { number: found as u16, cpu: service.config.cpu, gpus })
+    }
+
+    /// Whether it names a GPU, dead or alive; `is_cpu`: names that are known to stand for something else.
+    pub fn names_gpu(&self, service: u16, is_cpu: impl Fn(&GpuId) -> bool) -> bool {
+        let service = self.services.get(usize::from(service));
+        service.is_some_and(|s| s.gpus.iter().chain(&s.reserves).any(|gpu| !is_cpu(gpu)))
     }
 
     /// What a worker on this GPU may do; `cpu`: it has no GPU.
@@ -151,10 +159,16 @@ impl Map {
         }
     }
 
-    /// Who does what now, and what of that is new. `gpus`: those that have been heard and are not dead; `now` counts from the
-    /// time at which listening began.
-    pub fn roles(&self, gpus: &HashMap<GpuId, Gpu>, before: &Roles, now: Duration) -> (Roles, Vec<Change>) {
-        let mut next = Roles { out: self.out(gpus, before, now), standing_in: BTreeMap::new() };
+    /// Who does what now, and what of that is new. `gpus`: those that have been heard and are not dead; `listened`: how long
+    /// whoever lives could be heard.
+    pub fn roles(
+        &self,
+        gpus: &HashMap<GpuId, Gpu>,
+        before: &Roles,
+        now: Duration,
+        listened: Duration,
+    ) -> (Roles, Vec<Change>) {
+        let mut next = Roles { out: self.out(gpus, before, now, listened), standing_in: BTreeMap::new() };
         // What a reserve has of another service it finishes first; what it has of this one is from before a takeover.
         let can = |gpu: &GpuId, service: u16| {
             gpus.get(gpu).is_some_and(|g| g.health == WorkerHealth::Alive && g.works_for.iter().all(|s| *s == service))
@@ -182,7 +196,13 @@ impl Map {
                 }
                 let has = next.standing_in.values().any(|s| s.instead_of == *gpu);
                 let free = |r: &&GpuId| can(r, number) && !next.standing_in.contains_key(*r);
-                let found = if has { None } else { service.reserves.iter().find(free).cloned() };
+                // One that only finishes what it has of this service goes on instead, where nobody else is free.
+                let leaving = |r: &&GpuId| {
+                    can(r, number) && next.standing_in.get(*r).is_some_and(|s| s.leaving && s.service == number)
+                };
+                let found =
+                    || service.reserves.iter().find(free).or_else(|| service.reserves.iter().find(leaving)).cloned();
+                let found = if has { None } else { found() };
                 if let Some(reserve) = &found {
                     let stands = StandIn { service: number, instead_of: gpu.clone(), leaving: false };
                     next.standing_in.insert(reserve.clone(), stands);
@@ -200,7 +220,13 @@ impl Map {
     }
 
     /// GPUs that cannot serve.
-    fn out(&self, gpus: &HashMap<GpuId, Gpu>, before: &Roles, now: Duration) -> BTreeMap<GpuId, Option<Duration>> {
+    fn out(
+        &self,
+        gpus: &HashMap<GpuId, Gpu>,
+        before: &Roles,
+        now: Duration,
+        listened: Duration,
+    ) -> BTreeMap<GpuId, Option<Duration>> {
         let mut out = BTreeMap::new();
         for gpu in self.services.iter().flat_map(|s| &s.gpus) {
             let was = before.out.get(gpu);
@@ -219,7 +245,7 @@ impl Map {
                         out.insert(gpu.clone(), None);
                     }
                 }
-                None if was.is_none() && now < FIRST_LOOK => {}
+                None if was.is_none() && listened < FIRST_LOOK => {}
                 Some(_) | None => {
                     out.insert(gpu.clone(), None);
                 }

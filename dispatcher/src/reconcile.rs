@@ -104,6 +104,10 @@ pub fn compare(desired: Desired<'_>, owner: Option<Owner>, holders: &[Holder<'_>
         (WorkerHealth::Dead, _) => actions.push(Action::Displace),
         (_, None) if owner.drains => actions.push(Action::Displace),
         (WorkerHealth::Draining | WorkerHealth::Unhealthy, _) => actions.push(Action::MoveIfRoom),
+        // The last try of what kills engines is another worker's, if there is one.
+        (WorkerHealth::Alive, Some(h)) if h.held.elsewhere && h.held.epoch == desired.epoch => {
+            actions.push(Action::MoveIfRoom);
+        }
         (_, Some(h)) if h.held.epoch > desired.epoch => actions.push(Action::Raise { above: h.held.epoch }),
         (_, Some(h)) if h.held.epoch == desired.epoch => {}
         _ if fresh(owner.heard) => actions.push(Action::Resend),
@@ -241,6 +245,26 @@ mod tests {
         assert_eq!(compare(desired, owner, &[holder]), [Action::CatchUp]);
         let seen = Desired { final_index: Some(0), ..desired };
         assert_eq!(compare(seen, owner, &[holder]), []);
+    }
+
+    #[test]
+    fn what_asks_for_another_worker_is_moved_if_there_is_room() {
+        let me = worker("g0", "i");
+        let acted = |elsewhere, epoch| {
+            let held = Held { suspect: true, crashes: 2, elsewhere, ..testing::held("s", epoch) };
+            let holder = Holder { worker: &me, held: &held, heard: LONG, health: WorkerHealth::Alive };
+            let desired = Desired {
+                state: SessionState::Assigned,
+                epoch: 1,
+                worker: Some(&me),
+                settled_since: Some(Duration::ZERO),
+                final_index: None,
+            };
+            compare(desired, Some(Owner { health: WorkerHealth::Alive, heard: LONG, drains: false }), &[holder])
+        };
+        assert_eq!(acted(true, 1), [Action::MoveIfRoom]);
+        assert_eq!(acted(false, 1), []);
+        assert_eq!(acted(true, 2), [Action::Raise { above: 2 }], "said under another epoch");
     }
 
     proptest! {

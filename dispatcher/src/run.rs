@@ -2,18 +2,21 @@
 
 use std::time::{Duration, Instant};
 
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
     Nats, ServerError,
     api::{ApiError, ApiServer},
+    events::Events,
     kv::KvError,
     lease::{Lease, Standing},
+    publish::Publisher,
     retry::Backoff,
     topology::{self, TopologyError},
 };
 
 use crate::{
-    active::{self, Ended},
+    active::{self, Ended, Process},
     config::DispatcherConfig,
 };
 
@@ -34,6 +37,8 @@ pub enum DispatcherError {
 
 /// For each word of goodbye to a server that may just have gone.
 const GOODBYE: Duration = Duration::from_secs(1);
+/// For events that are not stored yet, beside those words: as long as both of them take together.
+const LAST_EVENTS: Duration = Duration::from_secs(2);
 
 /// Runs a dispatcher until `shutdown`. Any number may run; one is active, the others wait for its lease.
 pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationToken) -> Result<(), DispatcherError> {
@@ -58,20 +63,44 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
     );
     let mut api = ApiServer::start(&nats, &name).await?;
     let mut lease = Lease::new(&nats, &name, Duration::from_millis(config.lease_ms));
-    let result = serve(&nats, &config, &name, &mut lease, &mut api, &shutdown).await;
+    // One queue for all the times that this process is active: what it has decided is told, whoever decides next.
+    let (events, queue) = Events::new();
+    let mut telling = JoinSet::new();
+    telling.spawn({
+        let (nats, publisher) = (nats.clone(), Publisher::new(&nats));
+        async move { queue.run(&nats, &publisher).await }
+    });
+    let process = Process { nats: &nats, config: &config, name: &name, events: &events, shutdown: &shutdown };
+    let result = tokio::select! {
+        result = serve(&process, &mut lease, &mut api) => result,
+        Some(ended) = telling.join_next() => Err(match ended {
+            Ok(()) => DispatcherError::Closed,
+            Err(error) => DispatcherError::TaskEnded(error.to_string()),
+        }),
+    };
+    // Nobody tells anything any more.
+    drop(events);
     if nats.is_connected() {
-        // A standby waits for the lease to stand still where this does not come through.
-        match tokio::time::timeout(GOODBYE, lease.release()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(error = %error, "lease not given up"),
-            Err(_) => tracing::warn!("lease not given up in time"),
-        }
-        if tokio::time::timeout(GOODBYE, api.stop()).await.is_err() {
-            tracing::warn!("service not taken down in time");
-        }
+        tokio::join!(say_goodbye(lease, api), async {
+            if tokio::time::timeout(LAST_EVENTS, telling.join_next()).await.is_err() {
+                tracing::warn!("events not stored in time");
+            }
+        });
     }
     tracing::info!(name, "dispatcher stopped");
     result
+}
+
+async fn say_goodbye(mut lease: Lease, api: ApiServer) {
+    // A standby waits for the lease to stand still where this does not come through.
+    match tokio::time::timeout(GOODBYE, lease.release()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(error = %error, "lease not given up"),
+        Err(_) => tracing::warn!("lease not given up in time"),
+    }
+    if tokio::time::timeout(GOODBYE, api.stop()).await.is_err() {
+        tracing::warn!("service not taken down in time");
+    }
 }
 
 /// Streams and buckets, for as long as it takes: servers that are restarted, or elect a leader, are there later. What is
@@ -108,17 +137,11 @@ fn may_pass(error: &TopologyError) -> bool {
     }
 }
 
-async fn serve(
-    nats: &Nats,
-    config: &DispatcherConfig,
-    name: &str,
-    lease: &mut Lease,
-    api: &mut ApiServer,
-    shutdown: &CancellationToken,
-) -> Result<(), DispatcherError> {
+async fn serve(process: &Process<'_>, lease: &mut Lease, api: &mut ApiServer) -> Result<(), DispatcherError> {
+    let &Process { nats, config, name, shutdown, .. } = process;
     while let Some(until) = stand_by(nats, config, lease, api, shutdown).await? {
         tracing::info!(name, "active");
-        match active::run(nats, config, name, lease, until, api, shutdown).await? {
+        match active::run(process, lease, until, api).await? {
             Ended::Shutdown => return Ok(()),
             Ended::LeaseLost => tracing::warn!(name, "lease lost, standing by"),
         }

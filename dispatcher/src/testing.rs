@@ -31,6 +31,8 @@ pub(crate) fn held(id_text: &str, epoch: u64) -> Held {
         progress: None,
         suspect: false,
         crashes: 0,
+        suspect_from: None,
+        elsewhere: false,
     }
 }
 
@@ -156,4 +158,10 @@ pub(crate) fn job(id_text: &str) -> JobRecord {
 /// A worker says that it holds a job.
 pub(crate) fn holds_job(id_text: &str, epoch: u64) -> Held {
     Held { kind: Kind::Job, ..held(id_text, epoch) }
+}
+
+/// The audio stream and the server are asked whether they answer.
+pub(crate) fn probe(core: &mut crate::core::Core, stream: bool, server: bool, now: crate::moment::Moment) {
+    core.probed(stream, now);
+    core.round_trip(crate::fleet::RoundTrip { began: now.mono, answered: server, connects: 1 }, now);
 }

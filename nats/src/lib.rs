@@ -12,6 +12,7 @@
 //! | [`topology`] | streams, buckets and worker consumers: created, verified, with the mend for what differs |
 //! | [`log`] | the audio log: next, last, append, tail |
 //! | [`publish`] | hints, events, partials, dead letters |
+//! | [`events`] | events on their way out: a queue that waits for the stream |
 //! | [`dead`] | dead letters found again, and put away for good |
 //! | [`claim`] | a worker's capacity-limited pull of hints |
 //! | [`jobs`] | submitted jobs on their way in, work items on their way to a worker |
@@ -33,6 +34,7 @@ pub mod config;
 pub mod connect;
 pub mod dead;
 pub mod error;
+pub mod events;
 mod feed;
 pub mod fleet;
 pub mod jobs;

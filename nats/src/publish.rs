@@ -151,7 +151,31 @@ impl Publisher {
 
     /// Puts away what failed for good, with everything a person needs to see why.
     pub async fn dead<T: Serialize + Sync>(&self, kind: Kind, id: &StreamId, letter: &T) -> Result<(), PublishError> {
-        let message = raw::json_message(codec::to_json(letter)?);
+        self.write_letter(kind, id, letter, None).await
+    }
+
+    /// Like [`Self::dead`], stored once even when it is said again within two minutes under the same `msg_id`.
+    pub async fn dead_once<T: Serialize + Sync>(
+        &self,
+        kind: Kind,
+        id: &StreamId,
+        letter: &T,
+        msg_id: &str,
+    ) -> Result<(), PublishError> {
+        self.write_letter(kind, id, letter, Some(msg_id)).await
+    }
+
+    async fn write_letter<T: Serialize + Sync>(
+        &self,
+        kind: Kind,
+        id: &StreamId,
+        letter: &T,
+        msg_id: Option<&str>,
+    ) -> Result<(), PublishError> {
+        let mut message = raw::json_message(codec::to_json(letter)?);
+        if let Some(msg_id) = msg_id {
+            message = message.message_id(msg_id);
+        }
         raw::publish(&self.nats, self.nats.subjects().dead(kind, id), message).await?;
         Ok(())
     }

@@ -74,6 +74,13 @@ pub struct Held {
     /// How often the engine crashed on its present window while nothing else was decoded.
     #[serde(default, skip_serializing_if = "nought")]
     pub crashes: u32,
+    /// First sample of that window: once a final has gone beyond it, nothing is left of the suspicion.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspect_from: Option<u64>,
+    /// One more crash would set the window aside, and only this worker has tried it. It waits some seconds before it does so
+    /// again: the last try is to be another worker's, if there is one with room.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub elsewhere: bool,
 }
 
 /// A job this incarnation was given and let go without finishing it. Said in each heartbeat until the dispatcher's answer
@@ -135,7 +142,8 @@ pub struct EngineState {
     /// Since it last moved forward; 0 when it has no work.
     pub ms_since_progress: u64,
     pub restarts: u32,
-    /// Deaths of a child that had been ready, within the last ten minutes.
+    /// What speaks against the device within the last ten minutes: stretches of audio that killed the engine alone, and deaths
+    /// that none of them explains.
     #[serde(default, skip_serializing_if = "nought")]
     pub crashes: u32,
     /// Audio seconds decoded per second of decoding, sustained; none before the first decode.
@@ -240,6 +248,9 @@ pub struct Assignment {
     /// How often it did so while alone.
     #[serde(default, skip_serializing_if = "nought")]
     pub crashes: u32,
+    /// On the window that begins with this sample, and no other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspect_from: Option<u64>,
 }
 
 /// A worker's answer. It has the last word on what it takes.
@@ -269,6 +280,9 @@ pub struct FleetStatus {
     /// The fleet map; empty when there is none, and every GPU serves everything.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<ServiceStatus>,
+    /// Why nobody is declared dead now, however silent; none while silence counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdicts_wait: Option<String>,
 }
 
 /// What a GPU is to a service.

@@ -398,6 +398,9 @@ pub struct SessionRecord {
     /// How often it did so while alone, on its present window.
     #[serde(default, skip_serializing_if = "nought")]
     pub crashes: u32,
+    /// First sample of that window.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspect_from: Option<u64>,
     /// Whom it was taken from, until somebody else has it: a dispatcher that takes over still tells `moved`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub displaced_from: Option<WorkerName>,

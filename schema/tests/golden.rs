@@ -239,6 +239,8 @@ fn heartbeat() -> Heartbeat {
             progress: None,
             suspect: true,
             crashes: 1,
+            suspect_from: Some(96_000),
+            elsewhere: true,
         }],
         given_up: Vec::new(),
         models: vec![ModelState {
@@ -293,6 +295,7 @@ fn record() -> SessionRecord {
         ended_seq: Some(44),
         suspect: true,
         crashes: 2,
+        suspect_from: Some(96_000),
         displaced_from: Some(worker()),
     }
 }
@@ -479,6 +482,8 @@ fn a_heartbeat_that_speaks_of_jobs_is_pinned_json() {
         progress: Some(progress()),
         suspect: false,
         crashes: 0,
+        suspect_from: None,
+        elsewhere: false,
     };
     let given_up = GivenUp {
         kind: Kind::Job,
@@ -558,6 +563,7 @@ fn what_people_may_look_at_is_pinned_json() {
                 memory_limit_percent: 90,
                 preload: vec!["micro.en".into()],
             }],
+            verdicts_wait: None,
         },
     );
 }
@@ -589,6 +595,7 @@ fn requests_and_answers_are_pinned_json() {
         options: options(),
         suspect: true,
         crashes: 1,
+        suspect_from: Some(96_000),
     };
     json("control_assign", &ControlRequest::Assign(assignment));
     json(

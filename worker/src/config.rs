@@ -176,7 +176,7 @@ impl Default for WorkerConfig {
             simulated: SimulatedConfig::default(),
             fetch: FetchConfig::default(),
             buffer_mb: 0,
-            // A dispatcher calls a worker suspect after one and a half of them.
+            // A dispatcher calls a worker suspect after one and a half of them, and dead after three.
             heartbeat_ms: 1_000,
             // The longest a healthy engine is silent is one step of a decode on a loaded CPU, a few seconds.
             engine_stuck_ms: 15_000,
@@ -250,8 +250,8 @@ impl WorkerConfig {
             format!("worker.buffer_mb: {}, at least {SESSION_SHARE_MB} for each slot", self.buffer_mb),
         );
         check(
-            (100..=10_000).contains(&self.heartbeat_ms),
-            format!("worker.heartbeat_ms: {}, allowed are 100 to 10000", self.heartbeat_ms),
+            (100..=5_000).contains(&self.heartbeat_ms),
+            format!("worker.heartbeat_ms: {}, allowed are 100 to 5000", self.heartbeat_ms),
         );
         check(
             (2_000..=600_000).contains(&self.engine_stuck_ms),

@@ -69,8 +69,9 @@ impl Sources {
     fn heartbeat(&self, name: &Named, seq: u64, now: Instant) -> Heartbeat {
         let Snapshot { slots, job_slots, mut held, given_up, drain } = self.holdings.snapshot(now);
         for held in &mut held {
-            let crashes = self.engine.suspected(held.kind, &held.id);
-            (held.suspect, held.crashes) = (crashes.is_some(), crashes.unwrap_or(0));
+            let known = self.engine.suspected(held.kind, &held.id);
+            (held.suspect, held.crashes) = (known.suspect, known.crashes);
+            (held.suspect_from, held.elsewhere) = (known.from, known.elsewhere);
         }
         let (engine, models) = self.engine.heartbeat_state(now);
         let identity = &self.identity;

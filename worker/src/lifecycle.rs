@@ -37,11 +37,11 @@ pub(crate) use self::{
     outbox::Outbox,
     session::{EngineSession, Opening},
     spawn::Program,
-    suspects::Treatment,
+    suspects::{Known, Treatment},
 };
 use self::{
     progress::ProgressMeter,
-    suspects::{Name, Suspects},
+    suspects::{Death, Doing, Name, Suspects},
 };
 use crate::{
     capacity::{Account, Budget, locked},
@@ -102,6 +102,8 @@ struct Inner {
     outboxes: Mutex<HashMap<u64, Arc<Outbox>>>,
     /// What the child is decoding, by handle.
     decoding: Mutex<HashMap<u64, Decoding>>,
+    /// Whose audio its loop looks at.
+    stepping: Mutex<Option<Doing>>,
     suspects: Mutex<Suspects>,
     /// Without a sign of life for so long, the child is ended.
     stuck_after: Duration,
@@ -168,6 +170,7 @@ impl Engine {
             status: watch::Sender::new(status),
             outboxes: Mutex::default(),
             decoding: Mutex::default(),
+            stepping: Mutex::default(),
             suspects: Mutex::default(),
             stuck_after,
             next_handle: AtomicU64::new(1),
@@ -249,8 +252,8 @@ impl Engine {
     }
 
     /// An input comes, with what others know about it.
-    pub(crate) fn begins(&self, names: &Names, suspect: bool, crashes: u32) {
-        locked(&self.0.suspects).begins(names.name(), suspect, crashes);
+    pub(crate) fn begins(&self, names: &Names, told: Known) {
+        locked(&self.0.suspects).begins(names.name(), told);
     }
 
     /// It is no longer here.
@@ -260,17 +263,33 @@ impl Engine {
 
     /// How an input that goes on at sample `from` is to be decoded.
     pub(crate) fn treat(&self, names: &Names, from: u64) -> Treatment {
-        locked(&self.0.suspects).treat(&names.name(), from)
+        locked(&self.0.suspects).treat(Instant::now(), &names.name(), from)
     }
 
     /// A final up to `to_sample` is stored.
     pub(crate) fn passed(&self, names: &Names, to_sample: u64) {
-        locked(&self.0.suspects).passed(&names.name(), to_sample);
+        if locked(&self.0.suspects).passed(&names.name(), to_sample) {
+            // What the dispatcher knows of it is wrong from now on.
+            self.0.news.notify_one();
+        }
     }
 
-    /// Deaths of the engine while it decoded this suspect alone; none for one that is not suspected.
-    pub(crate) fn suspected(&self, kind: Kind, id: &StreamId) -> Option<u32> {
-        locked(&self.0.suspects).told(&(kind, id.clone()))
+    /// What is held against it.
+    pub(crate) fn suspected(&self, kind: Kind, id: &StreamId) -> Known {
+        locked(&self.0.suspects).told(Instant::now(), &(kind, id.clone()))
+    }
+
+    /// Its audio could not be looked at, in the stretch that begins at `at`: as bad as a death of which it is the only cause.
+    pub(crate) fn erred(&self, names: &Names, at: u64) {
+        let doing = Doing { name: Some(names.name()), at, stepping: true };
+        locked(&self.0.suspects).died(Instant::now(), Death::Crashed, &[doing], false);
+        self.0.news.notify_one();
+    }
+
+    /// It has work and does not move, for half of the time after which it is ended: whoever comes now would only wait.
+    pub(crate) fn stalls(&self, now: Instant) -> bool {
+        let silent_ms = locked(&self.0.progress).reading(now).ms_since_progress;
+        u128::from(silent_ms) >= self.0.stuck_after.as_millis() / 2
     }
 
     /// Keeps the child alive until `stop`; then ends it and returns when it is reaped.
@@ -340,6 +359,11 @@ impl Engine {
                 begun.at = at;
                 begun.windows += 1;
             }
+            FromEngine::Stepping { handle, at } => {
+                let name = outbox(handle).map(|outbox| outbox.name.clone());
+                *locked(&self.0.stepping) = Some(Doing { name, at, stepping: true });
+            }
+            FromEngine::Stepped => *locked(&self.0.stepping) = None,
             FromEngine::Over { handle } => {
                 let mut decoding = locked(&self.0.decoding);
                 if let Some(begun) = decoding.get_mut(&handle) {

@@ -5,6 +5,9 @@
 //! logged before the kill. Counted are sessions of the killed worker that were in the middle of an utterance (a partial
 //! came within the last second and a half): one in a pause would have had nothing to say anyway. The verdict's time is the
 //! server's, from the stored `dead` event.
+//!
+//! What was said is decided from the samples (simulated engine), or against the same engine called directly on the same log
+//! (`--real`): ranges alone would believe the program.
 
 use std::{
     collections::BTreeMap,
@@ -23,11 +26,21 @@ use tokio::task::JoinSet;
 use voxfleet_harness::{
     audio::{self, Pcm},
     chaos::talk::{self, Said, Talk},
-    checker,
+    checker, find,
     fleet::{self, Engine, Fleet},
     probe_api,
     verdict::{self, Verdict},
     wait::eventually,
+};
+use voxfleet_schema::{audio::RawEntry, session::SessionOptions, transcript::join_text};
+use voxfleet_worker::{
+    WorkerConfig,
+    engine::{
+        direct::transcribe_log,
+        vad::{self, VadFactory},
+        whisper::{WhisperModel, WhisperRecognizer},
+    },
+    ipc::StartPoint,
 };
 
 use super::{progress, recording};
@@ -38,7 +51,8 @@ use crate::demo::report::quantile;
   voxfleet bench failover --kills 100
   voxfleet bench failover --kills 100 --real --json
 
-The exit code is 1 when anything was lost or repeated, or a session did not come back.")]
+The exit code is 1 when anything was lost or repeated, a session did not come back, or (with --real) its text is another than
+that of the same engine called directly on the same log.")]
 pub(crate) struct FailoverArgs {
     /// How many workers are killed, one after the other, each started again before the next
     #[arg(long, default_value_t = 20, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
@@ -141,7 +155,7 @@ impl Speakers {
             // They do not all pause at the same moment.
             let seconds = SECONDS + 7.0 * (self.count % 5) as f64;
             let id = format!("failover-{}", self.count);
-            let talk = Talk { id: id.clone(), seed: self.count, seconds, speed: 1.0, chunk_ms: CHUNK_MS };
+            let talk = Talk { id: id.clone(), poison: None, seed: self.count, seconds, speed: 1.0, chunk_ms: CHUNK_MS };
             let pcm = match &self.pcm {
                 None => audio::blasts(self.count, seconds),
                 Some(calls) => {
@@ -194,10 +208,17 @@ pub(super) async fn run(args: FailoverArgs) -> Result<Value> {
         speaking: JoinSet::new(),
         said: Vec::new(),
     };
-    let mut kills = Vec::new();
-    for n in 1..=args.kills {
+    let (mut kills, mut in_a_pause) = (Vec::new(), 0);
+    while kills.len() < args.kills as usize {
         let killed = kill_one(&mut fleet, &room, &mut speakers).await.with_context(|| fleet.logs())?;
+        // An utterance may end between the look and the kill: then nobody waited, and nothing was measured.
+        if killed.waits.is_empty() && killed.never_back.is_empty() {
+            in_a_pause += 1;
+            ensure!(in_a_pause <= 10 + args.kills / 2, "{in_a_pause} kills met nobody in mid-word");
+            continue;
+        }
         let firsts: Vec<u64> = killed.waits.iter().filter_map(Wait::first_ms).collect();
+        let n = kills.len() + 1;
         progress(&format!(
             "kill {n} of {}: verdict after {} ms, words again after {firsts:?} ms",
             args.kills, killed.detection_ms
@@ -214,8 +235,9 @@ pub(super) async fn run(args: FailoverArgs) -> Result<Value> {
         speakers.tend()?;
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let (lost, repeated, problems) = judged(&fleet, &speakers.said, args.real).await?;
-    Ok(shown(&args, &kills, speakers.said.len(), (lost, repeated), &problems))
+    let mut sum = judged(&fleet, &speakers.said, args.real).await?;
+    sum.in_a_pause = in_a_pause;
+    Ok(shown(&args, &kills, speakers.said.len(), &sum))
 }
 
 const MICRO: &str = "micro.en-q8_0";
@@ -294,28 +316,103 @@ async fn all_alive(fleet: &Fleet) -> bool {
     status["workers"].as_array().is_some_and(|all| all.iter().filter(ready).count() == fleet.workers.len())
 }
 
-/// Samples lost, finals repeated, and whatever else is wrong.
-async fn judged(fleet: &Fleet, said: &[Said], real: bool) -> Result<(u64, u64, Vec<String>)> {
+/// What became of all sessions together.
+#[derive(Default)]
+struct Sum {
+    samples_lost: u64,
+    finals_repeated: u64,
+    clicks: u64,
+    /// Sessions whose text is that of the engine called directly; none with the simulated one, whose samples decide.
+    texts_equal: Option<u64>,
+    in_a_pause: u32,
+    problems: Vec<String>,
+}
+
+async fn judged(fleet: &Fleet, said: &[Said], real: bool) -> Result<Sum> {
     let js = fleet.js();
-    let (mut lost, mut repeated, mut problems) = (0, 0, Vec::new());
+    let mut sum = Sum { texts_equal: real.then_some(0), ..Sum::default() };
+    let mut direct = None;
+    if real {
+        progress("the same logs, the same engine called directly");
+        direct = Some(tokio::task::spawn_blocking(Direct::load).await??);
+    }
     for said in said {
         if let Some(why) = &said.gave_up {
             bail!("the producer of {} gave up: {why}", said.id);
         }
-        fleet::wait_end(&js, &said.id, PATIENCE).await?;
-        let verdict: Verdict = if real {
-            verdict::session_by_ranges(&js, &said.id, &said.samples).await?
-        } else {
-            verdict::session(&js, &said.id, &said.samples).await?
+        let heard = fleet::wait_end(&js, &said.id, PATIENCE).await?;
+        let verdict: Verdict = match direct.take() {
+            None => verdict::session(&js, &said.id, &said.samples).await?,
+            Some(mut engine) => {
+                let log = log_of(&js, &said.id).await?;
+                let alone = tokio::task::spawn_blocking(move || engine.text_of(&log).map(|text| (engine, text)));
+                let (engine, alone) = alone.await??;
+                direct = Some(engine);
+                match different(&heard, &alone) {
+                    None => sum.texts_equal = sum.texts_equal.map(|n| n + 1),
+                    Some(how) => sum.problems.push(format!("{}: {how}", said.id)),
+                }
+                verdict::session_by_ranges(&js, &said.id, &said.samples).await?
+            }
         };
-        lost += verdict.samples_lost;
-        repeated += verdict.finals_repeated;
-        problems.extend(verdict.problems.iter().map(|p| format!("{}: {p}", said.id)));
+        sum.samples_lost += verdict.samples_lost;
+        sum.finals_repeated += verdict.finals_repeated;
+        sum.clicks += verdict.clicks;
+        sum.problems.extend(verdict.problems.iter().map(|p| format!("{}: {p}", said.id)));
     }
-    Ok((lost, repeated, problems))
+    Ok(sum)
 }
 
-fn shown(args: &FailoverArgs, kills: &[Killed], sessions: usize, lost: (u64, u64), problems: &[String]) -> Value {
+/// The engine of the workers without a fleet around it.
+struct Direct {
+    state: WhisperRecognizer,
+    detector: Arc<dyn VadFactory>,
+}
+
+impl Direct {
+    /// Blocks.
+    fn load() -> Result<Self> {
+        let path = fleet::models_dir().join(format!("{MICRO}.bin"));
+        // The cache in which the workers look for their detector.
+        let worker = WorkerConfig { cache_dir: Some(find::cache()), ..WorkerConfig::default() };
+        let (silero, library) = (worker.resolved_silero(), worker.resolved_onnxruntime());
+        let detector = vad::best_available(silero.as_deref(), library.as_deref()).0;
+        Ok(Self { state: WhisperModel::load(MICRO, &path, false, 1)?.state()?, detector })
+    }
+
+    /// What it makes of this log from its beginning. Blocks.
+    fn text_of(&mut self, log: &[RawEntry]) -> Result<String> {
+        let (options, start) = (SessionOptions::default(), StartPoint::beginning());
+        let finals = transcribe_log(log, &options, start, &mut self.state, self.detector.as_ref(), None)?;
+        Ok(join_text(finals.iter().flat_map(|f| f.segments.iter().map(|s| s.text.as_str()))))
+    }
+}
+
+/// A session's log as it stands in the stream, pauses and end included.
+async fn log_of(js: &talk::Js, session: &str) -> Result<Vec<RawEntry>> {
+    let messages = checker::read(js, "ASR_AUDIO", &format!("asr.v1.audio.{session}")).await?;
+    let entry = |m: checker::Message| RawEntry {
+        seq: m.seq,
+        headers: m.headers.into_iter().filter(|(name, _)| name.starts_with("Asr-")).collect(),
+        payload: m.payload,
+    };
+    Ok(messages.into_iter().map(entry).collect())
+}
+
+/// Where two texts part, if they do.
+fn different(heard: &str, alone: &str) -> Option<String> {
+    let (heard, alone): (Vec<&str>, Vec<&str>) =
+        (heard.split_whitespace().collect(), alone.split_whitespace().collect());
+    if heard == alone {
+        return None;
+    }
+    let same = heard.iter().zip(&alone).take_while(|(a, b)| a == b).count();
+    let from =
+        |words: &[&str]| words.iter().skip(same.saturating_sub(3)).take(9).copied().collect::<Vec<_>>().join(" ");
+    Some(format!("from word {same} on the fleet heard {:?}, the engine alone {:?}", from(&heard), from(&alone)))
+}
+
+fn shown(args: &FailoverArgs, kills: &[Killed], sessions: usize, sum: &Sum) -> Value {
     let waits = || kills.iter().flat_map(|k| k.waits.iter().map(move |w| (k, w)));
     let detection: Vec<u64> = kills.iter().map(|k| k.detection_ms).collect();
     let first: Vec<u64> = waits().filter_map(|(_, w)| w.first_ms()).collect();
@@ -324,9 +421,13 @@ fn shown(args: &FailoverArgs, kills: &[Killed], sessions: usize, lost: (u64, u64
     let finals: Vec<u64> = waits().filter_map(|(_, w)| w.final_ms).collect();
     let never_back: Vec<&String> = kills.iter().flat_map(|k| &k.never_back).collect();
     json!({
-        "clean": lost == (0, 0) && problems.is_empty() && never_back.is_empty(),
+        "clean": sum.samples_lost == 0
+            && sum.finals_repeated == 0
+            && sum.problems.is_empty()
+            && never_back.is_empty(),
         "engine": if args.real { "whisper_cpp" } else { "simulated" },
         "kills": kills.len(),
+        "kills_that_met_a_pause": sum.in_a_pause,
         "workers": args.workers,
         "sessions": sessions,
         "moved_in_mid_word": first.len(),
@@ -342,8 +443,23 @@ fn shown(args: &FailoverArgs, kills: &[Killed], sessions: usize, lost: (u64, u64
         "first_final_p50_ms": quantile(&finals, 0.5),
         "first_final_p95_ms": quantile(&finals, 0.95),
         "never_back": never_back.len(),
-        "samples_lost": lost.0,
-        "finals_repeated": lost.1,
-        "problems": problems.iter().map(|p| json!({ "what": p })).collect::<Vec<_>>(),
+        "samples_lost": sum.samples_lost,
+        "finals_repeated": sum.finals_repeated,
+        "samples_cut_off_as_clicks": sum.clicks,
+        "texts_equal": sum.texts_equal,
+        "problems": sum.problems.iter().map(|p| json!({ "what": p })).collect::<Vec<_>>(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_differ_where_words_do() {
+        assert_eq!(different("a b  c", "a b c"), None);
+        let how = different("a b c d e", "a b c e").expect("a word more");
+        assert!(how.contains("word 3") && how.contains("\"a b c d e\""), "{how}");
+        assert!(different("a b", "a b c").is_some() && different("", "a").is_some());
+    }
 }

@@ -7,12 +7,12 @@ use std::{
 
 use serde_json::json;
 use voxfleet_nats::{
-    Nats,
+    Nats, ServerError,
     api::{self, Endpoint},
     fleet::{self, FleetError},
 };
 use voxfleet_schema::{
-    fleet::{DrainRequest, Drained, Heartbeat},
+    fleet::{ControlRequest, DrainRequest, Drained, Heartbeat},
     id::{Kind, WorkerName},
 };
 
@@ -25,7 +25,9 @@ use crate::{
 };
 
 const ASK: Duration = Duration::from_secs(10);
-/// A worker that has been silent for as long as makes a dispatcher declare it dead is gone.
+/// A worker answers at once, or is cut off.
+const CONTROL: Duration = Duration::from_secs(1);
+/// A worker that has been silent for so long is asked whether it is still there: silence alone may be the network's.
 const SILENT: Duration = Duration::from_secs(3);
 /// What a worker that was told no deadline takes at most, unless its configuration says otherwise.
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(60);
@@ -63,7 +65,14 @@ async fn drain(args: &DrainArgs, nats: &Nats, context: &Context) -> anyhow::Resu
     let mut leaving = Leaving::new(&drained.workers, begun);
     loop {
         let now = Instant::now();
-        if leaving.all_gone(now) {
+        for worker in leaving.silent(now) {
+            if is_gone(nats, &worker, patience.saturating_sub(now.duration_since(begun))).await {
+                leaving.left.remove(&worker);
+            } else {
+                leaving.asked(&worker, Instant::now());
+            }
+        }
+        if leaving.left.is_empty() {
             if args.json {
                 let mut value = serde_json::to_value(&drained)?;
                 value["gone_after_ms"] = json!(leaving.last_heard.duration_since(begun).as_millis() as u64);
@@ -76,7 +85,7 @@ async fn drain(args: &DrainArgs, nats: &Nats, context: &Context) -> anyhow::Resu
         if now.duration_since(begun) > patience {
             let left: Vec<String> = leaving.left.keys().map(ToString::to_string).collect();
             let waited = patience.as_secs();
-            return Err(anyhow::anyhow!("{} still beats after {waited} s", left.join(", "))).or_exit(Exit::Failure);
+            return Err(anyhow::anyhow!("{} not gone after {waited} s", left.join(", "))).or_exit(Exit::Failure);
         }
         let beat = tokio::select! {
             () = context.shutdown.cancelled() => return Ok(Exit::Interrupted),
@@ -94,6 +103,13 @@ async fn drain(args: &DrainArgs, nats: &Nats, context: &Context) -> anyhow::Resu
             Err(_) => {}
         }
     }
+}
+
+/// Only the server's word that nobody listens there any more says so. Draining twice is draining once.
+async fn is_gone(nats: &Nats, worker: &WorkerName, left: Duration) -> bool {
+    let request = ControlRequest::Drain { deadline_ms: left.as_millis() as u64 };
+    let answer = fleet::control(nats, worker, &request, CONTROL).await;
+    matches!(answer, Err(FleetError::Server(ServerError::NoResponders(_))))
 }
 
 fn told(args: &DrainArgs, drained: &Drained) -> String {
@@ -135,9 +151,16 @@ impl Leaving {
         Some(format!("{}: {} left{draining}", beat.gpu_id, load(holds.0, holds.1)))
     }
 
-    fn all_gone(&mut self, now: Instant) -> bool {
-        self.left.retain(|_, (at, _)| now.duration_since(*at) < SILENT);
-        self.left.is_empty()
+    fn silent(&self, now: Instant) -> Vec<WorkerName> {
+        let silent = self.left.iter().filter(|(_, (at, _))| now.duration_since(*at) >= SILENT);
+        silent.map(|(worker, _)| worker.clone()).collect()
+    }
+
+    /// It is still there, or cannot be asked: its silence is counted anew.
+    fn asked(&mut self, worker: &WorkerName, now: Instant) {
+        if let Some((at, _)) = self.left.get_mut(worker) {
+            *at = now;
+        }
     }
 }
 
@@ -146,16 +169,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_worker_is_gone_when_it_is_silent() {
+    fn a_silent_worker_is_asked() {
         let worker: WorkerName = serde_json::from_value(json!({"gpu_id": "g", "incarnation": "i"})).expect("a worker");
         let begun = Instant::now();
         let mut leaving = Leaving::new(std::slice::from_ref(&worker), begun);
-        assert!(!leaving.all_gone(begun + Duration::from_secs(2)));
-        if let Some((at, _)) = leaving.left.get_mut(&worker) {
-            *at = begun + Duration::from_secs(2);
-        }
-        assert!(!leaving.all_gone(begun + Duration::from_secs(4)), "it was heard in between");
-        assert!(leaving.all_gone(begun + Duration::from_secs(5)));
+        assert!(leaving.silent(begun + Duration::from_secs(2)).is_empty());
+        leaving.asked(&worker, begun + Duration::from_secs(2));
+        assert!(leaving.silent(begun + Duration::from_secs(4)).is_empty(), "it was heard in between");
+        assert_eq!(leaving.silent(begun + Duration::from_secs(5)), [worker]);
     }
 
     #[test]

@@ -187,6 +187,11 @@ impl Failover {
         moment.map(|moment| moment.duration_since(self.killed.at).as_millis() as u64)
     }
 
+    /// Somebody else went on, and the text is that of the undisturbed run.
+    pub(crate) fn is_good(&self) -> bool {
+        self.same_text && self.moments.first_final.is_some()
+    }
+
     fn lines(&self) -> Vec<String> {
         let ms = |moment| self.ms(moment).map_or("-".to_owned(), |ms| format!("{ms} ms"));
         let Moments { dead, moved_to, word, first_final } = &self.moments;

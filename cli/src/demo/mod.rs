@@ -169,7 +169,8 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
     nats.close(Duration::from_secs(1)).await;
     stop(&mut fleet).await;
     say(&paint.dim(&format!("stopped: {processes}")))?;
-    Ok(Exit::Ok)
+    // Who runs the demo in a script hears of a lost word too.
+    Ok(if killed.is_none_or(|killed| killed.is_good()) { Exit::Ok } else { Exit::Failure })
 }
 
 async fn start(args: &DemoArgs) -> anyhow::Result<Fleet> {

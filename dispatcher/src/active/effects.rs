@@ -9,7 +9,9 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
-    Nats, fleet as workers,
+    Nats,
+    events::Events,
+    fleet as workers,
     kv::{Bucket, KvError, Records},
     log::{AudioLog, LogError},
     publish::{HintSent, Publisher},
@@ -18,20 +20,18 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::{
     audio::{ASR_CAUSE, ASR_END, ASR_FLUSH, RawEntry},
-    event::Event,
     fleet::{Assignment, ControlReply, ControlRequest, Heartbeat},
     id::{Kind, StreamId, WorkerName},
     session::{Reply, SessionRecord},
 };
 
 use super::{
-    Input,
+    Input, Process,
     fleet_record::{self, FleetRecord},
     jobs::{Caller, JobTools},
     recover,
 };
 use crate::{
-    config::DispatcherConfig,
     core::{
         Admission, Answer, AppendError, AskReply, Burial, Effect, Mark, SaveError, WalkEnd, closing_final,
         jobs::JobEffect,
@@ -40,8 +40,7 @@ use crate::{
     sessions::{CallId, ChainMark},
 };
 
-/// Hints and events that wait for the connection. Beyond that hints are dropped (the log has them), and events are lost
-/// with a line in the log of this process.
+/// Hints that wait for the connection. Beyond that they are dropped: the log has them.
 const WAITING: usize = 4_096;
 
 /// How long writing the end of an expired session may take; it holds a permit.
@@ -72,25 +71,23 @@ pub(super) struct Effects {
     tools: Tools,
     inputs: mpsc::Sender<Input>,
     hints: mpsc::Sender<Hint>,
-    events: mpsc::Sender<(Box<Event>, bool)>,
+    events: Events,
     hints_dropped: u64,
 }
 
 impl Effects {
     pub(super) fn new(
-        nats: &Nats,
-        config: &DispatcherConfig,
+        process: &Process<'_>,
         publisher: Publisher,
         inputs: mpsc::Sender<Input>,
         listeners: &mut JoinSet<&'static str>,
         stop: CancellationToken,
-        name: &str,
     ) -> Self {
+        let &Process { nats, config, name, .. } = process;
+        let events = process.events.clone();
         let (hints, hint_queue) = mpsc::channel(WAITING);
-        let (events, event_queue) = mpsc::channel(WAITING);
-        listeners.spawn(send_hints(publisher.clone(), hint_queue, stop.clone()));
-        let jobs = JobTools::new(nats, config, publisher.clone(), name.into());
-        listeners.spawn(send_events(publisher, event_queue, stop));
+        listeners.spawn(send_hints(publisher.clone(), hint_queue, stop));
+        let jobs = JobTools::new(nats, config, publisher, name.into());
         let tools = Tools {
             nats: nats.clone(),
             records: Records::new(nats, Bucket::Sessions),
@@ -122,10 +119,10 @@ impl Effects {
                 }
             }
             Effect::Tell { event, once } => {
-                if let Err(error) = self.events.try_send((event, once)) {
-                    let (event, _) = error.into_inner();
-                    tracing::error!(id = event.id, what = event.what.as_str(), "event not written, too many wait");
-                }
+                // The engine that meets the same entry later says the same under the same id.
+                let seq = event.seq.filter(|_| once);
+                let msg_id = seq.map(|seq| format!("{}-{}-{seq}", event.id, event.what.as_str()));
+                self.events.tell(*event, msg_id);
             }
             Effect::Answer { call, answer } => match calls.remove(&call) {
                 Some(Caller::Api(responder)) => drop(jobs.spawn(reply(*responder, *answer))),
@@ -166,30 +163,6 @@ async fn send_hints(publisher: Publisher, mut queue: mpsc::Receiver<Hint>, stop:
     };
     stop.run_until_cancelled(sending).await;
     "hints"
-}
-
-async fn send_events(
-    publisher: Publisher,
-    mut queue: mpsc::Receiver<(Box<Event>, bool)>,
-    stop: CancellationToken,
-) -> &'static str {
-    let sending = async {
-        while let Some((event, once)) = queue.recv().await {
-            let written = match (once, event.seq) {
-                // The engine that meets the same entry later says the same under the same id.
-                (true, Some(seq)) => {
-                    let id = format!("{}-{}-{}", event.id, event.what.as_str(), seq);
-                    publisher.event_once(&event, &id).await
-                }
-                _ => publisher.event(&event).await,
-            };
-            if let Err(error) = written {
-                tracing::error!(id = event.id, what = event.what.as_str(), error = %error, "event not written");
-            }
-        }
-    };
-    stop.run_until_cancelled(sending).await;
-    "events"
 }
 
 async fn reply(responder: voxfleet_nats::api::ApiResponder, answer: Answer) {
@@ -271,9 +244,10 @@ impl Tools {
                 tracing::info!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, ?reply, "dead incarnation told to renew");
                 return None;
             }
-            Effect::Bury { worker, heartbeat, revision } => {
+            Effect::Bury { worker, heartbeat, revision, recall } => {
                 let heartbeat = heartbeat.map(|h| *h);
-                let written = fleet_record::condemn(&self.fleet, &worker, heartbeat, revision, &self.name).await;
+                let written =
+                    fleet_record::condemn(&self.fleet, &worker, heartbeat, revision, &recall, &self.name).await;
                 let burial = written.unwrap_or_else(|e| Burial::Failed(describe(&e)));
                 Input::Buried { worker, burial }
             }
@@ -326,6 +300,7 @@ impl Tools {
         };
         match self.log.append(id, &headers, Bytes::new(), expect).await {
             Ok(seq) => Ok(seq),
+            Err(LogError::Full) => Err(AppendError::Full),
             Err(LogError::Conflict) => match self.log.last(id).await {
                 Ok(last) => Err(AppendError::Conflict { last: last.map(|e| e.seq) }),
                 Err(error) => Err(AppendError::Failed(describe(&error))),

@@ -13,6 +13,7 @@ use voxfleet_schema::{
 use super::jobs::Caller;
 use crate::{
     core::{Admission, AppendError, AskReply, Burial, Loaded, Mark, NoteError, SaveError, WalkEnd, jobs::JobInput},
+    fleet::RoundTrip,
     jobs::Submission,
     moment::Moment,
     sessions::ChainMark,
@@ -25,8 +26,8 @@ pub(super) enum Input {
     /// The audio stream's oldest sequence, if it answered.
     Probed {
         stream: Option<u64>,
-        server: bool,
     },
+    RoundTrip(RoundTrip),
     Usage(Vec<Usage>),
     Consumers {
         complete: Vec<WorkerName>,

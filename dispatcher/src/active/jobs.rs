@@ -48,8 +48,6 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(30);
 pub(super) const MAX_KEPT: usize = 64 * 1024;
 /// A publish that cannot be taken now comes again after this, unless the refusal says otherwise.
 const COME_AGAIN: Duration = Duration::from_secs(1);
-/// The bucket has no room (JetStream's own code).
-const STORE_FAILED: u64 = 10_077;
 /// Stands for a name that is none, where a subject needs one.
 const NO_NAME: &str = "_invalid";
 
@@ -178,8 +176,8 @@ impl JobTools {
                 let result = self.send(&worker, &item, publish).await;
                 JobInput::Sent { id: item.job, epoch: item.epoch, result }
             }
-            JobEffect::Release { worker, id, epoch } => {
-                let done = self.release(&worker, &id, epoch).await;
+            JobEffect::Release { worker, id, epoch, finish_ms } => {
+                let done = self.release(&worker, &id, epoch, finish_ms).await;
                 JobInput::Released { worker, id, epoch, done }
             }
             JobEffect::ReadChain { id } => match self.chain.last(Kind::Job, &id).await {
@@ -244,7 +242,7 @@ impl JobTools {
     }
 
     /// True when the worker says that it holds the job no longer.
-    async fn release(&self, worker: &WorkerName, id: &StreamId, epoch: u64) -> bool {
+    async fn release(&self, worker: &WorkerName, id: &StreamId, epoch: u64, finish_ms: u32) -> bool {
         // A later assignment to the same worker stays.
         let stale = match queue::queued_work(&self.nats, worker, id).await {
             Ok(item) => item.is_some_and(|item| item.epoch <= epoch),
@@ -258,7 +256,7 @@ impl JobTools {
             // A worker that takes it is told to let go when its heartbeat shows it.
             tracing::warn!(job = %id, gpu = %worker.gpu_id, error = %error, "queued work not taken back");
         }
-        let request = ControlRequest::Release { kind: Kind::Job, id: id.clone(), epoch, finish_ms: 0 };
+        let request = ControlRequest::Release { kind: Kind::Job, id: id.clone(), epoch, finish_ms };
         match workers::control(&self.nats, worker, &request, self.control_timeout).await {
             Ok(ControlReply::Done) => true,
             Ok(reply) => {
@@ -296,16 +294,18 @@ impl JobTools {
         let mut kept = true;
         let failed = mark.end.as_ref().and_then(|end| end.error.as_ref());
         if let Some(error) = failed.filter(|error| error.class != FailureClass::Cancelled) {
-            kept = self.keep(&letters::failed(record, error, &self.name, unix_ms())).await?;
+            let once = letters::failed_once(record);
+            kept = self.keep(&letters::failed(record, error, &self.name, unix_ms()), &once).await?;
         }
         Ok(ChainEnd { mark, not_kept: !kept })
     }
 
     /// Puts a letter into `ASR_DEAD`. False: that is full, and the job goes on without, or nothing would ever end again.
-    async fn keep(&self, letter: &DeadLetter) -> Result<bool, String> {
-        match self.publisher.dead(Kind::Job, &letter.id, letter).await {
+    /// `once`: a second one of that name, after an answer that was lost, is not stored.
+    async fn keep(&self, letter: &DeadLetter, once: &str) -> Result<bool, String> {
+        match self.publisher.dead_once(Kind::Job, &letter.id, letter, once).await {
             Ok(()) => Ok(true),
-            Err(PublishError::Server(error)) if error.code() == Some(STORE_FAILED) => {
+            Err(PublishError::Server(error)) if error.is_full() => {
                 tracing::error!(job = %letter.id, "ASR_DEAD is full, what failed is not kept there");
                 Ok(false)
             }
@@ -400,7 +400,7 @@ impl JobTools {
             body_bytes: at.body_bytes,
         };
         let letter = letters::refused(&id, published, failure, &self.name, unix_ms());
-        let kept = self.keep(&letter).await?;
+        let kept = self.keep(&letter, &letters::refused_once(at.seq)).await?;
         let mut event = Event::new(Scope::Job, id.as_str(), What::Rejected, unix_ms());
         event.seq = Some(at.seq);
         event.error = Some(failure.clone());
@@ -414,7 +414,7 @@ impl JobTools {
 fn save_error(error: &KvError) -> JobSaveError {
     match error {
         KvError::Conflict { .. } => JobSaveError::Conflict,
-        KvError::Server(server) if server.code() == Some(STORE_FAILED) => JobSaveError::Full,
+        KvError::Server(server) if server.is_full() => JobSaveError::Full,
         other => JobSaveError::Failed(describe(other)),
     }
 }

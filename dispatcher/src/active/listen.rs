@@ -17,9 +17,12 @@ use voxfleet_nats::{
 use voxfleet_schema::id::Kind;
 
 use super::input::{Clock, Input};
+use crate::fleet::RoundTrip;
 
 /// How often consumers are compared with the fleet: a lost one costs latency only.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
+/// A server that takes longer for a round trip is not fit to carry heartbeats: that is a whole period of them.
+const ANSWER_WITHIN: Duration = Duration::from_secs(1);
 
 /// Every heartbeat, with the time it was heard.
 pub(super) async fn heartbeats(
@@ -136,7 +139,33 @@ async fn read_tail(nats: &Nats, from: u64, entries: mpsc::Sender<LogItem>) {
     }
 }
 
-/// Whether the audio stream and the server answer, at each tick.
+/// Round trips to the server, over the connection that heartbeats come on.
+pub(super) async fn round_trips(
+    nats: Nats,
+    clock: Clock,
+    every: Duration,
+    inputs: mpsc::Sender<Input>,
+    stop: CancellationToken,
+) -> &'static str {
+    let connection = nats.connection_events();
+    let listen = async {
+        let mut ticks = tokio::time::interval(every);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let began = clock.mono();
+            let answered = nats.rtt(ANSWER_WITHIN).await.is_ok();
+            let connects = connection.borrow().connects;
+            if inputs.send(Input::RoundTrip(RoundTrip { began, answered, connects })).await.is_err() {
+                return;
+            }
+        }
+    };
+    stop.run_until_cancelled(listen).await;
+    "round trips"
+}
+
+/// Whether the audio stream answers, at each tick.
 pub(super) async fn probe(
     nats: Nats,
     every: Duration,
@@ -144,14 +173,16 @@ pub(super) async fn probe(
     stop: CancellationToken,
 ) -> &'static str {
     let log = AudioLog::new(&nats);
+    // A fast tick is no reason to give up a slow answer.
+    let within = every.max(ANSWER_WITHIN);
     let listen = async {
         let mut ticks = tokio::time::interval(every);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            let (bounds, rtt) = tokio::join!(tokio::time::timeout(every, log.bounds()), nats.rtt(every));
+            let bounds = tokio::time::timeout(within, log.bounds()).await;
             let stream = bounds.ok().and_then(Result::ok).map(|b| b.first_seq);
-            if inputs.send(Input::Probed { stream, server: rtt.is_ok() }).await.is_err() {
+            if inputs.send(Input::Probed { stream }).await.is_err() {
                 return;
             }
         }
@@ -170,6 +201,7 @@ pub(super) async fn sweep(
     let mut connection = nats.connection_events();
     let listen = async {
         let mut seen = connection.borrow_and_update().connects;
+        let mut raised = Vec::new();
         loop {
             let pause = tokio::time::sleep(SWEEP_EVERY);
             tokio::pin!(pause);
@@ -188,9 +220,13 @@ pub(super) async fn sweep(
                     }
                 }
             }
-            if let Err(error) = topology::ensure(&nats, &config).await {
-                tracing::warn!(error = %error, "streams and buckets cannot be checked now");
-                continue;
+            match topology::ensure(&nats, &config).await {
+                Ok(report) => {
+                    tell_raised(&report.raised, &raised);
+                    raised = report.raised;
+                }
+                // One that differs is no reason to leave the others, and their consumers, alone.
+                Err(error) => tracing::warn!(error = %error, "streams and buckets cannot be checked now"),
             }
             match topology::list_worker_consumers(&nats).await {
                 Ok(found) => {
@@ -215,6 +251,19 @@ pub(super) async fn sweep(
     };
     stop.run_until_cancelled(listen).await;
     "sweep"
+}
+
+/// Says once what somebody has given more room than configured.
+fn tell_raised(found: &[topology::Raised], told: &[topology::Raised]) {
+    for topology::Raised { stream, field, configured, found } in found.iter().filter(|raised| !told.contains(raised)) {
+        tracing::warn!(
+            stream,
+            field,
+            configured,
+            found,
+            "a stream has more room than configured, which stays so; a configuration that says less would make it smaller again if it had to be made anew"
+        );
+    }
 }
 
 /// Renews the lease, at its pace and when `now` asks for it; ends when it is another's. `until` says how long it is surely

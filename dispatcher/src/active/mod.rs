@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
     Nats,
     api::{ApiCall, ApiResponder, ApiServer},
+    events::Events,
     kv::{Bucket, Records},
     lease::Lease,
     log::LogItem,
@@ -45,6 +46,9 @@ use state::{Active, observe};
 
 /// One heartbeat period and what its messages may be late: after that, whoever is alive has been heard.
 const HEAR_FIRST: Duration = Duration::from_millis(1_200);
+/// How often the server is asked whether it answers, and verdicts are looked for with its answer: a verdict is at most
+/// this late. The tick, where that is faster.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// A loop this late has missed heartbeats.
 const LATE: Duration = Duration::from_secs(1);
 /// Most entries taken at once before other inputs get their turn.
@@ -101,16 +105,23 @@ impl Watchfulness {
     }
 }
 
-/// Active until `shutdown`, or until the lease is lost.
+/// What is there whether this dispatcher is active or not.
+pub(crate) struct Process<'a> {
+    pub(crate) nats: &'a Nats,
+    pub(crate) config: &'a DispatcherConfig,
+    pub(crate) name: &'a str,
+    pub(crate) events: &'a Events,
+    pub(crate) shutdown: &'a CancellationToken,
+}
+
+/// Active until it is shut down, or until the lease is lost.
 pub(crate) async fn run(
-    nats: &Nats,
-    config: &DispatcherConfig,
-    name: &str,
+    process: &Process<'_>,
     lease: &mut Lease,
     until: Instant,
     api: &mut ApiServer,
-    shutdown: &CancellationToken,
 ) -> Result<Ended, DispatcherError> {
+    let &Process { nats, config, name, shutdown, .. } = process;
     let stop = CancellationToken::new();
     // Whatever way this ends, its tasks end with it.
     let _stop_all = stop.clone().drop_guard();
@@ -127,10 +138,12 @@ pub(crate) async fn run(
     for kind in [Kind::Session, Kind::Job] {
         listeners.spawn(listen::finals(nats.clone(), kind, inputs.clone(), stop.clone()));
     }
-    listeners.spawn(listen::probe(nats.clone(), Duration::from_millis(config.tick_ms), inputs.clone(), stop.clone()));
+    let period = Duration::from_millis(config.tick_ms);
+    listeners.spawn(listen::probe(nats.clone(), period, inputs.clone(), stop.clone()));
+    listeners.spawn(listen::round_trips(nats.clone(), clock, period.min(LOOK_EVERY), inputs.clone(), stop.clone()));
     listeners.spawn(listen::sweep(nats.clone(), config.topology.clone(), inputs.clone(), stop.clone()));
 
-    let effects = Effects::new(nats, config, publisher, inputs.clone(), &mut listeners, stop.clone(), name);
+    let effects = Effects::new(process, publisher, inputs.clone(), &mut listeners, stop.clone());
     let cursors: Records<Cursor> = Records::new(nats, Bucket::Control);
     let mut state = Active {
         core: Core::new(config.clone(), name.to_owned(), nats.subjects().clone()),
@@ -145,6 +158,7 @@ pub(crate) async fn run(
         permits: Arc::new(Semaphore::new(config.io_in_flight)),
         inputs: inputs.clone(),
         go_back: None,
+        look_due: false,
         budget: Budget::new(),
     };
 
@@ -182,7 +196,6 @@ pub(crate) async fn run(
     state.saved_cursor = from;
     listeners.spawn(listen::tail(nats.clone(), (from + 1, entries), tail_starts, stop.clone()));
 
-    let period = Duration::from_millis(config.tick_ms);
     let mut ticks = tokio::time::interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut watchful =
@@ -218,17 +231,15 @@ pub(crate) async fn run(
         let acting = watchful.acts(clock.mono(), *lease_until.borrow());
         let mut ticked = false;
         match turn {
-            Turn::Input(input) => {
-                state.take(input);
-                // What has arrived together is decided together.
-                while let Ok(input) = received.try_recv() {
-                    state.take(input);
-                }
-            }
+            Turn::Input(input) => state.take(input),
             Turn::Entries(0) => return Err(DispatcherError::TaskEnded("tail".to_owned())),
             Turn::Call(call) => calls.push_back(*call),
             Turn::Tick => ticked = true,
             Turn::Entries(_) | Turn::Done => {}
+        }
+        // What has arrived together is decided together, and nobody is judged while his heartbeat waits here.
+        while let Ok(input) = received.try_recv() {
+            state.take(input);
         }
         if acting {
             let now = clock.now();
@@ -241,6 +252,9 @@ pub(crate) async fn run(
             if ticked {
                 state.core.tick(now);
                 state.save_cursor();
+            }
+            if std::mem::take(&mut state.look_due) {
+                state.core.judge(now);
             }
             state.core.settle(clock.now());
             state.carry_out();

@@ -70,7 +70,9 @@ pub(super) async fn everything(nats: &Nats, in_flight: usize) -> Result<Left, Di
     let keys = patiently("keys of workers", || records.all()).await?;
     let fleet = keys.into_iter().filter_map(|(key, v)| {
         let worker = worker_of(&key)?;
-        Some(FleetKey { worker, revision: v.revision, dead: v.value.verdict.is_some() })
+        let dead_ms = v.value.verdict.map(|verdict| verdict.at_ms);
+        let device = v.value.heartbeat.map(|heartbeat| heartbeat.device.index.is_some());
+        Some(FleetKey { worker, revision: v.revision, dead_ms, device })
     });
     Ok(Left { sessions, cursor, jobs, ended_jobs, fleet: fleet.collect() })
 }

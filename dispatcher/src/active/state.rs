@@ -45,6 +45,8 @@ pub(super) struct Active {
     pub(super) inputs: mpsc::Sender<Input>,
     /// Where the tail is to read again from.
     pub(super) go_back: Option<u64>,
+    /// A round trip has ended since verdicts were last looked for.
+    pub(super) look_due: bool,
     /// Memory for recordings inside requests.
     pub(super) budget: Budget,
 }
@@ -56,14 +58,18 @@ impl Active {
         match input {
             Input::Heartbeat(heartbeat, heard) => core.heartbeat(*heartbeat, Moment { mono: heard, ..now }),
             Input::Final(stored) => core.finished(&stored, now),
-            Input::Probed { stream, server } => {
-                core.probed(stream.is_some(), server, now);
+            Input::RoundTrip(trip) => {
+                core.round_trip(trip, now);
+                self.look_due = true;
+            }
+            Input::Probed { stream } => {
+                core.probed(stream.is_some(), now);
                 if let Some(first_seq) = stream {
                     core.oldest(first_seq);
                 }
             }
             Input::Usage(streams) => core.usage(&streams, now),
-            Input::Consumers { complete, partial } => core.consumers(&complete, &partial),
+            Input::Consumers { complete, partial } => core.consumers(&complete, &partial, now),
             Input::Loaded { id, result } => core.loaded(&id, result.map(|l| *l), now),
             Input::Saved { id, result } => core.saved(&id, result, now),
             Input::Asked { id, epoch, worker, reply } => core.asked(&id, epoch, &worker, reply, now),
@@ -168,8 +174,9 @@ impl Active {
 
     /// Lets what is under way end, and leaves the cursor where a successor goes on.
     pub(super) async fn finish(mut self) {
-        recover::save_cursor(&self.cursors, self.core.cursor().max(self.saved_cursor)).await;
+        let seq = self.core.cursor().max(self.saved_cursor);
         let all = async {
+            recover::save_cursor(&self.cursors, seq).await;
             while let Some(done) = self.jobs.join_next().await {
                 observe(done);
             }

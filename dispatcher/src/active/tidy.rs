@@ -180,6 +180,7 @@ mod tests {
             ended_seq: Some(1),
             suspect: false,
             crashes: 0,
+            suspect_from: None,
             displaced_from: None,
         };
         assert!(!session_is_over(&record, 2 * HOUR_MS + 1_000, 3_600));

@@ -12,7 +12,7 @@ use super::Core;
 use crate::{
     admission::{self, Model, Needs, Unplaced},
     moment::Moment,
-    routing::{self, Pick, Request, Rows, Seen, Slot},
+    routing::{self, Pick, Request, Rows, Seen, Service, Slot},
     sessions::Session,
 };
 
@@ -54,13 +54,12 @@ impl Core {
         let sessions = sessions.filter(|s| s.planned).map(|s| s.stand_in.as_ref().or(s.record.options.model.as_ref()));
         let promised: Vec<Option<&str>> =
             sessions.chain(self.jobs.planned(&worker.jobs)).map(|model| model.map(String::as_str)).collect();
-        let suspect_after = Duration::from_millis(self.config.suspect_after_ms);
         let reserve_percent = self.map.reserve_percent(&self.roles, &name.gpu_id);
         let seen = Seen {
             name,
             heartbeat: &worker.heartbeat,
             health: worker.health(worker.heard, &self.config),
-            suspect_at: worker.heard + suspect_after,
+            suspect_at: worker.heard + worker.patience(&self.config).suspect_after,
             superseded: self.fleet.superseded(name),
             sessions: worker.load.used(),
             jobs: worker.jobs.used(),
@@ -113,7 +112,11 @@ impl Core {
 
     /// A new request of a session or job with these options.
     pub(super) fn request_for<'a>(&self, options: &'a SessionOptions, live: bool) -> Request<'a> {
-        Request { service: self.map.service_of(options.model.as_deref()), ..Request::new(options, live) }
+        let service = self.map.service_of(options.model.as_deref()).map(|service| {
+            let gpus = self.map.names_gpu(service.number, |gpu| self.roster.is_cpu(gpu));
+            Service { gpus, ..service }
+        });
+        Request { service, ..Request::new(options, live) }
     }
 
     /// Whether somebody who asks to open a session that nobody here knows may be let as far as to have its key read. Where
@@ -178,6 +181,11 @@ impl Core {
             session.refused.push((worker.clone(), seq));
         }
         self.refusals.insert(worker.clone(), seq);
+    }
+
+    /// A worker is gone, and what it refused with it.
+    pub(super) fn forget_asking(&mut self, worker: &WorkerName) {
+        self.refusals.remove(worker);
     }
 
     /// A heartbeat: whoever its worker refused before may ask it again.

@@ -12,8 +12,9 @@ use voxfleet_schema::{
 use super::{Answer, AskReply, Core, Effect};
 use crate::{moment::Moment, sessions::CallId};
 
-/// What a worker gets that is asked to drain without a deadline.
-const DRAIN_MS: u64 = 60_000;
+/// End of a drain without a deadline: the worker takes its own `drain_ms`, and says in its heartbeats until when. Any other end
+/// is earlier.
+const OWN_TIME: u64 = u64::MAX;
 /// The longest: a worker that is to finish its work and then go.
 const LONGEST_MS: u64 = 86_400_000;
 /// What is left of a deadline is not sent below this: it would say nothing else than 'now'.
@@ -43,8 +44,8 @@ impl Core {
             let message = format!("no worker on GPU {} is known", request.gpu_id);
             return self.refuse(call, Failure::new(FailureClass::NotFound, message));
         }
-        let deadline_ms = request.deadline_ms.unwrap_or(DRAIN_MS).clamp(LEAST_MS, LONGEST_MS);
-        let until_ms = now.unix_ms.saturating_add(deadline_ms);
+        let deadline_ms = request.deadline_ms.map(|ms| ms.clamp(LEAST_MS, LONGEST_MS));
+        let until_ms = deadline_ms.map_or(OWN_TIME, |ms| now.unix_ms.saturating_add(ms));
         let held = |load: fn(&crate::fleet::Worker) -> u32| {
             workers.iter().filter_map(|name| self.fleet.get(name)).map(load).sum::<u32>()
         };
@@ -59,7 +60,7 @@ impl Core {
             self.drains.waiting.entry(worker.clone()).or_default().push(call);
             // A successor finds the wish there.
             self.note(&worker, now);
-            self.effect(Effect::Drain { worker, deadline_ms });
+            self.effect(Effect::Drain { worker, deadline_ms: deadline_ms.unwrap_or(0) });
         }
         self.reconcile_due = true;
     }
@@ -105,7 +106,10 @@ impl Core {
             .filter_map(|(name, w)| Some((name.clone(), w.drain_until_ms?)))
             .collect();
         for (worker, until_ms) in due {
-            let deadline_ms = until_ms.saturating_sub(now.unix_ms).clamp(LEAST_MS, LONGEST_MS);
+            let deadline_ms = match until_ms {
+                OWN_TIME => 0,
+                until_ms => until_ms.saturating_sub(now.unix_ms).clamp(LEAST_MS, LONGEST_MS),
+            };
             self.drains.waiting.insert(worker.clone(), Vec::new());
             self.effect(Effect::Drain { worker, deadline_ms });
         }

@@ -3,6 +3,7 @@
 
 use voxfleet_schema::{
     event::What,
+    failure::{Failure, FailureClass},
     fleet::WorkerHealth,
     id::{StreamId, WorkerName},
     session::{SessionRecord, SessionState},
@@ -14,6 +15,9 @@ use crate::{moment::Moment, sessions::ChainMark, sessions::Stage};
 /// How long a write into the log that was lost, or is under way, keeps the next one back.
 const WRITE_PAUSE: std::time::Duration = std::time::Duration::from_secs(5);
 const LOST_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
+/// The same while the log is full: it takes more when something expires.
+const FULL_PAUSE: std::time::Duration = std::time::Duration::from_secs(10);
+const LOG_FULL: &str = "the audio log is full, and the end has no room in it; it takes more when older audio expires";
 
 impl Core {
     /// The last final of a session was read, as reconciliation asked.
@@ -125,7 +129,8 @@ impl Core {
             session.displaced_from = None;
         }
         tracing::info!(session = %id, "audio behind the end, session goes on");
-        if let Err(failure) = self.place(id, now) {
+        // Whoever waits longer looks first.
+        if let Err(failure) = self.newcomers_turn(now).and_then(|()| self.place(id, now)) {
             self.wait(id, failure, now);
         }
     }
@@ -225,14 +230,12 @@ impl Core {
                 }
                 Err(error) => {
                     tracing::warn!(session = %id, ?error, "end not written");
-                    let failure = voxfleet_schema::failure::Failure {
-                        retry_after_ms: Some(self.config.retry_after_ms),
-                        ..voxfleet_schema::failure::Failure::new(
-                            voxfleet_schema::failure::FailureClass::Timeout,
-                            "the end could not be written now",
-                        )
+                    let (class, why) = match error {
+                        AppendError::Full => (FailureClass::NoCapacity, LOG_FULL),
+                        _ => (FailureClass::Timeout, "the end could not be written now"),
                     };
-                    self.refuse(call, failure);
+                    let retry_after_ms = Some(self.config.retry_after_ms);
+                    self.refuse(call, Failure { retry_after_ms, ..Failure::new(class, why) });
                 }
             };
         }
@@ -247,6 +250,11 @@ impl Core {
                 if last.unwrap_or(0) < session.last.unwrap_or(0) {
                     session.last = last;
                 }
+            }
+            Err(AppendError::Full) => {
+                // That it fills was told of the stream; not again for each of its sessions.
+                session.idle.pause(idle_now + FULL_PAUSE);
+                tracing::debug!(session = %id, ?mark, "entry not written, the log is full");
             }
             Err(AppendError::Failed(error)) => {
                 session.idle.pause(idle_now + LOST_PAUSE);

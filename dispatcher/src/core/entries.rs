@@ -351,6 +351,7 @@ fn blank_record(id: &StreamId, options: SessionOptions, implicit: bool, now: Mom
         ended_seq: None,
         suspect: false,
         crashes: 0,
+        suspect_from: None,
         displaced_from: None,
     }
 }

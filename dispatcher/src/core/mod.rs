@@ -33,6 +33,10 @@ mod workers;
 
 use std::{
     collections::{HashMap, HashSet},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -149,6 +153,7 @@ pub enum Effect {
         worker: WorkerName,
         heartbeat: Option<Box<Heartbeat>>,
         revision: Option<u64>,
+        recall: Recall,
     },
     /// Write its last heartbeat over this revision of its key -> [`Core::noted`].
     Note {
@@ -218,6 +223,8 @@ pub enum AppendError {
     Conflict {
         last: Option<u64>,
     },
+    /// The log has no room.
+    Full,
     Failed(String),
 }
 
@@ -243,6 +250,20 @@ pub enum Admission {
     Failed(String),
 }
 
+/// Takes back a verdict that has been decided and not written yet: its worker beats.
+#[derive(Debug, Clone, Default)]
+pub struct Recall(Arc<AtomicBool>);
+
+impl Recall {
+    pub(crate) fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// What became of a verdict.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Burial {
@@ -251,6 +272,8 @@ pub enum Burial {
     Stood,
     /// Somebody else has written its key since: it has been heard there.
     Fenced,
+    /// It was heard here before the verdict was written.
+    Recalled,
     Failed(String),
 }
 
@@ -274,6 +297,8 @@ pub struct Core {
     roles: Roles,
     /// Something has changed that may change who does what.
     map_due: bool,
+    /// When the own link was last in doubt: who was not heard then is not missed for that.
+    doubted: Duration,
     /// Settled sessions without a worker, and who else wants in.
     waiting: Waiting,
     /// When those who wait were last gone through.
@@ -282,8 +307,10 @@ pub struct Core {
     refusals: HashMap<WorkerName, u64>,
     /// Something came free since the last look at them.
     place_due: bool,
-    /// Verdicts being written, since then.
-    burying: HashMap<WorkerName, Duration>,
+    /// Workers whose key is being written, since then.
+    key_writes: HashMap<WorkerName, Duration>,
+    /// Verdicts on their way to their keys.
+    burying: HashMap<WorkerName, Recall>,
     /// Their consumers could not be made yet.
     readmit: HashSet<WorkerName>,
     effects: Vec<Effect>,
@@ -307,6 +334,7 @@ impl Core {
             map: Map::of(&config.services),
             roles: Roles::default(),
             map_due: false,
+            doubted: Duration::ZERO,
             config,
             name,
             subjects,
@@ -318,6 +346,7 @@ impl Core {
             placed: Duration::ZERO,
             refusals: HashMap::new(),
             place_due: false,
+            key_writes: HashMap::new(),
             burying: HashMap::new(),
             readmit: HashSet::new(),
             effects: Vec::new(),

@@ -113,7 +113,7 @@ impl Core {
         // A successor tells of a move that this one did not get to tell.
         next.displaced_from = session.displaced_from.clone().filter(|_| next.state != SessionState::Ended);
         if next.state == SessionState::Ended {
-            (next.suspect, next.crashes) = (false, 0);
+            (next.suspect, next.crashes, next.suspect_from) = (false, 0, None);
         }
         session.enter(Stage::Saving(Box::new(next.clone())), now.mono);
         let revision = session.revision;
@@ -155,6 +155,10 @@ impl Core {
         let Some(session) = self.book.session_mut(id) else {
             return;
         };
+        // The answer to a write that was given up long ago changes nothing about what goes on since.
+        if !matches!(session.stage, Stage::Saving(_)) {
+            return;
+        }
         let Stage::Saving(next) = std::mem::replace(&mut session.stage, Stage::Settled) else {
             return;
         };
@@ -237,6 +241,7 @@ impl Core {
             options,
             suspect: session.record.suspect,
             crashes: session.record.crashes,
+            suspect_from: session.record.suspect_from,
         };
         session.enter(Stage::Asking, now.mono);
         session.ask_again = None;
@@ -285,9 +290,10 @@ impl Core {
             let smaller =
                 session.stand_in.as_ref().map(|model| serde_json::json!({ "model": model, "model_asked": asked }));
             self.log_slot("session assigned", id, epoch, worker);
-            if let Some(from) = from {
+            // Whoever has it again never lost it.
+            if let Some(from) = from.filter(|from| from != worker) {
                 // A draining worker waits for this; a dead one is not in the fleet any more.
-                let held = self.fleet.get(&from).filter(|_| from != *worker).and_then(|w| {
+                let held = self.fleet.get(&from).and_then(|w| {
                     w.heartbeat.held.iter().find(|h| h.kind == Kind::Session && h.id == *id).map(|h| h.epoch)
                 });
                 if let Some(epoch) = held {
@@ -379,16 +385,26 @@ impl Core {
                 self.written(id, record, revision, now);
             }
             None => {
-                session.revision = None;
+                // Nobody but its caller knows of it, who hears so and asks again.
+                let unheard = session.last.is_none() && session.chain.is_none();
+                let forget = session.revision.take().is_none() && !next.implicit && unheard;
                 // Nothing stands there: whoever asked for it hears so, instead of nothing.
                 let failure = Failure {
                     retry_after_ms: Some(self.config.retry_after_ms),
                     ..Failure::new(FailureClass::Timeout, "the session's record cannot be written now")
                 };
                 self.refuse_opens(id, &failure, now);
-                self.save(id, next, now);
+                if forget { self.forget_unwritten(id, now) } else { self.save(id, next, now) }
             }
         }
+    }
+
+    /// A session whose key was never written takes no slot.
+    fn forget_unwritten(&mut self, id: &StreamId, now: Moment) {
+        self.charge(id, None);
+        let later = self.book.session_mut(id).map(|s| std::mem::take(&mut s.later)).unwrap_or_default();
+        self.book.remove(id);
+        self.asks(id, later, now);
     }
 }
 

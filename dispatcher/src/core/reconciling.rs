@@ -8,7 +8,7 @@ use std::{
 use voxfleet_schema::{
     fleet::WorkerHealth,
     id::{Kind, StreamId, WorkerName},
-    session::Priority,
+    session::{Priority, SessionState},
 };
 
 use super::{Core, Effect};
@@ -44,6 +44,7 @@ impl Core {
         }
         let mut actions: Vec<(StreamId, Action)> = Vec::new();
         let mut moves: BTreeMap<WorkerName, Vec<(Priority, StreamId)>> = BTreeMap::new();
+        let mut arrived: Vec<StreamId> = Vec::new();
         for (id, session) in self.book.sessions() {
             let desired = Desired {
                 state: session.state(),
@@ -62,6 +63,14 @@ impl Core {
                 }
             });
             let held = holders.get(id).map_or(&[][..], Vec::as_slice);
+            // Its move is long over, which a predecessor did not get to write down.
+            if session.displaced_from.is_some()
+                && session.settled()
+                && session.state() == SessionState::Assigned
+                && held.iter().any(|h| desired.worker == Some(h.worker) && h.held.epoch == desired.epoch)
+            {
+                arrived.push(id.clone());
+            }
             for action in reconcile::compare(desired, owner, held) {
                 match (action, desired.worker) {
                     (Action::MoveIfRoom, Some(from)) => {
@@ -76,6 +85,11 @@ impl Core {
             holders.keys().filter(|id| self.book.get(id).is_none()).map(|id| (*id).clone()).collect();
         for id in strangers {
             self.look_up(&id);
+        }
+        for id in arrived {
+            if let Some(session) = self.book.session_mut(&id) {
+                session.displaced_from = None;
+            }
         }
         for (id, action) in actions {
             self.act(&id, action, now);
@@ -138,6 +152,13 @@ impl Core {
     /// False: nobody else has room, and it stays where it is.
     fn move_if_room(&mut self, id: &StreamId, now: Moment) -> bool {
         self.displaced(id);
+        let owner = self.book.session(id).and_then(|session| session.record.worker.clone());
+        if let Some(owner) =
+            owner.filter(|owner| self.fleet.health(owner, now.mono, &self.config) == WorkerHealth::Alive)
+        {
+            // It is fit, and asks itself that it be somebody else.
+            self.refused_by(id, &owner);
+        }
         let moves = self.place(id, now).is_ok();
         if !moves && let Some(session) = self.book.session_mut(id) {
             session.displaced_from = None;

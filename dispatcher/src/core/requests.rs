@@ -77,6 +77,7 @@ impl Core {
             jobs_assigned,
             dead: self.fleet.dead().into_iter().take(MOST_DEAD).collect(),
             services: self.services(now),
+            verdicts_wait: self.fleet.held(now.mono).map(|why| why.as_str().to_owned()),
         };
         self.answer(call, Answer::Fleet(Box::new(status)));
     }
@@ -103,6 +104,8 @@ impl Core {
 
     fn open(&mut self, id: &StreamId, call: CallId, options: Box<SessionOptions>, now: Moment) {
         let idle_now = self.idle_now(now);
+        // Whoever waits looks first, this one in its place among them.
+        let turn = self.newcomers_turn(now);
         let Some(session) = self.book.session_mut(id) else {
             return;
         };
@@ -117,7 +120,7 @@ impl Core {
             session.displaced_from = None;
             session.idle = crate::idle::Idle::new(idle_now);
             session.opens.push(call);
-            match self.place(id, now) {
+            match turn.and_then(|()| self.place(id, now)) {
                 Ok(()) => tracing::info!(session = %id, "opened again by request"),
                 Err(failure) => {
                     // Refused: it stays as it ended.
@@ -145,9 +148,9 @@ impl Core {
             (SessionState::Assigned, true) => self.answer_opened(id, call),
             (SessionState::Waiting, true) => {
                 session.opens.push(call);
-                if let Err(failure) = self.place(id, now) {
-                    self.refuse_opens(id, &failure, now);
-                }
+                let why = session.why_waiting.clone();
+                let failure = why.unwrap_or_else(|| self.no_capacity());
+                self.refuse_opens(id, &failure, now);
             }
             _ => session.opens.push(call),
         }

@@ -24,8 +24,11 @@ impl Core {
         if self.map.is_empty() {
             return;
         }
+        if self.fleet.deaf(now.mono) {
+            self.doubted = now.mono;
+        }
         let gpus = self.gpus(now.mono);
-        let (roles, changes) = self.map.roles(&gpus, &self.roles, now.mono);
+        let (roles, changes) = self.map.roles(&gpus, &self.roles, now.mono, now.since(self.doubted));
         if roles != self.roles {
             let before = std::mem::replace(&mut self.roles, roles);
             let new_duty = |name: &WorkerName| {

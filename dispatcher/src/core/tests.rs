@@ -15,7 +15,7 @@ use voxfleet_schema::{
 };
 
 use super::*;
-use crate::testing::{beat, end_final, held, id, worker};
+use crate::testing::{self, beat, end_final, held, id, worker};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -139,7 +139,7 @@ impl World {
         for _ in 0..count {
             self.wait(Duration::from_secs(1));
             beats(self);
-            self.core.probed(true, true, self.now);
+            testing::probe(&mut self.core, true, true, self.now);
             self.core.tick(self.now);
             self.run();
         }
@@ -187,6 +187,7 @@ fn world_record(session: &str) -> SessionRecord {
         ended_seq: None,
         suspect: false,
         crashes: 0,
+        suspect_from: None,
         displaced_from: None,
     }
 }
@@ -328,7 +329,7 @@ fn silence_is_fenced_by_the_last_entry_and_stands_still_with_the_stream() {
     for _ in 0..30 {
         world.wait(Duration::from_secs(1));
         beats(&mut world);
-        world.core.probed(false, true, world.now);
+        testing::probe(&mut world.core, false, true, world.now);
         world.core.tick(world.now);
         world.run();
     }

@@ -10,8 +10,12 @@ use voxfleet_schema::{
     session::SessionState,
 };
 
-use super::{Admission, Burial, Core, Effect, NoteError};
-use crate::{fleet::Heard, moment::Moment};
+use super::{Admission, Burial, Core, Effect, NoteError, Recall};
+use crate::{
+    fleet::{Heard, HoldNews, RoundTrip},
+    moment::Moment,
+    routing::Duty,
+};
 
 /// Verdicts stand in the bucket for a day; memory need not keep them longer than a zombie's next heartbeat.
 const REMEMBER_DEAD: Duration = Duration::from_secs(3_600);
@@ -19,15 +23,18 @@ const REMEMBER_DEAD: Duration = Duration::from_secs(3_600);
 const NOTE_EVERY: Duration = Duration::from_secs(10);
 /// Such writes at each tick: a fleet of a thousand takes turns instead of writing at once.
 const NOTES: usize = 128;
-/// A verdict whose writing was lost is written again.
-const BURY_AGAIN: Duration = Duration::from_secs(30);
+/// The answer to a write of a worker's key is lost after this: longer than any takes with all its retries.
+const WRITE_LOST: Duration = Duration::from_secs(30);
 
 /// A key of `asr_fleet` as a predecessor left it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FleetKey {
     pub worker: WorkerName,
     pub revision: u64,
-    pub dead: bool,
+    /// Unix time in ms of its verdict.
+    pub dead_ms: Option<u64>,
+    /// Whether it has a GPU, by its last heartbeat.
+    pub device: Option<bool>,
 }
 
 impl Core {
@@ -35,16 +42,21 @@ impl Core {
     pub fn recover_fleet(&mut self, keys: Vec<FleetKey>, now: Moment) {
         self.miss_owners();
         for key in keys {
-            if key.dead {
-                self.fleet.bury(&key.worker, now.mono);
-            } else {
-                self.fleet.was_noted(&key.worker, key.revision);
+            if let Some(device) = key.device {
+                self.roster.remember(&key.worker.gpu_id, device);
+            }
+            match key.dead_ms {
+                Some(at_ms) => self.fleet.was_buried(&key.worker, at_ms, now.mono),
+                None => self.fleet.was_noted(&key.worker, key.revision),
             }
         }
     }
 
     pub fn heartbeat(&mut self, heartbeat: Heartbeat, now: Moment) {
         let name = heartbeat.worker();
+        if let Some(recall) = self.burying.get(&name) {
+            recall.set();
+        }
         let free = |core: &Self| {
             core.fleet.get(&name).map_or(0, |w| w.heartbeat.job_slots.total.saturating_sub(w.jobs.used()))
         };
@@ -58,7 +70,7 @@ impl Core {
                 self.note_suspects(&heartbeat);
                 self.recharge(&name);
                 self.recharge_jobs(&name);
-                self.effect(Effect::Admit { heartbeat: Box::new(heartbeat) });
+                self.admit(&name, now);
             }
             Heard::Known | Heard::Changed => {
                 self.note_suspects(&heartbeat);
@@ -92,6 +104,7 @@ impl Core {
                         && session.record.worker.as_ref() == Some(&name)
                     {
                         (session.record.suspect, session.record.crashes) = (held.suspect, held.crashes);
+                        session.record.suspect_from = held.suspect_from;
                     }
                 }
                 Kind::Job => self.note_suspect_job(held, &name),
@@ -115,13 +128,15 @@ impl Core {
 
     /// A new incarnation's consumers were made, or may not be.
     pub fn admitted(&mut self, worker: &WorkerName, admission: Admission, now: Moment) {
+        self.key_writes.remove(worker);
         match admission {
             Admission::Ready { revision, drain_until_ms } => {
                 let Some(known) = self.fleet.get_mut(worker) else {
                     return;
                 };
                 known.revision = Some(revision);
-                known.noted = now.mono;
+                // A wish that came meanwhile is still to be written.
+                known.noted = known.noted.map(|_| now.mono);
                 known.drain_until_ms = known.drain_until_ms.or(drain_until_ms);
                 let joins = !std::mem::replace(&mut known.ready, true);
                 let detail = serde_json::json!({
@@ -129,6 +144,7 @@ impl Core {
                     "device": known.heartbeat.device.name,
                 });
                 if joins {
+                    self.warn_of_nobody(worker);
                     tracing::info!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, "worker joined");
                     self.fleet_event(worker, What::Joined, now, detail);
                     self.prewarm(worker);
@@ -138,7 +154,10 @@ impl Core {
                 self.job_room();
             }
             Admission::Dead => {
+                tracing::warn!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, "a verdict stands, told to renew");
                 self.fleet.bury(worker, now.mono);
+                self.forget_asking(worker);
+                self.reconcile_due = true;
                 self.effect(Effect::Renew { worker: worker.clone() });
             }
             Admission::Failed(error) => {
@@ -150,9 +169,13 @@ impl Core {
 
     /// A verdict was written, or not.
     pub fn buried(&mut self, worker: &WorkerName, burial: Burial, now: Moment) {
+        self.key_writes.remove(worker);
         self.burying.remove(worker);
         match burial {
             Burial::Written | Burial::Stood => {}
+            Burial::Recalled => {
+                return tracing::info!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, "heard again, no verdict");
+            }
             Burial::Fenced => {
                 tracing::warn!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, "somebody has admitted it meanwhile, no verdict");
                 self.fleet.heard_elsewhere(worker, now.mono);
@@ -169,6 +192,7 @@ impl Core {
         let silent_ms = self.fleet.get(worker).map(|w| w.silent(now.mono).as_millis() as u64);
         tracing::warn!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, silent_ms, "worker is dead");
         self.fleet.bury(worker, now.mono);
+        self.forget_asking(worker);
         if burial == Burial::Written {
             self.fleet_event(worker, What::Dead, now, serde_json::json!({ "silent_ms": silent_ms }));
         }
@@ -179,7 +203,7 @@ impl Core {
 
     /// Consumers that exist on the server: those of dead incarnations go, missing ones are made again. One that nobody has
     /// heard is missed like an owner, so that its verdict comes before anything of it is deleted.
-    pub fn consumers(&mut self, complete: &[WorkerName], partial: &[WorkerName]) {
+    pub fn consumers(&mut self, complete: &[WorkerName], partial: &[WorkerName], now: Moment) {
         for worker in complete.iter().chain(partial) {
             if self.fleet.is_dead(worker) {
                 self.effect(Effect::RemoveConsumers { worker: worker.clone() });
@@ -187,25 +211,49 @@ impl Core {
                 self.fleet.miss(worker, Duration::ZERO);
             }
         }
-        let missing: Vec<Heartbeat> = self
-            .fleet
-            .workers()
-            .filter(|(name, w)| w.ready && !complete.contains(name))
-            .map(|(_, w)| w.heartbeat.clone())
-            .collect();
-        for heartbeat in missing {
-            self.effect(Effect::Admit { heartbeat: Box::new(heartbeat) });
+        let missing = self.fleet.workers().filter(|(name, w)| w.ready && !complete.contains(name));
+        let missing: Vec<WorkerName> = missing.map(|(name, _)| name.clone()).collect();
+        for worker in missing {
+            self.admit(&worker, now);
         }
     }
 
-    /// Whether the audio stream answered a probe just now, and the server a ping.
-    pub fn probed(&mut self, stream: bool, server: bool, now: Moment) {
+    /// Whether the audio stream answered a probe just now.
+    pub fn probed(&mut self, stream: bool, now: Moment) {
         self.clock.probe(now.mono, stream);
-        self.fleet.round_trip(server, now.mono, &self.config);
+    }
+
+    /// The server answered, or did not.
+    pub fn round_trip(&mut self, trip: RoundTrip, now: Moment) {
+        self.fleet.round_trip(trip, now.mono, &self.config);
+    }
+
+    /// Whether a worker's key may be written now. One write at a time: of two over the same revision one would take the
+    /// other for somebody else's, and a verdict would wait for three more heartbeats.
+    fn may_write(&mut self, worker: &WorkerName, now: Moment) -> bool {
+        let free = self.key_writes.get(worker).is_none_or(|since| now.since(*since) >= WRITE_LOST);
+        if free {
+            self.key_writes.insert(worker.clone(), now.mono);
+        }
+        free
+    }
+
+    /// Makes what a worker needs, now or when its key is not being written.
+    fn admit(&mut self, worker: &WorkerName, now: Moment) {
+        let Some(known) = self.fleet.get(worker) else {
+            return;
+        };
+        let heartbeat = Box::new(known.heartbeat.clone());
+        if self.may_write(worker, now) {
+            self.effect(Effect::Admit { heartbeat });
+        } else {
+            self.readmit.insert(worker.clone());
+        }
     }
 
     /// A heartbeat was written to its key, or not.
     pub fn noted(&mut self, worker: &WorkerName, result: Result<u64, NoteError>) {
+        self.key_writes.remove(worker);
         match result {
             Ok(revision) => {
                 if let Some(known) = self.fleet.get_mut(worker) {
@@ -223,24 +271,47 @@ impl Core {
         }
     }
 
+    /// A worker that the fleet map knows nothing of would stand idle without a word.
+    fn warn_of_nobody(&self, worker: &WorkerName) {
+        let cpu = self.fleet.get(worker).is_some_and(|w| w.heartbeat.device.index.is_none());
+        if self.map.duty(&self.roles, &worker.gpu_id, cpu) == Duty::Nobody {
+            tracing::warn!(gpu = %worker.gpu_id, "no service of dispatcher.services names this GPU, it gets no work");
+        }
+    }
+
+    /// Verdicts, more often than everything else is looked at: each look that comes late is audio that nobody hears.
+    pub fn judge(&mut self, now: Moment) {
+        let silent = self.fleet.verdicts(now.mono, &self.config);
+        match self.fleet.hold_news(now.mono) {
+            Some(HoldNews::Held { why, until }) => {
+                let for_ms = until.map(|until| until.saturating_sub(now.mono).as_millis() as u64);
+                tracing::info!(why = why.as_str(), for_ms, "verdicts wait");
+            }
+            Some(HoldNews::Over { since }) => {
+                let waited_ms = now.since(since).as_millis() as u64;
+                tracing::info!(waited_ms, silent = silent.len(), "verdicts wait no longer");
+            }
+            None => {}
+        }
+        for worker in silent {
+            if self.may_write(&worker, now) {
+                let heartbeat = self.fleet.get(&worker).map(|known| Box::new(known.heartbeat.clone()));
+                let revision = self.fleet.revision(&worker);
+                let recall = Recall::default();
+                self.burying.insert(worker.clone(), recall.clone());
+                self.effect(Effect::Bury { worker, heartbeat, revision, recall });
+            }
+        }
+    }
+
     /// The part of the tick that is about workers.
     pub(super) fn tick_workers(&mut self, now: Moment) {
         self.fleet.forget_dead(now.mono, REMEMBER_DEAD);
         self.miss_owners();
-        for worker in self.fleet.verdicts(now.mono, &self.config) {
-            let lost = self.burying.get(&worker).is_some_and(|since| now.since(*since) >= BURY_AGAIN);
-            if !self.burying.contains_key(&worker) || lost {
-                self.burying.insert(worker.clone(), now.mono);
-                let heartbeat = self.fleet.get(&worker).map(|known| Box::new(known.heartbeat.clone()));
-                let revision = self.fleet.revision(&worker);
-                self.effect(Effect::Bury { worker, heartbeat, revision });
-            }
-        }
+        self.key_writes.retain(|_, since| now.since(*since) < WRITE_LOST);
+        self.judge(now);
         for worker in std::mem::take(&mut self.readmit) {
-            if let Some(known) = self.fleet.get(&worker) {
-                let heartbeat = Box::new(known.heartbeat.clone());
-                self.effect(Effect::Admit { heartbeat });
-            }
+            self.admit(&worker, now);
         }
         for (worker, what, why) in self.fleet.news(now.mono, &self.config) {
             self.tell_health(&worker, what, &why, now);
@@ -259,12 +330,14 @@ impl Core {
         }
     }
 
-    /// Writes down the last heartbeats of those whose turn it is.
+    /// Writes down the last heartbeats of those whose turn it is. Not of the silent: what comes next to their keys is a
+    /// heartbeat or a verdict.
     fn note_heartbeats(&mut self, now: Moment) {
         let due = |w: &crate::fleet::Worker| {
-            w.ready && w.revision.is_some() && now.since(w.noted) >= NOTE_EVERY && w.heard > w.noted
+            let turn = w.noted.is_none_or(|noted| now.since(noted) >= NOTE_EVERY && w.heard > noted);
+            turn && w.ready && w.revision.is_some() && w.silent(now.mono) < w.patience(&self.config).suspect_after
         };
-        let mut turns: Vec<(Duration, WorkerName)> =
+        let mut turns: Vec<(Option<Duration>, WorkerName)> =
             self.fleet.workers().filter(|(_, w)| due(w)).map(|(name, w)| (w.noted, name.clone())).collect();
         turns.sort();
         for (_, worker) in turns.into_iter().take(NOTES) {
@@ -272,17 +345,21 @@ impl Core {
         }
     }
 
+    /// Writes down the last heartbeat now, or as soon as the key is not being written.
     pub(super) fn note(&mut self, worker: &WorkerName, now: Moment) {
+        let Some(revision) = self.fleet.get(worker).and_then(|known| known.revision) else {
+            return;
+        };
+        let free = self.may_write(worker, now);
         let Some(known) = self.fleet.get_mut(worker) else {
             return;
         };
-        let Some(revision) = known.revision else {
-            return;
-        };
-        known.noted = now.mono;
-        let heartbeat = Box::new(known.heartbeat.clone());
-        let drain_until_ms = known.drain_until_ms;
-        self.effect(Effect::Note { heartbeat, revision, drain_until_ms });
+        known.noted = free.then_some(now.mono);
+        if free {
+            let heartbeat = Box::new(known.heartbeat.clone());
+            let drain_until_ms = known.drain_until_ms;
+            self.effect(Effect::Note { heartbeat, revision, drain_until_ms });
+        }
     }
 
     fn tell_health(&mut self, worker: &WorkerName, what: What, why: &str, now: Moment) {

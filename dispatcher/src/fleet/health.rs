@@ -45,9 +45,31 @@ impl Crashes {
     }
 }
 
+/// What silence of a worker means: by the configuration, but never less than what that many of its own beats take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    pub suspect_after: Duration,
+    pub dead_after: Duration,
+}
+
+impl Patience {
+    /// One beat late and a half, and three that are missing.
+    pub(super) fn with(beat_ms: u32, config: &DispatcherConfig) -> Self {
+        let beat = Duration::from_millis(beat_ms.into());
+        Self {
+            suspect_after: Duration::from_millis(config.suspect_after_ms).max(beat * 3 / 2),
+            dead_after: Duration::from_millis(config.dead_after_ms).max(beat * 3),
+        }
+    }
+}
+
 impl Worker {
+    pub fn patience(&self, config: &DispatcherConfig) -> Patience {
+        Patience::with(self.heartbeat.beat_ms, config)
+    }
+
     pub fn health(&self, now: Duration, config: &DispatcherConfig) -> WorkerHealth {
-        if self.silent(now) >= Duration::from_millis(config.suspect_after_ms) {
+        if self.silent(now) >= self.patience(config).suspect_after {
             // Dead is a verdict, not a reading: until it is written, a silent worker is suspect however long.
             WorkerHealth::Suspect
         } else if !self.ready {

@@ -11,6 +11,12 @@ fn config() -> DispatcherConfig {
     DispatcherConfig::default()
 }
 
+/// A look over a link that answers at once.
+fn look(fleet: &mut Fleet, now: Duration) -> Vec<WorkerName> {
+    fleet.round_trip(RoundTrip { began: now, answered: true, connects: 1 }, now, &config());
+    fleet.verdicts(now, &config())
+}
+
 #[test]
 fn a_worker_goes_from_joining_to_dead() {
     let mut fleet = Fleet::default();
@@ -20,8 +26,8 @@ fn a_worker_goes_from_joining_to_dead() {
     fleet.set_ready(&name, true);
     assert_eq!(fleet.health(&name, 1_499 * MS, &config()), WorkerHealth::Alive);
     assert_eq!(fleet.health(&name, 1_500 * MS, &config()), WorkerHealth::Suspect);
-    assert!(fleet.verdicts(2_999 * MS, &config()).is_empty());
-    assert_eq!(fleet.verdicts(3_000 * MS, &config()), std::slice::from_ref(&name));
+    assert!(look(&mut fleet, 2_999 * MS).is_empty());
+    assert_eq!(look(&mut fleet, 3_000 * MS), std::slice::from_ref(&name));
     assert!(fleet.bury(&name, 3_000 * MS).is_some());
     assert_eq!(fleet.health(&name, 3_000 * MS, &config()), WorkerHealth::Dead);
     assert_eq!(fleet.heard(beat("g0", "i0"), 3_100 * MS), Heard::Dead { first: true });
@@ -56,19 +62,30 @@ fn many_silent_at_once_wait_ten_seconds_and_no_longer() {
         fleet.heard(beat(&format!("g{n}"), "i"), Duration::ZERO);
     }
     fleet.heard(beat("g0", "i"), 2_000 * MS);
-    assert!(fleet.verdicts(3_000 * MS, &config()).is_empty(), "three of four: suspect the network");
+    assert!(look(&mut fleet, 3_000 * MS).is_empty(), "three of four: suspect the network");
     fleet.heard(beat("g0", "i"), 12_000 * MS);
-    assert!(fleet.verdicts(12_900 * MS, &config()).is_empty());
-    assert_eq!(fleet.verdicts(13_000 * MS, &config()).len(), 3);
+    assert!(look(&mut fleet, 12_900 * MS).is_empty());
+    assert_eq!(look(&mut fleet, 13_000 * MS).len(), 3);
 }
 
 #[test]
 fn verdicts_wait_while_the_own_link_is_in_doubt() {
     let mut fleet = Fleet::default();
     fleet.heard(beat("g0", "i"), Duration::ZERO);
-    fleet.hold_verdicts(8_000 * MS);
-    assert!(fleet.verdicts(7_999 * MS, &config()).is_empty());
-    assert_eq!(fleet.verdicts(8_000 * MS, &config()).len(), 1);
+    fleet.round_trip(RoundTrip { began: 1_000 * MS, answered: false, connects: 1 }, 2_000 * MS, &config());
+    assert!(fleet.verdicts(5_000 * MS, &config()).is_empty());
+    assert!(look(&mut fleet, 6_000 * MS).is_empty());
+    assert!(look(&mut fleet, 8_999 * MS).is_empty());
+    assert_eq!(look(&mut fleet, 9_000 * MS).len(), 1);
+}
+
+#[test]
+fn nobody_is_condemned_for_a_silence_that_no_answer_proves() {
+    let mut fleet = Fleet::default();
+    fleet.heard(beat("g0", "i"), Duration::ZERO);
+    assert!(look(&mut fleet, 2_900 * MS).is_empty());
+    assert!(fleet.verdicts(3_500 * MS, &config()).is_empty(), "asked before it had been silent for long enough");
+    assert_eq!(look(&mut fleet, 3_600 * MS).len(), 1);
 }
 
 #[test]
@@ -143,11 +160,71 @@ fn whoever_is_only_named_falls_silent_with_the_others() {
     let mut fleet = Fleet::default();
     fleet.heard(beat("g0", "i"), 20_000 * MS);
     for gpu in ["a", "b", "c"] {
-        fleet.miss(&worker(gpu, "i"), Duration::ZERO);
+        fleet.miss(&worker(gpu, "i"), 17_000 * MS);
     }
-    assert!(fleet.verdicts(20_000 * MS, &config()).is_empty(), "three of four: suspect the network");
-    assert!(fleet.verdicts(29_999 * MS, &config()).iter().all(|name| name.gpu_id.as_str() == "g0"));
+    assert!(look(&mut fleet, 20_000 * MS).is_empty(), "three of four: suspect the network");
+    assert!(look(&mut fleet, 29_999 * MS).iter().all(|name| name.gpu_id.as_str() == "g0"));
     fleet.heard(beat("b", "i"), 29_999 * MS);
     fleet.heard(beat("g0", "i"), 29_999 * MS);
-    assert_eq!(fleet.verdicts(30_000 * MS, &config()), [worker("a", "i"), worker("c", "i")]);
+    assert_eq!(look(&mut fleet, 30_000 * MS), [worker("a", "i"), worker("c", "i")]);
+}
+
+#[test]
+fn who_comes_and_goes_does_not_put_off_the_verdicts_of_others() {
+    let mut fleet = Fleet::default();
+    for gpu in ["a", "b", "c"] {
+        fleet.heard(beat(gpu, "i"), Duration::ZERO);
+    }
+    let mut condemned = Vec::new();
+    // Every three seconds the third is silent for a moment longer than it may be.
+    for step in 1..80u32 {
+        let now = step * 250 * MS;
+        if step % 12 > 6 {
+            fleet.heard(beat("c", "i"), now);
+        }
+        for name in look(&mut fleet, now) {
+            fleet.bury(&name, now);
+            condemned.push((name, now));
+        }
+    }
+    assert_eq!(condemned, [(worker("a", "i"), 13_000 * MS), (worker("b", "i"), 13_000 * MS)]);
+}
+
+#[test]
+fn somebody_who_is_heard_elsewhere_is_not_alive_for_that() {
+    let mut fleet = Fleet::default();
+    let name = worker("g0", "i");
+    fleet.heard(beat("g0", "i"), Duration::ZERO);
+    fleet.set_ready(&name, true);
+    assert_eq!(look(&mut fleet, 3_000 * MS), std::slice::from_ref(&name));
+    fleet.heard_elsewhere(&name, 3_100 * MS);
+    assert_eq!(fleet.health(&name, 3_100 * MS, &config()), WorkerHealth::Suspect);
+    assert!(look(&mut fleet, 6_000 * MS).is_empty());
+    assert_eq!(look(&mut fleet, 6_100 * MS), [name]);
+}
+
+#[test]
+fn the_newest_verdicts_come_first_and_those_of_gpus_that_are_back_are_old() {
+    let mut fleet = Fleet::default();
+    for (gpu, at_ms) in [("a", 1_000), ("b", 3_000), ("c", 2_000), ("d", 4_000)] {
+        fleet.was_buried(&worker(gpu, "i"), at_ms, MS);
+    }
+    fleet.heard(beat("d", "j"), MS);
+    fleet.heard(beat("e", "i"), MS);
+    fleet.bury(&worker("e", "i"), 2 * MS);
+    assert_eq!(fleet.dead(), ["e", "b", "c", "a"].map(|gpu| worker(gpu, "i")));
+}
+
+#[test]
+fn a_worker_that_beats_slowly_is_judged_by_its_own_beats() {
+    let mut fleet = Fleet::default();
+    let name = worker("slow", "i");
+    let heartbeat = voxfleet_schema::fleet::Heartbeat { beat_ms: 5_000, ..beat("slow", "i") };
+    fleet.heard(heartbeat, Duration::ZERO);
+    fleet.heard(beat("usual", "i"), Duration::ZERO);
+    fleet.set_ready(&name, true);
+    assert_eq!(fleet.health(&name, 7_499 * MS, &config()), WorkerHealth::Alive);
+    assert_eq!(fleet.health(&name, 7_500 * MS, &config()), WorkerHealth::Suspect);
+    assert_eq!(look(&mut fleet, 14_999 * MS), [worker("usual", "i")]);
+    assert_eq!(look(&mut fleet, 15_000 * MS), [name, worker("usual", "i")]);
 }

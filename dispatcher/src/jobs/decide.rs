@@ -15,6 +15,8 @@ use super::JobMark;
 /// A heartbeat shows what its worker held when it was made; one that was on its way when something was decided shows the
 /// world before. Heartbeats come each second.
 const PICTURE_AGE: Duration = Duration::from_millis(1_500);
+/// What a worker gets to store the final that it has begun, when its job has moved on.
+const FINISH_WITHIN: Duration = crate::reconcile::FINISH_WITHIN;
 /// Pauses before the second, third, ... try: a server that holds the recording may be back by then.
 const BACKOFF_MS: [u64; 3] = [1_000, 5_000, 25_000];
 /// Whoever asks for a longer pause than this gets this one.
@@ -47,6 +49,7 @@ pub struct Holder<'a> {
     pub worker: &'a WorkerName,
     pub held: &'a Held,
     pub heard: Duration,
+    pub health: WorkerHealth,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,8 +70,8 @@ pub enum Action {
     CatchUp,
     /// The worker holds a later epoch than the key knows: assign above it.
     Raise { above: u64 },
-    /// Tell a worker to let go.
-    Release { worker: WorkerName, epoch: u64 },
+    /// Tell a worker to let go; `finish`: it may store the final that it has begun.
+    Release { worker: WorkerName, epoch: u64, finish: bool },
 }
 
 /// Compares one job. An owner that is none has not been heard: its silence is judged by the fleet, like that of any other.
@@ -80,11 +83,13 @@ pub fn compare(desired: Desired<'_>, owner: Option<Owner<'_>>, holders: &[Holder
     let fresh = |heard: Duration| heard >= since + PICTURE_AGE;
     let assigned = record.state == JobState::Assigned;
     let current = |h: &Holder<'_>| assigned && record.worker.as_ref() == Some(h.worker) && h.held.epoch >= record.epoch;
-    let mut actions: Vec<Action> = holders
-        .iter()
-        .filter(|h| !current(h) && fresh(h.heard))
-        .map(|h| Action::Release { worker: h.worker.clone(), epoch: h.held.epoch })
-        .collect();
+    // Its job has moved on because it should not keep it: it may yet be at work on the final that it has begun.
+    let finishes = |h: &Holder<'_>| assigned && leaves(h.health);
+    let patience = |h: &Holder<'_>| if finishes(h) { FINISH_WITHIN } else { Duration::ZERO };
+    let release =
+        |h: &Holder<'_>| Action::Release { worker: h.worker.clone(), epoch: h.held.epoch, finish: finishes(h) };
+    let others = holders.iter().filter(|h| !current(h) && h.heard >= since + PICTURE_AGE + patience(h));
+    let mut actions: Vec<Action> = others.map(release).collect();
     if !assigned {
         return actions;
     }
@@ -95,7 +100,7 @@ pub fn compare(desired: Desired<'_>, owner: Option<Owner<'_>>, holders: &[Holder
     let Some(owner) = owner else {
         return actions;
     };
-    let leaving = matches!(owner.health, WorkerHealth::Draining | WorkerHealth::Unhealthy);
+    let leaving = leaves(owner.health);
     actions.extend(match (owner.given_up, held) {
         (Some(failure), _) => Some(Action::GaveUp(failure.clone())),
         _ if owner.health == WorkerHealth::Dead => Some(Action::Displace),
@@ -107,6 +112,11 @@ pub fn compare(desired: Desired<'_>, owner: Option<Owner<'_>>, holders: &[Holder
         (None, None) => Some(Action::Look),
     });
     actions
+}
+
+/// It beats and should not keep what it has.
+fn leaves(health: WorkerHealth) -> bool {
+    matches!(health, WorkerHealth::Draining | WorkerHealth::Unhealthy)
 }
 
 /// What follows from a try that did not succeed.
@@ -268,13 +278,19 @@ mod tests {
     fn run(record: &JobRecord, owner: Option<WorkerHealth>, held: &[(&str, u64)], age_ms: u64) -> Vec<Action> {
         let names: Vec<_> = held.iter().map(|(gpu, e)| (worker(gpu, "i"), testing::holds_job("j", *e))).collect();
         let heard = LONG + Duration::from_millis(age_ms);
-        let holders: Vec<_> = names.iter().map(|(worker, held)| Holder { worker, held, heard }).collect();
+        let health = |name: &WorkerName| match owner {
+            Some(health) if *name == worker("g0", "i") => health,
+            _ if name.gpu_id.as_str() == "leaves" => WorkerHealth::Draining,
+            _ => WorkerHealth::Alive,
+        };
+        let holder = |(worker, held)| Holder { worker, held, heard, health: health(worker) };
+        let holders: Vec<_> = names.iter().map(|(worker, held)| holder((worker, held))).collect();
         let desired = Desired { record, settled_since: Some(LONG), final_index: None };
         compare(desired, owner.map(|health| Owner { health, heard, given_up: None }), &holders)
     }
 
     fn release(gpu: &str, epoch: u64) -> Action {
-        Action::Release { worker: worker(gpu, "i"), epoch }
+        Action::Release { worker: worker(gpu, "i"), epoch, finish: false }
     }
 
     #[test]
@@ -292,6 +308,9 @@ mod tests {
         assert_eq!(run(&mine, Some(WorkerHealth::Suspect), &[("g0", 2)], 0), [Action::Taken]);
         assert_eq!(run(&mine, Some(WorkerHealth::Draining), &[("g0", 2)], 0), [Action::MoveIfRoom]);
         assert_eq!(run(&mine, Some(WorkerHealth::Draining), &[], 2_000), [Action::TakeBack]);
+        let finishes = Action::Release { worker: worker("leaves", "i"), epoch: 1, finish: true };
+        assert_eq!(run(&mine, alive, &[("g0", 2), ("leaves", 1)], 3_000), [Action::Taken], "it finishes a final");
+        assert_eq!(run(&mine, alive, &[("g0", 2), ("leaves", 1)], 3_500), [finishes, Action::Taken]);
         for state in [JobState::Queued, JobState::Closing] {
             let other = JobRecord { state, ..assigned(2) };
             assert_eq!(run(&other, alive, &[("g0", 2)], 2_000), [release("g0", 2)]);
@@ -316,7 +335,7 @@ mod tests {
     fn a_final_that_was_missed_is_read() {
         let (me, record) = (worker("g0", "i"), assigned(1));
         let held = Held { final_index: Some(0), ..testing::holds_job("j", 1) };
-        let holder = Holder { worker: &me, held: &held, heard: LONG };
+        let holder = Holder { worker: &me, held: &held, heard: LONG, health: WorkerHealth::Alive };
         let desired = Desired { record: &record, settled_since: Some(Duration::ZERO), final_index: None };
         let owner = Some(Owner { health: WorkerHealth::Alive, heard: LONG, given_up: None });
         assert_eq!(compare(desired, owner, &[holder]), [Action::CatchUp, Action::Taken]);

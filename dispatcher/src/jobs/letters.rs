@@ -26,6 +26,16 @@ pub fn failed(record: &JobRecord, error: &Failure, dispatcher: &str, at_ms: u64)
     }
 }
 
+/// What tells the letter of this failure from that of another one.
+pub fn failed_once(record: &JobRecord) -> String {
+    format!("dead-job-{}-{}-{}", record.id, record.epoch, record.changed_ms)
+}
+
+/// The same of a refused request, by its sequence in the stream of jobs.
+pub fn refused_once(seq: u64) -> String {
+    format!("dead-request-{seq}")
+}
+
 /// What was published, and how much of it is kept.
 #[derive(Debug, Clone, Copy)]
 pub struct Published<'a> {

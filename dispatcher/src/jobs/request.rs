@@ -56,7 +56,7 @@ impl Submission {
         subject: Option<&Subject>,
         paid: Option<OwnedSemaphorePermit>,
     ) -> Result<Self, Failure> {
-        let bad = |why: String| Failure::new(FailureClass::BadRequest, why);
+        let bad = |why: String| Failure::new(FailureClass::BadRequest, masked_text(&why));
         let mut request = JobRequest::decode(body, content_type).map_err(|error| match error {
             CodecError::TooLarge { .. } => Failure::new(FailureClass::TooLarge, error.to_string()),
             error => bad(explain(&error)),
@@ -141,7 +141,13 @@ pub fn explain(error: &CodecError) -> String {
     if let Some(source) = std::error::Error::source(error) {
         why = format!("{why}: {source}");
     }
-    why.chars().take(MAX_WHY).collect()
+    // Parsers quote what they have read.
+    masked_text(&why).chars().take(MAX_WHY).collect()
+}
+
+/// A message without what may be a signature.
+fn masked_text(text: &str) -> String {
+    String::from_utf8_lossy(&masked(text.as_bytes())).into_owned()
 }
 
 /// What is wrong with a name in a subject.
@@ -179,11 +185,14 @@ pub fn masked(body: &[u8]) -> Vec<u8> {
     let mut masked = body.to_vec();
     let ends = |b: &u8| b.is_ascii_whitespace() || b.is_ascii_control() || !b.is_ascii() || b"\"'<>`".contains(b);
     for colon in (0..body.len()).filter(|at| body[*at] == b':') {
-        // JSON may write slashes as `\/`.
-        let Some(marks) = [&b"://"[..], b":\\/\\/"].into_iter().find(|marks| body[colon..].starts_with(marks)) else {
+        // JSON may write a slash in several ways.
+        let slash = |from: usize| {
+            let ways = [&b"/"[..], b"\\/", b"\\u002f", b"\\u002F"];
+            ways.into_iter().find(|way| body[from..].starts_with(way)).map(|way| from + way.len())
+        };
+        let Some(from) = slash(colon + 1).and_then(slash) else {
             continue;
         };
-        let from = colon + marks.len();
         let to = body[from..].iter().position(ends).map_or(body.len(), |n| from + n);
         let url = &mut masked[from..to];
         let authority = url.iter().position(|b| b"/\\?#".contains(b)).unwrap_or(url.len());
@@ -318,6 +327,7 @@ mod tests {
             (r#"{"audio":"https://u:p@h/a?s=1#t","foo":1}"#, r#"{"audio":"https://***@h/a?*****","foo":1}"#),
             (r#"{"audio":"https:\/\/h\/a?s=1","foo":1}"#, r#"{"audio":"https:\/\/h\/a?***","foo":1}"#),
             (r#"{"audio":"https://h/p@1.wav"} why? #1 s3://b/k"#, r#"{"audio":"https://h/p@1.wav"} why? #1 s3://b/k"#),
+            (r#"{"audio":"https:\u002f\u002Fh/a?s=1"}"#, r#"{"audio":"https:\u002f\u002Fh/a?***"}"#),
             ("://?", "://?"),
             ("a:", "a:"),
         ] {
@@ -325,6 +335,21 @@ mod tests {
         }
         let packed = b"\x81\xa5audio\xb1https://h/a?s=123\xa3foo";
         assert_eq!(masked(packed), b"\x81\xa5audio\xb1https://h/a?*****\xa3foo");
+    }
+
+    #[test]
+    fn nor_has_what_is_said_of_it() {
+        for body in [
+            r#""https://h/a?token=SECRET""#,
+            r#"{"options":"https://u:SECRET@h/a"}"#,
+            r#"{"https://h/a?token=SECRET":1}"#,
+            r#"{"job":"a","audio":"ftp://u:SECRET@h/a?token=SECRET"}"#,
+            r#"{"job":"https://h/a?token=SECRET","audio":"https://h/a"}"#,
+        ] {
+            let failure = read(body, None).expect_err(body);
+            assert_eq!(failure.class, FailureClass::BadRequest);
+            assert!(!failure.message.contains("SECRET"), "{}", failure.message);
+        }
     }
 
     #[test]

@@ -55,7 +55,7 @@ impl World {
         let mut all = Vec::new();
         for _ in 0..seconds {
             self.now += S;
-            let (roles, changes) = self.map.roles(&self.gpus, &self.roles, self.now);
+            let (roles, changes) = self.map.roles(&self.gpus, &self.roles, self.now, self.now);
             self.roles = roles;
             all.extend(changes);
         }
@@ -149,6 +149,28 @@ fn a_gpu_that_comes_back_is_believed_after_a_while_and_its_reserve_finishes_what
 }
 
 #[test]
+fn a_reserve_that_finishes_stands_in_for_the_next_that_fails() {
+    let mut world = World::new(map(&[("asr", service(&["a", "b"], &["r", "s"]))]), &["a", "b", "r"]);
+    world.set("a", None, false);
+    world.look(1);
+    world.set("r", Some(WorkerHealth::Alive), true);
+    world.set("a", Some(WorkerHealth::Alive), false);
+    world.look(11);
+    assert_eq!(world.duty("r"), Duty::Reserve, "long calls");
+    world.set("b", None, false);
+    assert_eq!(world.look(1), [failed("b", Some("r"))]);
+    assert_eq!(world.duty("r"), Duty::Serves(0));
+    let row = &world.map.status(&world.roles, &world.gpus)[0].gpus[2];
+    assert_eq!((row.role, row.standing_in_for.as_ref()), (Role::StandingIn, Some(&gpu("b"))));
+
+    world.set("b", Some(WorkerHealth::Alive), false);
+    world.look(11);
+    world.set("s", Some(WorkerHealth::Alive), false);
+    world.set("a", None, false);
+    assert_eq!(world.look(1), [failed("a", Some("s"))], "rather one with nothing to do");
+}
+
+#[test]
 fn nobody_has_failed_who_could_not_be_heard_yet() {
     let mut world = World::new(map(&[("asr", service(&["a"], &["r"]))]), &[]);
     world.now = Duration::ZERO;
@@ -236,6 +258,22 @@ proptest! {
             let all = charges.len();
             charges.dedup();
             prop_assert_eq!(all, charges.len(), "two stand in for one");
+            // No GPU is out while a reserve could take its place.
+            for (number, entry) in (0..).zip(&world.map.services) {
+                let alone = |gpu: &GpuId| !world.roles.standing_in.values().any(|s| s.instead_of == *gpu);
+                let out = entry.gpus.iter().filter(|gpu| world.roles.out.contains_key(*gpu));
+                let could = |reserve: &GpuId| {
+                    let stands = world.roles.standing_in.get(reserve);
+                    let able = world.gpus.get(reserve).is_some_and(|g| {
+                        g.health == Alive && g.works_for.iter().all(|s| *s == number)
+                    });
+                    able && stands.is_none_or(|s| s.leaving && s.service == number)
+                };
+                for gpu in out.filter(|gpu| alone(gpu)) {
+                    let idle: Vec<_> = entry.reserves.iter().filter(|r| could(r)).collect();
+                    prop_assert!(idle.is_empty(), "{gpu} is out, {idle:?} could stand in");
+                }
+            }
             for name in ["r", "s", "t"] {
                 let duty = world.duty(name);
                 if let Some(stands) = world.roles.standing_in.get(&gpu(name)) {

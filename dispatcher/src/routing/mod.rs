@@ -58,6 +58,8 @@ pub struct Service {
     pub number: u16,
     /// It may use CPUs.
     pub cpu: bool,
+    /// It has GPUs, whether they are there now or not.
+    pub gpus: bool,
 }
 
 /// Why a worker cannot take a session.
@@ -246,7 +248,7 @@ pub struct Pick {
 struct Terms<'a> {
     request: &'a Request<'a>,
     wanted: Wanted,
-    /// On a fleet without any GPU a CPU stands in for nothing.
+    /// On a fleet that never had a GPU a CPU stands in for nothing; where one has died, it would.
     any_gpu: bool,
     now: Duration,
 }
@@ -307,15 +309,10 @@ impl Roster {
 
     fn terms<'a>(&self, request: &'a Request<'a>, now: Duration) -> Terms<'a> {
         let strict = matches!(request.options.policy, Policy::ExactModel | Policy::AllowSmaller);
-        let of_service = |duty| match (duty, request.service) {
-            (Duty::Serves(number), Some(service)) => number == service.number,
-            (Duty::Anyone, _) => true,
-            _ => false,
-        };
         Terms {
             request,
             wanted: Wanted::of(request.options, &self.names),
-            any_gpu: strict && self.rows.iter().any(|row| !row.cpu && of_service(row.duty)),
+            any_gpu: strict && request.service.map_or(self.any_gpu, |service| service.gpus),
             now,
         }
     }
@@ -406,6 +403,9 @@ impl Roster {
         }
         if !met.any(|refusal| !refusal.is_absence()) {
             return retry(FailureClass::NoWorkers, "no worker is ready");
+        }
+        if terms.any_gpu && !met.any(|refusal| !refusal.is_absence() && refusal != Refusal::WrongDevice) {
+            return retry(FailureClass::NoWorkers, "no worker with a GPU is ready, and the policy wants no other");
         }
         if let Some(model) = &terms.request.options.model
             && !met.any(Refusal::comes_after_model)

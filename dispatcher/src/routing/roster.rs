@@ -148,6 +148,9 @@ pub struct Roster {
     /// Slots in order of [`Who::key`].
     order: Vec<Slot>,
     gpus: HashMap<GpuId, BTreeSet<WorkerName>>,
+    /// Everybody ever heard, by GPU: whether there is a device. A GPU that has died is still one that the fleet has.
+    devices: HashMap<GpuId, bool>,
+    pub(super) any_gpu: bool,
     pub(super) names: Names,
 }
 
@@ -178,6 +181,7 @@ impl Roster {
     /// Takes in how a worker is now. True: somebody who found no room before may find it now.
     pub fn put(&mut self, seen: Seen<'_>, config: &DispatcherConfig) -> bool {
         let row = self.row(&seen, config);
+        self.remember(&seen.name.gpu_id, seen.heartbeat.device.index.is_some());
         let (host, index) = (&seen.heartbeat.host, seen.heartbeat.device.index);
         let known = self.at.get(seen.name).copied();
         // Whoever changes its place in the order is a new one.
@@ -233,6 +237,20 @@ impl Roster {
             promised_mb: shelf.promised_mb(),
             shelf,
         }
+    }
+
+    /// A worker on this GPU was heard, here or by a predecessor; `device`: it is a GPU.
+    pub fn remember(&mut self, gpu: &GpuId, device: bool) {
+        self.any_gpu |= device;
+        match self.devices.get_mut(gpu) {
+            Some(known) => *known |= device,
+            None => drop(self.devices.insert(gpu.clone(), device)),
+        }
+    }
+
+    /// Whoever was heard under this name has no GPU.
+    pub fn is_cpu(&self, gpu: &GpuId) -> bool {
+        self.devices.get(gpu) == Some(&false)
     }
 
     /// A worker is gone. True: it had left less room for others on its GPU.

@@ -206,6 +206,40 @@ fn cpus_come_last_and_only_where_allowed() {
 }
 
 #[test]
+fn a_gpu_that_has_died_is_no_leave_to_use_a_cpu() {
+    let mut fleet = gpus(2);
+    fleet[0].beat.device.index = None;
+    let mut all = roster(&fleet);
+    all.remove(&fleet[1].name);
+    for policy in [Policy::ExactModel, Policy::AllowSmaller] {
+        let options = wants("small", policy);
+        let failure = route(&all, &Request::new(&options, true)).expect_err("it waits for the gpu");
+        assert_eq!((failure.class, failure.retry_after_ms), (FailureClass::NoWorkers, Some(1_000)));
+    }
+    for policy in [Policy::AllowCpu, Policy::ForceCpu] {
+        assert_eq!(route(&all, &Request::new(&wants("small", policy), true)), Ok(0));
+    }
+    let mut known = roster(&fleet[..1]);
+    known.remember(&fleet[1].name.gpu_id, true);
+    let options = wants("small", Policy::ExactModel);
+    assert!(route(&known, &Request::new(&options, true)).is_err(), "a predecessor has heard it");
+
+    fleet[1].beat.engine.effective_device = "cpu".to_owned();
+    assert_eq!(class(&fleet[1..], &options), FailureClass::NoWorkers, "fallen back, the only one");
+}
+
+#[test]
+fn with_a_map_a_service_has_the_gpus_that_it_names() {
+    let mut fleet = gpus(1);
+    fleet[0].beat.device.index = None;
+    let cpu = roster_of([Seen { duty: Duty::Cpu, ..seen(&fleet[0]) }]);
+    let options = wants("small", Policy::ExactModel);
+    let of = |gpus| Request { service: Some(Service { number: 0, cpu: true, gpus }), ..Request::new(&options, true) };
+    assert_eq!(route(&cpu, &of(false)), Ok(0), "a service of CPUs");
+    assert_eq!(route(&cpu, &of(true)).expect_err("waits").class, FailureClass::NoWorkers);
+}
+
+#[test]
 fn the_score_goes_by_share_then_pressure_then_warmth_then_memory() {
     let options = SessionOptions::default();
     let mut fleet = gpus(2);

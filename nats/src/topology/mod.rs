@@ -1,12 +1,13 @@
 //! Streams, buckets and worker consumers: made where they are missing, verified where they are not.
 //!
 //! Nothing found is ever changed: a stream of the same name that differs is somebody else's, or from another
-//! configuration, and its owner decides. The error says which field, and how to mend it.
+//! configuration, and its owner decides. The error says which field, and how to mend it. One that only has more room than
+//! configured is taken as it is.
 
 mod streams;
 mod workers;
 
-pub use streams::TopologyConfig;
+pub use streams::{Raised, TopologyConfig};
 pub(crate) use workers::consumer_name;
 pub use workers::{WorkerConsumers, ensure_worker, list_worker_consumers, remove_worker};
 
@@ -76,6 +77,8 @@ pub enum TopologyError {
 pub struct Report {
     pub created: Vec<String>,
     pub verified: Vec<String>,
+    /// What somebody has given more room than the configuration says.
+    pub raised: Vec<Raised>,
 }
 
 /// How full a stream is.
@@ -106,13 +109,15 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Cheap enough to repeat: memory streams vanish with their server.
 pub async fn ensure(nats: &Nats, config: &TopologyConfig) -> Result<Report, TopologyError> {
     let streams = wanted(nats, config).await?;
-    let made = futures_util::future::join_all(streams.iter().map(|stream| ensure_stream(nats, stream))).await;
+    let finals_for = Duration::from_secs(config.transcript_max_age_s);
+    let made = streams.iter().map(|stream| ensure_stream(nats, stream, finals_for));
+    let made = futures_util::future::join_all(made).await;
     let mut report = Report::default();
     for (stream, made) in streams.iter().zip(made) {
-        match made? {
-            true => report.created.push(stream.name.clone()),
-            false => report.verified.push(stream.name.clone()),
-        }
+        let (created, raised) = made?;
+        let list = if created { &mut report.created } else { &mut report.verified };
+        list.push(stream.name.clone());
+        report.raised.extend(raised);
     }
     Ok(report)
 }
@@ -124,9 +129,10 @@ pub async fn verify(nats: &Nats, config: &TopologyConfig) -> Vec<TopologyError> 
         Err(error) => return vec![error],
     };
     let mut problems = Vec::new();
+    let finals_for = Duration::from_secs(config.transcript_max_age_s);
     for stream in &streams {
         match find(nats, &stream.name).await {
-            Ok(Some(info)) => problems.extend(check(stream, &info.config).err()),
+            Ok(Some(info)) => problems.extend(check(stream, &info.config, finals_for).err()),
             Ok(None) => problems.push(TopologyError::Missing { stream: stream.name.clone() }),
             Err(error) => problems.push(error),
         }
@@ -193,26 +199,31 @@ async fn find(nats: &Nats, stream: &str) -> Result<Option<Info>, TopologyError> 
     }
 }
 
-fn check(wanted: &Config, found: &Config) -> Result<(), TopologyError> {
-    match streams::difference(wanted, found) {
-        None => Ok(()),
+fn check(wanted: &Config, found: &Config, finals_for: Duration) -> Result<Vec<Raised>, TopologyError> {
+    match streams::difference(wanted, found, finals_for) {
+        None => Ok(streams::raised(wanted, found, finals_for)),
         Some(streams::Difference { field, wanted: want, found, mend }) => {
             Err(TopologyError::Differs { stream: wanted.name.clone(), field, wanted: want, found, mend })
         }
     }
 }
 
-/// Returns whether it was made.
-async fn ensure_stream(nats: &Nats, wanted: &Config) -> Result<bool, TopologyError> {
+/// Returns whether it was made, and its limits above those wanted.
+async fn ensure_stream(
+    nats: &Nats,
+    wanted: &Config,
+    finals_for: Duration,
+) -> Result<(bool, Vec<Raised>), TopologyError> {
+    let check = |info: &Info| check(wanted, &info.config, finals_for);
     if let Some(info) = find(nats, &wanted.name).await? {
-        return check(wanted, &info.config).map(|()| false);
+        return Ok((false, check(&info)?));
     }
     let create = || raw::api::<Info>(nats, format!("STREAM.CREATE.{}", wanted.name), wanted);
     match patiently(create, ServerError::is_transient).await {
-        Ok(info) => check(wanted, &info.config).map(|()| true),
+        Ok(info) => Ok((true, check(&info)?)),
         // Another dispatcher was faster.
         Err(error) if error.is_code(ErrorCode::STREAM_NAME_EXIST) => match find(nats, &wanted.name).await? {
-            Some(info) => check(wanted, &info.config).map(|()| false),
+            Some(info) => Ok((false, check(&info)?)),
             None => Err(TopologyError::Stream { stream: wanted.name.clone(), source: error }),
         },
         Err(error) => Err(refusal(nats, wanted, error).await),

@@ -222,12 +222,51 @@ pub(super) struct Difference {
     pub(super) mend: String,
 }
 
-/// The first field in which a found stream differs, those first that tell a stranger's stream from ours.
-pub(super) fn difference(wanted: &Config, found: &Config) -> Option<Difference> {
-    let unlimited = |n: i64| if n <= 0 { "unlimited".to_owned() } else { n.to_string() };
+/// A limit of a found stream that is higher than configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Raised {
+    pub stream: String,
+    pub field: &'static str,
+    pub configured: String,
+    pub found: String,
+}
+
+/// Limits that somebody has raised by hand: nothing is lost by more room, and taking it away again would lose what is in it.
+/// Audio is not kept longer than `finals_for`: it would outlive its finals and be decoded again.
+pub(super) fn raised(wanted: &Config, found: &Config, finals_for: Duration) -> Vec<Raised> {
+    let more = |wanted: i64, found: i64| wanted > 0 && (found <= 0 || found > wanted);
+    let longer = !wanted.max_age.is_zero() && (found.max_age.is_zero() || found.max_age > wanted.max_age);
+    let too_long = wanted.name == names::AUDIO && (found.max_age.is_zero() || found.max_age > finals_for);
+    let fields = [
+        ("max_age", longer && !too_long, seconds(wanted.max_age), seconds(found.max_age)),
+        ("max_bytes", more(wanted.max_bytes, found.max_bytes), unlimited(wanted.max_bytes), unlimited(found.max_bytes)),
+        (
+            "max_consumers",
+            more(wanted.max_consumers.into(), found.max_consumers.into()),
+            unlimited(wanted.max_consumers.into()),
+            unlimited(found.max_consumers.into()),
+        ),
+    ];
+    let raised = |(field, is, configured, found): (&'static str, bool, String, String)| {
+        is.then(|| Raised { stream: wanted.name.clone(), field, configured, found })
+    };
+    fields.into_iter().filter_map(raised).collect()
+}
+
+fn unlimited(n: i64) -> String {
+    if n <= 0 { "unlimited".to_owned() } else { n.to_string() }
+}
+
+fn seconds(time: Duration) -> String {
+    if time.is_zero() { "unlimited".to_owned() } else { format!("{}s", time.as_secs()) }
+}
+
+/// The first field in which a found stream differs, those first that tell a stranger's stream from ours; not one that is
+/// only [`raised`].
+pub(super) fn difference(wanted: &Config, found: &Config, finals_for: Duration) -> Option<Difference> {
+    let raised = raised(wanted, found, finals_for);
     let set = |subjects: &[String]| subjects.iter().cloned().collect::<BTreeSet<_>>();
     let list = |subjects: &[String]| set(subjects).into_iter().collect::<Vec<_>>().join(",");
-    let seconds = |d: Duration| if d.is_zero() { "unlimited".to_owned() } else { format!("{}s", d.as_secs()) };
     let lower = |text: String| text.to_lowercase();
     // Name, wanted, found, and the flag of `nats stream edit` that mends it; the server cannot change those without one.
     let fields = [
@@ -269,7 +308,8 @@ pub(super) fn difference(wanted: &Config, found: &Config) -> Option<Difference> 
     ];
     // Direct get that nobody asked for hurts nobody, and servers switch it on by themselves.
     let differs = |(name, wanted, found, _): &&(&str, String, String, Option<&str>)| {
-        wanted != found && !(*name == "allow_direct" && wanted == "false")
+        let fine = (*name == "allow_direct" && wanted == "false") || raised.iter().any(|r| r.field == *name);
+        wanted != found && !fine
     };
     fields.iter().find(differs).map(|(field, want, is, flag)| Difference {
         field,
@@ -335,9 +375,9 @@ mod tests {
     #[test]
     fn differences_name_field_and_mend() {
         let audio = streams().remove(0);
-        assert_eq!(difference(&audio, &audio), None);
+        assert_eq!(difference(&audio, &audio, DAY), None);
         // What the server writes for "no limit".
-        assert_eq!(difference(&audio, &Config { max_messages: 0, ..audio.clone() }), None);
+        assert_eq!(difference(&audio, &Config { max_messages: 0, ..audio.clone() }, DAY), None);
         let cases: [(Config, &str, &str); 6] = [
             (Config { subjects: vec!["x.>".into()], ..audio.clone() }, "subjects", "--subjects=asr.v1.audio.*"),
             (Config { retention: RetentionPolicy::WorkQueue, ..audio.clone() }, "retention", "stream rm"),
@@ -347,7 +387,7 @@ mod tests {
             (Config { max_age: Duration::ZERO, ..audio.clone() }, "max_age", "--max-age=3600s"),
         ];
         for (found, field, mend) in cases {
-            let difference = difference(&audio, &found).expect(field);
+            let difference = difference(&audio, &found, DAY).expect(field);
             assert_eq!(difference.field, field);
             assert!(difference.mend.contains(mend), "{}", difference.mend);
         }
@@ -356,6 +396,24 @@ mod tests {
     #[test]
     fn direct_get_that_nobody_asked_for_is_no_difference() {
         let dead = streams().into_iter().find(|s| s.name == names::DEAD).expect("stream");
-        assert_eq!(difference(&dead, &Config { allow_direct: true, ..dead.clone() }), None);
+        assert_eq!(difference(&dead, &Config { allow_direct: true, ..dead.clone() }, DAY), None);
+    }
+
+    #[test]
+    fn more_room_given_by_hand_is_no_difference() {
+        let audio = streams().remove(0);
+        let fields = |found: &Config| raised(&audio, found, DAY).into_iter().map(|r| r.field).collect::<Vec<_>>();
+        let wide = Config { max_bytes: audio.max_bytes + 1, max_age: DAY, ..audio.clone() };
+        assert_eq!((difference(&audio, &wide, DAY), fields(&wide)), (None, vec!["max_age", "max_bytes"]));
+        let unbounded = Config { max_bytes: -1, max_consumers: -1, ..audio.clone() };
+        assert_eq!(difference(&audio, &unbounded, DAY), None);
+        assert_eq!(raised(&audio, &unbounded, DAY)[0].found, "unlimited");
+        let outlives = Config { max_age: DAY + Duration::from_secs(1), ..audio.clone() };
+        assert_eq!(difference(&audio, &outlives, DAY).expect("finals would be gone").field, "max_age");
+        let both = Config { retention: RetentionPolicy::WorkQueue, ..wide };
+        assert_eq!(difference(&audio, &both, DAY).expect("not ours").field, "retention");
+        assert_eq!(fields(&Config { max_bytes: 1, ..audio.clone() }), [""; 0]);
+        let finals = streams().into_iter().find(|s| s.name == names::TRANSCRIPT).expect("stream");
+        assert_eq!(difference(&finals, &Config { max_age: Duration::ZERO, ..finals.clone() }, DAY), None);
     }
 }

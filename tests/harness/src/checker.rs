@@ -4,7 +4,10 @@
 //! It shares no code with the product. Its reading of the audio log covers PCM in its two encodings at any rate, ends and
 //! flushes; sessions whose producers misbehave (duplicates, bad chunks) are checked with the number of samples told.
 
-use std::collections::{BTreeMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::Duration,
+};
 
 use async_nats::{HeaderMap, jetstream};
 use futures_util::{StreamExt, TryStreamExt};
@@ -13,6 +16,8 @@ use serde_json::Value;
 use crate::{Error, Result};
 
 const MAX_FINAL_BYTES: usize = 256 * 1024;
+/// A stream that gives nothing for so long has lost its server, or what it promised to give was purged.
+const READ_WAIT: Duration = Duration::from_secs(30);
 
 /// One entry of `ASR_AUDIO`.
 #[derive(Debug, Clone)]
@@ -164,9 +169,9 @@ pub async fn read(js: &jetstream::Context, stream: &str, filter: &str) -> Result
     let mut messages = consumer.messages().await.map_err(Error::nats(failed("reading")))?;
     let mut found = Vec::new();
     while pending > 0 {
-        let message = messages
-            .next()
+        let message = tokio::time::timeout(READ_WAIT, messages.next())
             .await
+            .map_err(|_| Error::Wrong(format!("{}: nothing for {READ_WAIT:?}", failed("reading"))))?
             .ok_or_else(|| Error::Wrong(failed("early end of")))?
             .map_err(Error::nats(failed("reading")))?;
         let info = message.info().map_err(|e| Error::Wrong(format!("{}: {e}", failed("reading"))))?;

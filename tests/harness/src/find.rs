@@ -70,10 +70,15 @@ fn is_executable(path: &Path) -> bool {
 
 /// The library that makes a process's clocks lie, where it is: a package of the system, or what `deploy/bootstrap.sh` has
 /// put into the cache.
-pub fn faketime() -> Option<PathBuf> {
+pub fn faketime() -> Result<PathBuf, Missing> {
     let system = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib"];
+    let cached = cache().join("lib/libfaketime.so.1");
     let system = system.iter().map(|dir| Path::new(dir).join("faketime/libfaketime.so.1"));
-    system.chain([cache().join("lib/libfaketime.so.1")]).find(|path| path.is_file())
+    system.chain([cached.clone()]).find(|path| path.is_file()).ok_or_else(|| Missing {
+        name: "libfaketime",
+        looked: format!("{} and the system's libraries", cached.display()),
+        command: BOOTSTRAP,
+    })
 }
 
 /// The project's root, for test data.

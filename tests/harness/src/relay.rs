@@ -75,6 +75,7 @@ pub struct Relay {
     address: SocketAddr,
     state: Arc<watch::Sender<State>>,
     bytes: Arc<AtomicU64>,
+    stalls: Arc<AtomicU64>,
     stop: CancellationToken,
 }
 
@@ -84,6 +85,7 @@ struct Shared {
     tamper: Option<Arc<dyn Tamper>>,
     state: watch::Receiver<State>,
     bytes: Arc<AtomicU64>,
+    stalls: Arc<AtomicU64>,
 }
 
 impl Relay {
@@ -100,11 +102,13 @@ impl Relay {
         let listener = listener.map_err(Error::io("relay listener"))?;
         let address = listener.local_addr().map_err(Error::io("relay address"))?;
         let state = Arc::new(watch::Sender::new(State::OPEN));
-        let (bytes, stop) = (Arc::new(AtomicU64::new(0)), CancellationToken::new());
-        let shared = Shared { targets, tamper, state: state.subscribe(), bytes: Arc::clone(&bytes) };
+        let (bytes, stalls) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let stop = CancellationToken::new();
+        let (state_seen, counted) = (state.subscribe(), (Arc::clone(&bytes), Arc::clone(&stalls)));
+        let shared = Shared { targets, tamper, state: state_seen, bytes: counted.0, stalls: counted.1 };
         // Dropping the relay ends this task, and with it the connections in its set.
         TaskTracker::new().spawn(accept(listener, Arc::new(shared), stop.clone()));
-        Ok(Self { address, state, bytes, stop })
+        Ok(Self { address, state, bytes, stalls, stop })
     }
 
     pub fn url(&self) -> String {
@@ -137,6 +141,11 @@ impl Relay {
     /// Bytes passed on so far, both ways.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Pieces that have stood still so far ([`Way::Stall`]).
+    pub fn stalls(&self) -> u64 {
+        self.stalls.load(Ordering::Relaxed)
     }
 }
 
@@ -187,6 +196,7 @@ async fn connection(client: TcpStream, shared: Arc<Shared>, count: usize) {
         frames: shared.tamper.clone().map(Frames::new),
         dice: Dice::new(count as u64),
         bytes: Arc::clone(&shared.bytes),
+        stalls: Arc::clone(&shared.stalls),
     };
     let down = Pump {
         way: |s| s.to_client,
@@ -194,6 +204,7 @@ async fn connection(client: TcpStream, shared: Arc<Shared>, count: usize) {
         frames: None,
         dice: Dice::new(count as u64 + 1_000),
         bytes: Arc::clone(&shared.bytes),
+        stalls: Arc::clone(&shared.stalls),
     };
     tokio::select! {
         () = cut(state, born) => {}
@@ -214,6 +225,7 @@ struct Pump {
     frames: Option<Frames>,
     dice: Dice,
     bytes: Arc<AtomicU64>,
+    stalls: Arc<AtomicU64>,
 }
 
 impl Pump {
@@ -259,6 +271,7 @@ impl Pump {
             Way::Delay(by) => by,
             Way::Stall { share, lasting } => {
                 if self.dice.chance(share) {
+                    self.stalls.fetch_add(1, Ordering::Relaxed);
                     lasting
                 } else {
                     Duration::ZERO
@@ -342,6 +355,7 @@ mod tests {
         let begun = Instant::now();
         round_trip(&client).await.ok_or("no answer")?;
         assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
+        assert!(relay.stalls() > 0);
         Ok(())
     }
 

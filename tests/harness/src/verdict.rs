@@ -2,6 +2,8 @@
 //!
 //! Reads streams by plain NATS calls only; the text decides ([`crate::words`]), not what the program says of itself.
 
+use std::ops::Range;
+
 use async_nats::jetstream;
 use tokio::io::AsyncReadExt;
 
@@ -67,15 +69,34 @@ pub enum JobEnd {
 
 /// Checks an ended session whose producer had `sent` acknowledged, in order: 16-bit mono at 16 kHz.
 pub async fn session(js: &jetstream::Context, id: &str, sent: &[i16]) -> Result<Verdict> {
-    session_of(js, id, sent, true).await
+    session_of(js, id, sent, &Engine::Simulated { poison: &[] }).await
+}
+
+/// The same where these samples kill the engine: a final over them may say so and nothing else, and must have left a letter.
+pub async fn poisoned_session(
+    js: &jetstream::Context,
+    id: &str,
+    sent: &[i16],
+    poison: &[Range<u64>],
+) -> Result<Verdict> {
+    session_of(js, id, sent, &Engine::Simulated { poison }).await
+}
+
+/// What made the text.
+enum Engine<'a> {
+    Simulated {
+        poison: &'a [Range<u64>],
+    },
+    /// It hears words: nothing can be laid back onto samples.
+    Real,
 }
 
 /// The same for an engine that hears words: which samples are lost or repeated is decided from the ranges alone.
 pub async fn session_by_ranges(js: &jetstream::Context, id: &str, sent: &[i16]) -> Result<Verdict> {
-    session_of(js, id, sent, false).await
+    session_of(js, id, sent, &Engine::Real).await
 }
 
-async fn session_of(js: &jetstream::Context, id: &str, sent: &[i16], simulated: bool) -> Result<Verdict> {
+async fn session_of(js: &jetstream::Context, id: &str, sent: &[i16], engine: &Engine<'_>) -> Result<Verdict> {
     let log = checker::read(js, "ASR_AUDIO", &format!("asr.v1.audio.{id}")).await?;
     let finals = checker::finals(js, id).await?;
     let logged = words::samples_of(&log);
@@ -93,13 +114,26 @@ async fn session_of(js: &jetstream::Context, id: &str, sent: &[i16], simulated: 
     let entries: Vec<LogEntry> = log.into_iter().map(LogEntry::from).collect();
     let expect = Expect { samples: Some(logged.len() as u64), ..Expect::default() };
     problems.extend(checker::problems(&entries, &finals, &expect));
-    problems.extend(oddities(&finals));
-    let account = if simulated {
-        words::account(&Recording::new(logged), &finals)
-    } else {
-        let mut mute = finals.clone();
-        mute.iter_mut().for_each(|f| f.json["segments"] = serde_json::Value::Null);
-        words::account(&Recording::new(vec![0; logged.len()]), &mute)
+    let account = match engine {
+        Engine::Simulated { poison } => {
+            let (parked, blamed): (Vec<StoredFinal>, Vec<StoredFinal>) =
+                finals.iter().filter(|f| f.json["error"].is_object()).cloned().partition(|f| is_meant(f, poison));
+            problems.extend(oddities(&finals).into_iter().filter(|o| parked.is_empty() || o.0 != "error").map(|o| o.1));
+            if !parked.is_empty() {
+                problems.extend(blamed.iter().map(|f| format!("final {} is parked, and harmless", f.json["index"])));
+                let letters = checker::read(js, "ASR_DEAD", &format!("asr.v1.dead.session.{id}")).await?.len();
+                if letters < parked.len() {
+                    problems.push(format!("{} stretches parked, {letters} dead letters", parked.len()));
+                }
+            }
+            words::account(&Recording::new(silenced(logged, &parked)), &finals)
+        }
+        Engine::Real => {
+            problems.extend(oddities(&finals).into_iter().map(|o| o.1));
+            let mut mute = finals.clone();
+            mute.iter_mut().for_each(|f| f.json["segments"] = serde_json::Value::Null);
+            words::account(&Recording::new(vec![0; logged.len()]), &mute)
+        }
     };
     let mut verdict = Verdict::of(account, &finals, problems);
     verdict.samples_lost += missing;
@@ -123,7 +157,7 @@ pub async fn job(js: &jetstream::Context, id: &str, recording: &[i16]) -> Result
     let letters = checker::read(js, "ASR_DEAD", &format!("asr.v1.dead.job.{id}")).await?.len();
     match &end {
         JobEnd::Done => {
-            problems.extend(oddities(&finals));
+            problems.extend(oddities(&finals).into_iter().map(|o| o.1));
             problems.extend(aggregate(js, &finals).await.err().map(|e| e.to_string()));
             if letters > 0 {
                 problems.push(format!("done, and {letters} dead letters"));
@@ -142,13 +176,33 @@ pub async fn job(js: &jetstream::Context, id: &str, recording: &[i16]) -> Result
     Ok((Verdict::of(account, &finals, problems), end))
 }
 
-/// What no undisturbed run has.
-fn oddities(finals: &[StoredFinal]) -> Vec<String> {
+/// A final whose stretch holds poison, parked as such.
+fn is_meant(parked: &StoredFinal, poison: &[Range<u64>]) -> bool {
+    let f = &parked.json;
+    let (Some(from), Some(to)) = (f["from_sample"].as_u64(), f["to_sample"].as_u64()) else { return false };
+    f["error"]["class"] == "engine_crash" && poison.iter().any(|p| p.start < to && from < p.end)
+}
+
+/// What was parked as it had to be is not missed in the text: it is as good as silent.
+fn silenced(mut samples: Vec<i16>, parked: &[StoredFinal]) -> Vec<i16> {
+    for f in parked {
+        let at =
+            |field: &str| f.json[field].as_u64().and_then(|n| usize::try_from(n).ok()).unwrap_or(0).min(samples.len());
+        let (from, to) = (at("from_sample"), at("to_sample"));
+        if from < to {
+            samples[from..to].fill(0);
+        }
+    }
+    samples
+}
+
+/// What no undisturbed run has: the field, and what it says.
+fn oddities(finals: &[StoredFinal]) -> Vec<(&'static str, String)> {
     let odd = |field: &'static str| {
         finals
             .iter()
             .filter(move |f| !f.json[field].is_null())
-            .map(move |f| format!("final {} says {field}: {}", f.json["index"], f.json[field]))
+            .map(move |f| (field, format!("final {} says {field}: {}", f.json["index"], f.json[field])))
     };
     odd("lost").chain(odd("error")).collect()
 }
@@ -189,4 +243,27 @@ pub async fn dossier(js: &jetstream::Context, kind: &str, id: &str) -> Result<St
         }
     }
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn parked(from: u64, to: u64, class: &str) -> StoredFinal {
+        let json = json!({"from_sample": from, "to_sample": to, "error": {"class": class}});
+        StoredFinal { seq: 1, headers: Default::default(), bytes: 0, json }
+    }
+
+    #[test]
+    fn only_what_holds_poison_may_be_parked() {
+        let place = 20_000..20_400;
+        let poison = std::slice::from_ref(&place);
+        assert!(is_meant(&parked(16_000, 40_000, "engine_crash"), poison));
+        assert!(!is_meant(&parked(40_000, 60_000, "engine_crash"), poison), "the next stretch is innocent");
+        assert!(!is_meant(&parked(16_000, 40_000, "internal"), poison));
+        assert!(!is_meant(&parked(16_000, 40_000, "engine_crash"), &[]));
+        let silent = silenced(vec![1; 10], &[parked(2, 5, "engine_crash"), parked(8, 99, "engine_crash")]);
+        assert_eq!(silent, [1, 1, 0, 0, 0, 1, 1, 1, 0, 0]);
+    }
 }

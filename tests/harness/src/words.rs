@@ -21,8 +21,9 @@ const BLUR: u64 = 32;
 /// Louder than this on average over [`FRAME`] samples is speech to every detector in use.
 const LOUD: u64 = 1_000;
 const FRAME: usize = 160;
-/// A detector takes what is shorter than this for a click where a final's bound cuts it off.
-const CLICK: u64 = 4_096;
+/// The most that the energy detector leaves out where a bound cuts it off from the speech around it: it wants three frames of
+/// 512 samples, so two of them, and less than a frame at either edge that it never hears whole.
+const CLICK: u64 = 2 * 512 + 2 * 512;
 
 #[derive(Clone, Copy)]
 struct Hash(u64);
@@ -90,6 +91,13 @@ impl Recording {
         let words: Option<Vec<[u8; 6]>> = words.iter().map(|w| w.as_bytes().try_into().ok()).collect();
         let words = words.filter(|w| !w.is_empty())?;
         let near = hint.start.saturating_sub(BLUR)..(hint.start + BLUR).min(self.len());
+        if words.len() == 1 {
+            // 18 bits fit somewhere soon: of all pairs of a start and an end only one near both times is believed.
+            let off = |at: u64, hint: u64| if at < hint { hint - at } else { (at - hint).saturating_sub(15) };
+            let found = near.filter_map(|from| self.fits(&words, from, hint.end));
+            let found = found.filter(|r| r.end.abs_diff(hint.end) <= BLUR);
+            return found.min_by_key(|r| off(r.start, hint.start) + off(r.end, hint.end));
+        }
         if let Some(found) = near.clone().find_map(|from| self.fits(&words, from, hint.end)) {
             return Some(found);
         }
@@ -201,13 +209,18 @@ pub fn account(recording: &Recording, finals: &[StoredFinal]) -> Account {
         found.lost += gap.end - gap.start;
         found.problems.push(format!("samples {gap:?} are in no final"));
     }
-    for gap in recording.loud().iter().flat_map(|loud| gaps(loud, &heard, &bounds)) {
+    let loud = recording.loud();
+    for (loud, gap) in loud.iter().flat_map(|loud| gaps(loud, &heard, &bounds).into_iter().map(move |gap| (loud, gap)))
+    {
         let length = gap.end - gap.start - uncovered.iter().map(|u| common(u, &gap)).sum::<u64>();
         if length == 0 {
             continue;
         }
-        // A detector takes a few frames for a click where a flush or an end cut them off.
-        if length <= CLICK && (bounds.contains(&gap.start) || bounds.contains(&gap.end)) {
+        // A few frames between a bound and silence (or another bound) are a click to the detector. Where speech follows in
+        // the same final it hears them with it: there they are lost.
+        let cut_off = |at: &u64, edge: u64| bounds.contains(at) || *at == edge;
+        let at_a_bound = bounds.contains(&gap.start) || bounds.contains(&gap.end);
+        if length <= CLICK && at_a_bound && cut_off(&gap.start, loud.start) && cut_off(&gap.end, loud.end) {
             found.clicks += length;
         } else {
             found.lost += length;
@@ -353,6 +366,25 @@ mod tests {
         let far = account(&recording, &[says(&recording, 0..112_000, 13_600..90_000)]);
         assert_eq!((far.lost, far.clicks), (6_000, 0), "too long for a click");
         assert_eq!(account(&recording, &finals[..1]).lost, 18_000, "what no final covers is lost, loud or not");
+    }
+
+    #[test]
+    fn what_a_bad_resume_leaves_out_is_lost_and_no_click() {
+        let recording = recording();
+        // In the middle of the noise, with noise before and behind: however short, somebody skipped it.
+        for late in [1_000, 2_000, 3_000] {
+            let resumed = 50_000 + late;
+            let finals =
+                [says(&recording, 0..50_000, 13_600..50_000), says(&recording, 50_000..112_000, resumed..98_000)];
+            let found = account(&recording, &finals);
+            assert_eq!((found.lost, found.clicks, found.problems.len()), (late, 0, 1), "{late} samples late");
+        }
+        let early = [says(&recording, 0..50_000, 13_600..49_000), says(&recording, 50_000..112_000, 50_000..98_000)];
+        assert_eq!(account(&recording, &early).lost, 1_000, "the end of a final that was not heard out");
+        // Between a bound and silence it is one, up to what the detector wants.
+        let tail = |from: u64| [says(&recording, 0..from, 13_600..from), silent(from..112_000)];
+        assert_eq!(account(&recording, &tail(94_000)).lost, 0);
+        assert_eq!(account(&recording, &tail(93_000)).lost, 3_000);
     }
 
     #[test]

@@ -247,6 +247,10 @@ async fn the_demo_prints_one_object_with_its_word_error_rate() -> Result<()> {
     ensure!(report["offline"]["same_text"] == true && report["job"]["same_text"] == true, "{report:#}");
     ensure!(report["speed"] == 4.0 && report["job"]["gpu_id"].is_string(), "{report:#}");
     ensure!(report["live"]["final_lag_p50_ms"].is_u64(), "{report:#}");
+    let failover = &report["failover"];
+    ensure!(failover["same_text"] == true && failover["killed"] != failover["moved_to"], "{report:#}");
+    ensure!(failover["detection_ms"].as_u64() <= failover["gap_ms"].as_u64(), "{report:#}");
+    ensure!(failover["gap_ms"].as_u64().is_some_and(|ms| ms >= 1_000), "{report:#}");
     Ok(())
 }
 
@@ -258,9 +262,16 @@ async fn the_demo_shows_the_same_through_the_nats_command() -> Result<()> {
     let output = demo(dir.path(), &["--speed", "4"]).await?;
     ensure!(output.status.code() == Some(0), "{}", said(&output));
     let shown = out(&output);
-    for part in
-        ["what was said", "word error rate 0.0 %", "$ nats stream ls", "ASR_AUDIO", "$ nats stream get ASR_TRANSCRIPT"]
-    {
+    for part in [
+        "what was said",
+        "word error rate 0.0 %",
+        "kill -9",
+        "declared dead",
+        "no word lost, none twice",
+        "$ nats stream ls",
+        "ASR_AUDIO",
+        "$ nats stream get ASR_TRANSCRIPT",
+    ] {
         ensure!(shown.contains(part), "{part:?} is not in:\n{shown}");
     }
     ensure!(shown.lines().any(|l| l.starts_with("final ")) && shown.contains("\"gpu_id\""), "{shown}");

@@ -195,6 +195,7 @@ async fn handled(fleet: &Fleet) -> Result<()> {
     let submitted =
         object(fleet, dir, &["jobs", "submit", "short.wav", "--id", "waiting", "--json", "--priority", "low"]).await?;
     ensure!(submitted["job"] == "waiting" && submitted["state"] == "queued", "{submitted}");
+    good(fleet, dir, &["jobs", "submit", "short.wav", "--id", "behind", "--priority", "low"]).await?;
     let shown = good(fleet, dir, &["jobs", "show", "waiting"]).await?;
     ensure!(shown.contains("queued") && shown.contains("priority=low"), "{shown}");
 
@@ -202,8 +203,14 @@ async fn handled(fleet: &Fleet) -> Result<()> {
     for part in ["running", "waiting", "assigned", "queued", "gpu-1", "long.wav", "PROGRESS"] {
         ensure!(list.contains(part), "{part} is not in:\n{list}");
     }
+    // Whoever waits is told how long the queue before him is.
+    let line = |id: &str| list.lines().find(|l| l.starts_with(id)).map(one_line).unwrap_or_default();
+    ensure!(line("waiting").contains("next"), "{list}");
+    ensure!(line("behind").contains("1 before it"), "{list}");
     let only = object(fleet, dir, &["jobs", "list", "--state", "queued", "--json"]).await?;
-    ensure!(only["total"] == 1 && only["jobs"][0]["job"] == "waiting", "{only}");
+    let rows = only["jobs"].as_array().context("jobs")?;
+    let ahead = |id: &str| rows.iter().find(|j| j["job"] == id).map(|j| j["ahead"].clone());
+    ensure!(only["total"] == 2 && ahead("waiting") == Some(0.into()) && ahead("behind") == Some(1.into()), "{only}");
 
     // What is not done has no result yet, and its chain is read as far as it goes.
     let output = run(fleet, dir, &["jobs", "result", "waiting"]).await?;
@@ -216,10 +223,13 @@ async fn handled(fleet: &Fleet) -> Result<()> {
     let output = eventually("the first finals of a running job", Duration::from_secs(40), so_far).await?;
     ensure!(err(&output).contains("has not ended") && !out(&output).is_empty(), "{}", said(&output));
 
-    for id in ["waiting", "running"] {
+    for id in ["waiting", "behind", "running"] {
+        let begun = std::time::Instant::now();
         ensure!(good(fleet, dir, &["jobs", "cancel", id]).await? == format!("{id} cancelled\n"));
         let gone = || async { (state(id).await.ok()? == "cancelled").then_some(()) };
         eventually(format!("{id} being cancelled"), Duration::from_secs(20), gone).await?;
+        // Bounded, though a decode is under way in the one that runs.
+        ensure!(begun.elapsed() < Duration::from_secs(5), "{id} took {:?} to be cancelled", begun.elapsed());
         // Twice is as good as once.
         ensure!(good(fleet, dir, &["jobs", "cancel", id]).await?.contains(id));
         let output = run(fleet, dir, &["jobs", "result", id]).await?;

@@ -1,5 +1,20 @@
-//! The same on three servers with three replicas of everything ([`crate::faults`]).
+//! The same on three servers with three replicas of everything ([`crate::faults`]): where servers come into it. Which engine
+//! dies, what time a worker believes it is, and what becomes of a hint is no different there; `voxfleet bench chaos
+//! --replicas 3` mixes them in all the same.
 
-use crate::faults::{Ground, all_on};
+use crate::faults::{Ground, tests_on};
 
-all_on!(Ground::ThreeServers);
+tests_on! {
+    Ground::ThreeServers;
+    a_worker_is_killed,
+    the_active_dispatcher_is_killed_then_the_other,
+    the_active_dispatcher_stands_still_longer_than_its_lease,
+    every_stream_loses_its_leader,
+    a_server_in_lame_duck_mode_leaves,
+    a_server_stands_still,
+    workers_and_servers_lose_sight_of_each_other,
+    hints_are_purged_and_consumers_deleted_by_hand,
+    two_faults_at_once,
+    the_server_dies_while_a_worker_drains,
+    the_next_owner_of_the_same_session_is_killed_too,
+}

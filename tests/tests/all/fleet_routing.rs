@@ -92,7 +92,7 @@ async fn sixteen_sessions_spread_evenly_and_the_seventeenth_is_refused() -> Resu
     Ok(())
 }
 
-/// Nobody, too large a model, and a full fleet are told apart.
+/// Without any worker the answer is not that of a full fleet.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_there_is_not_the_same_as_full() -> Result<()> {
     let _turn = fleet::place().await;

@@ -15,6 +15,7 @@
 //! | [`models`] | models brought here over breaks, kills, wrong bytes and full disks; what fits on a device |
 //! | [`dispatcher_sessions`] | the dispatcher without a worker's code: open, wait, move, end, go on, take over |
 //! | [`dispatcher_jobs`] | the same for file jobs: submit, queue, give out, fail, cancel, expire, take over |
+//! | [`fleet_map`] | who serves, who stands in, who gives back |
 //! | [`fleet_routing`] | where sessions land on a whole fleet, who is refused, and a burst of opens |
 //! | [`standby`] | dispatchers that stop, die and come back |
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
@@ -42,6 +43,7 @@ mod faults;
 mod faults_r1;
 mod faults_r3;
 mod fetch;
+mod fleet_map;
 mod fleet_routing;
 mod floors;
 mod full_log;
@@ -53,6 +55,7 @@ mod models;
 mod mutants;
 mod nats_chain;
 mod nats_claim;
+mod nats_events;
 mod nats_fleet;
 mod nats_jobs;
 mod nats_log;

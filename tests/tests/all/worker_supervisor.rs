@@ -102,8 +102,15 @@ impl Alone {
         epoch: u64,
         options: SessionOptions,
     ) -> Result<ControlReply> {
-        let assignment =
-            Assignment { kind: Kind::Session, id: id(session), epoch, options, suspect: false, crashes: 0 };
+        let assignment = Assignment {
+            kind: Kind::Session,
+            id: id(session),
+            epoch,
+            options,
+            suspect: false,
+            crashes: 0,
+            suspect_from: None,
+        };
         self.ask(name, &ControlRequest::Assign(assignment)).await
     }
 
@@ -309,6 +316,7 @@ async fn the_worker_has_the_last_word_on_what_it_takes() -> Result<()> {
         epoch: 1,
         suspect: false,
         crashes: 0,
+        suspect_from: None,
         options: SessionOptions::default(),
     });
     assert_eq!(refusal(alone.ask(&name, &job).await?), Some(FailureClass::BadRequest));

@@ -7,6 +7,7 @@
 
 mod desk;
 mod turns;
+mod unseen;
 
 use std::{
     io,
@@ -26,6 +27,7 @@ use rustix::process::getppid;
 use self::desk::Desk;
 use super::{
     pool::{Done, Loaded, Pool},
+    simulated::PoisonedVads,
     vad::{self, VadFactory},
     whisper,
 };
@@ -134,7 +136,12 @@ fn engine_name(kind: EngineKind) -> &'static str {
 }
 
 fn prepare(config: &EngineConfig) -> (Arc<dyn VadFactory>, Vec<String>) {
-    let (vads, note) = vad::best_available(config.silero_model.as_deref(), config.onnxruntime.as_deref());
+    let (mut vads, note) = vad::best_available(config.silero_model.as_deref(), config.onnxruntime.as_deref());
+    if config.engine == EngineKind::Simulated
+        && let Some(poison) = config.simulated.poison_vad
+    {
+        vads = Arc::new(PoisonedVads { inner: vads, poison });
+    }
     let mut notes: Vec<String> = note.into_iter().collect();
     if config.engine == EngineKind::WhisperCpp && config.use_gpu && whisper::device(true) == "cpu" {
         let why = if cfg!(feature = "cuda") { "no usable device was found" } else { "this build has no CUDA" };

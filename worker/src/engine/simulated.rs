@@ -12,9 +12,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use voxfleet_schema::transcript::WordTiming;
+use voxfleet_schema::transcript::{VadKind, WordTiming};
 
-use super::{Cancel, EngineError, HeardSegment, HeardWord, Hypothesis, Purpose, Recognizer, RecognizerInfo, Window};
+use super::{
+    Cancel, EngineError, HeardSegment, HeardWord, Hypothesis, Purpose, Recognizer, RecognizerInfo, VAD_FRAME, Vad,
+    Window, vad::VadFactory,
+};
 use crate::ipc::SimulatedConfig;
 
 /// Samples per word: 250 ms, aligned to multiples of itself in the session.
@@ -136,6 +139,45 @@ fn longest_at_the_top(samples: &[f32]) -> u32 {
         longest = longest.max(run);
     }
     longest
+}
+
+/// A voice detector that is killed by poison, as one in foreign code may be.
+pub struct PoisonedVads {
+    pub inner: Arc<dyn VadFactory>,
+    pub poison: u32,
+}
+
+struct PoisonedVad {
+    inner: Box<dyn Vad>,
+    poison: u32,
+}
+
+impl VadFactory for PoisonedVads {
+    fn kind(&self) -> VadKind {
+        self.inner.kind()
+    }
+
+    fn create(&self) -> Box<dyn Vad> {
+        Box::new(PoisonedVad { inner: self.inner.create(), poison: self.poison })
+    }
+}
+
+impl Vad for PoisonedVad {
+    fn kind(&self) -> VadKind {
+        self.inner.kind()
+    }
+
+    fn reset(&mut self) {
+        self.inner.reset();
+    }
+
+    fn speech_probability(&mut self, frame: &[f32; VAD_FRAME]) -> Result<f32, EngineError> {
+        if longest_at_the_top(frame) >= self.poison {
+            tracing::error!("simulated abort of the voice detector");
+            std::process::abort();
+        }
+        self.inner.speech_probability(frame)
+    }
 }
 
 fn hear(window: &Window) -> Hypothesis {

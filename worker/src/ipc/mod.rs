@@ -127,6 +127,9 @@ pub struct SimulatedConfig {
     /// The same, but the decode never returns.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub poison_hang: Option<u32>,
+    /// The process aborts when the voice detector is shown so many of them in one frame of 512.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub poison_vad: Option<u32>,
 }
 
 impl Default for SimulatedConfig {
@@ -141,6 +144,7 @@ impl Default for SimulatedConfig {
             load_ms: 0,
             poison: None,
             poison_hang: None,
+            poison_vad: None,
         }
     }
 }
@@ -187,6 +191,9 @@ pub struct Suspect {
     pub crashes: u32,
     /// The stretch that begins at `beyond` is not decoded; its final says this.
     pub park: Option<Failure>,
+    /// Nor is its audio looked at: it ends where a long silence would. Then it is to be opened again.
+    #[serde(default)]
+    pub blind: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -234,6 +241,14 @@ pub enum FromEngine {
     Over {
         handle: u64,
     },
+    /// The loop looks at new audio of this one, and no longer at the one before: voice activity, resampling. `at`: where its
+    /// present stretch begins.
+    Stepping {
+        handle: u64,
+        at: u64,
+    },
+    /// It looks at nobody's.
+    Stepped,
     /// Answer to `Ping`, and a sign of life in long stretches of work.
     Pong {
         n: u64,

@@ -9,12 +9,12 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use voxfleet_schema::fleet::EngineRunState;
+use voxfleet_schema::fleet::{EngineRunState, Residency};
 
 use super::{
-    Engine, FRAMES, LifeEnd, Link, death, link,
+    Decoding, Engine, FRAMES, LifeEnd, Link, death, link,
     spawn::{self, SpawnError},
-    suspects,
+    suspects::{self, Doing},
 };
 use crate::{
     capacity::locked,
@@ -27,7 +27,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_GRACE: Duration = Duration::from_millis(1_000);
 /// How often the child is asked whether it is there.
 const ASK_EVERY: Duration = Duration::from_secs(1);
-/// A look that comes so late says that this process stood still: what the child said meanwhile has not been read yet.
+/// A look that comes so late, or half of what the child is given, says that this process stood still: what the child said
+/// meanwhile has not been read yet.
 const LATE: Duration = Duration::from_secs(3);
 /// For what a dead child had written.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -71,7 +72,8 @@ impl Engine {
         reading.spawn(link::read_frames(read, self.clone(), ready));
 
         let begun = Instant::now();
-        let memory_kills = death::memory_kills();
+        // The last two looks: of all that the kernel has killed on this host, only what dies with the child can be it.
+        let mut memory_kills = [death::memory_kills(); 2];
         let mut ready_at = None;
         let mut asked = 0;
         let mut looked_at = begun;
@@ -94,6 +96,7 @@ impl Engine {
                         break Ending::Stuck;
                     }
                     looked_at = Instant::now();
+                    memory_kills = [memory_kills[1], death::memory_kills()];
                     // Where there is no room, the frames before it are answered first or never.
                     let _ = frames.try_send(ToEngine::Ping { n: asked });
                 }
@@ -123,7 +126,7 @@ impl Engine {
             }
             reading.shutdown().await;
             if ready_at.is_some() {
-                let out_of_memory = death::memory_kills() > memory_kills;
+                let out_of_memory = death::memory_kills() > memory_kills[0];
                 self.blame(death::death(status, ending == Ending::Stuck, out_of_memory));
             }
             self.abandon();
@@ -143,7 +146,7 @@ impl Engine {
     fn is_stuck(&self, looked_at: Instant) -> bool {
         let now = Instant::now();
         let mut progress = locked(&self.0.progress);
-        if now.saturating_duration_since(looked_at) > LATE {
+        if now.saturating_duration_since(looked_at) > late(self.0.stuck_after) {
             progress.forgive(now);
         }
         progress.asked(now);
@@ -157,16 +160,21 @@ impl Engine {
 
     /// After the child's death, before its sessions hear of it.
     fn blame(&self, death: suspects::Death) {
-        let decoding: Vec<_> = locked(&self.0.decoding).values().map(|d| (d.name.clone(), d.at)).collect();
+        let decoding = |d: &Decoding| Doing { name: d.name.clone(), at: d.at, stepping: false };
+        let mut doing: Vec<Doing> = locked(&self.0.decoding).values().map(decoding).collect();
+        doing.extend(locked(&self.0.stepping).take());
+        // A loader that dies takes whoever is decoded with it.
+        let loading = self.status().models.iter().any(|model| model.state == Residency::Loading);
         let inputs: Vec<String> =
-            decoding.iter().map(|(name, _)| name.as_ref().map_or("?".to_owned(), |(_, id)| id.to_string())).collect();
-        tracing::warn!(?death, decoding = inputs.join(","), "engine died while it decoded these");
-        locked(&self.0.suspects).died(Instant::now(), death, &decoding);
+            doing.iter().map(|doing| doing.name.as_ref().map_or("?".to_owned(), |(_, id)| id.to_string())).collect();
+        tracing::warn!(?death, loading, at = inputs.join(","), "engine died while it was at these");
+        locked(&self.0.suspects).died(Instant::now(), death, &doing, loading);
     }
 
     /// Nothing comes from this child any more.
     fn abandon(&self) {
         locked(&self.0.decoding).clear();
+        *locked(&self.0.stepping) = None;
         locked(&self.0.progress).reset();
         for (_, outbox) in locked(&self.0.outboxes).drain() {
             outbox.gone();
@@ -205,6 +213,10 @@ impl Engine {
     }
 }
 
+fn late(stuck_after: Duration) -> Duration {
+    LATE.min((stuck_after / 2).max(ASK_EVERY * 3 / 2))
+}
+
 fn wire_ended(ended: Result<TransportError, JoinError>) -> Ending {
     match ended {
         Ok(TransportError::Closed) => tracing::debug!("engine closed its socket"),
@@ -212,4 +224,18 @@ fn wire_ended(ended: Result<TransportError, JoinError>) -> Ending {
         Err(error) => tracing::error!(%error, "engine wire task failed"),
     }
     Ending::Lost
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_supervisor_that_was_late_forgives_before_it_blames() {
+        for (stuck_ms, late_ms) in [(2_000, 1_500), (3_000, 1_500), (5_000, 2_500), (15_000, 3_000)] {
+            let stuck = Duration::from_millis(stuck_ms);
+            assert_eq!(late(stuck), Duration::from_millis(late_ms));
+            assert!(late(stuck) < stuck);
+        }
+    }
 }

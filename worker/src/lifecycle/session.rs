@@ -25,10 +25,12 @@ pub(crate) struct Opening<'a> {
 impl Opening<'_> {
     fn suspect(&self) -> Option<Suspect> {
         match self.treatment {
-            Treatment::Normal | Treatment::GiveUp(_) => None,
-            Treatment::Alone { beyond, crashes } => Some(Suspect { beyond: *beyond, crashes: *crashes, park: None }),
-            Treatment::Park { at, failure, crashes } => {
-                Some(Suspect { beyond: *at, crashes: *crashes, park: Some(failure.clone()) })
+            Treatment::Normal | Treatment::Wait { .. } | Treatment::GiveUp(_) => None,
+            Treatment::Alone { beyond, crashes } => {
+                Some(Suspect { beyond: *beyond, crashes: *crashes, park: None, blind: false })
+            }
+            Treatment::Park { at, failure, crashes, blind } => {
+                Some(Suspect { beyond: *at, crashes: *crashes, park: Some(failure.clone()), blind: *blind })
             }
         }
     }

@@ -12,7 +12,11 @@ use voxfleet_nats::{
     publish::PublishError,
     transcript::{Outcome, StoredFinal},
 };
-use voxfleet_schema::{audio::RawEntry, event::What, failure::Failure};
+use voxfleet_schema::{
+    audio::RawEntry,
+    event::What,
+    failure::{Failure, FailureClass},
+};
 
 use super::{
     Desired, End, Session,
@@ -80,6 +84,8 @@ pub(super) struct Life<'a> {
     engine_lag_ms: u64,
     next_lag_look: Instant,
     gone: bool,
+    /// The engine could not look at its audio.
+    erred: bool,
     /// The engine was told that nothing more comes, and said that nothing is begun any more.
     asked_to_finish: bool,
     finished: bool,
@@ -113,6 +119,7 @@ impl<'a> Life<'a> {
             engine_lag_ms: 0,
             next_lag_look: Instant::now() + LAG_LOOK,
             gone: false,
+            erred: false,
             asked_to_finish: false,
             finished: false,
             next_progress: Instant::now(),
@@ -147,7 +154,14 @@ impl<'a> Life<'a> {
                             self.last.as_ref().map(|l| (l.seq, l.value.index)),
                         )));
                     }
-                    None if self.gone => return Next::Reopen(None),
+                    None if self.gone => {
+                        if self.erred {
+                            // What was drafted before it is stored: the next stretch is what it could not look at.
+                            let at = self.last.as_ref().map_or(0, |last| last.value.to_sample);
+                            shared.engine.erred(&session.names, at);
+                        }
+                        return Next::Reopen(None);
+                    }
                     None if desired.finish && self.finished => return Next::Stop(End::Finished),
                     None => {}
                 }
@@ -250,6 +264,14 @@ impl<'a> Life<'a> {
             self.pending = None;
         }
         self.finished |= taken.finished;
+        if self.session.work.is_none()
+            && let Some(failure) = taken.failed.as_ref().filter(|failure| failure.class == FailureClass::Internal)
+        {
+            // Elsewhere it would be the same: it is counted, and its audio set aside like that of one that kills.
+            tracing::warn!(id = %names.id, epoch = self.epoch, %failure, "its audio could not be looked at");
+            (self.gone, self.erred, self.pending) = (true, true, None);
+            return None;
+        }
         taken.failed.map(|failure| self.session.failed(self.epoch, failure))
     }
 
@@ -379,6 +401,10 @@ impl<'a> Life<'a> {
                 }
                 tracing::debug!(%id, index = value.index, epoch = self.epoch, seq, end = value.end, "final stored");
                 let end = value.end;
+                if parked && !end {
+                    // The engine was told to treat it differently, which is over.
+                    return Some(Next::Reopen(Some(Box::new(StoredFinal { seq, value }))));
+                }
                 self.last = Some(StoredFinal { seq, value });
                 self.engine_lag_ms = 0;
                 self.observe_lag();

@@ -33,6 +33,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
+    events::Events,
     log::AudioLog,
     publish::Publisher,
     transcript::{Chain, ChainError, StoredFinal},
@@ -58,7 +59,6 @@ use crate::{
     heartbeat::Named,
     job::Work,
     lifecycle::{Engine, EngineDown, Opening, Treatment},
-    supervisor::events::Events,
 };
 
 /// How long a session that changes hands waits before it looks at the chain again.
@@ -219,6 +219,8 @@ impl Handle {
             progress: (self.names.kind == Kind::Job).then(|| self.figures.progress()),
             suspect: false,
             crashes: 0,
+            suspect_from: None,
+            elsewhere: false,
         }
     }
 
@@ -381,10 +383,16 @@ impl Session {
             self.shared.events.tell(event, Some(format!("{id}-lost-{}-{}", lost.from_seq, lost.to_seq)));
         }
         // Asked last: it is about the child that has just become ready.
-        let treatment = self.shared.engine.treat(&self.names, goes_on_at);
-        if let Treatment::GiveUp(failure) = treatment {
-            return Err(self.failed(epoch, failure));
-        }
+        let treatment = match self.shared.engine.treat(&self.names, goes_on_at) {
+            Treatment::GiveUp(failure) => return Err(self.failed(epoch, failure)),
+            Treatment::Wait { until } => {
+                tracing::warn!(%id, epoch, "its last try is better made by another worker, waiting for it to be moved");
+                sleep_until(until).await;
+                // Whatever has happened meanwhile, from the beginning.
+                return Ok(Opened::EngineGone);
+            }
+            treatment => treatment,
+        };
         if treatment != Treatment::Normal {
             tracing::warn!(%id, epoch, ?treatment, "session is suspected of killing the engine");
         }
@@ -414,7 +422,7 @@ enum Opened<'a> {
     Life(Box<Life<'a>>),
     /// Its end final of this epoch stands in the chain.
     Ended,
-    /// The child died in between.
+    /// The child died in between, or may have.
     EngineGone,
 }
 

@@ -29,7 +29,7 @@ pub(super) async fn write_letter(session: &Session, value: &Final) {
             epoch: Some(value.epoch),
             dispatcher: None,
         },
-        attempts: session.shared.engine.suspected(names.kind, &names.id).unwrap_or(0),
+        attempts: session.shared.engine.suspected(names.kind, &names.id).crashes,
         audio: Some(value.audio),
         record: None,
         request: None,

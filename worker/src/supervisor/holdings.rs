@@ -34,7 +34,7 @@ pub(super) struct Situation<'a> {
     pub(super) held_epoch: Option<u64>,
     pub(super) free_slots: u32,
     pub(super) draining: bool,
-    pub(super) engine_failed: bool,
+    pub(super) engine: EngineIs,
     pub(super) model_known: bool,
     /// It failed here a moment ago.
     pub(super) failure: Option<&'a Failure>,
@@ -48,6 +48,16 @@ pub(super) enum Decision {
     Raise,
     Start,
     Refuse(Failure),
+}
+
+/// The engine, as somebody new would find it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum EngineIs {
+    Able,
+    /// It has work and does not move.
+    Stalled,
+    /// It cannot be started.
+    Failed,
 }
 
 /// Decides about an assignment at `epoch`.
@@ -66,7 +76,7 @@ pub(super) fn decide(epoch: u64, situation: Situation<'_>) -> Decision {
     if !situation.model_known {
         return refuse(FailureClass::ModelMissing, "the model is not on this worker");
     }
-    if situation.engine_failed {
+    if situation.engine == EngineIs::Failed {
         return refuse(FailureClass::EngineCrash, "the engine cannot be started");
     }
     if situation.draining {
@@ -74,6 +84,9 @@ pub(super) fn decide(epoch: u64, situation: Situation<'_>) -> Decision {
     }
     if situation.held_epoch.is_some() {
         return Decision::Raise;
+    }
+    if situation.engine == EngineIs::Stalled {
+        return refuse(FailureClass::NoCapacity, "the engine stands still");
     }
     if situation.free_slots == 0 {
         return refuse(FailureClass::NoCapacity, "every slot is taken");
@@ -169,13 +182,13 @@ impl Holdings {
         locked(&self.inner).sessions.is_empty()
     }
 
-    /// Decides; `engine_failed` and `model_known` are the caller's knowledge.
+    /// Decides; `engine` and `model_known` are the caller's knowledge.
     pub(super) fn consider(
         &self,
         kind: Kind,
         id: &StreamId,
         epoch: u64,
-        engine_failed: bool,
+        engine: EngineIs,
         model_known: bool,
         now: Instant,
     ) -> Decision {
@@ -186,7 +199,7 @@ impl Holdings {
             held_epoch: inner.sessions.get(&key).map(|handle| handle.epoch()),
             free_slots: self.slots(kind).saturating_sub(inner.used(kind)),
             draining: inner.drain.is_some(),
-            engine_failed,
+            engine,
             model_known,
             failure: inner.failures.get(&key).map(|(_, failure)| failure),
         };
@@ -250,7 +263,7 @@ mod tests {
         held_epoch: None,
         free_slots: 1,
         draining: false,
-        engine_failed: false,
+        engine: EngineIs::Able,
         model_known: true,
         failure: None,
     };
@@ -271,7 +284,10 @@ mod tests {
         assert_eq!(class(full), FailureClass::NoCapacity);
         assert_eq!(class(Situation { draining: true, ..FREE }), FailureClass::NoCapacity);
         assert_eq!(class(Situation { draining: true, ..held(4) }), FailureClass::NoCapacity);
-        assert_eq!(class(Situation { engine_failed: true, ..FREE }), FailureClass::EngineCrash);
+        assert_eq!(class(Situation { engine: EngineIs::Failed, ..FREE }), FailureClass::EngineCrash);
+        let stalled = Situation { engine: EngineIs::Stalled, ..FREE };
+        assert_eq!(class(stalled), FailureClass::NoCapacity);
+        assert_eq!(decide(5, Situation { engine: EngineIs::Stalled, ..held(4) }), Decision::Raise, "it has it already");
         assert_eq!(class(Situation { model_known: false, ..FREE }), FailureClass::ModelMissing);
         assert_eq!(class(Situation { failure: Some(&failed), ..FREE }), FailureClass::OutOfMemory);
         assert_eq!(decide(5, Situation { draining: true, ..held(5) }), Decision::Held);
@@ -290,7 +306,8 @@ mod tests {
     fn jobs_and_sessions_take_no_slots_from_each_other() {
         let holdings = Holdings::new(1, 1, Arc::default());
         let now = Instant::now();
-        let consider = |kind, id: &str| holdings.consider(kind, &StreamId::new(id).expect("id"), 1, false, true, now);
+        let consider =
+            |kind, id: &str| holdings.consider(kind, &StreamId::new(id).expect("id"), 1, EngineIs::Able, true, now);
         holdings.put(handle(Kind::Session, "a"));
         assert_eq!(consider(Kind::Job, "j"), Decision::Start);
         assert!(matches!(consider(Kind::Session, "b"), Decision::Refuse(_)));

@@ -14,9 +14,13 @@ use voxfleet_schema::{
     job::WorkItem,
 };
 
-use super::{Supervisor, WorkerError, holdings::Decision};
+use super::{
+    Supervisor, WorkerError,
+    holdings::{Decision, EngineIs},
+};
 use crate::{
     job::{Job, JobEnd, job_options},
+    lifecycle::Known,
     session::{Handle, Names, contained},
 };
 
@@ -42,9 +46,14 @@ impl Supervisor {
             }
         };
         let model_known = self.knows(item.options.model.as_deref().unwrap_or(&self.default_model));
-        let engine_failed = self.engine.status().state == EngineRunState::Failed;
+        let now = Instant::now();
+        let engine = match self.engine.status().state {
+            EngineRunState::Failed => EngineIs::Failed,
+            _ if self.engine.stalls(now) => EngineIs::Stalled,
+            _ => EngineIs::Able,
+        };
         let (id, epoch) = (&item.job, item.epoch);
-        match self.holdings.consider(Kind::Job, id, epoch, engine_failed, model_known, Instant::now()) {
+        match self.holdings.consider(Kind::Job, id, epoch, engine, model_known, now) {
             // Delivered again while it runs here: its progress acks count for this delivery too.
             Decision::Held => tracing::debug!(job = %id, epoch, "work item delivered again"),
             Decision::Refuse(mut failure) => {
@@ -75,7 +84,7 @@ impl Supervisor {
 
     fn start(&self, item: WorkItem, ack: WorkAck, jobs: &mut JoinSet<JobFinished>) {
         let names = Names { kind: Kind::Job, id: item.job.clone(), gpu_id: self.gpu_id.clone() };
-        self.engine.begins(&names, item.suspect, 0);
+        self.engine.begins(&names, Known { suspect: item.suspect, ..Known::default() });
         let handle = Arc::new(Handle::new(names, item.epoch, job_options(&item.options)));
         self.holdings.put(Arc::clone(&handle));
         tracing::info!(job = %item.job, epoch = item.epoch, attempt = item.attempt, "job taken");

@@ -6,9 +6,7 @@
 //! | device | samples NVML or `/proc` |
 //! | engine | keeps the child alive ([`crate::lifecycle`]) |
 //! | serve | control requests, the sessions' tasks, the pull ([`serve`]), jobs ([`jobs`]) |
-//! | events | publishes what happened |
 
-pub(crate) mod events;
 pub(crate) mod holdings;
 mod jobs;
 mod neighbours;
@@ -23,13 +21,13 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use voxfleet_nats::{
-    ConnectError, Nats, log::AudioLog, media::Media, publish::Publisher, retry::Backoff, transcript::Chain,
+    ConnectError, Nats, events::Events, log::AudioLog, media::Media, publish::Publisher, retry::Backoff,
+    transcript::Chain,
 };
 use voxfleet_schema::id::{IdError, Incarnation, WorkerName};
 use voxfleet_store::fetch::{FetchError, Fetcher};
 
 use self::{
-    events::Events,
     holdings::Holdings,
     serve::{Reasons, Served},
 };
@@ -103,11 +101,12 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         })
         .await??
     };
+    // Before the server is waited for, however long: what appears meanwhile is a notice.
+    let preemption = preempt::Watch::open(&config.preemption).await.map_err(WorkerError::Preemption)?;
     let Some(own) = shutdown.run_until_cancelled(own_connection(&nats)).await else {
         return Ok(());
     };
     let own = own?;
-    let preemption = preempt::Watch::open(&config.preemption).await.map_err(WorkerError::Preemption)?;
     if config.gpu_id.is_none() && !probe.is_gpu() {
         let listening = neighbours::names_taken(&nats, &probe.host, config.heartbeat());
         let taken = shutdown.run_until_cancelled(listening).await;
@@ -166,7 +165,10 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     };
     tasks.spawn(heartbeat::run(own.clone(), nats.clone(), sources, stop_tasks.clone()));
     tasks.spawn(heartbeat::sample_device(probe, engine.clone(), figures, stop_tasks.clone()));
-    tasks.spawn(event_queue.run(publisher.clone()));
+    tasks.spawn({
+        let (nats, publisher) = (nats.clone(), publisher.clone());
+        async move { event_queue.run(&nats, &publisher).await }
+    });
     tasks.spawn({
         let (nats, me, stop, every) = (nats.clone(), identity.clone(), stop_tasks.clone(), config.heartbeat());
         async move {

@@ -26,8 +26,13 @@ use voxfleet_schema::{
     id::{Kind, StreamId, WorkerName},
 };
 
-use super::{Supervisor, WorkerError, holdings::Decision, jobs::JobFinished};
+use super::{
+    Supervisor, WorkerError,
+    holdings::{Decision, EngineIs},
+    jobs::JobFinished,
+};
 use crate::{
+    lifecycle::Known,
     pull,
     session::{End, Handle, Names, contained, unix_ms},
     shutdown::{ShutdownBudget, Stage},
@@ -319,14 +324,19 @@ impl Supervisor {
     }
 
     fn assign(&self, assignment: Assignment, sessions: &mut JoinSet<Finished>) -> ControlReply {
-        let Assignment { kind, id, epoch, options, suspect, crashes } = assignment;
+        let Assignment { kind, id, epoch, options, suspect, crashes, suspect_from } = assignment;
         if kind != Kind::Session {
             let failure = Failure::new(FailureClass::BadRequest, "jobs come as work items, not by request");
             return ControlReply::Refused(failure);
         }
         let model_known = self.knows(options.model.as_deref().unwrap_or(&self.default_model));
-        let engine_failed = self.engine.status().state == EngineRunState::Failed;
-        let decision = self.holdings.consider(kind, &id, epoch, engine_failed, model_known, Instant::now());
+        let now = Instant::now();
+        let engine = match self.engine.status().state {
+            EngineRunState::Failed => EngineIs::Failed,
+            _ if self.engine.stalls(now) => EngineIs::Stalled,
+            _ => EngineIs::Able,
+        };
+        let decision = self.holdings.consider(kind, &id, epoch, engine, model_known, now);
         match decision {
             Decision::Held => {}
             Decision::Refuse(failure) => {
@@ -344,7 +354,7 @@ impl Supervisor {
             }
             Decision::Start => {
                 let names = Names { kind, id, gpu_id: self.gpu_id.clone() };
-                self.engine.begins(&names, suspect, crashes);
+                self.engine.begins(&names, Known { suspect, crashes, from: suspect_from, elsewhere: false });
                 let handle = Arc::new(Handle::new(names, epoch, options));
                 self.holdings.put(Arc::clone(&handle));
                 let session = handle.session(self.shared.clone(), None);

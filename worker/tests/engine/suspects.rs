@@ -46,7 +46,7 @@ fn beside(seen: &[FromEngine], handle: u64) -> Vec<u64> {
 fn a_suspect_is_decoded_alone_until_its_first_final_and_says_the_same() {
     let mut child = Child::start(simulated_config(SimulatedConfig { speed: 40.0, ..instant() }));
     let logs: Vec<Vec<RawEntry>> = (1..=4).map(|n| log_16k(&first_seconds(n, 12), 100)).collect();
-    open_suspect(&mut child, 0, Suspect { beyond: 0, crashes: 1, park: None });
+    open_suspect(&mut child, 0, Suspect { beyond: 0, crashes: 1, park: None, blind: false });
     for handle in 1..4 {
         child.open(handle, SessionOptions::default());
     }
@@ -74,7 +74,7 @@ fn a_parked_stretch_is_not_decoded_and_moves_no_boundary() {
     let (n, bad) = direct.iter().enumerate().skip(1).find(|(_, f)| !f.segments.is_empty()).expect("speech");
     let why = Failure::new(FailureClass::EngineCrash, "it kills");
     let mut child = Child::start(simulated_config(instant()));
-    open_suspect(&mut child, 7, Suspect { beyond: bad.from_sample, crashes: 3, park: Some(why.clone()) });
+    open_suspect(&mut child, 7, Suspect { beyond: bad.from_sample, crashes: 3, park: Some(why.clone()), blind: false });
     child.feed(7, &log);
     let stored = child.finals_of(7);
     assert_eq!(stored.len(), direct.len());
@@ -117,5 +117,75 @@ fn a_session_that_finishes_says_what_it_had_begun_and_nothing_else() {
     child.send(ToEngine::Finish { handle: 1 });
     child.until("its end", answered);
     assert_eq!(finals_in(&child.seen, 1), []);
+    child.end().expect("end");
+}
+
+/// What was at work while the audio of `handle` was looked at, until its first final.
+fn beside_its_steps(seen: &[FromEngine], handle: u64) -> usize {
+    let (mut decoding, mut beside) = (0usize, 0);
+    for message in seen {
+        match message {
+            FromEngine::Began { .. } => decoding += 1,
+            FromEngine::Over { .. } => decoding -= 1,
+            FromEngine::Stepping { handle: h, .. } if *h == handle => beside += decoding,
+            FromEngine::Final { handle: h, .. } if *h == handle => return beside,
+            _ => {}
+        }
+    }
+    beside
+}
+
+#[test]
+fn a_suspect_is_looked_at_while_nothing_is_decoded_and_nobody_is_looked_at_while_it_is() {
+    let mut child = Child::start(simulated_config(SimulatedConfig { speed: 40.0, ..instant() }));
+    let logs: Vec<Vec<RawEntry>> = (1..=3).map(|n| log_16k(&first_seconds(n, 12), 100)).collect();
+    open_suspect(&mut child, 0, Suspect { beyond: 0, crashes: 1, park: None, blind: false });
+    for handle in 1..3 {
+        child.open(handle, SessionOptions::default());
+    }
+    for at in 0..logs.iter().map(Vec::len).max().expect("logs") {
+        for (handle, log) in (0..).zip(&logs) {
+            child.feed(handle, log.get(at..=at).unwrap_or_default());
+        }
+    }
+    for (handle, log) in (0..).zip(&logs) {
+        let direct = finals(log, &mut Remembering::new(&simulated()), &Energy);
+        assert_eq!(timeless(&child.finals_of(handle)), timeless(&direct), "session {handle}");
+    }
+    assert_eq!(beside_its_steps(&child.seen, 0), 0);
+    assert!(beside_its_steps(&child.seen, 1) + beside_its_steps(&child.seen, 2) > 0, "others are, as ever");
+    let first = child.seen.iter().position(|m| matches!(m, FromEngine::Final { handle: 0, .. })).expect("a final");
+    let mut alone = false;
+    for message in &child.seen[..first] {
+        match message {
+            FromEngine::Began { handle: 0, .. } => alone = true,
+            FromEngine::Over { handle: 0 } => alone = false,
+            FromEngine::Stepping { handle, .. } => assert!(!alone, "{handle} was looked at beside it"),
+            _ => {}
+        }
+    }
+    child.end().expect("end");
+}
+
+#[test]
+fn a_stretch_that_may_not_be_looked_at_is_set_aside_and_what_comes_before_it_is_not() {
+    let log = log_16k(&call(1), 100);
+    let direct = finals(&log, &mut Remembering::new(&simulated()), &Energy);
+    let (n, bad) = direct.iter().enumerate().skip(1).find(|(_, f)| !f.segments.is_empty()).expect("speech");
+    let why = Failure::new(FailureClass::EngineCrash, "it kills");
+    let mut child = Child::start(simulated_config(instant()));
+    let park = Some(why.clone());
+    open_suspect(&mut child, 7, Suspect { beyond: bad.from_sample, crashes: 3, park, blind: true });
+    child.feed(7, &log);
+    child.until("the one set aside", |seen| finals_in(seen, 7).iter().any(|f| f.parked).then_some(()));
+    // What comes behind it is for the next opening.
+    child.send(ToEngine::Finish { handle: 7 });
+    child.until("its end", |seen| seen.iter().position(|m| matches!(m, FromEngine::Finished { handle: 7 })));
+    let stored = finals_in(&child.seen, 7);
+    assert_eq!(stored.len(), n + 1);
+    assert_eq!(timeless(&stored[..n]), timeless(&direct[..n]));
+    let last = &stored[n];
+    assert_eq!((last.from_sample, last.error.as_ref(), last.segments.len()), (bad.from_sample, Some(&why), 0));
+    assert!(last.to_sample >= bad.to_sample, "it reaches as far as a silence");
     child.end().expect("end");
 }

@@ -39,6 +39,9 @@ pub(super) fn whole(
             let dead: Vec<String> = status.dead.iter().map(ToString::to_string).collect();
             text.push_str(&format!("dead: {}\n", dead.join(", ")));
         }
+        if let Some(why) = &status.verdicts_wait {
+            text.push_str(&format!("nobody is declared dead now: {why}\n"));
+        }
         if !status.services.is_empty() {
             text.push('\n');
             text.push_str(&services(&status.services));

@@ -301,7 +301,7 @@ impl Core {
             .map(|(name, _, held)| (name.clone(), held.epoch))
             .collect();
         for (worker, epoch) in holders {
-            self.job_effect(JobEffect::Release { worker, id: id.clone(), epoch });
+            self.job_effect(JobEffect::Release { worker, id: id.clone(), epoch, finish_ms: 0 });
         }
     }
 }

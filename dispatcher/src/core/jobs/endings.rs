@@ -166,7 +166,7 @@ impl Core {
                 let mut held = w.heartbeat.held.iter();
                 held.find(|h| h.kind == voxfleet_schema::id::Kind::Job && h.id == id).map(|h| h.epoch)
             });
-            self.release_job(worker, &id, held.unwrap_or(record.epoch), now);
+            self.release_job(worker, &id, held.unwrap_or(record.epoch), 0, now);
         }
         let took_ms = record.ended_ms.zip(record.started_ms).map(|(end, start)| end.saturating_sub(start));
         // Seconds of recording for each second since it was first given to a worker.

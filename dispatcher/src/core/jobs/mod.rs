@@ -50,8 +50,9 @@ pub enum JobEffect {
     /// Read the last final; without an end there, publish the work item unless it is queued (or, if not `publish`, only look
     /// for it) -> [`JobInput::Sent`].
     Send { worker: WorkerName, item: Box<WorkItem>, publish: bool },
-    /// Tell a worker to let go, and take back what is queued for it -> [`JobInput::Released`].
-    Release { worker: WorkerName, id: StreamId, epoch: u64 },
+    /// Tell a worker to let go, and take back what is queued for it; it may store the final it has begun within
+    /// `finish_ms` -> [`JobInput::Released`].
+    Release { worker: WorkerName, id: StreamId, epoch: u64, finish_ms: u32 },
     /// Read the last final -> [`JobInput::Chain`].
     ReadChain { id: StreamId },
     /// Write the end final of a job that failed or was cancelled, unless one stands; put away what failed ->

@@ -200,6 +200,10 @@ impl Core {
         let Some(job) = self.jobs.book.job_mut(id) else {
             return;
         };
+        // The answer to a write that was given up long ago changes nothing about what goes on since.
+        if !matches!(job.stage, Stage::Saving(_)) {
+            return;
+        }
         let Stage::Saving(next) = std::mem::replace(&mut job.stage, Stage::Settled) else {
             return;
         };
@@ -300,7 +304,10 @@ impl Core {
             .clone()
             .filter(|old| before.state == JobState::Assigned && record.worker.as_ref() != Some(old));
         if let Some(old) = left {
-            self.release_job(&old, id, before.epoch, now);
+            // It has moved on: a worker that leaves is not cut off in the middle of a final.
+            let moved = record.state == JobState::Assigned;
+            let finish_ms = if moved { self.finish_ms(&old, now) } else { 0 };
+            self.release_job(&old, id, before.epoch, finish_ms, now);
         }
         match record.state {
             JobState::Queued => {
@@ -317,7 +324,7 @@ impl Core {
             }
             JobState::Closing => {
                 if let Some(worker) = record.worker.filter(|_| before.state == JobState::Assigned) {
-                    self.release_job(&worker, id, before.epoch, now);
+                    self.release_job(&worker, id, before.epoch, 0, now);
                 }
                 self.write_job_end(id, now);
             }
@@ -330,9 +337,9 @@ impl Core {
     }
 
     /// Tells a worker to let go, unless it is dead: then its subjects are purged with it.
-    pub(super) fn release_job(&mut self, worker: &WorkerName, id: &StreamId, epoch: u64, now: Moment) {
+    pub(super) fn release_job(&mut self, worker: &WorkerName, id: &StreamId, epoch: u64, finish_ms: u32, now: Moment) {
         if self.fleet.health(worker, now.mono, &self.config) != WorkerHealth::Dead {
-            self.job_effect(JobEffect::Release { worker: worker.clone(), id: id.clone(), epoch });
+            self.job_effect(JobEffect::Release { worker: worker.clone(), id: id.clone(), epoch, finish_ms });
         }
     }
 

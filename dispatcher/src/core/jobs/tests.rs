@@ -19,7 +19,7 @@ use crate::{
     config::DispatcherConfig,
     core::{Admission, Answer, Burial},
     jobs::JobEnd,
-    testing::{beat, holds_job, id, worker},
+    testing::{self, beat, holds_job, id, worker},
 };
 
 /// What servers keep: keys, chains, work queues, the object store. It outlives a dispatcher.
@@ -48,6 +48,8 @@ struct World {
     told: Vec<Event>,
     answers: Vec<(CallId, Answer)>,
     released: Vec<(WorkerName, StreamId, u64)>,
+    /// Of the last release.
+    finish_ms: u32,
 }
 
 fn core() -> Core {
@@ -70,6 +72,7 @@ impl World {
             told: Vec::new(),
             answers: Vec::new(),
             released: Vec::new(),
+            finish_ms: 0,
         };
         for n in 0..gpus {
             world.beat(n, |_| ());
@@ -98,6 +101,7 @@ impl World {
                     self.core.admitted(&heartbeat.worker(), ready, self.now);
                     self.gather();
                 }
+                Effect::Note { heartbeat, .. } => self.core.noted(&heartbeat.worker(), Ok(1)),
                 Effect::Bury { worker, .. } => {
                     self.core.buried(&worker, Burial::Written, self.now);
                     self.gather();
@@ -165,7 +169,8 @@ impl World {
                 };
                 JobInput::Sent { id: item.job, epoch: item.epoch, result: Ok(Sent { chain, work }) }
             }
-            JobEffect::Release { worker, id, epoch } => {
+            JobEffect::Release { worker, id, epoch, finish_ms } => {
+                self.finish_ms = finish_ms;
                 let place = (worker.clone(), id.clone());
                 if stored.work.get(&place).is_some_and(|queued| *queued <= epoch) {
                     stored.work.remove(&place);
@@ -214,7 +219,7 @@ impl World {
         for _ in 0..count {
             self.pass(Duration::from_secs(1));
             beats(self);
-            self.core.probed(true, true, self.now);
+            testing::probe(&mut self.core, true, true, self.now);
             self.core.tick(self.now);
             self.run();
         }

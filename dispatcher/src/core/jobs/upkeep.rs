@@ -148,7 +148,8 @@ impl Core {
     pub(in crate::core) fn reconcile_jobs(&mut self, now: Moment) {
         let mut holders: HashMap<&StreamId, Vec<Holder<'_>>> = HashMap::new();
         for (worker, known, held) in self.job_holders() {
-            holders.entry(&held.id).or_default().push(Holder { worker, held, heard: known.heard });
+            let health = known.health(now.mono, &self.config);
+            holders.entry(&held.id).or_default().push(Holder { worker, held, heard: known.heard, health });
         }
         let ids: BTreeSet<&StreamId> = self.jobs.book.busy().chain(holders.keys().copied()).collect();
         let mut actions: Vec<(StreamId, Action)> = Vec::new();
@@ -201,7 +202,10 @@ impl Core {
         let settled = job.settled();
         tracing::debug!(job = %id, ?action, settled, "reconciling");
         match action {
-            Action::Release { worker, epoch } => self.release_job(&worker, id, epoch, now),
+            Action::Release { worker, epoch, finish } => {
+                let finish_ms = if finish { self.finish_ms(&worker, now) } else { 0 };
+                self.release_job(&worker, id, epoch, finish_ms, now);
+            }
             Action::CatchUp => self.job_effect(JobEffect::ReadChain { id: id.clone() }),
             _ if !settled => {}
             Action::GaveUp(failure) => self.try_failed(id, &failure, now),

@@ -216,19 +216,78 @@ fn what_crashed_an_engine_goes_with_the_session_to_its_next_owner() {
     world.seconds(1, |w| {
         w.beat(0, |b| {
             holds(b, &[("s", 1)]);
-            (b.held[0].suspect, b.held[0].crashes) = (true, 2);
+            (b.held[0].suspect, b.held[0].crashes, b.held[0].suspect_from) = (true, 2, Some(9_000));
         });
     });
     world.keep = |e| matches!(e, Effect::Ask { .. } | Effect::Save { .. });
     world.seconds(4, |w| w.beat(1, |_| ()));
     let Some(Effect::Save { record, .. }) = world.kept.last() else { panic!("{:?}", world.kept) };
-    assert_eq!((record.suspect, record.crashes), (true, 2));
+    assert_eq!((record.suspect, record.crashes, record.suspect_from), (true, 2, Some(9_000)));
     assert_eq!(record.displaced_from, Some(worker("g0", "i")), "a successor tells of the move");
     world.answer_kept();
     let Some(Effect::Ask { assignment, .. }) = world.kept.last() else { panic!("{:?}", world.kept) };
-    assert_eq!((assignment.suspect, assignment.crashes), (true, 2));
+    assert_eq!((assignment.suspect, assignment.crashes, assignment.suspect_from), (true, 2, Some(9_000)));
     world.keep = |_| false;
     world.answer_kept();
     world.seconds(1, |w| w.beat(1, |b| holds(b, &[("s", 2)])));
     assert!(!world.record("s").suspect, "it has passed there");
+}
+
+#[test]
+fn a_drain_without_a_deadline_is_the_workers_own() {
+    let mut world = World::new(2);
+    world.keep = |e| matches!(e, Effect::Drain { .. } | Effect::Note { .. });
+    assert_eq!(drain(&mut world, 1, "g0", None), None);
+    let drains = |world: &mut World| {
+        let sent = world.kept.iter().filter_map(|e| match e {
+            Effect::Drain { deadline_ms, .. } => Some(*deadline_ms),
+            _ => None,
+        });
+        let sent: Vec<u64> = sent.collect();
+        world.kept.clear();
+        sent
+    };
+    assert_eq!(drains(&mut world), [0]);
+    world.core.drained(&worker("g0", "i"), &AskReply::Silent("timeout".to_owned()));
+    world.seconds(1, |w| (0..2).for_each(|n| w.beat(n, |_| ())));
+    assert_eq!(drains(&mut world), [0], "told again, the same");
+    world.core.drained(&worker("g0", "i"), &AskReply::Silent("timeout".to_owned()));
+    // Somebody wants it sooner.
+    drain(&mut world, 2, "g0", Some(5_000));
+    assert_eq!(drains(&mut world), [5_000]);
+}
+
+#[test]
+fn the_last_try_of_what_kills_engines_is_moved_to_another_worker() {
+    let asks = |b: &mut voxfleet_schema::fleet::Heartbeat, epoch| {
+        holds(b, &[("s", epoch)]);
+        (b.held[0].suspect, b.held[0].crashes, b.held[0].suspect_from) = (true, 2, Some(9_000));
+        b.held[0].elsewhere = true;
+    };
+    // Nobody else: it stays.
+    let mut world = World::new(1);
+    world.audio("s", 1);
+    world.seconds(4, |w| w.beat(0, |b| asks(b, 1)));
+    assert_eq!((world.record("s").epoch, world.told(What::Moved)), (1, 0));
+
+    let mut world = World::new(2);
+    world.audio("s", 1);
+    let owner = world.record("s").worker.clone();
+    assert_eq!(owner, Some(worker("g0", "i")));
+    world.seconds(3, |w| {
+        w.beat(0, |b| asks(b, 1));
+        w.beat(1, |_| ());
+    });
+    let record = world.record("s");
+    assert_eq!((record.worker.clone(), record.epoch), (Some(worker("g1", "i")), 2));
+    assert_eq!((record.crashes, record.suspect_from), (2, Some(9_000)));
+    // It knows of two crashes, and does not ask: it keeps it.
+    world.seconds(5, |w| {
+        w.beat(0, |_| ());
+        w.beat(1, |b| {
+            asks(b, 2);
+            b.held[0].elsewhere = false;
+        });
+    });
+    assert_eq!((world.record("s").epoch, world.told(What::Moved)), (2, 1));
 }

@@ -132,7 +132,7 @@ fn play(site: &mut Site, next: &Move) {
         Move::Refuse(n, on) => site.workers[usize::from(*n)].refuses = *on,
         Move::Mute(n, on) => site.workers[usize::from(*n)].mute = *on,
         Move::Deaf => {
-            site.core.probed(false, false, site.now);
+            testing::probe(&mut site.core, false, false, site.now);
             site.gather();
         }
         Move::Succeed => site.succeed(),

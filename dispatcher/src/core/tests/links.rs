@@ -25,7 +25,7 @@ fn an_owner_that_a_takeover_has_not_heard_is_judged_like_any_other() {
     for _ in 0..30 {
         world.wait(Duration::from_secs(1));
         world.beat(0, |_| ());
-        world.core.probed(false, false, world.now);
+        testing::probe(&mut world.core, false, false, world.now);
         world.core.tick(world.now);
         world.run();
     }
@@ -48,7 +48,9 @@ fn a_verdict_that_a_predecessor_wrote_counts_at_once() {
     let record =
         SessionRecord { state: SessionState::Assigned, epoch: 3, worker: Some(name.clone()), ..world_record("s") };
     world.core.recover(Loaded { record: Some((record, 1)), ..Loaded::default() }, world.now);
-    world.core.recover_fleet(vec![FleetKey { worker: name.clone(), revision: 7, dead: true }], world.now);
+    world
+        .core
+        .recover_fleet(vec![FleetKey { worker: name.clone(), revision: 7, dead_ms: Some(0), device: None }], world.now);
     world.core.tick(world.now);
     world.run();
     assert_eq!(world.assigned, [("s".to_owned(), "g0".to_owned(), 4)]);
@@ -60,7 +62,7 @@ fn a_verdict_that_a_predecessor_wrote_counts_at_once() {
 fn consumers_of_whoever_has_not_been_heard_stay_until_its_verdict() {
     let mut world = World::new(1);
     world.keep = |e| matches!(e, Effect::Bury { .. } | Effect::RemoveConsumers { .. });
-    world.core.consumers(&[worker("g9", "i")], &[]);
+    world.core.consumers(&[worker("g9", "i")], &[], world.now);
     world.run();
     assert!(world.kept.is_empty());
     world.seconds(1, |w| w.beat(0, |_| ()));
@@ -91,6 +93,35 @@ fn somebody_else_has_heard_whoever_was_to_be_condemned() {
 }
 
 #[test]
+fn a_verdict_on_its_way_is_taken_back_by_a_heartbeat() {
+    let mut world = World::new(2);
+    world.keep = |e| matches!(e, Effect::Bury { .. });
+    world.seconds(3, |w| w.beat(1, |_| ()));
+    let Some(Effect::Bury { worker: name, recall, .. }) = world.kept.pop() else { panic!("{:?}", world.kept) };
+    assert!(!recall.is_set());
+    world.beat(0, |_| ());
+    assert!(recall.is_set(), "it lives");
+    world.core.buried(&name, Burial::Recalled, world.now);
+    world.run();
+    assert!(!world.core.fleet.is_dead(&name) && world.told(What::Dead) == 0);
+    world.seconds(3, |w| w.beat(1, |_| ()));
+    let Some(Effect::Bury { recall, .. }) = world.kept.pop() else { panic!("{:?}", world.kept) };
+    assert!(!recall.is_set(), "silent again");
+}
+
+#[test]
+fn gpus_that_a_predecessor_has_heard_count() {
+    let mut world = World::new(0);
+    world.beat(0, |b| b.device.index = None);
+    let key = FleetKey { worker: worker("g7", "i"), revision: 7, dead_ms: Some(0), device: Some(true) };
+    world.core.recover_fleet(vec![key], world.now);
+    let policy = voxfleet_schema::session::Policy::ExactModel;
+    let options = SessionOptions { model: Some("small".to_owned()), policy, ..SessionOptions::default() };
+    world.ask(1, "s", crate::sessions::Asked::Open(Box::new(options)));
+    assert_eq!(refused(world.answers.pop().map(|(_, a)| a)), FailureClass::NoWorkers, "no silent CPU");
+}
+
+#[test]
 fn a_verdict_whose_writing_was_lost_is_written_again() {
     let mut world = World::new(2);
     world.keep = |e| matches!(e, Effect::Bury { .. });
@@ -106,7 +137,7 @@ fn who_does_not_answer_while_the_own_link_is_down_is_asked_again() {
     world.keep = |e| matches!(e, Effect::Ask { .. });
     world.audio("s", 1);
     world.kept.clear();
-    world.core.probed(false, false, world.now);
+    testing::probe(&mut world.core, false, false, world.now);
     world.core.asked(&id("s"), 1, &worker("g0", "i"), silent(), world.now);
     world.run();
     assert!(world.kept.is_empty(), "not at once");
@@ -175,4 +206,50 @@ fn a_key_that_somebody_else_wrote_is_read_again() {
     world.core.admitted(&worker("g0", "i"), Admission::Dead, world.now);
     world.run();
     assert!(matches!(world.kept.pop(), Some(Effect::Renew { .. })));
+}
+
+/// Of the first worker.
+fn notes(e: &Effect) -> bool {
+    matches!(e, Effect::Note { heartbeat, .. } if heartbeat.gpu_id.as_str() == "g0")
+}
+
+#[test]
+fn a_heartbeat_on_its_way_to_the_key_does_not_fence_the_verdict_off() {
+    let mut world = World::new(2);
+    world.keep = |e| notes(e) || matches!(e, Effect::Bury { .. });
+    world.seconds(9, |w| (0..2).for_each(|n| w.beat(n, |_| ())));
+    let alone = |w: &mut World| w.beat(1, |_| ());
+    world.seconds(1, alone);
+    assert_eq!(world.kept(notes), 1, "its turn came before anybody could know");
+    world.seconds(3, alone);
+    assert_eq!(world.kept.len(), 1, "its key is being written");
+    world.core.noted(&worker("g0", "i"), Ok(777));
+    world.core.judge(world.now);
+    world.run();
+    assert!(matches!(world.kept.pop(), Some(Effect::Bury { revision: Some(777), .. })), "at the next look");
+}
+
+#[test]
+fn the_last_heartbeat_of_a_silent_worker_is_not_written_down() {
+    let mut world = World::new(2);
+    world.keep = |e| notes(e) || matches!(e, Effect::Bury { .. });
+    world.seconds(8, |w| (0..2).for_each(|n| w.beat(n, |_| ())));
+    world.seconds(3, |w| w.beat(1, |_| ()));
+    assert_eq!(world.kept(notes), 0);
+    assert!(matches!(world.kept.pop(), Some(Effect::Bury { .. })), "three seconds after its last one");
+}
+
+#[test]
+fn a_wish_to_drain_waits_for_the_key() {
+    let mut world = World::new(1);
+    world.keep = |e| matches!(e, Effect::Note { .. });
+    world.seconds(10, |w| w.beat(0, |_| ()));
+    assert!(matches!(world.kept.pop(), Some(Effect::Note { drain_until_ms: None, .. })));
+    let request = voxfleet_schema::fleet::DrainRequest { gpu_id: worker("g0", "i").gpu_id, deadline_ms: None };
+    world.core.drain(CallId(1), &request, world.now);
+    world.run();
+    assert!(world.kept.is_empty(), "not two at once");
+    world.core.noted(&worker("g0", "i"), Ok(7));
+    world.seconds(1, |w| w.beat(0, |_| ()));
+    assert!(matches!(world.kept.pop(), Some(Effect::Note { drain_until_ms: Some(_), revision: 7, .. })));
 }

@@ -364,7 +364,7 @@ impl Site {
         self.now.unix_ms += 1_000;
         self.read();
         self.beats();
-        self.core.probed(true, true, self.now);
+        testing::probe(&mut self.core, true, true, self.now);
         self.core.tick(self.now);
         self.stored.cursor = self.core.cursor();
         self.gather();
@@ -406,7 +406,8 @@ impl Site {
         let keys = self.stored.fleet.iter().map(|(worker, (revision, dead))| FleetKey {
             worker: worker.clone(),
             revision: *revision,
-            dead: *dead,
+            dead_ms: dead.then_some(0),
+            device: None,
         });
         self.core.recover_fleet(keys.collect(), self.now);
         self.read = self.stored.cursor;

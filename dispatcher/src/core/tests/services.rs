@@ -97,6 +97,62 @@ fn a_reserve_takes_the_work_of_a_gpu_that_died_and_nothing_before() {
     assert_eq!(opened.worker, worker("g0", "j"));
 }
 
+fn exact() -> SessionOptions {
+    let policy = voxfleet_schema::session::Policy::ExactModel;
+    SessionOptions { model: Some("small".to_owned()), policy, ..SessionOptions::default() }
+}
+
+/// A GPU with a session that is not to be on a CPU dies beside a CPU worker.
+fn dies_beside_a_cpu(mut world: World) -> World {
+    let cpu = |w: &mut World| w.beat(1, |b| b.device.index = None);
+    world.beat(0, |_| ());
+    cpu(&mut world);
+    world.ask(1, "s", Asked::Open(Box::new(exact())));
+    assert_eq!(world.assigned, [("s".to_owned(), "g0".to_owned(), 1)]);
+    world.seconds(8, cpu);
+    world
+}
+
+#[test]
+fn a_session_that_is_for_gpus_waits_when_the_last_one_dies() {
+    let with_map = mapped(&[("asr", ServiceConfig { cpu: true, ..service(&["g0"], &[]) })]);
+    for world in [World::new(0), with_map] {
+        let mut world = dies_beside_a_cpu(world);
+        assert!(world.core.fleet.is_dead(&worker("g0", "i")));
+        assert_eq!((world.state("s"), world.assigned.len()), (SessionState::Waiting, 1));
+        let mut back = beat("g0", "j");
+        back.device.index = Some(0);
+        world.core.heartbeat(back, world.now);
+        world.run();
+        assert_eq!(world.assigned[1].1, "g0", "it is back");
+    }
+}
+
+#[test]
+fn nobody_is_missed_while_the_own_link_is_in_doubt() {
+    let mut world = mapped(&[("asr", service(&["g0"], &["g1"]))]);
+    for _ in 0..10 {
+        world.wait(Duration::from_secs(1));
+        testing::probe(&mut world.core, false, false, world.now);
+        world.core.tick(world.now);
+        world.run();
+    }
+    let degraded = |w: &World| w.told(What::Degraded);
+    // The link is back, and the reserve's heartbeat comes before the other one's.
+    world.seconds(1, |w| w.beat(1, |_| ()));
+    assert_eq!(degraded(&world), 0, "it could not be heard");
+    world.seconds(10, |w| w.beat(1, |_| ()));
+    assert_eq!(degraded(&world), 1, "it is not there");
+}
+
+#[test]
+fn a_service_may_name_a_worker_that_has_no_gpu() {
+    let mut world = mapped(&[("asr", service(&["g0"], &[]))]);
+    world.beat(0, |b| b.device.index = None);
+    world.ask(1, "s", Asked::Open(Box::new(exact())));
+    assert_eq!(world.assigned, [("s".to_owned(), "g0".to_owned(), 1)]);
+}
+
 #[test]
 fn each_service_keeps_to_its_own_gpus_and_limits() {
     let of = |gpus: &[&str], models: &[&str], cpu| ServiceConfig {

@@ -10,23 +10,104 @@ use crate::testing::model;
 fn a_bucket_that_refuses_at_once_is_asked_again_after_a_pause() {
     let mut world = World::new(1);
     world.keep = |e| matches!(e, Effect::Save { .. });
-    world.open(1, "s");
+    world.audio("s", 1);
     let mut attempts = 0;
     for _ in 0..20 {
-        for _ in world.kept.drain(..).collect::<Vec<_>>() {
-            attempts += 1;
+        let saves = |effect: &Effect| matches!(effect, Effect::Save { .. });
+        for effect in world.kept.drain(..).collect::<Vec<_>>() {
+            attempts += usize::from(saves(&effect));
+            // An answer that nobody waits for any more changes nothing.
             world.core.saved(&id("s"), Err(SaveError::Failed("bucket is full".to_owned())), world.now);
             world.run();
         }
         world.seconds(1, |w| w.beat(0, |_| ()));
     }
     assert!((5..=12).contains(&attempts), "{attempts} writes in 20 s");
-    let answer = world.answers.iter().find(|(c, _)| *c == CallId(1)).map(|(_, a)| a.clone());
-    assert_eq!(refused(answer), FailureClass::Timeout, "whoever asked hears of it");
     world.keep = |_| false;
     world.answer_kept();
     world.seconds(3, |w| w.beat(0, |_| ()));
     assert_eq!(world.state("s"), SessionState::Assigned);
+}
+
+#[test]
+fn an_open_that_could_not_be_written_takes_no_slot() {
+    let mut world = World::new(1);
+    world.keep = |e| matches!(e, Effect::Save { .. });
+    for (call, name) in [(1, "a"), (2, "b"), (3, "c"), (4, "d")] {
+        world.open(call, name);
+    }
+    for effect in std::mem::take(&mut world.kept) {
+        let Effect::Save { id, .. } = effect else { panic!("{effect:?}") };
+        world.core.saved(&id, Err(SaveError::Failed("bucket is full".to_owned())), world.now);
+    }
+    world.seconds(3, |w| w.beat(0, |_| ()));
+    for call in 1..=4 {
+        let answer = world.answers.iter().find(|(c, _)| *c == CallId(call)).map(|(_, a)| a.clone());
+        assert_eq!(refused(answer), FailureClass::Timeout, "whoever asked hears of it");
+    }
+    assert!(world.kept.is_empty(), "nobody writes for callers that were sent away: {:?}", world.kept);
+    world.keep = |_| false;
+    assert!(matches!(world.open(5, "a"), Some(Answer::Opened(_))), "there is room");
+}
+
+#[test]
+fn a_full_log_is_named_and_not_written_to_each_second() {
+    let mut world = World::new(1);
+    world.audio("s", 1);
+    let appends = |e: &Effect| matches!(e, Effect::Append { .. });
+    let beats = |w: &mut World| w.beat(0, |b| b.held = vec![held("s", 1)]);
+    world.seconds(4, beats);
+    assert_eq!(world.kept(appends), 1);
+    world.core.appended(&id("s"), Mark::Pause, Err(AppendError::Full), world.now);
+    world.kept.clear();
+    world.seconds(9, beats);
+    assert_eq!(world.kept(appends), 0);
+    world.seconds(3, beats);
+    assert_eq!(world.kept(appends), 1, "again, there may be room");
+    world.core.appended(&id("s"), Mark::Close(CallId(7)), Err(AppendError::Full), world.now);
+    world.run();
+    let Some((CallId(7), Answer::Refused(failure))) = world.answers.last() else { panic!("{:?}", world.answers) };
+    assert_eq!((failure.class, failure.retry_after_ms), (FailureClass::NoCapacity, Some(1_000)));
+    assert!(failure.message.contains("full"));
+}
+
+#[test]
+fn a_move_is_told_once_also_by_a_successor() {
+    let mut world = World::new(1);
+    let record = SessionRecord {
+        state: SessionState::Assigned,
+        epoch: 4,
+        worker: Some(worker("g0", "i")),
+        displaced_from: Some(worker("gone", "i")),
+        ..world_record("s")
+    };
+    world.core.recover(Loaded { record: Some((record, 9)), last: Some((5, true)), ..Loaded::default() }, world.now);
+    world.run();
+    world.seconds(3, |w| w.beat(0, |b| b.held = vec![held("s", 4)]));
+    // It lost the session, and is asked again.
+    world.seconds(3, |w| w.beat(0, |_| ()));
+    assert_eq!(world.assigned.last().map(|a| a.2), Some(4));
+    assert_eq!(world.told(What::Moved), 0, "that was told long ago");
+}
+
+#[test]
+fn nobody_overtakes_who_waits_longer() {
+    let mut world = World::new(1);
+    for n in 1..=4 {
+        world.audio(&format!("s{n}"), n);
+    }
+    for (seq, name) in [(5, "first"), (6, "second")] {
+        world.audio(name, seq);
+        assert_eq!(world.state(name), SessionState::Waiting);
+    }
+    // A slot comes free, and before anything else is looked at somebody asks for one that waits behind another.
+    world.core.heartbeat(
+        Heartbeat { seq: 1, slots: voxfleet_schema::fleet::Slots { total: 5, used: 0 }, ..testing::beat("g0", "i") },
+        world.now,
+    );
+    world.ask(2, "second", crate::sessions::Asked::Open(Box::new(world.record("second").options.clone())));
+    assert_eq!((world.state("first"), world.state("second")), (SessionState::Assigned, SessionState::Waiting));
+    assert!(matches!(world.answers.last(), Some((CallId(2), Answer::Refused(_)))));
 }
 
 /// A session whose end final stands at 2 and whose entry 3 no walk finds; the first walk is under way.

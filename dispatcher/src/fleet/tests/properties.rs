@@ -39,15 +39,41 @@ struct Model {
     /// Last sign of life, or since when it is missed.
     signs: BTreeMap<WorkerName, Duration>,
     dead: BTreeSet<WorkerName>,
-    /// Nothing is judged before: the last failed probe, or the first good one after it, and the time that heartbeats need.
+    /// Silence is proven up to here.
+    answered: Duration,
+    /// The first round trip that failed since one was answered.
+    deaf: Option<Duration>,
+    /// Nothing is judged before: an answer that came late, and the time that heartbeats need.
     deaf_until: Duration,
-    deaf: bool,
     mass_since: Option<Duration>,
 }
 
 impl Model {
     fn silent(&self, name: &WorkerName) -> Duration {
         self.now - self.signs[name]
+    }
+
+    fn probe(&mut self, answered: bool, config: &DispatcherConfig) {
+        if !answered {
+            self.deaf.get_or_insert(self.now);
+            return;
+        }
+        self.answered = self.now;
+        if let Some(since) = self.deaf.take() {
+            let long = self.now - since >= Duration::from_millis(config.dead_after_ms);
+            let ms = if long { config.dead_after_ms } else { config.suspect_after_ms };
+            self.deaf_until = self.deaf_until.max(self.now + Duration::from_millis(ms));
+        }
+    }
+
+    /// No hold of its own link.
+    fn hears(&self) -> bool {
+        self.deaf.is_none() && self.now >= self.deaf_until
+    }
+
+    /// How many are silent for that long by all that an answer proves.
+    fn due(&self, silent: Duration) -> usize {
+        self.signs.values().filter(|sign| self.answered.saturating_sub(**sign) >= silent).count()
     }
 
     fn look(&mut self, config: &DispatcherConfig) {
@@ -71,7 +97,7 @@ proptest! {
         let dead_after = Duration::from_millis(config.dead_after_ms);
         let hold = Duration::from_millis(config.mass_silence_hold_ms);
         let (mut fleet, mut model) = (Fleet::default(), Model { now: MS, ..Model::default() });
-        let mut condemned = 0u32;
+        let (mut condemned, mut mass_until) = (0u32, Duration::ZERO);
         for step in steps {
             match step {
                 Step::Beat(n) => {
@@ -90,34 +116,36 @@ proptest! {
                 }
                 Step::Ready(n, on) => fleet.set_ready(&name(n), on),
                 Step::Probe(worked) => {
-                    fleet.round_trip(worked, model.now, &config);
-                    if !worked || model.deaf {
-                        model.deaf_until = model.now + dead_after;
-                    }
-                    model.deaf = !worked;
+                    let trip = RoundTrip { began: model.now, answered: worked, connects: 1 };
+                    fleet.round_trip(trip, model.now, &config);
+                    model.probe(worked, &config);
                 }
                 Step::Look { ms, bury } => {
                     model.now += u32::from(ms) * MS;
                     let verdicts = fleet.verdicts(model.now, &config);
                     model.look(&config);
                     let held = model.mass_since.is_some_and(|since| model.now < since + hold);
+                    mass_until = mass_until.max(model.mass_since.map_or(Duration::ZERO, |since| since + hold));
                     for who in &verdicts {
                         prop_assert!(!model.dead.contains(who), "{who} was condemned before");
                         prop_assert!(model.silent(who) >= dead_after, "{who} was heard {:?} ago", model.silent(who));
-                        prop_assert!(model.now >= model.deaf_until, "the own link was in doubt");
-                        prop_assert!(!held, "many fell silent at once");
+                        prop_assert!(model.answered - model.signs[who] >= dead_after, "nothing proves that");
+                        prop_assert!(model.hears(), "the own link was in doubt");
+                        let longer = if held { hold } else { Duration::ZERO };
+                        prop_assert!(model.answered - model.signs[who] >= dead_after + longer, "many fell silent at once");
                     }
-                    if model.now >= model.deaf_until && model.mass_since.is_none() && verdicts.is_empty() {
-                        // Nobody is spared either, once earlier holds are over.
-                        let over = model.now >= model.deaf_until.max(fleet.hold_until);
-                        let due = model.signs.keys().filter(|who| model.silent(who) >= dead_after).count();
-                        prop_assert!(!over || due == 0, "{due} are silent and nobody is condemned");
+                    if model.hears() {
+                        // Nobody is spared either, whoever else comes and goes.
+                        prop_assert!(verdicts.len() >= model.due(dead_after + hold), "silent, and not condemned");
+                        prop_assert!(held || model.now < mass_until || verdicts.len() == model.due(dead_after));
                     }
                     // Looked at again without any news, everybody is still condemned, unless the silence has spread.
                     model.now += MS;
                     model.look(&config);
                     let again = fleet.verdicts(model.now, &config);
-                    prop_assert!(again.is_empty() || verdicts.iter().all(|who| again.contains(who)));
+                    let spread = model.mass_since.is_some_and(|since| model.now < since + hold);
+                    mass_until = mass_until.max(model.mass_since.map_or(Duration::ZERO, |since| since + hold));
+                    prop_assert!(spread || verdicts.iter().all(|who| again.contains(who)));
                     if bury {
                         for who in verdicts {
                             fleet.bury(&who, model.now);

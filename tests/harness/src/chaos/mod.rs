@@ -5,61 +5,41 @@
 //! |---|---|
 //! | [`schedule`] | which faults come when, from a seed |
 //! | [`hands`] | breaks and mends |
-//! | [`talk`] | producers and jobs |
+//! | [`hints`] | what happens to hints on their way |
+//! | [`load`], [`talk`] | producers and jobs, and how each is meant to end |
+//! | [`rest`] | whether all is over for the fleet too |
 
 pub mod hands;
+pub mod hints;
+pub mod load;
+pub mod rest;
 pub mod schedule;
 pub mod talk;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use async_nats::jetstream;
-use tokio::{task::JoinSet, time::Instant};
+use tokio::time::Instant;
 
+pub use self::hints::hint_faults;
 use self::{
     hands::Hands,
-    schedule::{Fault, Schedule},
-    talk::{Said, Talk},
+    hints::Fates,
+    load::{Answer, Load},
+    schedule::{Fault, NAMES, Schedule},
 };
 use crate::{
-    Error, Result,
-    audio::{self, Pcm},
-    checker,
-    dice::Dice,
+    Error, Result, checker,
     fleet::Fleet,
     verdict::{self, JobEnd, Verdict},
-    wire::{Fate, Publish, Tamper},
 };
-
-/// A fault layer at the dispatcher's publishes: this share of the hints is dropped, doubled, or so late that others overtake
-/// it, each a third. Everything else passes.
-pub fn hint_faults(seed: u64, share: f64) -> impl Tamper {
-    let dice = Mutex::new(Dice::new(seed ^ 0x0417));
-    move |publish: &mut Publish| {
-        if !publish.subject.contains(".live.") {
-            return Fate::Pass;
-        }
-        let mut dice = dice.lock().unwrap_or_else(PoisonError::into_inner);
-        if !dice.chance(share) {
-            return Fate::Pass;
-        }
-        match dice.below(3) {
-            0 => Fate::Drop,
-            1 => Fate::Double,
-            _ => Fate::Late(Duration::from_millis(dice.below(700) as u64)),
-        }
-    }
-}
 
 /// No new session or job in the last seconds of the faults: what began must have been under fire, and must end.
 const LAST_START_S: f64 = 8.0;
 /// How long everything may take to end once nothing breaks any more.
 const QUIET: Duration = Duration::from_secs(150);
+/// Fewer kills a minute than this are no chaos.
+const KILLS_A_MINUTE: f64 = 10.0;
 /// How often processes are looked at.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -72,8 +52,13 @@ pub struct Plan {
     pub sessions: usize,
     /// Jobs at once.
     pub jobs: usize,
-    /// Only faults of these names; empty = all.
+    /// Only faults of these names ([`NAMES`]); empty = all.
     pub only: Vec<String>,
+    /// No poison and no bad recordings: nothing is meant to fail. Else the workers must know poison
+    /// ([`talk::POISON_RUN`]).
+    pub harmless: bool,
+    /// What the hints' fault layer has done, where there is one.
+    pub hints: Option<Arc<Fates>>,
     /// Where logs and everything known of what went wrong is left.
     pub keep: Option<PathBuf>,
 }
@@ -95,6 +80,15 @@ pub struct Report {
     pub jobs_done: u64,
     /// Failed or dead-lettered, by class.
     pub jobs_failed: BTreeMap<String, u64>,
+    /// Of these, inputs that were meant to fail so.
+    pub jobs_meant_to_fail: u64,
+    /// Sessions with poison in them.
+    pub sessions_poisoned: u64,
+    /// What became of hints on their way, by fate.
+    pub hints: BTreeMap<&'static str, u64>,
+    pub hints_purged: u64,
+    /// Pieces that stood still on a relay.
+    pub stalls: u64,
     pub without_end: u64,
     pub samples_lost: u64,
     pub samples_repeated: u64,
@@ -102,7 +96,7 @@ pub struct Report {
     pub clicks: u64,
     /// Processes that ended by themselves.
     pub unexpected_ends: Vec<String>,
-    /// Requests that came to nothing; no promise was broken.
+    /// Jobs that were never accepted, however often they were handed in.
     pub refused: Vec<String>,
     pub problems: Vec<String>,
 }
@@ -123,6 +117,29 @@ impl Report {
             && self.without_end == 0
             && self.problems.is_empty()
             && self.unexpected_ends.is_empty()
+            && self.refused.is_empty()
+    }
+
+    /// A run in which nothing was at stake shows nothing, however clean: what was missing.
+    fn shows_nothing(&self, plan: &Plan) -> Vec<String> {
+        let mut missing = Vec::new();
+        let mut need = |good: bool, what: String| {
+            if !good {
+                missing.push(format!("this run shows nothing: {what}"));
+            }
+        };
+        need(self.sessions > 0, "no session was spoken".to_owned());
+        need(plan.jobs == 0 || self.jobs_done > 0, "no job was done".to_owned());
+        need(self.faults.values().any(|n| *n > 0), "nothing was broken".to_owned());
+        for name in &plan.only {
+            need(self.faults.contains_key(name.as_str()), format!("{name} was never done"));
+        }
+        let kills = (self.seconds / 60.0 * KILLS_A_MINUTE) as u64;
+        need(!plan.only.is_empty() || self.kills >= kills, format!("{} kills, at least {kills} are due", self.kills));
+        if let Some(hints) = &plan.hints {
+            need(hints.faults() > 0, "nothing happened to any hint".to_owned());
+        }
+        missing
     }
 
     fn add(&mut self, kind: &str, id: &str, verdict: Verdict) {
@@ -135,107 +152,13 @@ impl Report {
     }
 }
 
-/// A job that was accepted.
-struct Job {
-    id: String,
-    pcm: Pcm,
-}
-
-/// Everything that is said while things break.
-struct Load {
-    plan: Plan,
-    js: jetstream::Context,
-    dice: Dice,
-    count: usize,
-    talks: JoinSet<Said>,
-    said: Vec<Said>,
-    submissions: JoinSet<(Job, Result<()>)>,
-    jobs: Vec<Job>,
-    refused: Vec<String>,
-    /// Jobs whose end has been seen.
-    ended: BTreeSet<String>,
-}
-
-impl Load {
-    /// Keeps as many sessions and jobs going as planned.
-    async fn tend(&mut self) {
-        while let Some(done) = self.talks.try_join_next() {
-            self.said.extend(done.ok());
-        }
-        while let Some(done) = self.submissions.try_join_next() {
-            self.submitted(done.ok());
-        }
-        while self.talks.len() < self.plan.sessions {
-            let talk = self.next_talk();
-            self.talks.spawn(talk::talk(self.js.clone(), talk));
-        }
-        let open = self.jobs.iter().filter(|j| !self.ended.contains(&j.id));
-        let open: Vec<String> = open.map(|j| j.id.clone()).collect();
-        for id in &open {
-            if has_ended(&self.js, "job", id).await {
-                self.ended.insert(id.clone());
-            }
-        }
-        let going = open.len() + self.submissions.len();
-        if going < self.plan.jobs {
-            self.count += 1;
-            let (seed, seconds) = (self.plan.seed * 100_000 + self.count as u64, self.dice.between(20.0, 120.0));
-            let job =
-                Job { id: format!("chaos-j{}-{}", self.plan.seed, self.count), pcm: audio::blasts(seed, seconds) };
-            let priority = ["high", "normal", "low"][self.dice.below(3)];
-            let js = self.js.clone();
-            self.submissions.spawn(async move {
-                let submitted = talk::submit(js, job.id.clone(), &job.pcm, priority).await;
-                (job, submitted)
-            });
-        }
-    }
-
-    fn next_talk(&mut self) -> Talk {
-        self.count += 1;
-        Talk {
-            id: format!("chaos-s{}-{}", self.plan.seed, self.count),
-            seed: self.plan.seed * 100_000 + self.count as u64,
-            seconds: self.dice.between(8.0, 40.0),
-            speed: self.dice.between(1.0, 4.0),
-            chunk_ms: [40, 100, 200, 400][self.dice.below(4)],
-        }
-    }
-
-    fn submitted(&mut self, done: Option<(Job, Result<()>)>) {
-        match done {
-            Some((job, Ok(()))) => self.jobs.push(job),
-            Some((_, Err(e))) => self.refused.push(e.to_string()),
-            None => {}
-        }
-    }
-
-    /// Lets everybody finish what he began.
-    async fn finish(&mut self) {
-        while let Some(done) = self.talks.join_next().await {
-            self.said.extend(done.ok());
-        }
-        while let Some(done) = self.submissions.join_next().await {
-            self.submitted(done.ok());
-        }
-    }
-}
-
 /// Runs the plan; `say` is told each thing that is done. The fleet must have been started through relays.
 pub async fn run(fleet: Fleet, plan: &Plan, say: &mut dyn FnMut(&str)) -> Result<Report> {
+    if let Some(unknown) = plan.only.iter().find(|name| !NAMES.contains(&name.as_str())) {
+        return Err(Error::Wrong(format!("no fault is called {unknown:?}; there are {}", NAMES.join(", "))));
+    }
     let js = talk::impatient(fleet.client());
-    let mut load = Load {
-        plan: plan.clone(),
-        js: js.clone(),
-        dice: Dice::new(plan.seed),
-        count: 0,
-        talks: JoinSet::new(),
-        said: Vec::new(),
-        submissions: JoinSet::new(),
-        jobs: Vec::new(),
-        refused: Vec::new(),
-        ended: BTreeSet::new(),
-    };
+    let mut load = Load::new(plan, js.clone());
     let mut hands = Hands::new(fleet);
     let mut report = Report::default();
     let mut journal = Vec::new();
@@ -279,10 +202,7 @@ pub async fn run(fleet: Fleet, plan: &Plan, say: &mut dyn FnMut(&str)) -> Result
     let calm = Instant::now();
     hands.mend_all().await?;
     {
-        let quiet = async {
-            load.finish().await;
-            wait_ends(&mut load).await;
-        };
+        let quiet = load.finish();
         tokio::pin!(quiet);
         let until = calm + QUIET;
         loop {
@@ -298,8 +218,18 @@ pub async fn run(fleet: Fleet, plan: &Plan, say: &mut dyn FnMut(&str)) -> Result
     }
     report.quiet_seconds = calm.elapsed().as_secs_f64();
     tell("checking");
+    load.close().await;
+    let sessions = load.said.iter().filter(|s| s.gave_up.is_none()).map(|s| ("session", s.id.clone()));
+    let jobs = load.jobs.iter().filter(|j| j.answer == Answer::Accepted).map(|j| ("job", j.id.clone()));
+    let ids = sessions.chain(jobs).collect();
+    let unfinished = rest::unfinished(&hands.fleet.client(), &js, hands.shape().workers, ids).await?;
+    report.problems.extend(unfinished);
     let troubled = judge(&mut report, load, &js).await?;
     report.unexpected_ends = hands.unexpected.clone();
+    (report.hints_purged, report.stalls) = (hands.hints_purged, hands.stalls());
+    report.hints = plan.hints.as_ref().map(|hints| hints.all()).unwrap_or_default();
+    let nothing = report.shows_nothing(plan);
+    report.problems.extend(nothing);
     if let Some(keep) = &plan.keep {
         keep_evidence(&hands.fleet, keep, &journal, &troubled, &report).await?;
     }
@@ -320,48 +250,19 @@ fn pause_and_faults(schedule: &mut Schedule, plan: &Plan) -> (Duration, Vec<Faul
     (Duration::from_secs(5), Vec::new())
 }
 
-async fn has_ended(js: &jetstream::Context, kind: &str, id: &str) -> bool {
-    let subject = format!("asr.v1.transcript.{kind}.{id}.final");
-    let last = async {
-        let stream = js.get_stream_no_info("ASR_TRANSCRIPT").await.ok()?;
-        stream.get_last_raw_message_by_subject(&subject).await.ok()
-    };
-    let last = tokio::time::timeout(Duration::from_secs(2), last).await.ok().flatten();
-    let json: Option<serde_json::Value> = last.and_then(|m| serde_json::from_slice(&m.payload).ok());
-    json.is_some_and(|j| j["end"] == true)
-}
-
-async fn wait_ends(load: &mut Load) {
-    let sessions = load.said.iter().filter(|s| s.gave_up.is_none()).map(|s| ("session", s.id.clone()));
-    let jobs = load.jobs.iter().map(|j| ("job", j.id.clone()));
-    for (kind, id) in sessions.chain(jobs).collect::<Vec<_>>() {
-        while !has_ended(&load.js, kind, &id).await {
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
-    }
-}
-
 /// Judges everything; ids of what is not clean.
 async fn judge(report: &mut Report, load: Load, js: &jetstream::Context) -> Result<Vec<(&'static str, String)>> {
     let mut troubled = Vec::new();
-    let Load { mut talks, mut submissions, mut said, jobs, refused, .. } = load;
-    // Only after a quiet phase that was too short.
-    while let Some(done) = talks.try_join_next() {
-        said.extend(done.ok());
-    }
-    for _ in 0..talks.len() {
-        report.problems.push("a producer is still waiting for an acknowledgement".to_owned());
-    }
-    talks.abort_all();
-    submissions.abort_all();
-    report.refused = refused;
+    let Load { said, jobs, problems, .. } = load;
+    report.problems.extend(problems);
     for said in said {
         report.sessions += 1;
+        report.sessions_poisoned += u64::from(said.poison.is_some());
         report.audio_seconds += said.samples.len() as f64 / 16_000.0;
         if let Some(why) = said.gave_up {
             report.problems.push(format!("session {}: its producer gave up: {why}", said.id));
         }
-        let verdict = verdict::session(js, &said.id, &said.samples).await?;
+        let verdict = verdict::poisoned_session(js, &said.id, &said.samples, said.poison.as_slice()).await?;
         report.sessions_moved += u64::from(verdict.epoch > 1);
         report.without_end += u64::from(!verdict.ended);
         if !verdict.is_clean() {
@@ -370,22 +271,32 @@ async fn judge(report: &mut Report, load: Load, js: &jetstream::Context) -> Resu
         report.add("session", &said.id, verdict);
     }
     for job in jobs {
-        let (verdict, end) = verdict::job(js, &job.id, &job.pcm.samples).await?;
-        report.audio_seconds += job.pcm.seconds();
+        match &job.answer {
+            Answer::Accepted => {}
+            Answer::Waiting => {
+                report.problems.push(format!("job {} was still being handed in at the end", job.id));
+                continue;
+            }
+            Answer::Unheard(why) => {
+                report.refused.push(why.clone());
+                continue;
+            }
+        }
+        let (verdict, end) = verdict::job(js, &job.id, job.samples()).await?;
+        report.audio_seconds += job.samples().len() as f64 / 16_000.0;
+        let problem = job.meant.problem(&end);
         match end {
             JobEnd::Done => report.jobs_done += 1,
             JobEnd::Failed(class) => {
                 *report.jobs_failed.entry(class).or_default() += 1;
-                troubled.push(("job", job.id.clone()));
+                report.jobs_meant_to_fail += u64::from(problem.is_none());
             }
-            JobEnd::Open => {
-                report.without_end += 1;
-                report.problems.push(format!("job {} has no end", job.id));
-            }
+            JobEnd::Open => report.without_end += 1,
         }
-        if !verdict.is_clean() {
+        if problem.is_some() || !verdict.is_clean() {
             troubled.push(("job", job.id.clone()));
         }
+        report.problems.extend(problem.map(|p| format!("job {} {p}", job.id)));
         report.add("job", &job.id, verdict);
     }
     Ok(troubled)
@@ -409,4 +320,44 @@ async fn keep_evidence(
     let lines = fleet_events.iter().map(|m| format!("{} {}\n", m.seq, String::from_utf8_lossy(&m.payload)));
     write("fleet-events.txt", &lines.collect::<String>())?;
     fleet.keep_logs(keep)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan() -> Plan {
+        let lasting = Duration::from_secs(60);
+        Plan { seed: 1, lasting, sessions: 8, jobs: 3, only: Vec::new(), harmless: false, hints: None, keep: None }
+    }
+
+    #[test]
+    fn a_run_that_shows_nothing_is_not_clean() {
+        let faults: BTreeMap<&'static str, u64> = [("kill_worker", 10)].into();
+        let good = Report { kills: 10, faults, seconds: 60.0, sessions: 5, jobs_done: 2, ..Report::default() };
+        assert_eq!(good.shows_nothing(&plan()), Vec::<String>::new());
+        type Change = fn(&mut Report, &mut Plan);
+        let changes: [(&str, Change); 6] = [
+            ("no session", |r, _| r.sessions = 0),
+            ("no job", |r, _| r.jobs_done = 0),
+            ("no fault", |r, p| (r.faults, p.only) = (BTreeMap::new(), Vec::new())),
+            ("too few kills", |r, _| r.kills = 9),
+            ("a fault that never came", |_, p| p.only = vec!["purge_live".to_owned()]),
+            ("untouched hints", |_, p| p.hints = Some(Arc::default())),
+        ];
+        for (name, change) in changes {
+            let (mut report, mut plan) = (good.clone(), plan());
+            change(&mut report, &mut plan);
+            assert!(!report.shows_nothing(&plan).is_empty(), "{name}");
+        }
+        let only = Plan { only: vec!["kill_worker".to_owned()], jobs: 0, ..plan() };
+        assert!(Report { kills: 1, jobs_done: 0, ..good }.shows_nothing(&only).is_empty());
+    }
+
+    #[test]
+    fn what_was_refused_or_went_wrong_is_not_clean() {
+        assert!(Report::default().is_clean());
+        assert!(!Report { refused: vec!["never accepted".to_owned()], ..Report::default() }.is_clean());
+        assert!(!Report { problems: vec!["a failed job".to_owned()], ..Report::default() }.is_clean());
+    }
 }

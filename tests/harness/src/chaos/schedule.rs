@@ -4,9 +4,45 @@ use std::time::Duration;
 
 use crate::dice::Dice;
 
-/// Streams whose leader or server is a worthwhile target.
-pub const STREAMS: [&str; 6] =
-    ["ASR_AUDIO", "ASR_TRANSCRIPT", "ASR_LIVE", "ASR_WORK", "KV_asr_sessions", "KV_asr_control"];
+/// Every stream of a fleet, buckets included: the leader of each is a target.
+pub const STREAMS: [&str; 14] = [
+    "ASR_AUDIO",
+    "ASR_TRANSCRIPT",
+    "ASR_LIVE",
+    "ASR_WORK",
+    "ASR_JOBS",
+    "ASR_CHECKPOINT",
+    "ASR_PARTIAL",
+    "ASR_EVENT",
+    "ASR_DEAD",
+    "KV_asr_sessions",
+    "KV_asr_jobs",
+    "KV_asr_control",
+    "KV_asr_fleet",
+    "OBJ_asr_media",
+];
+
+/// Every fault by the name under which it is counted.
+pub const NAMES: [&str; 18] = [
+    "kill_worker",
+    "kill_dispatcher",
+    "kill_engine",
+    "kill_server",
+    "stop_worker",
+    "stop_dispatcher",
+    "stop_engine",
+    "stop_server",
+    "lame_duck",
+    "terminate_worker",
+    "terminate_dispatcher",
+    "relay_pause",
+    "relay_one_way",
+    "relay_reset",
+    "relay_delay",
+    "relay_stall",
+    "purge_live",
+    "delete_consumers",
+];
 
 /// How many there are of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,8 +87,9 @@ pub enum Fault {
     Reset(Process),
     /// 200 ms later, both ways.
     Delay(Process, Duration),
-    /// One piece in a hundred stands still for half a second.
+    /// Three pieces in a hundred stand still for half a second.
     Stall(Process, Duration),
+    /// While hints stand there.
     PurgeLive,
     /// Its consumers, by hand.
     DeleteConsumers(usize),
@@ -228,6 +265,6 @@ mod tests {
             assert!(steps.iter().any(|s| s.faults.len() == 2));
             all.extend(names);
         }
-        assert_eq!(all.len(), 18, "{all:?}");
+        assert_eq!(all, BTreeSet::from(NAMES));
     }
 }

@@ -1,6 +1,7 @@
 //! The load under the faults: producers that repeat what is not acknowledged, and recordings handed in as jobs.
 
 use std::{
+    ops::Range,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
@@ -26,6 +27,8 @@ const INLINE_BYTES: usize = 1_500_000;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Talk {
     pub id: String,
+    /// Where it says what kills the simulated engine.
+    pub poison: Option<Range<u64>>,
     pub seed: u64,
     pub seconds: f64,
     /// Times real time.
@@ -37,9 +40,28 @@ pub struct Talk {
 #[derive(Debug)]
 pub struct Said {
     pub id: String,
+    pub poison: Option<Range<u64>>,
     pub samples: Vec<i16>,
     /// Why it stopped early.
     pub gave_up: Option<String>,
+}
+
+/// Samples at the very top in a row that kill the simulated engine (`worker.simulated.poison`).
+pub const POISON_RUN: u64 = 400;
+
+/// Puts poison where speech is: a run at the very top of 16 bits.
+pub fn poisoned(pcm: &mut Pcm, at: &Range<u64>) {
+    let index = |n: u64| usize::try_from(n).unwrap_or(usize::MAX).min(pcm.samples.len());
+    let (from, to) = (index(at.start), index(at.end));
+    pcm.samples[from..to].fill(i16::MAX);
+}
+
+/// A place for poison: in the first loud stretch after `wanted` that is long enough to hold it whole.
+pub fn place_for_poison(pcm: &Pcm, wanted: u64) -> Option<Range<u64>> {
+    let loud = crate::words::Recording::new(pcm.samples.clone()).loud();
+    let room = loud.into_iter().find(|l| l.start >= wanted && l.end - l.start >= 4 * POISON_RUN)?;
+    let from = (room.start + room.end) / 2;
+    Some(from..from + POISON_RUN)
 }
 
 /// What publishes and reads go through, for callers that do not name the client library.
@@ -55,7 +77,10 @@ pub fn impatient(client: async_nats::Client) -> jetstream::Context {
 /// Speaks a session from its first chunk to its end entry; a chunk without an acknowledgement is sent again, under the same
 /// number, until it has one.
 pub async fn talk(js: jetstream::Context, talk: Talk) -> Said {
-    let pcm = audio::blasts(talk.seed, talk.seconds);
+    let mut pcm = audio::blasts(talk.seed, talk.seconds);
+    if let Some(poison) = &talk.poison {
+        poisoned(&mut pcm, poison);
+    }
     speak(js, &talk, &pcm, &AtomicU64::new(0)).await
 }
 
@@ -63,7 +88,8 @@ pub async fn talk(js: jetstream::Context, talk: Talk) -> Said {
 pub async fn speak(js: jetstream::Context, talk: &Talk, pcm: &Pcm, acknowledged: &AtomicU64) -> Said {
     let mut producer = Producer::named(js, &talk.id, "s1");
     let per_chunk = pcm.chunk_bytes(talk.chunk_ms) / 2;
-    let mut said = Said { id: talk.id.clone(), samples: Vec::with_capacity(pcm.samples.len()), gave_up: None };
+    let (id, poison) = (talk.id.clone(), talk.poison.clone());
+    let mut said = Said { id, poison, samples: Vec::with_capacity(pcm.samples.len()), gave_up: None };
     let started = Instant::now();
     for (n, chunk) in pcm.samples.chunks(per_chunk).enumerate() {
         let spoken = Duration::from_millis(talk.chunk_ms * (n as u64 + 1));
@@ -93,7 +119,11 @@ async fn insist(producer: &mut Producer, payload: Vec<u8>, headers: &[(&str, &st
 
 /// Hands in a recording until somebody says that it was accepted.
 pub async fn submit(js: jetstream::Context, id: String, pcm: &Pcm, priority: &str) -> Result<()> {
-    let wav = pcm.wav();
+    submit_bytes(js, id, pcm.wav(), priority).await
+}
+
+/// The same with any bytes.
+pub async fn submit_bytes(js: jetstream::Context, id: String, wav: Vec<u8>, priority: &str) -> Result<()> {
     let begun = Instant::now();
     let mut last = String::from("nobody answered");
     while begun.elapsed() < GIVE_UP {

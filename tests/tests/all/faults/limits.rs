@@ -40,7 +40,7 @@ async fn refused(js: jetstream::Context, session: &str) -> Result<(Vec<i16>, Str
 }
 
 pub(crate) async fn a_full_store_refuses_clearly_and_loses_nothing() -> Result<()> {
-    let _turn = fleet::turn().await;
+    let _place = fleet::place().await;
     let limit = "jetstream { max_file_store: 64MB, max_memory_store: 1GB }".to_owned();
     let options = ServerOptions { extra: limit, ..ServerOptions::default() };
     let fleet = Ground::OneServer.start(small(Ground::builder()).server_options(options)).await?;
@@ -73,7 +73,7 @@ pub(crate) async fn a_full_store_refuses_clearly_and_loses_nothing() -> Result<(
 }
 
 pub(crate) async fn a_file_size_limit_refuses_clearly_and_loses_nothing() -> Result<()> {
-    let _turn = fleet::turn().await;
+    let _place = fleet::place().await;
     let options = ServerOptions { file_limit: Some(3 * MIB), ..ServerOptions::default() };
     let fleet = Ground::OneServer.start(Ground::builder().server_options(options)).await?;
     let mut hands = Hands::new(fleet);

@@ -14,6 +14,7 @@ use voxfleet_schema::{
     transcript::Timings,
 };
 
+use super::unseen::{Blind, guarded};
 use crate::{
     engine::{
         Cancel, EngineError, Purpose, Window,
@@ -22,7 +23,7 @@ use crate::{
         vad::VadFactory,
     },
     ipc::{
-        EngineConfig, FromEngine, ModelFile, StartPoint, Suspect, ToEngine,
+        EngineConfig, EntryFor, FromEngine, ModelFile, StartPoint, Suspect, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
@@ -53,6 +54,10 @@ pub(super) struct Session {
     pub(super) finishing: bool,
     /// Until it has shown that it is harmless.
     pub(super) suspect: Option<Suspect>,
+    /// A suspect's input waits until nothing is decoded, since then.
+    pub(super) held_since: Option<Instant>,
+    /// Why what is not looked at is set aside.
+    unseen: Option<Failure>,
 }
 
 pub(super) struct Shelved {
@@ -81,6 +86,8 @@ pub(super) struct Desk {
     pub(super) models: BTreeMap<String, Shelved>,
     /// A suspect's window is being decoded: nothing else is begun.
     pub(super) alone: Option<u64>,
+    /// Streams are being stepped: no suspect is begun beside them.
+    pub(super) stepping: bool,
     totals: Totals,
     /// What was last told: totals, signs of life, working.
     told: (Totals, u64, bool),
@@ -103,6 +110,7 @@ impl Desk {
             sessions: HashMap::new(),
             models,
             alone: None,
+            stepping: false,
             totals: Totals::default(),
             told: (Totals::default(), 0, false),
         }
@@ -161,9 +169,12 @@ impl Desk {
             ToEngine::Ping { n } => return self.say(&FromEngine::Pong { n }),
             // Audio of a session that failed or was closed a moment ago.
             ToEngine::Entry(for_session) => {
-                if let Some(session) = self.sessions.get_mut(&for_session.handle).filter(|s| !s.finishing) {
-                    session.stream.push(for_session.entry);
+                let EntryFor { handle, entry } = for_session;
+                if let Some(session) = self.sessions.get_mut(&handle).filter(|s| !s.finishing) {
                     session.dirty = true;
+                    if let Err(error) = guarded(|| session.stream.push(entry)) {
+                        return self.fail(handle, &error);
+                    }
                 }
             }
             ToEngine::Finish { handle } => return self.finish(handle),
@@ -200,6 +211,7 @@ impl Desk {
         if let Err(error) = self.want(&model) {
             return self.fail(handle, &error);
         }
+        let unseen = suspect.as_ref().filter(|suspect| suspect.blind).and_then(|suspect| suspect.park.clone());
         let session = Session {
             stream: SessionStream::new(options, start, self.vads.create()),
             model: model.clone(),
@@ -211,6 +223,8 @@ impl Desk {
             dirty: true,
             finishing: false,
             suspect,
+            held_since: None,
+            unseen,
         };
         self.sessions.insert(handle, session);
         if was == self.models.get(&model).map(|m| m.state) { Ok(()) } else { self.say_models() }
@@ -260,30 +274,73 @@ impl Desk {
     /// Steps every session that has input, and keeps the threads busy meanwhile.
     pub(super) fn work(&mut self) -> Said {
         self.dispatch()?;
+        if self.alone.is_some() {
+            // Looked at beside a suspect, somebody harmless would be blamed together with it.
+            return Ok(());
+        }
         let mut dirty: Vec<(bool, u64)> =
             self.sessions.iter().filter(|(_, s)| s.dirty).map(|(handle, s)| (s.background, *handle)).collect();
         dirty.sort_unstable();
-        for (_, handle) in dirty {
-            self.step(handle)?;
+        let is_suspect = |desk: &Self, handle| desk.sessions.get(&handle).is_some_and(|s| s.suspect.is_some());
+        let (suspects, others): (Vec<_>, Vec<_>) = dirty.into_iter().partition(|(_, handle)| is_suspect(self, *handle));
+        for (_, handle) in &others {
+            self.step(*handle)?;
             self.dispatch()?;
             if self.said_at.elapsed() >= SIGN_OF_LIFE {
                 self.say(&FromEngine::Pong { n: 0 })?;
             }
         }
-        Ok(())
+        self.stepped()?;
+        for (_, handle) in suspects {
+            self.dispatch()?;
+            if !self.pool.all_idle() {
+                // After this or the next decode; see `dispatch`.
+                if let Some(session) = self.sessions.get_mut(&handle) {
+                    session.held_since.get_or_insert_with(Instant::now);
+                }
+                continue;
+            }
+            self.step(handle)?;
+            self.stepped()?;
+        }
+        self.dispatch()
+    }
+
+    /// Nobody is looked at any more.
+    fn stepped(&mut self) -> Said {
+        if std::mem::take(&mut self.stepping) { self.say(&FromEngine::Stepped) } else { Ok(()) }
     }
 
     fn step(&mut self, handle: u64) -> Said {
+        let Some(session) = self.sessions.get_mut(&handle) else {
+            return Ok(());
+        };
+        session.held_since = None;
+        let at = session.stream.from_sample();
+        // First, so that whoever finds this process dead knows what it was doing.
+        self.stepping = true;
+        self.say(&FromEngine::Stepping { handle, at })?;
         loop {
             let Some(session) = self.sessions.get_mut(&handle) else {
                 return Ok(());
             };
             session.dirty = false;
-            match session.stream.step() {
+            if session.unseen.is_some() && session.parked().is_some() {
+                session.stream.hear_with(Box::new(Blind(session.stream.vad_kind())));
+            }
+            match guarded(|| session.stream.step()).and_then(|step| step) {
                 Ok(Step::Starved | Step::Ended) => break,
-                Ok(Step::Draft(draft)) => {
+                Ok(Step::Draft(mut draft)) => {
                     session.went_beyond(draft.to_sample);
+                    if let Some(why) = session.unseen.take_if(|_| session.suspect.is_none()) {
+                        // The supervisor opens it anew, with its eyes open.
+                        (draft.error, draft.parked, session.finishing) = (Some(why), true, true);
+                    }
+                    let over = session.finishing;
                     self.say(&FromEngine::Final { handle, draft })?;
+                    if over {
+                        break;
+                    }
                 }
                 Ok(Step::Final(window)) => {
                     // What it would say has just been overtaken.
@@ -294,7 +351,12 @@ impl Desk {
                     };
                     if let Some(draft) = session.stream.set_aside(why) {
                         session.went_beyond(draft.to_sample);
+                        session.finishing |= session.unseen.take().is_some();
+                        let over = session.finishing;
                         self.say(&FromEngine::Final { handle, draft })?;
+                        if over {
+                            break;
+                        }
                     }
                 }
                 Err(error) => return self.fail(handle, &error),

@@ -1,6 +1,6 @@
 //! What is decoded next.
 //!
-//! Suspects first, one at a time and with nothing beside them; then finals of live sessions, then the partial that has waited
+//! Suspects first, one at a time and with nothing beside them, their audio looked at by nobody's side either; then finals of live sessions, then the partial that has waited
 //! longest, then finals of recordings; one of those that has waited for long goes before partials, so that it is done at
 //! all. While a live session has input that nobody has looked at, its next window may be a moment away: recordings wait.
 
@@ -14,6 +14,9 @@ use crate::{
 
 /// How long a recording's window waits behind partials.
 const OVERDUE: Duration = Duration::from_secs(5);
+
+/// How long new audio of a suspect waits for a moment in which nothing is decoded, before that moment is made.
+const HELD: Duration = Duration::from_millis(300);
 
 /// Whose windows are looked at.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -40,11 +43,19 @@ impl Desk {
         while self.pool.idle() && self.alone.is_none() {
             let next = match self.first_suspect() {
                 // It waits until the others are done, and they for it.
-                Some(_) if !self.pool.all_idle() => return Ok(()),
+                Some(_) if !self.pool.all_idle() || self.stepping => return Ok(()),
                 Some(handle) => {
                     let job = self.job_of(handle);
                     self.alone = job.as_ref().map(|job| job.handle);
                     job
+                }
+                // A suspect that is to be looked at with nothing beside it has waited for long enough.
+                None if self
+                    .sessions
+                    .values()
+                    .any(|s| s.dirty && s.held_since.is_some_and(|at| at.elapsed() >= HELD)) =>
+                {
+                    None
                 }
                 None => self.next_of_the_others(),
             };

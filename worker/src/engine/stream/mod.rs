@@ -21,7 +21,7 @@ use voxfleet_schema::{
     audio::{RawEntry, preroll_start},
     failure::Failure,
     session::SessionOptions,
-    transcript::{AudioRange, Checkpoint, Lost, Resume, Timings},
+    transcript::{AudioRange, Checkpoint, Lost, Resume, Timings, VadKind},
 };
 
 use self::{
@@ -120,6 +120,15 @@ impl SessionStream {
             notes: Vec::new(),
             consumed_bytes: 0,
         }
+    }
+
+    /// Another detector from here on.
+    pub fn hear_with(&mut self, vad: Box<dyn Vad>) {
+        self.vad = vad;
+    }
+
+    pub fn vad_kind(&self) -> VadKind {
+        self.vad.kind()
     }
 
     /// Takes the next log entry.

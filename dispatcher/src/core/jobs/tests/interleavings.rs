@@ -99,7 +99,7 @@ impl Play {
     fn second(&mut self) {
         self.world.pass(Duration::from_secs(1));
         self.beats();
-        self.world.core.probed(true, true, self.world.now);
+        testing::probe(&mut self.world.core, true, true, self.world.now);
         self.world.core.tick(self.world.now);
         self.world.gather();
     }

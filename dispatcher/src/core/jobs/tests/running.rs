@@ -207,6 +207,7 @@ fn a_draining_worker_hands_over_when_there_is_room() {
     let record = world.key("a");
     assert_eq!((record.worker.clone(), record.epoch, record.attempts), (Some(worker("g1", "i")), 2, 1));
     assert!(world.released.contains(&(worker("g0", "i"), id("a"), 1)));
+    assert_eq!((world.released.len(), world.finish_ms), (1, 2_000), "the final that it has begun is finished");
 }
 
 #[test]
