@@ -297,6 +297,7 @@ pub struct Core {
     roles: Roles,
     /// Something has changed that may change who does what.
     map_due: bool,
+    preloads: HashMap<(WorkerName, String), services::Preload>,
     /// When the own link was last in doubt: who was not heard then is not missed for that.
     doubted: Duration,
     /// Settled sessions without a worker, and who else wants in.
@@ -334,6 +335,7 @@ impl Core {
             map: Map::of(&config.services),
             roles: Roles::default(),
             map_due: false,
+            preloads: HashMap::new(),
             doubted: Duration::ZERO,
             config,
             name,

@@ -7,7 +7,7 @@ use std::{
 
 use voxfleet_schema::{
     event::{Event, Scope, What},
-    fleet::{ServiceStatus, WorkerHealth},
+    fleet::{Residency, ServiceStatus, WorkerHealth},
     id::{GpuId, WorkerName},
 };
 
@@ -16,6 +16,16 @@ use crate::{
     map::{Change, Gpu},
     moment::Moment,
 };
+
+/// Longer than an answered request takes to show in a heartbeat.
+const PRELOAD_AGAIN: Duration = Duration::from_secs(2);
+const PRELOAD_PAUSE: Duration = Duration::from_secs(60);
+
+/// A model that a worker was told to load and has not been seen loading.
+pub(super) struct Preload {
+    asked: Duration,
+    pause: Duration,
+}
 
 impl Core {
     /// After something has changed: who does what now.
@@ -39,7 +49,7 @@ impl Core {
                 self.fleet.workers().map(|(name, _)| name).filter(|name| new_duty(name)).cloned().collect();
             for worker in changed {
                 self.fleet.touch(&worker);
-                self.prewarm(&worker);
+                self.prewarm(&worker, now);
             }
         }
         for change in changes {
@@ -47,11 +57,33 @@ impl Core {
         }
     }
 
-    /// A worker that serves loads what its service wants loaded. A request that is lost costs latency only.
-    pub(super) fn prewarm(&mut self, worker: &WorkerName) {
+    /// A worker that serves loads what its service wants loaded.
+    pub(super) fn prewarm(&mut self, worker: &WorkerName, now: Moment) {
         for model in self.map.preload(&self.roles, &worker.gpu_id).to_vec() {
+            let preload = Preload { asked: now.mono, pause: PRELOAD_AGAIN };
+            self.preloads.insert((worker.clone(), model.clone()), preload);
             self.effect(Effect::Prewarm { worker: worker.clone(), model });
         }
+    }
+
+    /// A request that was lost, or a load that failed, is asked for again until the worker shows the model at work. Not
+    /// longer: what has left for being idle stays away.
+    pub(super) fn preload_again(&mut self, now: Moment) {
+        let mut preloads = std::mem::take(&mut self.preloads);
+        preloads.retain(|(worker, model), preload| {
+            let Some(known) = self.fleet.get(worker).filter(|known| known.ready) else { return false };
+            let shown = known.heartbeat.models.iter().find(|m| m.name == *model);
+            let begun = shown.is_some_and(|m| matches!(m.state, Residency::Loading | Residency::Loaded));
+            if begun || !self.map.preload(&self.roles, &worker.gpu_id).contains(model) {
+                return false;
+            }
+            if now.since(preload.asked) >= preload.pause {
+                *preload = Preload { asked: now.mono, pause: (preload.pause * 2).min(PRELOAD_PAUSE) };
+                self.effect(Effect::Prewarm { worker: worker.clone(), model: model.clone() });
+            }
+            true
+        });
+        self.preloads = preloads;
     }
 
     pub(super) fn services(&self, now: Moment) -> Vec<ServiceStatus> {

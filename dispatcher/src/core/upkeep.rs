@@ -29,6 +29,7 @@ impl Core {
         self.look_at_expiry(now);
         self.reconcile(now);
         self.look_at_map(now);
+        self.preload_again(now);
         self.place_waiting(now);
         self.tick_jobs(now);
     }

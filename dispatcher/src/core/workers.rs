@@ -147,7 +147,7 @@ impl Core {
                     self.warn_of_nobody(worker);
                     tracing::info!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, "worker joined");
                     self.fleet_event(worker, What::Joined, now, detail);
-                    self.prewarm(worker);
+                    self.prewarm(worker, now);
                 }
                 self.place_due = true;
                 self.reconcile_due = true;

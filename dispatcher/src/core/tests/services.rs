@@ -43,12 +43,15 @@ fn held_by(world: &World, gpu: &str) -> Vec<voxfleet_schema::fleet::Held> {
         .collect()
 }
 
-/// Heartbeats of these, with what they were given.
+/// Heartbeats of these, with what they were given and the model in memory.
 fn beats(gpus: &'static [u32]) -> impl Fn(&mut World) {
     move |world| {
         for n in gpus {
             let held = held_by(world, &format!("g{n}"));
-            world.beat(*n, |b| b.held = held);
+            world.beat(*n, |b| {
+                b.held = held;
+                b.models = vec![model("small", Residency::Loaded, 852)];
+            });
         }
     }
 }
@@ -95,6 +98,27 @@ fn a_reserve_takes_the_work_of_a_gpu_that_died_and_nothing_before() {
     assert_eq!(held_by(&world, "g2").len(), 4);
     let Some(Answer::Opened(opened)) = world.open(2, "new") else { panic!("{:?}", world.answers.last()) };
     assert_eq!(opened.worker, worker("g0", "j"));
+}
+
+#[test]
+fn a_preload_that_was_lost_is_asked_for_again_until_it_has_begun_and_not_when_it_left() {
+    let preload = ServiceConfig { preload: vec!["small".to_owned()], ..service(&["g0"], &["g1"]) };
+    let mut world = mapped(&[("asr", preload)]);
+    let shown = |state| {
+        move |world: &mut World| {
+            for n in [0, 1] {
+                world.beat(n, |b| b.models = vec![model("small", state, 852)]);
+            }
+        }
+    };
+    world.seconds(20, shown(Residency::Available));
+    let asked = prewarmed(&world);
+    assert!(asked.iter().all(|(gpu, _)| gpu == "g0"), "{asked:?}");
+    assert!((3..=5).contains(&asked.len()), "again, and less often each time: {asked:?}");
+    world.kept.clear();
+    world.seconds(2, shown(Residency::Loading));
+    world.seconds(70, shown(Residency::Available));
+    assert_eq!(prewarmed(&world), [], "it left for being idle");
 }
 
 fn exact() -> SessionOptions {
