@@ -35,6 +35,11 @@ impl Core {
     /// Compares what the keys say with what workers hold, and acts on the difference.
     pub(super) fn reconcile(&mut self, now: Moment) {
         (self.reconcile_due, self.reconciled) = (false, now.mono);
+        // First who stands in for whom: what a GPU leaves behind is not for a CPU while a reserve has room.
+        self.refresh_roster();
+        if self.map_due {
+            self.look_at_map(now);
+        }
         let mut holders: HashMap<&StreamId, Vec<Holder<'_>>> = HashMap::new();
         for (worker, known) in self.fleet.workers() {
             let health = known.health(now.mono, &self.config);

@@ -275,6 +275,11 @@ impl Fleet {
         &self.settings
     }
 
+    /// The same for its workers, without their names.
+    pub fn worker_settings(&self) -> &Settings {
+        &self.worker_settings
+    }
+
     /// Starts one more worker; [`Self::wait_ready`] waits for it.
     pub fn add_worker(&mut self, gpu_id: &str) -> Result<&mut Worker> {
         let worker = self.start_worker(gpu_id)?;

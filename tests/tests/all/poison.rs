@@ -18,7 +18,7 @@ use voxfleet_harness::{
 use voxfleet_nats::{Nats, NatsConfig, api, subjects::Endpoint};
 use voxfleet_schema::{
     failure::FailureClass,
-    fleet::{Assignment, ControlReply, ControlRequest, EngineRunState},
+    fleet::{Assignment, ControlReply, ControlRequest, EngineRunState, Heartbeat},
     id::{Kind, StreamId},
     job::{Inline, JobQuery, JobRequest, JobState, JobStatus, Submitted},
     session::SessionOptions,
@@ -226,7 +226,7 @@ async fn a_broken_device_loses_nothing_while_another_one_is_there() -> Result<()
     let pcm = audio::bursts(8, 14.0);
     let mut producer = Producer::named(js.clone(), "call", "s1");
     let dir = tempfile::tempdir()?;
-    let settings = fleet.settings().clone().with("worker.simulated.abort_at", 0);
+    let settings = fleet.worker_settings().clone().with("worker.simulated.abort_at", 0);
     let help = async {
         let assigned = eventually("its worker", PATIENCE, || async {
             let events = checker::events(&js, "call").await.ok()?;
@@ -237,13 +237,14 @@ async fn a_broken_device_loses_nothing_while_another_one_is_there() -> Result<()
     };
     let (streamed, able) = tokio::join!(producer.stream(&pcm, 100, Pace::Speed(4.0)), help);
     streamed?;
-    let _able = able?;
+    let mut able = able?;
     producer.end().await?;
     let text = fleet.wait_end("call", PATIENCE).await.with_context(|| fleet.logs())?;
-    assert_eq!(text, direct::simulated_text(&pcm)?);
+    ensure!(text == direct::simulated_text(&pcm)?, "{text}\nable: {}\n{}", able.log_tail(), fleet.logs());
     let finals = checker::finals(&js, "call").await?;
     ensure!(finals.iter().all(|f| f.json["error"].is_null()), "{}", fleet.logs());
     assert_eq!(letters(&js, "session", "call").await?, Vec::<Value>::new());
+    able.check_alive()?;
     fleet.check_alive()?;
     Ok(())
 }
@@ -252,7 +253,7 @@ async fn a_broken_device_loses_nothing_while_another_one_is_there() -> Result<()
 async fn what_kills_the_voice_detector_is_found_and_set_aside_too() -> Result<()> {
     let _place = fleet::place().await;
     // At least so many of them are in one of its frames.
-    let settings = Settings::new().with("worker.simulated.poison_vad", RUN / 2);
+    let settings = Settings::new().with("worker.simulated.poison_vad", RUN / 2).with("worker.slots", 5);
     let mut alone = Alone::start(settings).await?;
     let name = alone.name().await?;
     let poisoned = Poisoned::new(4, 10.0)?;
@@ -278,7 +279,8 @@ async fn what_kills_the_voice_detector_is_found_and_set_aside_too() -> Result<()
         assert_eq!(stored.text(), direct::text(std::slice::from_ref(expected)));
     }
     assert_eq!(letters(&alone.js, "session", "poison").await?.len(), 1);
-    let beat = alone.beat("nobody suspected", |b| b.held.iter().all(|h| !h.suspect)).await?;
+    let innocent = |b: &Heartbeat| b.engine.restarts >= 3 && b.held.iter().all(|h| !h.suspect);
+    let beat = alone.beat("nobody suspected any more", innocent).await?;
     ensure!((3..=5).contains(&beat.engine.restarts), "{} deaths\n{}", beat.engine.restarts, alone.worker.log_tail());
     Ok(())
 }
