@@ -18,8 +18,9 @@ use crate::{
 
 /// Events that wait: minutes of a busy fleet, a few MB.
 const WAITING: usize = 4_096;
-/// On their way to the queue's task, which only moves them.
-const HANDED_OVER: usize = 1_024;
+/// On their way to the queue's task, which only moves them: as many as a dispatcher may tell in one turn, before that task has
+/// a turn of its own. Beyond that it is the newest that is lost.
+const HANDED_OVER: usize = 16_384;
 
 #[derive(Debug)]
 struct Told {

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use async_nats::{Subscriber, jetstream::ErrorCode};
 use futures_util::StreamExt;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use voxfleet_schema::{
     codec::{self, CodecError},
     failure::{Failure, FailureClass},
@@ -151,7 +151,11 @@ pub struct Queued {
 pub async fn queued(nats: &Nats) -> Result<BTreeMap<WorkerName, Queued>, ServerError> {
     let mut found: BTreeMap<WorkerName, Queued> = BTreeMap::new();
     for stream in [LIVE, WORK] {
-        for (subject, count) in subjects_of(nats, stream).await? {
+        let subjects = match raw::subject_counts(nats, stream, ">").await {
+            Err(error) if error.is_code(ErrorCode::STREAM_NOT_FOUND) => continue,
+            subjects => subjects?,
+        };
+        for (subject, count) in subjects {
             match nats.subjects().parse(&subject) {
                 Some(Subject::Live { worker, .. }) => found.entry(worker).or_default().hints += count,
                 Some(Subject::WorkItem { worker, .. }) => found.entry(worker).or_default().jobs += count,
@@ -160,40 +164,4 @@ pub async fn queued(nats: &Nats) -> Result<BTreeMap<WorkerName, Queued>, ServerE
         }
     }
     Ok(found)
-}
-
-/// Every subject of a stream with the number of its messages, page by page.
-async fn subjects_of(nats: &Nats, stream: &str) -> Result<BTreeMap<String, u64>, ServerError> {
-    #[derive(Serialize)]
-    struct Ask {
-        subjects_filter: &'static str,
-        offset: usize,
-    }
-    #[derive(Deserialize)]
-    struct Answer {
-        #[serde(default)]
-        total: usize,
-        state: State,
-    }
-    #[derive(Deserialize)]
-    struct State {
-        #[serde(default)]
-        subjects: BTreeMap<String, u64>,
-    }
-    let mut all = BTreeMap::new();
-    let mut offset = 0;
-    loop {
-        let ask = Ask { subjects_filter: ">", offset };
-        let answer: Answer = match raw::api(nats, format!("STREAM.INFO.{stream}"), &ask).await {
-            Ok(answer) => answer,
-            Err(error) if error.is_code(ErrorCode::STREAM_NOT_FOUND) => return Ok(all),
-            Err(error) => return Err(error),
-        };
-        let page = answer.state.subjects.len();
-        offset += page;
-        all.extend(answer.state.subjects);
-        if page == 0 || offset >= answer.total {
-            return Ok(all);
-        }
-    }
 }

@@ -1,6 +1,8 @@
 //! The JetStream API spoken plainly, so that every answer becomes one kind of error; and the few header and reply-subject
 //! forms that several modules read.
 
+use std::collections::HashMap;
+
 use async_nats::{
     HeaderMap, StatusCode,
     jetstream::{
@@ -34,6 +36,43 @@ pub(crate) async fn api<T: DeserializeOwned>(
 
 pub(crate) async fn stream_info(nats: &Nats, stream: &str) -> Result<stream::Info, ServerError> {
     api(nats, format!("STREAM.INFO.{stream}"), &Empty {}).await
+}
+
+/// Every subject of a stream that matches `filter` with the number of its messages, page by page.
+pub(crate) async fn subject_counts(
+    nats: &Nats,
+    stream: &str,
+    filter: &str,
+) -> Result<HashMap<String, u64>, ServerError> {
+    #[derive(Serialize)]
+    struct Ask<'a> {
+        subjects_filter: &'a str,
+        offset: usize,
+    }
+    #[derive(Deserialize)]
+    struct Page {
+        #[serde(default)]
+        total: usize,
+        state: State,
+    }
+    #[derive(Deserialize)]
+    struct State {
+        #[serde(default)]
+        subjects: Option<HashMap<String, u64>>,
+    }
+    let mut counts = HashMap::new();
+    let mut offset = 0;
+    loop {
+        let ask = Ask { subjects_filter: filter, offset };
+        let page: Page = api(nats, format!("STREAM.INFO.{stream}"), &ask).await?;
+        let subjects = page.state.subjects.unwrap_or_default();
+        offset += subjects.len();
+        let last = subjects.is_empty() || offset >= page.total;
+        counts.extend(subjects);
+        if last {
+            return Ok(counts);
+        }
+    }
 }
 
 /// A request without parameters.

@@ -5,6 +5,7 @@
 //! | [`accuracy`] | word error rate of live calls beside the same engine offline, and how late finals come |
 //! | [`chaos`] | random faults over many sessions and jobs: nothing lost, nothing twice |
 //! | [`allocate`] | one routing decision, on fleets of 4 to 1,000 GPUs |
+//! | [`detection`] | shorter and shorter heartbeats on a busy machine: where false verdicts begin |
 //! | [`failover`] | workers killed in mid-word: time to the verdict and to the next words, nothing lost, nothing twice |
 //! | [`latency`] | from the end of a word to its first partial and to its final, and how many sessions this CPU carries |
 //! | [`peers`] | text and speed of our engine beside whisper.cpp by itself |
@@ -21,6 +22,7 @@
 mod accuracy;
 mod allocate;
 mod chaos;
+mod detection;
 mod failover;
 mod jobs;
 mod latency;
@@ -51,6 +53,7 @@ Examples:
   voxfleet bench accuracy
   voxfleet bench allocate
   voxfleet bench chaos --minutes 3 --seed 1
+  voxfleet bench detection
   voxfleet bench failover --kills 20
   voxfleet bench latency --quick
   voxfleet bench peers
@@ -75,6 +78,8 @@ enum Bench {
     Chaos(chaos::ChaosArgs),
     /// How long one routing decision takes, on fleets of 4 to 1,000 GPUs
     Allocate(allocate::AllocateArgs),
+    /// How soon a death can be known on a busy machine, and where false verdicts begin
+    Detection(detection::DetectionArgs),
     /// Workers killed in mid-word: time to the verdict and to the next words
     Failover(failover::FailoverArgs),
     /// From the end of a word to its first partial and its final, with one session and with the most this CPU carries
@@ -105,6 +110,7 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Accuracy(args) => accuracy::run(args).await,
             Bench::Chaos(args) => chaos::run(args).await,
             Bench::Allocate(args) => tokio::task::spawn_blocking(move || allocate::run(&args)).await?,
+            Bench::Detection(args) => detection::run(args).await,
             Bench::Failover(args) => failover::run(args).await,
             Bench::Latency(args) => latency::run(args).await,
             Bench::Peers(args) => peers::run(args).await,

@@ -31,6 +31,8 @@ const CONTROL: Duration = Duration::from_secs(1);
 const SILENT: Duration = Duration::from_secs(3);
 /// What a worker that was told no deadline takes at most, unless its configuration says otherwise.
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(60);
+/// The longest drain there is.
+const NO_SOONER_MS: u64 = 86_400_000;
 /// Beyond its deadline: the last heartbeat, the silence after it, and a busy machine.
 const GRACE: Duration = Duration::from_secs(15);
 
@@ -61,12 +63,12 @@ async fn drain(args: &DrainArgs, nats: &Nats, context: &Context) -> anyhow::Resu
         eprintln!("{}", told(args, &drained));
     }
     let begun = Instant::now();
-    let patience = args.deadline.map_or(DEFAULT_DEADLINE, |s| Duration::from_secs(s.into())) + GRACE;
+    let mut patience = args.deadline.map_or(DEFAULT_DEADLINE, |s| Duration::from_secs(s.into())) + GRACE;
     let mut leaving = Leaving::new(&drained.workers, begun);
     loop {
         let now = Instant::now();
         for worker in leaving.silent(now) {
-            if is_gone(nats, &worker, patience.saturating_sub(now.duration_since(begun))).await {
+            if is_gone(nats, &worker).await {
                 leaving.left.remove(&worker);
             } else {
                 leaving.asked(&worker, Instant::now());
@@ -93,6 +95,9 @@ async fn drain(args: &DrainArgs, nats: &Nats, context: &Context) -> anyhow::Resu
         };
         match beat {
             Ok(Ok(beat)) => {
+                if args.deadline.is_none() && leaving.left.contains_key(&beat.worker()) {
+                    patience = patience.max(begun.elapsed() + own_time(&beat) + GRACE);
+                }
                 if let Some(line) = leaving.heard(&beat, Instant::now()).filter(|_| !args.json) {
                     eprintln!("{line}");
                 }
@@ -105,9 +110,16 @@ async fn drain(args: &DrainArgs, nats: &Nats, context: &Context) -> anyhow::Resu
     }
 }
 
-/// Only the server's word that nobody listens there any more says so. Draining twice is draining once.
-async fn is_gone(nats: &Nats, worker: &WorkerName, left: Duration) -> bool {
-    let request = ControlRequest::Drain { deadline_ms: left.as_millis() as u64 };
+/// What a worker that was told no deadline says it has left, by its own clock.
+fn own_time(beat: &Heartbeat) -> Duration {
+    let until = beat.drain.as_ref().and_then(|drain| drain.until_ms);
+    Duration::from_millis(until.map_or(0, |until| until.saturating_sub(beat.sent_ms)))
+}
+
+/// Only the server's word that nobody listens there any more says so. Draining twice is draining once: the earlier end holds,
+/// and this one is later than any.
+async fn is_gone(nats: &Nats, worker: &WorkerName) -> bool {
+    let request = ControlRequest::Drain { deadline_ms: NO_SOONER_MS };
     let answer = fleet::control(nats, worker, &request, CONTROL).await;
     matches!(answer, Err(FleetError::Server(ServerError::NoResponders(_))))
 }
@@ -177,6 +189,17 @@ mod tests {
         leaving.asked(&worker, begun + Duration::from_secs(2));
         assert!(leaving.silent(begun + Duration::from_secs(4)).is_empty(), "it was heard in between");
         assert_eq!(leaving.silent(begun + Duration::from_secs(5)), [worker]);
+    }
+
+    #[test]
+    fn a_worker_says_how_long_it_takes() {
+        let mut beat: Heartbeat =
+            serde_json::from_str(include_str!("../../../schema/tests/golden/heartbeat.json")).expect("a heartbeat");
+        let until_ms = Some(beat.sent_ms + 600_000);
+        beat.drain = Some(voxfleet_schema::fleet::DrainNotice { why: "asked".to_owned(), until_ms });
+        assert_eq!(own_time(&beat), Duration::from_secs(600));
+        beat.drain = None;
+        assert_eq!(own_time(&beat), Duration::ZERO);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Finals can be read twice (after a reconnect), partials can come late from an owner that has lost the session; a
 //! reader that shows either would contradict the chain.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use voxfleet_schema::{
     event::{Event, Scope, What},
@@ -27,7 +27,12 @@ struct Session {
 #[derive(Debug, Default)]
 pub(crate) struct View {
     sessions: BTreeMap<(Kind, StreamId), Session>,
+    /// As they came: who watches a whole fleet for months forgets those of long ago.
+    order: VecDeque<(Kind, StreamId)>,
 }
+
+/// Sessions and jobs remembered at once: some MB.
+const REMEMBERED: usize = 20_000;
 
 /// What to show for one message.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,8 +60,21 @@ pub(crate) struct Move {
 }
 
 impl View {
+    fn session(&mut self, kind: Kind, id: &StreamId) -> &mut Session {
+        let key = (kind, id.clone());
+        if !self.sessions.contains_key(&key) {
+            if self.order.len() >= REMEMBERED
+                && let Some(oldest) = self.order.pop_front()
+            {
+                self.sessions.remove(&oldest);
+            }
+            self.order.push_back(key.clone());
+        }
+        self.sessions.entry(key).or_default()
+    }
+
     pub(crate) fn on_final<'a>(&mut self, new: &'a Final) -> Option<News<'a>> {
-        let session = self.sessions.entry((new.kind, new.id.clone())).or_default();
+        let session = self.session(new.kind, &new.id);
         if session.index.is_some_and(|last| new.index <= last) {
             return None;
         }
@@ -67,7 +85,7 @@ impl View {
     }
 
     pub(crate) fn on_partial<'a>(&mut self, new: &'a Partial) -> Option<News<'a>> {
-        let session = self.sessions.entry((new.kind, new.id.clone())).or_default();
+        let session = self.session(new.kind, &new.id);
         // None sorts below every index: a partial before the first final.
         if new.epoch < session.epoch || new.after_index < session.index {
             return None;
@@ -100,7 +118,7 @@ impl View {
         else {
             return None;
         };
-        let session = self.sessions.entry((kind, id.clone())).or_default();
+        let session = self.session(kind, &id);
         if epoch <= session.moved {
             return Some(None);
         }
@@ -168,6 +186,16 @@ pub(crate) mod tests {
             "from_sample": 0, "to_sample": to_sample, "committed": "good", "tentative": "morning", "lag_ms": 420,
         }))
         .expect("a partial")
+    }
+
+    #[test]
+    fn what_was_long_ago_is_forgotten() {
+        let mut view = View::default();
+        for n in 0..REMEMBERED + 5 {
+            view.session(Kind::Session, &StreamId::new(format!("s{n}")).expect("an id"));
+        }
+        assert_eq!((view.sessions.len(), view.order.len()), (REMEMBERED, REMEMBERED));
+        assert!(!view.sessions.contains_key(&(Kind::Session, StreamId::new("s4").expect("an id"))));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::{
 const PRELOAD_AGAIN: Duration = Duration::from_secs(2);
 const PRELOAD_PAUSE: Duration = Duration::from_secs(60);
 
-/// A model that a worker was told to load and has not been seen loading.
+/// A model that a worker was told to load and has not been seen to have.
 pub(super) struct Preload {
     asked: Duration,
     pause: Duration,
@@ -66,24 +66,31 @@ impl Core {
         }
     }
 
-    /// A request that was lost, or a load that failed, is asked for again until the worker shows the model at work. Not
-    /// longer: what has left for being idle stays away.
+    /// A request that was lost, or a load that failed or died with its engine, is asked for again until the worker shows the
+    /// model loaded. Not longer: what has left for being idle stays away.
     pub(super) fn preload_again(&mut self, now: Moment) {
         let mut preloads = std::mem::take(&mut self.preloads);
         preloads.retain(|(worker, model), preload| {
             let Some(known) = self.fleet.get(worker).filter(|known| known.ready) else { return false };
-            let shown = known.heartbeat.models.iter().find(|m| m.name == *model);
-            let begun = shown.is_some_and(|m| matches!(m.state, Residency::Loading | Residency::Loaded));
-            if begun || !self.map.preload(&self.roles, &worker.gpu_id).contains(model) {
+            let shown = known.heartbeat.models.iter().find(|m| m.name == *model).map(|m| m.state);
+            if shown == Some(Residency::Loaded) || !self.map.preload(&self.roles, &worker.gpu_id).contains(model) {
                 return false;
             }
-            if now.since(preload.asked) >= preload.pause {
+            if shown != Some(Residency::Loading) && now.since(preload.asked) >= preload.pause {
                 *preload = Preload { asked: now.mono, pause: (preload.pause * 2).min(PRELOAD_PAUSE) };
                 self.effect(Effect::Prewarm { worker: worker.clone(), model: model.clone() });
             }
             true
         });
         self.preloads = preloads;
+    }
+
+    /// An engine that died took its models with it.
+    pub(super) fn preload_after_restart(&mut self, worker: &WorkerName, now: Moment) {
+        for model in self.map.preload(&self.roles, &worker.gpu_id).to_vec() {
+            let preload = Preload { asked: now.mono, pause: PRELOAD_AGAIN };
+            self.preloads.entry((worker.clone(), model)).or_insert(preload);
+        }
     }
 
     pub(super) fn services(&self, now: Moment) -> Vec<ServiceStatus> {

@@ -61,6 +61,7 @@ impl Core {
             core.fleet.get(&name).map_or(0, |w| w.heartbeat.job_slots.total.saturating_sub(w.jobs.used()))
         };
         let free_before = free(self);
+        let restarts = self.fleet.get(&name).map(|w| w.heartbeat.engine.restarts);
         let heard = self.fleet.heard(heartbeat.clone(), now.mono);
         if free(self) > free_before {
             self.job_room();
@@ -76,6 +77,9 @@ impl Core {
                 self.note_suspects(&heartbeat);
                 self.refusals_end(&name, heartbeat.seq);
                 self.reconcile_due |= heard == Heard::Changed;
+                if restarts.is_some_and(|before| before < heartbeat.engine.restarts) {
+                    self.preload_after_restart(&name, now);
+                }
             }
             Heard::Dead { first } => {
                 if first {

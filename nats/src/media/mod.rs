@@ -10,11 +10,7 @@ mod read;
 
 pub use read::Object;
 
-use std::{
-    collections::{HashMap, HashSet},
-    io,
-    time::Duration,
-};
+use std::{collections::HashSet, io, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE};
 use bytes::Bytes;
@@ -220,7 +216,7 @@ impl Media {
     /// one. An hour is longer than any chunk waits for the next one.
     pub async fn sweep(&self, age: Duration) -> Result<Swept, MediaError> {
         // Chunks before records: what is completed in between is seen as complete.
-        let unfinished = self.chunk_counts().await?;
+        let unfinished = raw::subject_counts(&self.nats, MEDIA, &chunk_subject(">")).await?;
         let live: HashSet<String> = self.records().await?.into_iter().map(|found| found.record.nuid).collect();
         let mut swept = Swept::default();
         for (subject, chunks) in unfinished {
@@ -239,39 +235,6 @@ impl Media {
             swept.chunks += chunks;
         }
         Ok(swept)
-    }
-
-    /// How many chunks stand on each chunk subject.
-    async fn chunk_counts(&self) -> Result<HashMap<String, u64>, MediaError> {
-        #[derive(Serialize)]
-        struct Request {
-            subjects_filter: String,
-            offset: usize,
-        }
-        #[derive(Deserialize)]
-        struct Page {
-            #[serde(default)]
-            total: usize,
-            state: State,
-        }
-        #[derive(Deserialize)]
-        struct State {
-            #[serde(default)]
-            subjects: Option<HashMap<String, u64>>,
-        }
-        let mut counts = HashMap::new();
-        let mut offset = 0;
-        loop {
-            let request = Request { subjects_filter: chunk_subject(">"), offset };
-            let page: Page = raw::api(&self.nats, format!("STREAM.INFO.{MEDIA}"), &request).await?;
-            let subjects = page.state.subjects.unwrap_or_default();
-            offset += subjects.len();
-            let last = subjects.is_empty() || offset >= page.total;
-            counts.extend(subjects);
-            if last {
-                return Ok(counts);
-            }
-        }
     }
 
     async fn records(&self) -> Result<Vec<Found>, MediaError> {

@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_nats::{HeaderMap, jetstream};
@@ -18,6 +18,8 @@ use crate::{Error, Result};
 const MAX_FINAL_BYTES: usize = 256 * 1024;
 /// A stream that gives nothing for so long has lost its server, or what it promised to give was purged.
 const READ_WAIT: Duration = Duration::from_secs(30);
+/// Longer than the leader of a stream takes to be elected on a busy machine.
+const ELECTIONS: Duration = Duration::from_secs(20);
 
 /// One entry of `ASR_AUDIO`.
 #[derive(Debug, Clone)]
@@ -155,8 +157,19 @@ pub struct Message {
     pub payload: bytes::Bytes,
 }
 
-/// Everything `stream` holds now on subjects that match `filter`.
+/// Everything `stream` holds now on subjects that match `filter`. Who checks what faults have left has time: a stream that is
+/// choosing its leader is asked again.
 pub async fn read(js: &jetstream::Context, stream: &str, filter: &str) -> Result<Vec<Message>> {
+    let until = Instant::now() + ELECTIONS;
+    loop {
+        match read_once(js, stream, filter).await {
+            Err(_) if Instant::now() < until => tokio::time::sleep(Duration::from_millis(200)).await,
+            read => return read,
+        }
+    }
+}
+
+async fn read_once(js: &jetstream::Context, stream: &str, filter: &str) -> Result<Vec<Message>> {
     let failed = |what: &str| format!("{what} {stream} {filter}");
     let stream = js.get_stream(stream).await.map_err(Error::nats(failed("opening")))?;
     let last = stream.cached_info().state.last_sequence;

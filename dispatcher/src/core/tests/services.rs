@@ -101,24 +101,37 @@ fn a_reserve_takes_the_work_of_a_gpu_that_died_and_nothing_before() {
 }
 
 #[test]
-fn a_preload_that_was_lost_is_asked_for_again_until_it_has_begun_and_not_when_it_left() {
+fn a_preload_that_was_lost_or_failed_is_asked_for_again_until_it_is_there() {
     let preload = ServiceConfig { preload: vec!["small".to_owned()], ..service(&["g0"], &["g1"]) };
     let mut world = mapped(&[("asr", preload)]);
-    let shown = |state| {
+    let shown = |state, restarts| {
         move |world: &mut World| {
             for n in [0, 1] {
-                world.beat(n, |b| b.models = vec![model("small", state, 852)]);
+                world.beat(n, |b| {
+                    b.models = vec![model("small", state, 852)];
+                    b.engine.restarts = restarts;
+                });
             }
         }
     };
-    world.seconds(20, shown(Residency::Available));
-    let asked = prewarmed(&world);
-    assert!(asked.iter().all(|(gpu, _)| gpu == "g0"), "{asked:?}");
-    assert!((3..=5).contains(&asked.len()), "again, and less often each time: {asked:?}");
-    world.kept.clear();
-    world.seconds(2, shown(Residency::Loading));
-    world.seconds(70, shown(Residency::Available));
-    assert_eq!(prewarmed(&world), [], "it left for being idle");
+    let mut asked = |world: &mut World| {
+        let asked = prewarmed(world);
+        world.kept.clear();
+        assert!(asked.iter().all(|(gpu, _)| gpu == "g0"), "{asked:?}");
+        asked.len()
+    };
+    world.seconds(20, shown(Residency::Available, 0));
+    let lost = asked(&mut world);
+    assert!((3..=5).contains(&lost), "again, and less often each time: {lost}");
+    world.seconds(60, shown(Residency::Loading, 0));
+    assert_eq!(asked(&mut world), 0, "it is at it");
+    world.seconds(5, shown(Residency::Failed, 0));
+    assert_eq!(asked(&mut world), 1, "it failed");
+    world.seconds(2, shown(Residency::Loaded, 0));
+    world.seconds(100, shown(Residency::Available, 0));
+    assert_eq!(asked(&mut world), 0, "it left for being idle");
+    world.seconds(4, shown(Residency::Available, 1));
+    assert_eq!(asked(&mut world), 1, "its engine died");
 }
 
 fn exact() -> SessionOptions {
