@@ -24,6 +24,8 @@ use crate::{
 const FAILED_LEFT_OUT: Duration = Duration::from_secs(300);
 /// Workers remembered for that.
 const MAX_FAILED: usize = 16;
+/// A job that crashed the engines of so many goes to no others.
+const CRASHED_ON: usize = 2;
 /// A work item that its worker has not fetched for this long goes to another.
 const FETCHED_WITHIN: Duration = Duration::from_secs(30);
 /// A queue up to this long is gone through at each change, a longer one a few times a second.
@@ -43,7 +45,7 @@ impl Core {
     }
 
     /// Routes a job, with every worker's reasons if `rows` asks for them. Workers where it failed come last: while another
-    /// could take it once a slot is free, they are left out.
+    /// could take it once a slot is free, they are left out. One that crashed the engines of two goes to these alone.
     pub(super) fn decide_job(
         &self,
         job: &Job,
@@ -58,11 +60,18 @@ impl Core {
             ..self.request_for(&job.record.options, false)
         };
         let failed: Vec<Slot> = self.failed_lately(job, now).filter_map(|name| self.roster.slot(name)).collect();
-        let without: Vec<Slot> = refused.iter().chain(&failed).copied().collect();
-        let others = Request { left_out: &without, ..request };
         let has_failed = |name: &WorkerName| self.failed_lately(job, now).any(|other| other == name);
-        let elsewhere = !failed.is_empty() && self.roster.any_could(&others, now.mono, |name| !has_failed(name));
-        let request = if elsewhere { others } else { request };
+        // It kills engines wherever it goes: the last tries are not for workers that it has not met.
+        let poison = job.record.suspect && failed.len() >= CRASHED_ON;
+        let without: Vec<Slot> = if poison {
+            let strangers = self.fleet.workers().map(|(name, _)| name).filter(|name| !has_failed(name));
+            refused.iter().copied().chain(strangers.filter_map(|name| self.roster.slot(name))).collect()
+        } else {
+            refused.iter().chain(&failed).copied().collect()
+        };
+        let narrow = Request { left_out: &without, ..request };
+        let could = !failed.is_empty() && self.roster.any_could(&narrow, now.mono, |name| has_failed(name) == poison);
+        let request = if could { narrow } else { request };
         let pick = self.roster.route(&request, now.mono, &self.config);
         let reasons = rows(pick.is_ok()).map(|rows| {
             let chosen = pick.as_ref().ok().map(|pick| pick.slot);

@@ -114,7 +114,7 @@ fn a_preload_that_was_lost_or_failed_is_asked_for_again_until_it_is_there() {
             }
         }
     };
-    let mut asked = |world: &mut World| {
+    let asked = |world: &mut World| {
         let asked = prewarmed(world);
         world.kept.clear();
         assert!(asked.iter().all(|(gpu, _)| gpu == "g0"), "{asked:?}");

@@ -229,6 +229,33 @@ fn a_broken_worker_does_not_get_every_try() {
 }
 
 #[test]
+fn poison_goes_to_two_workers_and_not_round_the_fleet() {
+    let mut world = World::new(5);
+    world.submit(1, "a");
+    world.run();
+    let mut met = Vec::new();
+    for _ in 0..40 {
+        let record = world.key("a");
+        if record.state == JobState::Assigned && met.last() != Some(&(record.worker.clone(), record.epoch)) {
+            met.push((record.worker.clone(), record.epoch));
+        }
+        let met = met.clone();
+        world.seconds(1, |w| {
+            for n in 0..5 {
+                let name = Some(worker(&format!("g{n}"), "i"));
+                let crashed = met.iter().rev().find(|(who, _)| *who == name);
+                let given_up = crashed.map(|(_, epoch)| given_up("a", *epoch, FailureClass::EngineCrash));
+                w.beat(n, |b| b.given_up = given_up.unwrap_or_default());
+            }
+        });
+    }
+    assert_eq!((world.state("a"), met.len()), (JobState::Failed, 3), "{met:?}");
+    met.sort_by_key(|(who, _)| who.as_ref().map(ToString::to_string));
+    met.dedup_by_key(|(who, _)| who.clone());
+    assert_eq!(met.len(), 2, "{met:?}");
+}
+
+#[test]
 fn what_one_worker_may_not_fetch_another_may() {
     let mut world = World::new(2);
     world.submit(1, "a");
