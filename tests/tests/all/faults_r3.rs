@@ -1,6 +1,6 @@
 //! The same on three servers with three replicas of everything ([`crate::faults`]): where servers come into it. Which engine
-//! dies, what time a worker believes it is, and what becomes of a hint is no different there; `voxfleet bench chaos
-//! --replicas 3` mixes them in all the same.
+//! dies, what time a worker believes it is, and what becomes of a hint is no different there: those are tried here by hand
+//! (`cargo test -p voxfleet-tests --test all faults_r3 -- --ignored`), and `voxfleet bench chaos --replicas 3` mixes them in.
 
 use crate::faults::{Ground, tests_on};
 
@@ -17,4 +17,16 @@ tests_on! {
     two_faults_at_once,
     the_server_dies_while_a_worker_drains,
     the_next_owner_of_the_same_session_is_killed_too,
+}
+
+tests_on! {
+    by hand, Ground::ThreeServers;
+    a_worker_stands_still_and_goes_on,
+    an_engine_is_killed_and_another_stands_still,
+    the_dispatchers_are_asked_to_end_one_after_the_other,
+    lines_are_late_and_stall,
+    hints_are_dropped_doubled_late_and_out_of_order,
+    the_heir_is_killed_while_a_worker_drains,
+    fifty_workers_start_at_one_instant,
+    clocks_are_wrong,
 }

@@ -13,6 +13,7 @@ use voxfleet_harness::{
     fleet::{self, Engine, Fleet},
     process::{Settings, Worker},
     producer::{Pace, Producer},
+    verdict,
     wait::eventually,
 };
 use voxfleet_nats::{Nats, NatsConfig, api, subjects::Endpoint};
@@ -131,6 +132,9 @@ async fn a_poison_session_loses_one_window_and_its_neighbours_nothing() -> Resul
     fleet.wait_end("poison", PATIENCE).await.with_context(|| fleet.logs())?;
     let stored = checker::finals(&js, "poison").await?;
     poisoned.check(&stored, FailureClass::EngineCrash).with_context(|| fleet.logs())?;
+    let range = poisoned.finals[poisoned.bad].from_sample..poisoned.finals[poisoned.bad].to_sample;
+    let verdict = verdict::poisoned_session(&js, "poison", &poisoned.pcm.samples, &[range]).await?;
+    assert_eq!(verdict.parked, 1, "{verdict:?}");
 
     let letters = letters(&js, "session", "poison").await?;
     ensure!(letters.len() == 1, "{letters:?}");
@@ -253,7 +257,10 @@ async fn a_broken_device_loses_nothing_while_another_one_is_there() -> Result<()
 async fn what_kills_the_voice_detector_is_found_and_set_aside_too() -> Result<()> {
     let _place = fleet::place().await;
     // At least so many of them are in one of its frames.
-    let settings = Settings::new().with("worker.simulated.poison_vad", RUN / 2).with("worker.slots", 5);
+    let settings = Settings::new()
+        .with("worker.simulated.poison_vad", RUN / 2)
+        .with("worker.slots", 5)
+        .with("worker.simulated.load_ms", 700);
     let mut alone = Alone::start(settings).await?;
     let name = alone.name().await?;
     let poisoned = Poisoned::new(4, 10.0)?;

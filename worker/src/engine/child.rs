@@ -6,6 +6,7 @@
 //! closes the socket or dies.
 
 mod desk;
+mod shelf;
 mod turns;
 mod unseen;
 

@@ -12,11 +12,11 @@ mod jobs;
 mod neighbours;
 mod serve;
 
-use std::{sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{Notify, Semaphore, watch},
-    task::JoinError,
+    task::{JoinError, JoinSet},
     time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -145,7 +145,8 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
 
     let engine_tasks = TaskTracker::new();
     let stop_engine = CancellationToken::new();
-    let tasks = TaskTracker::new();
+    let mut tasks = JoinSet::new();
+    let shutdown = shutdown.child_token();
     let stop_tasks = CancellationToken::new();
     let (name, current) = watch::channel(Named::now(new_incarnation()?));
     let (preempted, preemptions) = watch::channel(None);
@@ -163,11 +164,11 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         news,
         every: config.heartbeat(),
     };
-    tasks.spawn(heartbeat::run(own.clone(), nats.clone(), sources, stop_tasks.clone()));
-    tasks.spawn(heartbeat::sample_device(probe, engine.clone(), figures, stop_tasks.clone()));
+    tasks.spawn(needed(shutdown.clone(), heartbeat::run(own.clone(), nats.clone(), sources, stop_tasks.clone())));
+    tasks.spawn(needed(shutdown.clone(), heartbeat::sample_device(probe, engine.clone(), figures, stop_tasks.clone())));
     tasks.spawn({
         let (nats, publisher) = (nats.clone(), publisher.clone());
-        async move { event_queue.run(&nats, &publisher).await }
+        needed(shutdown.clone(), async move { event_queue.run(&nats, &publisher).await })
     });
     tasks.spawn({
         let (nats, me, stop, every) = (nats.clone(), identity.clone(), stop_tasks.clone(), config.heartbeat());
@@ -229,15 +230,35 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     engine_tasks.close();
     ending.run(Stage::Engine, engine_tasks.wait()).await;
     stop_tasks.cancel();
-    tasks.close();
-    ending.run(Stage::Tasks, tasks.wait()).await;
+    let mut result = ended.result;
+    ending.run(Stage::Tasks, all_ended(&mut tasks, &mut result)).await;
     let left = ending.deadline(Stage::Nats).saturating_duration_since(Instant::now());
     let (main_closed, own_closed) = tokio::join!(nats.close(left), own.close(left));
     if !(main_closed && own_closed) {
         tracing::warn!("connections did not close in time");
     }
     tracing::info!(elapsed_ms = ending.elapsed().as_millis() as u64, "worker stopped");
-    ended.result
+    result
+}
+
+/// A task that the worker is of no use without: a panic in it stops the worker in order, so that whatever runs it starts it
+/// anew.
+async fn needed(shutdown: CancellationToken, task: impl Future<Output = ()>) {
+    let panicked = shutdown.drop_guard();
+    task.await;
+    panicked.disarm();
+}
+
+/// Waits for all tasks; the first that failed is the reason why the worker ends, where there is no other.
+async fn all_ended(tasks: &mut JoinSet<()>, result: &mut Result<(), WorkerError>) {
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended {
+            tracing::error!(%error, "a task of the worker failed");
+            if result.is_ok() {
+                *result = Err(error.into());
+            }
+        }
+    }
 }
 
 /// Connects once more; repeats while no server answers, as the first connection does when it is lost.
@@ -310,4 +331,23 @@ impl Supervisor {
 struct Ended {
     budget: ShutdownBudget,
     result: Result<(), WorkerError>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_panics_stops_the_worker_and_one_that_ends_does_not() {
+        let shutdown = CancellationToken::new();
+        let (mut tasks, mut result) = (JoinSet::new(), Ok(()));
+        tasks.spawn(needed(shutdown.clone(), async {}));
+        all_ended(&mut tasks, &mut result).await;
+        assert!(result.is_ok() && !shutdown.is_cancelled());
+        tasks.spawn(needed(shutdown.clone(), async { panic!("thrown") }));
+        tasks.spawn(needed(shutdown.clone(), async {}));
+        all_ended(&mut tasks, &mut result).await;
+        assert!(matches!(result, Err(WorkerError::Task(error)) if error.is_panic()));
+        assert!(shutdown.is_cancelled());
+    }
 }

@@ -3,7 +3,7 @@
 use std::{
     os::unix::net::UnixStream,
     path::PathBuf,
-    sync::mpsc::{Receiver, sync_channel},
+    sync::mpsc::{Receiver, RecvTimeoutError, sync_channel},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -65,6 +65,11 @@ impl Child {
     pub(crate) fn start(config: EngineConfig) -> Self {
         let (ours, theirs) = UnixStream::pair().expect("socketpair");
         let child = std::thread::spawn(move || serve(theirs));
+        Self { child: Some(child), ..Self::beyond(ours, config) }
+    }
+
+    /// One that is served by somebody else, and cannot be ended in order.
+    pub(crate) fn beyond(ours: UnixStream, config: EngineConfig) -> Self {
         let mut reader = BlockingReader::new(ours.try_clone().expect("clone"));
         let (messages, inbox) = sync_channel(10_000);
         std::thread::spawn(move || {
@@ -75,7 +80,7 @@ impl Child {
             }
         });
         let writer = BlockingWriter::new(ours.try_clone().expect("clone"));
-        let mut started = Self { writer, inbox, socket: ours, child: Some(child), seen: Vec::new() };
+        let mut started = Self { writer, inbox, socket: ours, child: None, seen: Vec::new() };
         started.send(ToEngine::Configure(Box::new(config)));
         started
     }
@@ -110,6 +115,18 @@ impl Child {
             match self.inbox.recv_timeout(left) {
                 Ok(message) => self.seen.push(message),
                 Err(e) => panic!("no {what}: {e}; the last messages are {:?}", self.seen.iter().rev().take(5)),
+            }
+        }
+    }
+
+    /// Takes all that it still says.
+    pub(crate) fn until_it_is_gone(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(message) => self.seen.push(message),
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(e) => panic!("it lives on: {e}"),
             }
         }
     }
@@ -153,7 +170,7 @@ pub(crate) fn partials_in(seen: &[FromEngine], handle: u64) -> Vec<PartialDraft>
     partials.collect()
 }
 
-fn state_of(seen: &[FromEngine], model: &str) -> Option<(Residency, u64, u64)> {
+pub(crate) fn state_of(seen: &[FromEngine], model: &str) -> Option<(Residency, u64, u64)> {
     let of = |m: &FromEngine| match m {
         FromEngine::Models(models) => models.iter().find(|m| m.name == model).cloned(),
         _ => None,
@@ -434,14 +451,15 @@ fn notes_come_with_the_entry_they_are_about() {
     number(&mut log);
     child.feed(1, &log);
     child.finals_of(1);
-    let noted: Vec<(u64, What)> = child
-        .seen
-        .iter()
-        .filter_map(|m| match m {
+    // Where all of it is there in one turn, they follow the final.
+    let noted = child.until("two notes", |seen| {
+        let notes = seen.iter().filter_map(|m| match m {
             FromEngine::Note { handle: 1, note } => Some((note.seq, note.what)),
             _ => None,
-        })
-        .collect();
+        });
+        let noted: Vec<(u64, What)> = notes.collect();
+        (noted.len() >= 2).then_some(noted)
+    });
     assert_eq!(
         noted.iter().filter(|(seq, what)| *seq == log[2].seq && *what == What::Rejected).count(),
         1,

@@ -1,17 +1,26 @@
 //! What the engine child does with inputs that may have killed it, and with sessions that end in order.
 
+use std::{
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{net::UnixStream, process::ExitStatusExt},
+    },
+    process::{Command, Stdio},
+};
+
 use voxfleet_schema::{
     audio::RawEntry,
     failure::{Failure, FailureClass},
+    fleet::Residency,
     session::SessionOptions,
 };
 use voxfleet_worker::{
-    engine::vad::Energy,
+    engine::{child::serve, vad::Energy},
     ipc::{FromEngine, SimulatedConfig, StartPoint, Suspect, ToEngine},
 };
 
 use crate::{
-    child::{Child, finals_in, instant, partials_in, simulated_config},
+    child::{Child, finals_in, instant, partials_in, simulated_config, state_of},
     support::*,
 };
 
@@ -187,5 +196,83 @@ fn a_stretch_that_may_not_be_looked_at_is_set_aside_and_what_comes_before_it_is_
     let last = &stored[n];
     assert_eq!((last.from_sample, last.error.as_ref(), last.segments.len()), (bad.from_sample, Some(&why), 0));
     assert!(last.to_sample >= bad.to_sample, "it reaches as far as a silence");
+    child.end().expect("end");
+}
+
+/// How much had been said when the audio of `handle` was looked at first.
+fn first_look(seen: &[FromEngine], handle: u64) -> Option<usize> {
+    seen.iter().position(|m| matches!(m, FromEngine::Stepping { handle: h, .. } if *h == handle))
+}
+
+/// Whether any model was being loaded when so much had been said.
+fn loading(seen: &[FromEngine]) -> bool {
+    ["simulated", "other"].iter().any(|model| state_of(seen, model).is_some_and(|(s, ..)| s == Residency::Loading))
+}
+
+#[test]
+fn a_suspect_waits_for_models_that_are_loaded_and_nobody_else_does() {
+    let mut child = Child::start(simulated_config(SimulatedConfig { load_ms: 700, ..instant() }));
+    let log = log_16k(&first_seconds(1, 12), 100);
+    child.send(ToEngine::Load { model: "simulated".to_owned() });
+    child.until("the model", |seen| state_of(seen, "simulated").filter(|(s, ..)| *s == Residency::Loaded));
+    // While a second one is loaded, which the suspect does not even want.
+    child.send(ToEngine::Load { model: "other".to_owned() });
+    open_suspect(&mut child, 0, Suspect { beyond: 0, crashes: 1, park: None, blind: false });
+    child.open(1, SessionOptions::default());
+    for entry in &log {
+        child.feed(0, std::slice::from_ref(entry));
+        child.feed(1, std::slice::from_ref(entry));
+    }
+    let direct = finals(&log, &mut Remembering::new(&simulated()), &Energy);
+    for handle in [0, 1] {
+        assert_eq!(timeless(&child.finals_of(handle)), timeless(&direct), "session {handle}");
+    }
+    let seen = &child.seen;
+    let first = first_look(seen, 0).expect("a look");
+    assert!(!loading(&seen[..first]), "a death would have been the loader's as well");
+    assert!(finals_in(&seen[..first], 1).iter().any(|f| !f.segments.is_empty()), "the other was decoded meanwhile");
+    child.end().expect("end");
+}
+
+/// Set for a process of this binary that is to be the engine, on the socket that is its standard input.
+const IS_ENGINE: &str = "VOXFLEET_TEST_IS_ENGINE";
+
+#[test]
+fn audio_that_kills_the_voice_detector_does_so_with_no_model_being_loaded() {
+    if std::env::var_os(IS_ENGINE).is_some() {
+        let socket = std::io::stdin().as_fd().try_clone_to_owned().expect("a socket");
+        serve(UnixStream::from(socket)).expect("an end in order");
+        return;
+    }
+    let (ours, theirs) = UnixStream::pair().expect("socketpair");
+    let mut engine = Command::new(std::env::current_exe().expect("this binary"))
+        .args(["--exact", "suspects::audio_that_kills_the_voice_detector_does_so_with_no_model_being_loaded"])
+        .env(IS_ENGINE, "1")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("a process");
+    let mut child =
+        Child::beyond(ours, simulated_config(SimulatedConfig { load_ms: 700, poison_vad: Some(64), ..instant() }));
+    open_suspect(&mut child, 7, Suspect { beyond: 0, crashes: 0, park: None, blind: false });
+    child.feed(7, &log_16k(&[i16::MAX; 16_000], 100));
+    child.until_it_is_gone();
+    assert_eq!(engine.wait().expect("its end").signal(), Some(6), "it aborts");
+    assert!(first_look(&child.seen, 7).is_some(), "at a look");
+    assert!(!loading(&child.seen), "so nobody else can be blamed");
+}
+
+#[test]
+fn each_stretch_that_is_looked_at_is_named() {
+    let mut child = Child::start(simulated_config(instant()));
+    // Nothing but silence, all there at once: many finals come of one turn.
+    child.open(1, SessionOptions::default());
+    child.feed(1, &log_of(&vec![0; 32_000 * 100], "pcm_s16le;rate=16000;channels=1", 32_000 * 20));
+    let ends: Vec<u64> = child.finals_of(1).iter().map(|f| f.from_sample).collect();
+    assert!(ends.len() > 2);
+    for at in ends {
+        let named = |m: &FromEngine| matches!(m, FromEngine::Stepping { at: looked, .. } if *looked == at);
+        assert!(child.seen.iter().any(named), "the one at {at}");
+    }
     child.end().expect("end");
 }

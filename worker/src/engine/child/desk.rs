@@ -9,29 +9,28 @@ use std::{
 
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
-    fleet::{ModelState, Residency},
     session::SessionOptions,
     transcript::Timings,
 };
 
-use super::unseen::{Blind, guarded};
+use super::{
+    shelf::{Shelved, shelve},
+    unseen::{Blind, guarded},
+};
 use crate::{
     engine::{
         Cancel, EngineError, Purpose, Window,
-        pool::{Done, Loaded, Model, Pool, ends_session, expected_mb},
+        pool::{Done, Pool, ends_session},
         stream::{SessionStream, Step},
         vad::VadFactory,
     },
     ipc::{
-        EngineConfig, EntryFor, FromEngine, ModelFile, StartPoint, Suspect, ToEngine,
+        EngineConfig, EntryFor, FromEngine, StartPoint, Suspect, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
 
 pub(super) type Said = Result<(), TransportError>;
-
-/// A load that takes longer than this is no longer a sign of life.
-const LONGEST_LOAD: Duration = Duration::from_secs(120);
 
 /// In long stretches of work something is said this often.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
@@ -58,15 +57,6 @@ pub(super) struct Session {
     pub(super) held_since: Option<Instant>,
     /// Why what is not looked at is set aside.
     unseen: Option<Failure>,
-}
-
-pub(super) struct Shelved {
-    file: ModelFile,
-    state: Residency,
-    pub(super) model: Option<Model>,
-    resident_mb: u64,
-    expected_mb: u64,
-    loading_since: Option<Instant>,
 }
 
 #[derive(Default, Clone, Copy, PartialEq, Eq)]
@@ -121,22 +111,9 @@ impl Desk {
         self.out.send(message)
     }
 
-    pub(super) fn say_models(&mut self) -> Said {
-        let states = self.models.values().map(|m| ModelState {
-            name: m.file.name.clone(),
-            state: m.state,
-            resident_mb: m.resident_mb,
-            expected_mb: m.expected_mb,
-        });
-        let states = states.collect();
-        self.say(&FromEngine::Models(states))
-    }
-
     /// Whether something is being decoded or loaded, or waits for it.
     pub(super) fn working(&self) -> bool {
-        !self.pool.all_idle()
-            || self.sessions.values().any(|s| s.ready.is_some() || s.dirty)
-            || self.models.values().any(|m| m.loading_since.is_some())
+        !self.pool.all_idle() || self.sessions.values().any(|s| s.ready.is_some() || s.dirty) || self.loading()
     }
 
     /// Told while there is work and it moves, and once when it begins or ends: a hung decode is silent.
@@ -144,7 +121,7 @@ impl Desk {
         let working = self.working();
         let flags = self.sessions.values().flat_map(|s| s.decoding.iter().chain(&s.partial));
         let looks = flags.map(Cancel::looks).fold(0, u64::wrapping_add);
-        let loads = self.models.values().any(|m| m.loading_since.is_some_and(|t| now - t < LONGEST_LOAD));
+        let loads = self.loads(now);
         let signs = (self.totals, looks, working);
         if signs == self.told && !(working && loads) {
             return Ok(());
@@ -230,47 +207,6 @@ impl Desk {
         if was == self.models.get(&model).map(|m| m.state) { Ok(()) } else { self.say_models() }
     }
 
-    /// Has a model loaded, once at a time; one that failed is tried again.
-    fn want(&mut self, name: &str) -> Result<(), EngineError> {
-        let Some(shelved) = self.models.get_mut(name) else {
-            let why = "not among the models of this worker".to_owned();
-            return Err(EngineError::Model { name: name.to_owned(), why });
-        };
-        if shelved.model.is_some() || shelved.loading_since.is_some() {
-            return Ok(());
-        }
-        if !self.pool.load(&shelved.file) {
-            let why = "the loader does not answer".to_owned();
-            return Err(EngineError::Model { name: name.to_owned(), why });
-        }
-        shelved.state = Residency::Loading;
-        shelved.loading_since = Some(Instant::now());
-        Ok(())
-    }
-
-    pub(super) fn loaded(&mut self, loaded: Loaded) -> Said {
-        let Loaded { name, model, resident_mb, took } = loaded;
-        let Some(shelved) = self.models.get_mut(&name) else {
-            return Ok(());
-        };
-        shelved.loading_since = None;
-        match model {
-            Ok(model) => {
-                tracing::info!(model = %name, resident_mb, took_ms = took.as_millis() as u64, "model loaded");
-                (shelved.state, shelved.resident_mb, shelved.model) = (Residency::Loaded, resident_mb, Some(model));
-                self.say_models()
-            }
-            Err(error) => {
-                tracing::error!(model = %name, %error, "model not loaded");
-                shelved.state = Residency::Failed;
-                let waiting: Vec<u64> =
-                    self.sessions.iter().filter(|(_, s)| s.model == name).map(|(handle, _)| *handle).collect();
-                self.say_models()?;
-                waiting.into_iter().try_for_each(|handle| self.fail(handle, &error))
-            }
-        }
-    }
-
     /// Steps every session that has input, and keeps the threads busy meanwhile.
     pub(super) fn work(&mut self) -> Said {
         self.dispatch()?;
@@ -293,6 +229,10 @@ impl Desk {
         self.stepped()?;
         for (_, handle) in suspects {
             self.dispatch()?;
+            if self.loading() {
+                // Its death would be the loader's as well. The others go on: a load may take minutes.
+                continue;
+            }
             if !self.pool.all_idle() {
                 // After this or the next decode; see `dispatch`.
                 if let Some(session) = self.sessions.get_mut(&handle) {
@@ -316,11 +256,16 @@ impl Desk {
             return Ok(());
         };
         session.held_since = None;
-        let at = session.stream.from_sample();
-        // First, so that whoever finds this process dead knows what it was doing.
-        self.stepping = true;
-        self.say(&FromEngine::Stepping { handle, at })?;
+        let mut told = None;
         loop {
+            let Some(at) = self.sessions.get(&handle).map(|session| session.stream.from_sample()) else {
+                return Ok(());
+            };
+            if told.replace(at) != Some(at) {
+                // First, so that whoever finds this process dead knows what it was doing.
+                self.stepping = true;
+                self.say(&FromEngine::Stepping { handle, at })?;
+            }
             let Some(session) = self.sessions.get_mut(&handle) else {
                 return Ok(());
             };
@@ -464,7 +409,7 @@ impl Desk {
     }
 
     /// Ends a session here and tells why; its bytes are free with that.
-    fn fail(&mut self, handle: u64, error: &EngineError) -> Said {
+    pub(super) fn fail(&mut self, handle: u64, error: &EngineError) -> Said {
         tracing::warn!(handle, %error, "session cannot go on here");
         self.forget(handle);
         let class: FailureClass = error.class();
@@ -499,15 +444,4 @@ impl Session {
         self.stream.cancel();
         self.decoding.iter().chain(&self.partial).for_each(Cancel::cancel);
     }
-}
-
-fn shelve(config: &EngineConfig, file: &ModelFile) -> Shelved {
-    let (state, expected_mb) = match expected_mb(config, file) {
-        Ok(mb) => (Residency::Available, mb),
-        Err(error) => {
-            tracing::warn!(model = %file.name, %error, "model file is not usable");
-            (Residency::Failed, 0)
-        }
-    };
-    Shelved { file: file.clone(), state, model: None, resident_mb: 0, expected_mb, loading_since: None }
 }

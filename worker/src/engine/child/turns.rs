@@ -1,8 +1,9 @@
 //! What is decoded next.
 //!
-//! Suspects first, one at a time and with nothing beside them, their audio looked at by nobody's side either; then finals of live sessions, then the partial that has waited
-//! longest, then finals of recordings; one of those that has waited for long goes before partials, so that it is done at
-//! all. While a live session has input that nobody has looked at, its next window may be a moment away: recordings wait.
+//! Suspects first, one at a time and with nothing beside them, be it a decode, a look at somebody's audio or the load of a
+//! model; then finals of live sessions, then the partial that has waited longest, then finals of recordings; one of those
+//! that has waited for long goes before partials, so that it is done at all. While a live session has input that nobody has
+//! looked at, its next window may be a moment away: recordings wait.
 
 use std::time::{Duration, Instant};
 
@@ -37,11 +38,19 @@ impl Turn {
     }
 }
 
+impl Session {
+    fn held_for_long(&self) -> bool {
+        self.dirty && self.held_since.is_some_and(|at| at.elapsed() >= HELD)
+    }
+}
+
 impl Desk {
     /// Hands windows to idle threads.
     pub(super) fn dispatch(&mut self) -> Said {
         while self.pool.idle() && self.alone.is_none() {
-            let next = match self.first_suspect() {
+            // For as long as a load takes, suspects stop nobody.
+            let loading = self.loading();
+            let next = match self.first_suspect().filter(|_| !loading) {
                 // It waits until the others are done, and they for it.
                 Some(_) if !self.pool.all_idle() || self.stepping => return Ok(()),
                 Some(handle) => {
@@ -50,13 +59,7 @@ impl Desk {
                     job
                 }
                 // A suspect that is to be looked at with nothing beside it has waited for long enough.
-                None if self
-                    .sessions
-                    .values()
-                    .any(|s| s.dirty && s.held_since.is_some_and(|at| at.elapsed() >= HELD)) =>
-                {
-                    None
-                }
+                None if !loading && self.sessions.values().any(Session::held_for_long) => None,
                 None => self.next_of_the_others(),
             };
             let Some(job) = next else {
@@ -74,7 +77,9 @@ impl Desk {
     }
 
     fn next_of_the_others(&mut self) -> Option<Job> {
-        let unseen = self.sessions.values().any(|s| !s.background && s.dirty);
+        // A suspect that waits for a load is not a moment away.
+        let loading = self.loading();
+        let unseen = self.sessions.values().any(|s| !s.background && s.dirty && !(loading && s.suspect.is_some()));
         let next = self.next_final(Turn::Live).or_else(|| self.next_final(Turn::Overdue));
         let next = next.or_else(|| self.next_partial());
         if next.is_none() && !unseen { self.next_final(Turn::Recordings) } else { next }
@@ -101,7 +106,8 @@ impl Desk {
         if turn != Turn::Live && recordings >= most {
             return None;
         }
-        let waiting = self.sessions.iter().filter_map(|(handle, session)| {
+        let others = self.sessions.iter().filter(|(_, session)| session.suspect.is_none());
+        let waiting = others.filter_map(|(handle, session)| {
             let since = session.ready.as_ref()?.1;
             self.models.get(&session.model)?.model.as_ref()?;
             turn.is_of(session, since).then_some((since, *handle))

@@ -1,0 +1,102 @@
+//! The models of an engine: what is there, what is being loaded, and what they take.
+
+use std::time::{Duration, Instant};
+
+use voxfleet_schema::fleet::{ModelState, Residency};
+
+use super::desk::{Desk, Said};
+use crate::{
+    engine::{
+        EngineError,
+        pool::{Loaded, Model, expected_mb},
+    },
+    ipc::{EngineConfig, FromEngine, ModelFile},
+};
+
+/// A load that takes longer than this is no longer a sign of life.
+const LONGEST_LOAD: Duration = Duration::from_secs(120);
+
+pub(super) struct Shelved {
+    file: ModelFile,
+    pub(super) state: Residency,
+    pub(super) model: Option<Model>,
+    pub(super) resident_mb: u64,
+    expected_mb: u64,
+    /// Asked for, and neither there nor failed yet.
+    loading_since: Option<Instant>,
+}
+
+pub(super) fn shelve(config: &EngineConfig, file: &ModelFile) -> Shelved {
+    let (state, expected_mb) = match expected_mb(config, file) {
+        Ok(mb) => (Residency::Available, mb),
+        Err(error) => {
+            tracing::warn!(model = %file.name, %error, "model file is not usable");
+            (Residency::Failed, 0)
+        }
+    };
+    Shelved { file: file.clone(), state, model: None, resident_mb: 0, expected_mb, loading_since: None }
+}
+
+impl Desk {
+    /// Whether any model is being loaded.
+    pub(super) fn loading(&self) -> bool {
+        self.models.values().any(|m| m.loading_since.is_some())
+    }
+
+    /// Whether one is that has not taken too long for a sign of life.
+    pub(super) fn loads(&self, now: Instant) -> bool {
+        self.models.values().any(|m| m.loading_since.is_some_and(|t| now - t < LONGEST_LOAD))
+    }
+
+    pub(super) fn say_models(&mut self) -> Said {
+        let states = self.models.values().map(|m| ModelState {
+            name: m.file.name.clone(),
+            state: m.state,
+            resident_mb: m.resident_mb,
+            expected_mb: m.expected_mb,
+        });
+        let states = states.collect();
+        self.say(&FromEngine::Models(states))
+    }
+
+    /// Has a model loaded, once at a time; one that failed is tried again.
+    pub(super) fn want(&mut self, name: &str) -> Result<(), EngineError> {
+        let Some(shelved) = self.models.get_mut(name) else {
+            let why = "not among the models of this worker".to_owned();
+            return Err(EngineError::Model { name: name.to_owned(), why });
+        };
+        if shelved.model.is_some() || shelved.loading_since.is_some() {
+            return Ok(());
+        }
+        if !self.pool.load(&shelved.file) {
+            let why = "the loader does not answer".to_owned();
+            return Err(EngineError::Model { name: name.to_owned(), why });
+        }
+        shelved.state = Residency::Loading;
+        shelved.loading_since = Some(Instant::now());
+        Ok(())
+    }
+
+    pub(super) fn loaded(&mut self, loaded: Loaded) -> Said {
+        let Loaded { name, model, resident_mb, took } = loaded;
+        let Some(shelved) = self.models.get_mut(&name) else {
+            return Ok(());
+        };
+        shelved.loading_since = None;
+        match model {
+            Ok(model) => {
+                tracing::info!(model = %name, resident_mb, took_ms = took.as_millis() as u64, "model loaded");
+                (shelved.state, shelved.resident_mb, shelved.model) = (Residency::Loaded, resident_mb, Some(model));
+                self.say_models()
+            }
+            Err(error) => {
+                tracing::error!(model = %name, %error, "model not loaded");
+                shelved.state = Residency::Failed;
+                let waiting: Vec<u64> =
+                    self.sessions.iter().filter(|(_, s)| s.model == name).map(|(handle, _)| *handle).collect();
+                self.say_models()?;
+                waiting.into_iter().try_for_each(|handle| self.fail(handle, &error))
+            }
+        }
+    }
+}
