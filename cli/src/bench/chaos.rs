@@ -114,6 +114,7 @@ fn shown(report: &Report, seed: u64, replicas: u32) -> Value {
         "jobs_failed": report.jobs_failed,
         "jobs_meant_to_fail": report.jobs_meant_to_fail,
         "sessions_poisoned": report.sessions_poisoned,
+        "stretches_parked": report.stretches_parked,
         "hints": report.hints,
         "hints_purged": report.hints_purged,
         "pieces_stalled": report.stalls,

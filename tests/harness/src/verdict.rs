@@ -2,7 +2,10 @@
 //!
 //! Reads streams by plain NATS calls only; the text decides ([`crate::words`]), not what the program says of itself.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use async_nats::jetstream;
 use tokio::io::AsyncReadExt;
@@ -15,6 +18,8 @@ use crate::{
 
 /// Largest aggregate that is read back.
 const MAX_RESULT: u64 = 64 << 20;
+/// Longer than the leader of the object store takes to be elected on a busy machine.
+const ELECTIONS: Duration = Duration::from_secs(20);
 
 /// What a check found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -25,6 +30,8 @@ pub struct Verdict {
     /// Samples of speech so short that a detector takes them for a click, where a flush or end cut them off.
     pub clicks: u64,
     pub finals: u64,
+    /// Stretches set aside because of the poison in them.
+    pub parked: u64,
     /// Of its last final; 1 when nobody but its first owner wrote any.
     pub epoch: u64,
     /// Its last final is an end.
@@ -41,6 +48,7 @@ impl Verdict {
             finals_repeated: account.finals_repeated,
             clicks: account.clicks,
             finals: finals.len() as u64,
+            parked: 0,
             epoch: finals.last().and_then(|f| f.json["epoch"].as_u64()).unwrap_or(0),
             ended: finals.last().is_some_and(StoredFinal::is_end),
             problems,
@@ -100,7 +108,7 @@ async fn session_of(js: &jetstream::Context, id: &str, sent: &[i16], engine: &En
     let log = checker::read(js, "ASR_AUDIO", &format!("asr.v1.audio.{id}")).await?;
     let finals = checker::finals(js, id).await?;
     let logged = words::samples_of(&log);
-    let mut missing = 0;
+    let (mut missing, mut set_aside) = (0, 0);
     let mut problems = Vec::new();
     if logged != sent {
         let same = logged.iter().zip(sent).take_while(|(a, b)| a == b).count();
@@ -126,6 +134,7 @@ async fn session_of(js: &jetstream::Context, id: &str, sent: &[i16], engine: &En
                     problems.push(format!("{} stretches parked, {letters} dead letters", parked.len()));
                 }
             }
+            set_aside = parked.len() as u64;
             words::account(&Recording::new(silenced(logged, &parked)), &finals)
         }
         Engine::Real => {
@@ -137,6 +146,7 @@ async fn session_of(js: &jetstream::Context, id: &str, sent: &[i16], engine: &En
     };
     let mut verdict = Verdict::of(account, &finals, problems);
     verdict.samples_lost += missing;
+    verdict.parked = set_aside;
     Ok(verdict)
 }
 
@@ -207,14 +217,17 @@ fn oddities(finals: &[StoredFinal]) -> Vec<(&'static str, String)> {
     odd("lost").chain(odd("error")).collect()
 }
 
-/// The aggregate that the end final names holds the chain's text.
+/// The aggregate that the end final names holds the chain's text. A store that is choosing its leader is asked again.
 async fn aggregate(js: &jetstream::Context, finals: &[StoredFinal]) -> Result<()> {
     let url = finals.last().and_then(|f| f.json["result"].as_str()).unwrap_or_default();
     let key = url.strip_prefix("object://asr_media/").ok_or_else(|| Error::Wrong(format!("its result is {url:?}")))?;
-    let store = js.get_object_store("asr_media").await.map_err(Error::nats("asr_media"))?;
-    let object = store.get(key).await.map_err(Error::nats(key))?;
-    let mut bytes = Vec::new();
-    object.take(MAX_RESULT).read_to_end(&mut bytes).await.map_err(Error::io(key))?;
+    let until = Instant::now() + ELECTIONS;
+    let bytes = loop {
+        match object(js, key).await {
+            Err(_) if Instant::now() < until => tokio::time::sleep(Duration::from_millis(200)).await,
+            read => break read?,
+        }
+    };
     let result: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| Error::Wrong(format!("{key}: {e}")))?;
     let text = finals.iter().map(StoredFinal::text).filter(|t| !t.is_empty()).collect::<Vec<_>>().join(" ");
     if result["full_text"].as_str() == Some(&text) {
@@ -222,6 +235,14 @@ async fn aggregate(js: &jetstream::Context, finals: &[StoredFinal]) -> Result<()
     } else {
         Err(Error::Wrong(format!("{key} holds another text than its chain")))
     }
+}
+
+async fn object(js: &jetstream::Context, key: &str) -> Result<Vec<u8>> {
+    let store = js.get_object_store("asr_media").await.map_err(Error::nats("asr_media"))?;
+    let object = store.get(key).await.map_err(Error::nats(key))?;
+    let mut bytes = Vec::new();
+    object.take(MAX_RESULT).read_to_end(&mut bytes).await.map_err(Error::io(key))?;
+    Ok(bytes)
 }
 
 /// Everything there is to know of a session or job, to be read by people: log, finals, events, letters.

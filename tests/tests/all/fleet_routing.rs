@@ -40,6 +40,12 @@ fn class(answer: &Value) -> &str {
     answer["error"]["class"].as_str().unwrap_or_default()
 }
 
+/// The value of this field in a line of a log.
+fn field<'a>(line: &'a str, name: &str) -> Option<&'a str> {
+    let of_it = |word: &'a str| word.strip_prefix(name)?.strip_prefix('=');
+    line.split_whitespace().find_map(of_it).map(|value| value.trim_matches('"'))
+}
+
 /// 16 sessions on 4 GPUs of 4 slots land 0, 1, 2, 3, 0, ...; the 17th is refused with a time to come again; closing one
 /// frees its place at once; the assigned event says why each GPU was chosen or not.
 #[tokio::test(flavor = "multi_thread")]
@@ -82,11 +88,16 @@ async fn sixteen_sessions_spread_evenly_and_the_seventeenth_is_refused() -> Resu
     }
     ensure!(row("gpu-3").is_some_and(|row| !row.contains("refused")), "{event}");
     let log = fleet.dispatchers[0].log();
-    for (what, session) in [("gpu-3", "s6"), ("gpu-3", "s16")] {
-        ensure!(
-            log.lines().any(|l| l.contains(what) && l.contains(session) && l.contains("_mb")),
-            "no line names GPU {what}, session {session} and memory:\n{log}"
-        );
+    // On allocation and on release: where, whose, and how full it was.
+    for (what, session, used) in
+        [("session assigned", "s6", 2), ("session released", "s6", 3), ("session assigned", "s16", 4)]
+    {
+        let named = |l: &&str| l.contains(what) && field(l, "session") == Some(session);
+        let line = log.lines().find(named).with_context(|| format!("no line of {session} being {what}:\n{log}"))?;
+        ensure!(field(line, "gpu") == Some("gpu-3"), "{line}");
+        let number = |name: &str| field(line, name).and_then(|n| n.parse::<u64>().ok());
+        ensure!((number("slots_used"), number("slots_total")) == (Some(used), Some(4)), "{line}");
+        ensure!(number("memory_used_mb").is_some() && number("memory_free_mb").is_some(), "{line}");
     }
     fleet.check_alive()?;
     Ok(())

@@ -21,6 +21,7 @@
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
 //! | [`drain`] | leaving: begun finals, hand-over, one budget, preemption notices |
 //! | [`poison`] | inputs that kill or hang the engine are set aside and cost nobody else a word |
+//! | [`pressure`] | slow engines, engines that stand still, workers silent together, a producer faster than the log |
 //! | [`audio_decoder`] | recordings are decoded by a confined process whose every death is a typed failure |
 //! | [`faults_r1`], [`faults_r3`] | what may break at any moment, on one server and on three ([`faults`]) |
 //! | [`mutants`] | the checker sees a broken fence and a broken resume position |
@@ -64,6 +65,7 @@ mod nats_pub;
 mod nats_topology;
 mod operator;
 mod poison;
+mod pressure;
 mod standby;
 mod third_party;
 mod viewer;

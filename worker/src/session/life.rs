@@ -248,6 +248,9 @@ impl<'a> Life<'a> {
                 self.end_drafted = draft.end;
                 self.feed.covered(draft.audio.to_seq);
                 self.partial = None;
+                // A final comes as soon as it can be said: what the engine was handed beyond it is how far it is behind. Who
+                // is far behind has no time for partials.
+                self.engine_lag_ms = self.feed.uncovered_ms(self.engine.outbox().account.used());
                 self.drafts.push_back(draft);
             }
         }
@@ -282,8 +285,9 @@ impl<'a> Life<'a> {
             return;
         }
         let storing_ms = self.storing_since.map_or(0, |since| since.elapsed().as_millis() as u64);
-        // Partials tell how far behind the engine is; where none come, what it holds beyond a window does.
+        // Partials and finals tell how far behind the engine is; where none come, what it holds beyond a window does.
         let held_ms = self.feed.uncovered_ms(self.engine.outbox().account.used());
+        self.engine_lag_ms = self.engine_lag_ms.min(held_ms);
         let engine_ms = self.engine_lag_ms.max(held_ms.saturating_sub(LONGEST_WINDOW_MS));
         let lag_ms = (engine_ms + self.feed.unfed_ms()).max(storing_ms);
         if let Some(what) = self.lag.observe(lag_ms) {
@@ -406,7 +410,6 @@ impl<'a> Life<'a> {
                     return Some(Next::Reopen(Some(Box::new(StoredFinal { seq, value }))));
                 }
                 self.last = Some(StoredFinal { seq, value });
-                self.engine_lag_ms = 0;
                 self.observe_lag();
                 end.then_some(Next::Ended)
             }

@@ -84,6 +84,8 @@ pub struct Report {
     pub jobs_meant_to_fail: u64,
     /// Sessions with poison in them.
     pub sessions_poisoned: u64,
+    /// Stretches of these that were set aside.
+    pub stretches_parked: u64,
     /// What became of hints on their way, by fate.
     pub hints: BTreeMap<&'static str, u64>,
     pub hints_purged: u64,
@@ -136,6 +138,8 @@ impl Report {
         }
         let kills = (self.seconds / 60.0 * KILLS_A_MINUTE) as u64;
         need(!plan.only.is_empty() || self.kills >= kills, format!("{} kills, at least {kills} are due", self.kills));
+        let poisoned = !plan.harmless && self.sessions_poisoned > 0;
+        need(!poisoned || self.stretches_parked > 0, "no poison was set aside".to_owned());
         if let Some(hints) = &plan.hints {
             need(hints.faults() > 0, "nothing happened to any hint".to_owned());
         }
@@ -148,6 +152,7 @@ impl Report {
         self.finals_repeated += verdict.finals_repeated;
         self.clicks += verdict.clicks;
         self.finals += verdict.finals;
+        self.stretches_parked += verdict.parked;
         self.problems.extend(verdict.problems.iter().map(|p| format!("{kind} {id}: {p}")));
     }
 }
@@ -337,12 +342,13 @@ mod tests {
         let good = Report { kills: 10, faults, seconds: 60.0, sessions: 5, jobs_done: 2, ..Report::default() };
         assert_eq!(good.shows_nothing(&plan()), Vec::<String>::new());
         type Change = fn(&mut Report, &mut Plan);
-        let changes: [(&str, Change); 6] = [
+        let changes: [(&str, Change); 7] = [
             ("no session", |r, _| r.sessions = 0),
             ("no job", |r, _| r.jobs_done = 0),
             ("no fault", |r, p| (r.faults, p.only) = (BTreeMap::new(), Vec::new())),
             ("too few kills", |r, _| r.kills = 9),
             ("a fault that never came", |_, p| p.only = vec!["purge_live".to_owned()]),
+            ("poison that met nobody", |r, _| r.sessions_poisoned = 2),
             ("untouched hints", |_, p| p.hints = Some(Arc::default())),
         ];
         for (name, change) in changes {
@@ -350,6 +356,8 @@ mod tests {
             change(&mut report, &mut plan);
             assert!(!report.shows_nothing(&plan).is_empty(), "{name}");
         }
+        let parked = Report { sessions_poisoned: 2, stretches_parked: 1, ..good.clone() };
+        assert_eq!(parked.shows_nothing(&plan()), Vec::<String>::new());
         let only = Plan { only: vec!["kill_worker".to_owned()], jobs: 0, ..plan() };
         assert!(Report { kills: 1, jobs_done: 0, ..good }.shows_nothing(&only).is_empty());
     }
