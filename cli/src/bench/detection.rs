@@ -34,8 +34,8 @@ pub(crate) struct DetectionArgs {
     #[arg(long, value_delimiter = ',', default_values_t = [1_000, 500, 300, 200, 100], value_name = "MS")]
     heartbeats: Vec<u64>,
     /// Threads that do nothing but keep the machine busy; four for each core when not told
-    #[arg(long, value_name = "N")]
-    busy: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1_000))]
+    busy: Option<u16>,
     /// How long each row is watched
     #[arg(long, default_value_t = 60, value_name = "S", value_parser = clap::value_parser!(u64).range(5..=3_600))]
     seconds: u64,
@@ -54,7 +54,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(super) async fn run(args: DetectionArgs) -> Result<Value> {
     ensure!(args.sessions >= 1, "--sessions: at least one");
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.busy.unwrap_or(cores * 4);
+    let threads = args.busy.map_or(cores * 4, usize::from);
     let mut rows = Vec::new();
     for heartbeat_ms in &args.heartbeats {
         ensure!((100..=5_000).contains(heartbeat_ms), "--heartbeats: 100 to 5000 ms");

@@ -661,7 +661,7 @@ async fn a_waiting_session_whose_audio_expired_is_closed_and_its_id_can_speak_ag
     let worker = setup.worker("g0", 1).await?;
     setup.say("late", AUDIO, &[]).await?;
     worker.has("late", 1).await?;
-    ensure!(setup.events("late", "failed").await?.len() == 1);
+    ensure!(setup.event("late", "failed", 1).await?.len() == 1);
     worker.stop.cancel();
     setup.finish().await
 }

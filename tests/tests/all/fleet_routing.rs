@@ -79,8 +79,12 @@ async fn sixteen_sessions_spread_evenly_and_the_seventeenth_is_refused() -> Resu
 
     let js = fleet.js();
     let events = js.get_stream_no_info("ASR_EVENT").await?;
-    let event = events.get_last_raw_message_by_subject("asr.v1.event.session.s16.assigned").await?;
-    let event: Value = serde_json::from_slice(&event.payload)?;
+    // Stored behind the answer.
+    let event = eventually("the event", SOON, || async {
+        let event = events.get_last_raw_message_by_subject("asr.v1.event.session.s16.assigned").await.ok()?;
+        serde_json::from_slice::<Value>(&event.payload).ok()
+    })
+    .await?;
     let rows = event["detail"]["candidates"].as_array().with_context(|| format!("{event}"))?;
     let row = |gpu: &str| rows.iter().find(|row| row.to_string().contains(gpu)).map(Value::to_string);
     for gpu in ["gpu-1", "gpu-2", "gpu-4"] {
@@ -89,14 +93,16 @@ async fn sixteen_sessions_spread_evenly_and_the_seventeenth_is_refused() -> Resu
     ensure!(row("gpu-3").is_some_and(|row| !row.contains("refused")), "{event}");
     let log = fleet.dispatchers[0].log();
     // On allocation and on release: where, whose, and how full it was.
+    // Whoever waits may have been given the place before its release is written down.
     for (what, session, used) in
-        [("session assigned", "s6", 2), ("session released", "s6", 3), ("session assigned", "s16", 4)]
+        [("session assigned", "s6", 2..=2), ("session released", "s6", 3..=4), ("session assigned", "s16", 4..=4)]
     {
         let named = |l: &&str| l.contains(what) && field(l, "session") == Some(session);
         let line = log.lines().find(named).with_context(|| format!("no line of {session} being {what}:\n{log}"))?;
         ensure!(field(line, "gpu") == Some("gpu-3"), "{line}");
         let number = |name: &str| field(line, name).and_then(|n| n.parse::<u64>().ok());
-        ensure!((number("slots_used"), number("slots_total")) == (Some(used), Some(4)), "{line}");
+        let slots_used = number("slots_used").with_context(|| line.to_owned())?;
+        ensure!(used.contains(&slots_used) && number("slots_total") == Some(4), "{line}");
         ensure!(number("memory_used_mb").is_some() && number("memory_free_mb").is_some(), "{line}");
     }
     fleet.check_alive()?;

@@ -142,7 +142,10 @@ async fn a_poison_session_loses_one_window_and_its_neighbours_nothing() -> Resul
     assert_eq!(letters[0]["audio"], bad["audio"]);
     assert_eq!((&letters[0]["error"]["class"], &letters[0]["attempts"]), (&json!("engine_crash"), &json!(3)));
     assert_eq!((&letters[0]["origin"]["gpu_id"], &letters[0]["kind"]), (&bad["gpu_id"], &json!("session")));
-    let told = checker::events(&js, "poison").await?;
+    let told = eventually("its event", PATIENCE, || async {
+        checker::events(&js, "poison").await.ok().filter(|told| told.iter().any(|(what, _)| what == "parked"))
+    });
+    let told = told.await?;
     assert_eq!(told.iter().filter(|(what, _)| what == "parked").count(), 1, "{told:?}");
 
     // Where it was first one death may have been shared and two were its own; the last try was another worker's. It went to

@@ -91,7 +91,10 @@ async fn a_slow_engine_says_that_it_lags_and_drops_nothing() -> Result<()> {
         ensure!(text == direct::simulated_text(&pcm)?, "{session}: {text}\n{}", fleet.logs());
         let verdict = verdict::session(&js, &session, &pcm.samples).await?.clean(&session)?;
         ensure!(verdict.epoch == 1, "{verdict:?}");
-        let events = checker::events(&js, &session).await?;
+        let events = eventually(format!("{session} being restored"), SOON, || async {
+            checker::events(&js, &session).await.ok().filter(|all| all.iter().any(|(what, _)| what == "restored"))
+        });
+        let events = events.await.with_context(|| fleet.logs())?;
         let at = |what: &str| events.iter().position(|(w, _)| w == what);
         let lagging = at("lagging").with_context(|| format!("{session} did not say that it lags: {events:#?}"))?;
         let lag_ms = events[lagging].1["detail"]["lag_ms"].as_u64().context("lag_ms")?;
@@ -113,7 +116,10 @@ async fn who_pauses_is_heard_to_lag_as_well() -> Result<()> {
     producer.end().await?;
     let text = fleet.wait_end("pauses", SOON).await.with_context(|| fleet.logs())?;
     ensure!(text == direct::simulated_text(&pcm)?, "{text}\n{}", fleet.logs());
-    let events = checker::events(&js, "pauses").await?;
+    let events = eventually("its events", SOON, || async {
+        checker::events(&js, "pauses").await.ok().filter(|all| all.iter().any(|(what, _)| what == "ended"))
+    });
+    let events = events.await?;
     let lags = |(what, event): &(String, Value)| (what == "lagging").then(|| event["detail"]["lag_ms"].as_u64());
     let lag_ms = events.iter().find_map(lags).with_context(|| format!("{events:#?}"))?;
     ensure!(lag_ms.is_some_and(|ms| (5_001..=24_000).contains(&ms)), "{lag_ms:?}");

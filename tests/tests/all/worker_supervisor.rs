@@ -362,8 +362,11 @@ async fn an_engine_that_cannot_start_is_failed_and_refuses() -> Result<()> {
     alone.take(&name, "hopeless", 1).await?;
     alone.beat("a failed engine", |b| b.engine.state == EngineRunState::Failed && b.held.is_empty()).await?;
     assert_eq!(refusal(alone.assign(&name, "another", 1).await?), Some(FailureClass::EngineCrash));
-    let events = checker::events(&alone.js, "hopeless").await?;
-    assert!(events.iter().any(|(what, _)| what == "failed"), "{events:?}");
+    eventually("the event", SOON, || async {
+        let events = checker::events(&alone.js, "hopeless").await.ok()?;
+        events.iter().any(|(what, _)| what == "failed").then_some(())
+    })
+    .await?;
     alone.worker.check_alive()?;
     Ok(())
 }

@@ -72,6 +72,7 @@ async fn a_submit_is_idempotent_and_its_recording_is_stored() -> Result<()> {
     ensure!(reply["ok"]["state"] == "queued", "{reply}");
     let reply = setup.ask("job.submit", json!({ "job": "bigger", "data": big(2_060) })).await?;
     ensure!(class(&reply) == "too_large", "{reply}");
+    setup.event("call", "submitted").await?;
     ensure!(setup.events("call", "submitted").await?.len() == 1);
     setup.finish().await
 }
@@ -92,6 +93,7 @@ async fn bare_publishes_are_taken_in_either_codec() -> Result<()> {
     // The same again changes nothing and is no mistake.
     setup.publish("high", "plain", None, body.to_string().into()).await?;
     setup.door_is_empty().await?;
+    setup.event("plain", "submitted").await?;
     ensure!(setup.dead("plain").await?.is_empty() && setup.events("plain", "submitted").await?.len() == 1);
     setup.finish().await
 }

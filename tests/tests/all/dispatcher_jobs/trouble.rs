@@ -21,6 +21,7 @@ async fn a_passing_trouble_is_tried_again_and_not_for_ever() -> Result<()> {
     worker.give_up(third, "timeout").await?;
     let record = setup.state("flaky", "failed").await?;
     ensure!(record["attempts"] == 2 && record["error"]["class"] == "timeout", "{record}");
+    setup.event("flaky", "failed").await?;
     ensure!(setup.dead("flaky").await?.len() == 1 && setup.events("flaky", "failed").await?.len() == 1);
     setup.finish().await
 }
