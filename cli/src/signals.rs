@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM ask to stop; a second one stops at once.
+//! SIGINT, SIGTERM and SIGHUP ask to stop; a second one stops at once.
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -14,12 +14,14 @@ pub(crate) fn listen(
 ) -> std::io::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    // The terminal is gone: what runs in it leaves in good order all the same.
+    let mut hangup = signal(SignalKind::hangup())?;
     tracker.spawn(async move {
         let mut told = false;
         loop {
             tokio::select! {
                 () = done.cancelled() => return,
-                name = next(&mut interrupt, &mut terminate) => {
+                name = next(&mut interrupt, &mut terminate, &mut hangup) => {
                     if told {
                         tracing::warn!(signal = name, "second signal, stopping at once");
                         std::process::exit(i32::from(Exit::Interrupted.code()));
@@ -34,9 +36,10 @@ pub(crate) fn listen(
     Ok(())
 }
 
-async fn next(interrupt: &mut Signal, terminate: &mut Signal) -> &'static str {
+async fn next(interrupt: &mut Signal, terminate: &mut Signal, hangup: &mut Signal) -> &'static str {
     tokio::select! {
         _ = interrupt.recv() => "SIGINT",
         _ = terminate.recv() => "SIGTERM",
+        _ = hangup.recv() => "SIGHUP",
     }
 }

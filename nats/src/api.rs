@@ -72,14 +72,14 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// Registers every endpoint under `nats micro`, in a queue group of this dispatcher's own name: every dispatcher hears
-    /// every request, and only the active one answers.
+    /// Registers every endpoint under `nats micro`, in a queue group of this process's own: every dispatcher hears every
+    /// request, namesakes too, and only the active one answers.
     pub async fn start(nats: &Nats, dispatcher: &str) -> Result<ApiServer, ApiError> {
         let service = nats
             .client()
             .service_builder()
             .description("live speech sessions and jobs; only the active dispatcher answers")
-            .queue_group(dispatcher)
+            .queue_group(format!("{dispatcher}-{}", uuid::Uuid::new_v4().simple()))
             .metadata([("dispatcher".to_owned(), dispatcher.to_owned())].into())
             .start(SERVICE, env!("CARGO_PKG_VERSION"))
             .await

@@ -14,6 +14,8 @@ use crate::{
 };
 
 const KEY: &str = "lease";
+/// No lease lasts longer.
+const LONGEST: Duration = Duration::from_secs(60);
 
 /// Value of the key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,7 +68,8 @@ fn step(seen: &mut Option<Seen>, mine: &str, found: Option<&Versioned<Record>>, 
         _ => now,
     };
     *seen = Some(Seen { revision: found.revision, since });
-    let ttl = Duration::from_millis(found.value.ttl_ms);
+    // As long as a configuration may say: a record that claims more must not stop everybody.
+    let ttl = Duration::from_millis(found.value.ttl_ms).min(LONGEST);
     if found.value.token == mine || found.value.released || now.duration_since(since) >= ttl {
         Step::Take(found.revision)
     } else {

@@ -59,7 +59,12 @@ fn value(stored: &StoredLetter) -> Value {
 }
 
 fn begins(stored: &StoredLetter) -> String {
-    String::from_utf8_lossy(&stored.payload).chars().take(SHOWN).collect()
+    plain(&String::from_utf8_lossy(&stored.payload).chars().take(SHOWN).collect::<String>())
+}
+
+/// What others wrote goes to a terminal without what would steer it.
+fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 fn text(letters: &[StoredLetter], total: u64, now_ms: u64) -> String {
@@ -81,7 +86,7 @@ fn row(stored: &StoredLetter, now_ms: u64) -> Vec<String> {
             letter.error.class.to_string(),
             letter.origin.gpu_id.as_ref().map_or_else(none, ToString::to_string),
             if letter.attempts > 0 { letter.attempts.to_string() } else { none() },
-            letter.error.message.chars().take(80).collect(),
+            plain(&letter.error.message.chars().take(80).collect::<String>()),
         ),
         Err(_) => (none(), none(), none(), "not a letter this version can read".to_owned()),
     };
@@ -131,7 +136,7 @@ fn details(stored: &StoredLetter, now_ms: u64) -> String {
         }
     };
     let DeadLetter { error, origin, attempts, audio, record, request, .. } = letter;
-    let mut put = |name, value: Option<String>| lines.extend(value.map(|value| (name, value)));
+    let mut put = |name, value: Option<String>| lines.extend(value.map(|value| (name, plain(&value))));
     put("error", Some(error.to_string()));
     put("gpu", origin.gpu_id.as_ref().map(ToString::to_string));
     put("incarnation", origin.incarnation.as_ref().map(ToString::to_string));
@@ -155,7 +160,7 @@ fn details(stored: &StoredLetter, now_ms: u64) -> String {
 
 fn body_text(request: &RefusedRequest) -> String {
     match (&request.body, &request.body_base64) {
-        (Some(text), _) => text.chars().take(SHOWN).collect(),
+        (Some(text), _) => plain(&text.chars().take(SHOWN).collect::<String>()),
         (None, Some(Inline(bytes))) => format!("{} bytes that are no text; --json shows them", bytes.len()),
         (None, None) => "not kept".to_owned(),
     }
@@ -177,6 +182,10 @@ async fn retry(args: &RetryArgs, nats: &Nats) -> anyhow::Result<Exit> {
     let record = ask::record(nats, &args.job).await?;
     let source = source(record, &of_job)?;
     let id = match &args.id {
+        // Nothing of a job that is there may be written over, and being given its answer would not be a new try.
+        Some(id) if ask::record(nats, id).await?.is_some() => {
+            return Err(anyhow::anyhow!("there is a job {id} already; choose another id")).or_exit(Exit::Usage);
+        }
         Some(id) => id.clone(),
         None => free_id(nats, &args.job).await?,
     };

@@ -147,6 +147,12 @@ async fn what_failed_is_found_shown_tried_again_and_put_away() -> Result<()> {
     ensure!(third["job"] == "noise-r2", "{third}");
     person.letter("noise-r2").await?;
 
+    // A job that is there is not written over, and is not taken for a new try.
+    for taken in ["late-r1", "noise"] {
+        let refused = person.types(&["jobs", "dead", "retry", "noise", "--id", taken], 2).await?;
+        ensure!(refused.contains("already"), "{refused}");
+    }
+
     // Put away: by id, by kind, by number.
     let seq = person.letter("none").await?["seq"].to_string();
     person.types(&["jobs", "dead", "drop", "--seq", &seq], 0).await?;
