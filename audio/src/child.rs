@@ -20,7 +20,7 @@ use rustix::{
 use voxfleet_schema::failure::{Failure, FailureClass};
 
 use crate::{
-    Decoder, Limits,
+    AudioError, Decoder, Limits,
     wire::{Frame, WireError, head},
 };
 
@@ -75,7 +75,7 @@ pub fn main(task: &Task) -> Result<(), ChildError> {
 fn decode(file: File, task: &Task, out: &mut Frames) -> Result<Option<Failure>, ChildError> {
     let mut decoder = match Decoder::open(file, task.name.as_deref(), &task.limits) {
         Ok(decoder) => decoder,
-        Err(error) => return Ok(Some(error.failure())),
+        Err(error) => return Ok(Some(failure_of(&error, &task.limits))),
     };
     out.send(&Frame::Opened { format: decoder.format(), total_ms: decoder.total_ms() }, &[])?;
     loop {
@@ -86,9 +86,23 @@ fn decode(file: File, task: &Task, out: &mut Frames) -> Result<Option<Failure>, 
                 out.send(&end, &[])?;
                 return Ok(None);
             }
-            Err(error) => return Ok(Some(error.failure())),
+            Err(error) => return Ok(Some(failure_of(&error, &task.limits))),
         }
     }
+}
+
+fn failure_of(error: &AudioError, limits: &Limits) -> Failure {
+    match error {
+        // The limit of its process, as far as what asked for memory lived to say so.
+        AudioError::Read(error) if error.kind() == io::ErrorKind::OutOfMemory => too_much_memory(limits),
+        error => error.failure(),
+    }
+}
+
+/// The file needs more memory than its decoder may take.
+pub fn too_much_memory(limits: &Limits) -> Failure {
+    let message = format!("the decoder needed more than the {} MiB it is allowed for this file", limits.memory_mb);
+    Failure::new(FailureClass::TooLarge, message)
 }
 
 fn died(panic: &(dyn Any + Send)) -> Failure {

@@ -51,8 +51,6 @@ impl AudioError {
     pub fn class(&self) -> FailureClass {
         use AudioError::*;
         match self {
-            // The limit of its process: not all of what asks for memory ends it.
-            Read(error) if error.kind() == std::io::ErrorKind::OutOfMemory => FailureClass::TooLarge,
             Read(_) => FailureClass::Internal,
             Foreign { .. } | NoAudioTrack { .. } | Codec { .. } | OutOfRange { .. } => FailureClass::UnsupportedFormat,
             ClaimsTooLong { .. } | TooLong { .. } => FailureClass::TooLarge,

@@ -111,7 +111,10 @@ impl Fleet {
         let jobs_held = held_by(&heartbeat, Kind::Job);
         if let Some(worker) = self.workers.get_mut(&name) {
             // Core NATS keeps the order of one connection, but a worker that reconnects may be heard twice.
-            if heartbeat.seq < worker.heartbeat.seq {
+            // Its clock must agree that it is the older: else one heartbeat with a number far too high, whoever sent it, would
+            // make all that follow stale, and their worker dead.
+            let older = heartbeat.sent_ms <= worker.heartbeat.sent_ms;
+            if heartbeat.seq < worker.heartbeat.seq && older {
                 return Heard::Stale;
             }
             let changed = changed(&worker.heartbeat, &heartbeat);

@@ -202,6 +202,16 @@ mod tests {
     }
 
     #[test]
+    fn a_record_that_claims_too_much_is_taken_all_the_same() {
+        let begin = Instant::now();
+        let mut endless = found(1, "other", false);
+        endless.value.ttl_ms = u64::MAX;
+        let mut seen = None;
+        assert_eq!(step(&mut seen, "me", Some(&endless), begin), Step::Wait);
+        assert_eq!(step(&mut seen, "me", Some(&endless), begin + LONGEST), Step::Take(1));
+    }
+
+    #[test]
     fn mine_and_released_ones_are_taken_at_once() {
         let now = Instant::now();
         assert_eq!(step(&mut None, "me", Some(&found(7, "me", false)), now), Step::Take(7));

@@ -1,7 +1,7 @@
 //! Wire types of voxfleet: what producers, dispatcher, workers and viewers say to each other.
 //!
 //! This is the lowest floor: no IO, no runtime, no NATS. Everything above builds on these types, so a change here is
-//! a change of the contract; `tests/golden.rs` pins the bytes.
+//! a change of the contract; `tests/golden/` pins the bytes.
 //!
 //! | module | holds |
 //! |---|---|

@@ -24,7 +24,7 @@ use tokio::{
 };
 use voxfleet_audio::{
     Chunk, Limits,
-    child::cpu_seconds,
+    child::{cpu_seconds, too_much_memory},
     wire::{Frame, take},
 };
 use voxfleet_schema::{
@@ -263,14 +263,13 @@ async fn listen(stderr: &mut Option<impl AsyncRead + Unpin>, said: &mut Vec<u8>)
 
 /// What a child that ended without a word died of.
 fn end_of(status: ExitStatus, limits: &Limits) -> Failure {
-    let memory = format!("the decoder needed more than the {} MiB it is allowed for this file", limits.memory_mb);
     match status.signal().and_then(Signal::from_named_raw) {
         Some(Signal::XCPU) => {
             let message = format!("the decoder took more than {} s of processor time", cpu_seconds(limits));
             Failure::new(FailureClass::Timeout, message)
         }
         // An allocation that fails under our limit aborts.
-        Some(Signal::ABORT) => Failure::new(FailureClass::TooLarge, memory),
+        Some(Signal::ABORT) => too_much_memory(limits),
         // Our limits never kill so; a machine that is out of memory does, and its operator may.
         Some(Signal::KILL | Signal::TERM) => Failure::new(
             FailureClass::OutOfMemory,

@@ -18,6 +18,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -29,6 +30,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A request's head; whoever sends more is no hook.
 const MAX_HEAD_BYTES: usize = 8 * 1024;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+/// Connections beside each other; more wait for one of these to end.
+const MAX_CONNECTIONS: usize = 64;
 
 /// How a preemption is announced.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -142,19 +145,23 @@ async fn appeared(path: &Path, left: Option<SystemTime>) {
 
 /// Waits for a request that says so.
 async fn asked(listener: &TcpListener) {
+    // Beside each other: who connects and says nothing must not keep a notice waiting.
+    let mut answers = FuturesUnordered::new();
     loop {
-        match listener.accept().await {
-            // One after another: a hook is called once.
-            Ok((stream, _)) => match timeout(REQUEST_TIMEOUT, answer(stream)).await {
+        tokio::select! {
+            accepted = listener.accept(), if answers.len() < MAX_CONNECTIONS => match accepted {
+                Ok((stream, _)) => answers.push(timeout(REQUEST_TIMEOUT, answer(stream))),
+                Err(error) => {
+                    tracing::warn!(%error, "preemption hook cannot accept");
+                    tokio::time::sleep(LOOK_EVERY).await;
+                }
+            },
+            Some(answered) = answers.next() => match answered {
                 Ok(Ok(true)) => return,
                 Ok(Ok(false)) => {}
                 Ok(Err(error)) => tracing::debug!(%error, "preemption hook: connection failed"),
                 Err(_) => tracing::debug!("preemption hook: no whole request in time"),
             },
-            Err(error) => {
-                tracing::warn!(%error, "preemption hook cannot accept");
-                tokio::time::sleep(LOOK_EVERY).await;
-            }
         }
     }
 }
@@ -236,20 +243,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_request_is_a_notice_and_a_silent_connection_blocks_nobody_for_long() {
+    async fn a_request_is_a_notice_and_silent_connections_block_nobody() {
         let config =
             PreemptionConfig { http_listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))), ..Default::default() };
         let watch = Watch::open(&config).await.expect("open");
         let address = watch.listener.as_ref().and_then(|l| l.local_addr().ok()).expect("address");
         let call = async {
-            let _silent = TcpStream::connect(address).await.expect("connect");
+            let mut silent = Vec::new();
+            for _ in 0..MAX_CONNECTIONS - 1 {
+                silent.push(TcpStream::connect(address).await.expect("connect"));
+            }
             let mut stream = TcpStream::connect(address).await.expect("connect");
             stream.write_all(b"POST /preempt HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("ask");
             let mut answer = String::new();
             stream.read_to_string(&mut answer).await.expect("answer");
             answer
         };
-        let (noticed, answer) = tokio::join!(watch.notice(), call);
+        let both = async { tokio::join!(watch.notice(), call) };
+        // None of them is waited for, not even once.
+        let (noticed, answer) = timeout(REQUEST_TIMEOUT, both).await.expect("in time");
         assert_eq!(noticed, "http");
         assert!(answer.starts_with("HTTP/1.1 202"), "{answer}");
     }

@@ -11,7 +11,7 @@ use super::job::seconds;
   voxfleet drain gpu-3f2a --deadline 30s --wait
 
 Its sessions and jobs go to other GPUs as these have room; a final already begun is finished first. What nobody has room
-for stays until the deadline and waits for a place after it.")]
+for waits for a place; the worker does not keep it longer than the deadline allows.")]
 pub(crate) struct DrainArgs {
     /// The GPU, as `voxfleet status` shows it
     #[arg(value_name = "GPU")]

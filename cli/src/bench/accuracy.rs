@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use futures_util::{StreamExt as _, future::try_join_all};
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -21,7 +21,7 @@ use voxfleet_worker::{engine::direct::transcribe_log, ipc::StartPoint};
 
 use super::{
     pipeline::{CHUNK_MS, Kind, log},
-    progress, rounded,
+    progress, rounded, usage,
 };
 use crate::{
     demo::report::quantile,
@@ -52,7 +52,7 @@ struct Heard {
 }
 
 pub(super) async fn run(args: AccuracyArgs) -> Result<Value> {
-    ensure!(args.speed.is_finite() && args.speed > 0.0, "--speed: live audio has a pace, so more than 0");
+    usage(args.speed.is_finite() && args.speed > 0.0, "--speed: live audio has a pace, so more than 0")?;
     let calls = CALLS.map(audio::call).collect::<Result<Vec<_>, _>>()?;
     let references = CALLS.map(audio::call_text).collect::<Result<Vec<_>, _>>()?;
     let audio_s: f64 = calls.iter().map(Pcm::seconds).sum();

@@ -15,7 +15,7 @@ use voxfleet_schema::{
     transcript::VadKind,
 };
 
-use super::{progress, rounded};
+use super::{progress, rounded, usage};
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "Examples:
@@ -31,7 +31,7 @@ pub(crate) struct AllocateArgs {
 }
 
 pub(super) fn run(args: &AllocateArgs) -> Result<Value> {
-    ensure!(args.sessions >= 1 && args.gpus.iter().all(|gpus| (1..=10_000).contains(gpus)), "nothing to measure");
+    usage(args.sessions >= 1 && args.gpus.iter().all(|gpus| (1..=10_000).contains(gpus)), "nothing to measure")?;
     let rows: Result<Vec<Value>> = args.gpus.iter().map(|gpus| measure(*gpus, args.sessions)).collect();
     Ok(json!({ "rows": rows? }))
 }

@@ -6,7 +6,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use voxfleet_harness::{
     chaos::{self, Plan, Report, hints::Fates, schedule, talk::POISON_RUN},
@@ -14,7 +14,8 @@ use voxfleet_harness::{
     server::{Cluster, ServerOptions},
 };
 
-use super::{progress, rounded};
+use super::{progress, rounded, usage};
+use crate::exit::{Exit, OrExit as _};
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "Examples:
@@ -78,9 +79,15 @@ async fn fleet(workers: usize, replicas: u32, seed: u64) -> Result<(Fleet, Arc<F
 }
 
 pub(super) async fn run(args: ChaosArgs) -> Result<Value> {
-    ensure!(args.replicas != 2, "--replicas: 1 or 3");
-    ensure!((0.1..=600.0).contains(&args.minutes), "--minutes: 0.1 to 600");
-    ensure!((1..=32).contains(&args.workers) && args.sessions >= 1, "nothing to break");
+    usage(args.replicas != 2, "--replicas: 1 or 3")?;
+    usage((0.1..=600.0).contains(&args.minutes), "--minutes: 0.1 to 600")?;
+    usage((1..=32).contains(&args.workers), "--workers: 1 to 32")?;
+    usage(args.sessions >= 1, "--sessions: at least 1, or nothing is broken")?;
+    if let Some(keep) = &args.keep {
+        // Not after an hour.
+        let made = std::fs::create_dir_all(keep).with_context(|| format!("--keep {}", keep.display()));
+        made.or_exit(Exit::Usage)?;
+    }
     let (fleet, hints) = fleet(args.workers, args.replicas, args.seed).await?;
     let plan = Plan {
         seed: args.seed,

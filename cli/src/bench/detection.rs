@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use voxfleet_harness::{
     audio,
@@ -23,7 +23,7 @@ use voxfleet_harness::{
     wait::eventually,
 };
 
-use super::progress;
+use super::{progress, usage};
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "Examples:
@@ -52,12 +52,12 @@ const OPENED_PER_S: f64 = 20.0;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(super) async fn run(args: DetectionArgs) -> Result<Value> {
-    ensure!(args.sessions >= 1, "--sessions: at least one");
+    usage(args.sessions >= 1, "--sessions: at least one")?;
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let threads = args.busy.map_or(cores * 4, usize::from);
     let mut rows = Vec::new();
     for heartbeat_ms in &args.heartbeats {
-        ensure!((100..=5_000).contains(heartbeat_ms), "--heartbeats: 100 to 5000 ms");
+        usage((100..=5_000).contains(heartbeat_ms), "--heartbeats: 100 to 5000 ms")?;
         progress(&format!("heartbeats each {heartbeat_ms} ms, {threads} threads busy on {cores} cores"));
         let row = row(&args, *heartbeat_ms, threads).await?;
         progress(&format!("{row}"));

@@ -43,8 +43,11 @@ use voxfleet_worker::{
     ipc::StartPoint,
 };
 
-use super::{progress, recording};
-use crate::demo::report::quantile;
+use super::{progress, recording, usage};
+use crate::{
+    demo::report::quantile,
+    exit::{Exit, OrExit as _},
+};
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "Examples:
@@ -184,9 +187,14 @@ struct Killed {
 }
 
 pub(super) async fn run(args: FailoverArgs) -> Result<Value> {
-    ensure!((2..=32).contains(&args.workers), "--workers: 2 to 32, somebody must be left");
+    usage((2..=32).contains(&args.workers), "--workers: 2 to 32, somebody must be left")?;
     let wanted = args.sessions.unwrap_or(if args.real { 3 } else { 6 });
-    ensure!(wanted >= 1, "--sessions: at least one must be speaking");
+    usage(wanted >= 1, "--sessions: at least one must be speaking")?;
+    if let Some(keep) = &args.keep {
+        // Not after an hour.
+        let made = std::fs::create_dir_all(keep).with_context(|| format!("--keep {}", keep.display()));
+        made.or_exit(Exit::Usage)?;
+    }
     let engine = if args.real { Engine::Micro } else { Engine::Simulated { speed: SPEED } };
     let mut fleet = Fleet::builder().workers(args.workers).dispatchers(2).slots(wanted as u32).engine(engine);
     if args.real {

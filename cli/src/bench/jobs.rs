@@ -28,7 +28,7 @@ use voxfleet_worker::{engine::direct::transcribe_log, ipc::StartPoint};
 use super::{
     memory::{Processes, Sampled},
     pipeline::Kind,
-    processes, progress, recording, rounded,
+    processes, progress, recording, rounded, usage,
 };
 
 /// Beyond the time the direct call took, or for the first job of a worker.
@@ -68,10 +68,10 @@ impl JobArgs {
 
 pub(super) async fn run(args: &JobArgs, speed: f64, simulated_only: bool) -> Result<Value> {
     if let Some(hours) = args.hours {
-        ensure!((0.01..=24.0).contains(&hours), "--hours: 0.01 to 24");
+        usage((0.01..=24.0).contains(&hours), "--hours: 0.01 to 24")?;
         return long_file(hours).await;
     }
-    ensure!(args.job_seconds >= 1.0 && args.real_seconds >= 1.0, "nothing to measure");
+    usage(args.job_seconds >= 1.0 && args.real_seconds >= 1.0, "nothing to measure")?;
     let bursts = audio::bursts(1, args.job_seconds);
     let simulated = measure(&Kind::Simulated { speed }, &bursts, args.rounds).await?;
     let mut result = json!({

@@ -43,7 +43,10 @@ use clap::Args as _;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-use crate::{exit::Exit, transcript::screen};
+use crate::{
+    exit::{Exit, coded},
+    transcript::screen,
+};
 
 /// Which bench to run.
 #[derive(Debug, Clone, clap::Args)]
@@ -156,6 +159,11 @@ fn list(json: bool) -> anyhow::Result<Exit> {
         }
     }
     Ok(Exit::Ok)
+}
+
+/// A value that clap takes and a bench cannot: a mistake in the command line like any other.
+fn usage(is_sound: bool, message: &str) -> anyhow::Result<()> {
+    if is_sound { Ok(()) } else { Err(coded(Exit::Usage, anyhow::anyhow!("{message}"))) }
 }
 
 /// Says what is being done, where it does not mix with the answer.

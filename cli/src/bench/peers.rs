@@ -14,7 +14,7 @@
 
 use std::{path::PathBuf, time::Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use voxfleet_harness::{audio::Pcm, find, fleet};
 use voxfleet_schema::{session::SessionOptions, transcript::join_text};
@@ -35,7 +35,7 @@ use super::{
     pipeline::{Kind, log},
     processes, progress,
     recording::{self, Spoken},
-    rounded,
+    rounded, usage,
 };
 use crate::wer::{WordErrors, compare};
 
@@ -81,7 +81,7 @@ struct Outcome {
 }
 
 pub(super) async fn run(args: PeersArgs) -> Result<Value> {
-    ensure!(args.long_seconds >= 1.0, "--long-seconds: at least 1");
+    usage(args.long_seconds >= 1.0, "--long-seconds: at least 1")?;
     let mut items = Vec::new();
     for number in 1..=5 {
         items.push(Item { name: format!("{number:02}"), spoken: recording::calls(&[number], 0.0)? });

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use serde_json::{Value, json};
@@ -37,7 +37,7 @@ use voxfleet_worker::{
 use super::{
     cached,
     jobs::{self, JobArgs},
-    progress, rounded,
+    progress, rounded, usage,
 };
 
 pub(super) const CHUNK_MS: u64 = 200;
@@ -122,7 +122,7 @@ pub(super) async fn run(args: PipelineArgs) -> Result<Value> {
     if args.job.wanted() {
         return jobs::run(&args.job, args.speed, args.simulated_only).await;
     }
-    ensure!(args.sessions >= 1 && args.threads >= 1 && args.seconds >= 1.0, "nothing to measure");
+    usage(args.sessions >= 1 && args.threads >= 1 && args.seconds >= 1.0, "nothing to measure")?;
     let recordings: Vec<Pcm> = (0..args.sessions as u64).map(|n| audio::bursts(n, args.seconds)).collect();
     let simulated = measure(Kind::Simulated { speed: args.speed }, recordings, args.threads).await?;
     let mut result = json!({

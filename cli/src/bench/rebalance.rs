@@ -28,7 +28,7 @@ use voxfleet_schema::{
     id::{GpuId, StreamId},
 };
 
-use super::progress;
+use super::{progress, usage};
 use crate::{demo::report::quantile, transcript::follow::good};
 
 #[derive(Debug, Clone, clap::Args)]
@@ -93,7 +93,7 @@ impl Heard {
 
 pub(super) async fn run(args: RebalanceArgs) -> Result<Value> {
     let RebalanceArgs { workers, kill, sessions } = args;
-    ensure!(kill >= 1 && kill < workers && sessions >= 1, "at least one worker is killed and one is left");
+    usage(kill >= 1 && kill < workers && sessions >= 1, "at least one worker is killed and one is left")?;
     // Those who are left have room for all.
     let slots = sessions.div_ceil(workers - kill) as u32;
     let mut fleet =

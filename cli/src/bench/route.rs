@@ -22,7 +22,7 @@ use voxfleet_harness::{
 use super::{
     probe::{self, Report},
     processes::{Cpu, Memory},
-    progress, rounded,
+    progress, rounded, usage,
 };
 
 #[derive(Debug, Clone, clap::Args)]
@@ -50,7 +50,7 @@ const OPENED_PER_S: f64 = 100.0;
 const SETTLE_S: f64 = 5.0;
 
 pub(super) async fn run(args: RouteArgs) -> Result<Value> {
-    ensure!(args.sessions >= 1 && args.seconds >= 1.0 && args.chunk_ms >= 1 && args.burst >= 1, "nothing to measure");
+    usage(args.sessions >= 1 && args.seconds >= 1.0 && args.chunk_ms >= 1 && args.burst >= 1, "nothing to measure")?;
     let dir = tempfile::tempdir()?;
     let mut fleet = Fleet::builder()
         .workers(1)

@@ -17,7 +17,7 @@ use voxfleet_harness::{
 use super::{
     probe::{self, Report},
     processes::{Cpu, Memory},
-    progress, rounded, route,
+    progress, rounded, route, usage,
 };
 
 #[derive(Debug, Clone, clap::Args)]
@@ -67,7 +67,7 @@ const SETTLE_S: f64 = 5.0;
 const GIVE_UP: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(args: ScaleArgs) -> Result<Value> {
-    ensure!(args.seconds >= 1.0 && args.chunk_ms >= 1, "nothing to measure");
+    usage(args.seconds >= 1.0 && args.chunk_ms >= 1, "nothing to measure")?;
     let mut rows = Vec::new();
     for row in &args.rows {
         rows.push(measure(*row, &args).await?);

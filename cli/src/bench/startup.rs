@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use futures_util::{StreamExt as _, stream};
 use serde_json::{Value, json};
 use voxfleet_harness::{
@@ -14,7 +14,7 @@ use voxfleet_harness::{
 };
 use voxfleet_worker::engine::whisper::WhisperModel;
 
-use super::{processes::Memory, progress, rounded};
+use super::{processes::Memory, progress, rounded, usage};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 /// Open requests on their way at once.
@@ -35,7 +35,7 @@ pub(crate) struct StartupArgs {
 }
 
 pub(super) async fn run(args: StartupArgs) -> Result<Value> {
-    ensure!(args.runs >= 1, "nothing to measure");
+    usage(args.runs >= 1, "nothing to measure")?;
     let mut times: [Vec<f64>; 5] = Default::default();
     for run in 1..=args.runs {
         progress(&format!("start {run} of {}", args.runs));

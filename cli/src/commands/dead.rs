@@ -382,6 +382,31 @@ mod tests {
     }
 
     #[test]
+    fn what_strangers_wrote_does_not_steer_the_terminal() {
+        const EVIL: &str = "a\u{1b}[31mb\u{1b}]0;c\u{7}\r\nd\u{9b}2J";
+        let letter = |message: &str| {
+            let mut record = record("failed", "x");
+            record.name = Some(EVIL.to_owned());
+            stored(json!({
+                "kind": "job", "id": "call-17", "at_ms": 1_000, "attempts": 3, "record": record,
+                "error": {"class": "engine_crash", "message": message},
+            }))
+        };
+        let mut nothing = refused("x", 1);
+        nothing.payload = bytes::Bytes::from(EVIL);
+        nothing.letter = voxfleet_schema::codec::from_json(&nothing.payload);
+        let body = refused(EVIL, EVIL.len());
+        for shown in [&letter(EVIL), &nothing, &body].map(|stored| details(stored, 2_000)) {
+            assert!(!shown.contains(|c: char| c.is_control() && c != '\n'), "{shown:?}");
+        }
+        // Whatever its message says, a letter is one line.
+        let tame = text(&[letter("tame"), refused("x", 1)], 2, 2_000);
+        let wild = text(&[letter(EVIL), nothing], 2, 2_000);
+        assert!(!wild.contains(|c: char| c.is_control() && c != '\n'), "{wild:?}");
+        assert_eq!(wild.lines().count(), tame.lines().count(), "{wild}");
+    }
+
+    #[test]
     fn retries_are_numbered() {
         for (old, n, new) in [("call-17", 1, "call-17-r1"), ("call-17-r1", 2, "call-17-r2"), ("a-r", 1, "a-r-r1")] {
             assert_eq!(numbered(&id(old), n).expect("id").as_str(), new);

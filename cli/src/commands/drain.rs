@@ -8,10 +8,11 @@ use std::{
 use serde_json::json;
 use voxfleet_nats::{
     Nats, ServerError,
-    api::{self, Endpoint},
+    api::{self, ApiError, Endpoint},
     fleet::{self, FleetError},
 };
 use voxfleet_schema::{
+    failure::FailureClass,
     fleet::{ControlRequest, DrainRequest, Drained, Heartbeat},
     id::{Kind, WorkerName},
 };
@@ -25,6 +26,8 @@ use crate::{
 };
 
 const ASK: Duration = Duration::from_secs(10);
+/// Between two questions about a worker that does not answer.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// A worker answers at once, or is cut off.
 const CONTROL: Duration = Duration::from_secs(1);
 /// A worker that has been silent for so long is asked whether it is still there: silence alone may be the network's.
@@ -48,9 +51,9 @@ async fn drain(args: &DrainArgs, nats: &Nats, context: &Context) -> anyhow::Resu
     let mut beats = fleet::heartbeats(nats).await.or_exit(Exit::Unavailable)?;
     let deadline_ms = args.deadline.map(|s| u64::from(s) * 1000);
     let request = DrainRequest { gpu_id: args.gpu.clone(), deadline_ms };
-    let drained: Drained = (api::request(nats, Endpoint::FleetDrain, &request, ASK).await).map_err(|error| {
-        coded(Exit::of_api(&error), anyhow::Error::new(error).context(format!("drain {}", args.gpu)))
-    })?;
+    let Some(drained) = ask(args, &request, nats, context).await? else {
+        return gone(args, None);
+    };
     if !args.wait {
         if args.json {
             object(&serde_json::to_value(&drained)?)?;
@@ -75,14 +78,8 @@ async fn drain(args: &DrainArgs, nats: &Nats, context: &Context) -> anyhow::Resu
             }
         }
         if leaving.left.is_empty() {
-            if args.json {
-                let mut value = serde_json::to_value(&drained)?;
-                value["gone_after_ms"] = json!(leaving.last_heard.duration_since(begun).as_millis() as u64);
-                object(&value)?;
-            } else {
-                out(&format!("{} is gone", args.gpu))?;
-            }
-            return Ok(Exit::Ok);
+            let after = leaving.last_heard.duration_since(begun);
+            return gone(args, Some((&drained, after)));
         }
         if now.duration_since(begun) > patience {
             let left: Vec<String> = leaving.left.keys().map(ToString::to_string).collect();
@@ -108,6 +105,58 @@ async fn drain(args: &DrainArgs, nats: &Nats, context: &Context) -> anyhow::Resu
             Err(_) => {}
         }
     }
+}
+
+/// The dispatcher's answer. Who waits asks on where the worker does not answer yet: the wish is kept, and the worker told again.
+/// None when it is gone before it ever answered.
+async fn ask(
+    args: &DrainArgs,
+    request: &DrainRequest,
+    nats: &Nats,
+    context: &Context,
+) -> anyhow::Result<Option<Drained>> {
+    let patience = args.deadline.map_or(DEFAULT_DEADLINE, |s| Duration::from_secs(s.into())) + GRACE;
+    let until = Instant::now() + patience;
+    let mut asked_before = false;
+    loop {
+        let error = match api::request(nats, Endpoint::FleetDrain, request, ASK).await {
+            Ok(drained) => return Ok(Some(drained)),
+            Err(error) => error,
+        };
+        match &error {
+            ApiError::Refused(failure) if failure.class == FailureClass::NotFound && asked_before => return Ok(None),
+            ApiError::Refused(failure)
+                if failure.class == FailureClass::Timeout && args.wait && Instant::now() < until =>
+            {
+                if !asked_before && !args.json {
+                    eprintln!("{}: {failure}", args.gpu);
+                }
+                asked_before = true;
+            }
+            _ => {
+                let exit = Exit::of_api(&error);
+                return Err(coded(exit, anyhow::Error::new(error).context(format!("drain {}", args.gpu))));
+            }
+        }
+        let again = context.shutdown.run_until_cancelled(tokio::time::sleep(ASK_AGAIN)).await;
+        if again.is_none() {
+            return Err(anyhow::anyhow!("interrupted")).or_exit(Exit::Interrupted);
+        }
+    }
+}
+
+fn gone(args: &DrainArgs, after: Option<(&Drained, Duration)>) -> anyhow::Result<Exit> {
+    if !args.json {
+        out(&format!("{} is gone", args.gpu))?;
+        return Ok(Exit::Ok);
+    }
+    // Nobody was there to be told.
+    let nobody = Drained { sessions: 0, jobs: 0, workers: Vec::new() };
+    let (drained, after) = after.unwrap_or((&nobody, Duration::ZERO));
+    let mut value = serde_json::to_value(drained)?;
+    value["gone_after_ms"] = json!(after.as_millis() as u64);
+    object(&value)?;
+    Ok(Exit::Ok)
 }
 
 /// What a worker that was told no deadline says it has left, by its own clock.

@@ -167,7 +167,18 @@ pub(super) async fn load(
 ) -> Result<Loaded, KvError> {
     let (record, around) = tokio::join!(records.get(id.as_str()), surroundings(chain, log, id));
     let (mark, last) = around.map_err(KvError::Server)?;
-    Ok(Loaded { record: record?.map(|v| (v.value, v.revision)), chain: mark, last })
+    let record = match record {
+        Ok(found) => found.map(|v| (v.value, v.revision)),
+        Err(error @ KvError::Malformed { revision, .. }) => {
+            // Nobody can go on from it. Without it the session goes on from log and chain, as if the key were gone; and
+            // once it is gone, it can be written again.
+            tracing::error!(session = %id, error = %describe(&error), "unreadable key of a session removed");
+            records.delete(id.as_str(), Some(revision)).await?;
+            None
+        }
+        Err(error) => return Err(error),
+    };
+    Ok(Loaded { record, chain: mark, last })
 }
 
 pub(super) async fn save_cursor(cursors: &Records<Cursor>, seq: u64) {

@@ -41,7 +41,7 @@ impl Core {
             self.fleet.workers().map(|(name, _)| name).filter(|n| n.gpu_id == request.gpu_id).cloned().collect();
         workers.sort();
         if workers.is_empty() {
-            let message = format!("no worker on GPU {} is known", request.gpu_id);
+            let message = format!("no living worker on GPU {} is known", request.gpu_id);
             return self.refuse(call, Failure::new(FailureClass::NotFound, message));
         }
         let deadline_ms = request.deadline_ms.map(|ms| ms.clamp(LEAST_MS, LONGEST_MS));

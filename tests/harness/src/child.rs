@@ -77,6 +77,11 @@ impl Child {
         kill_process(pid, signal).map_err(|e| Error::Io { what: format!("signal to {}", self.name), source: e.into() })
     }
 
+    /// SIGHUP: its terminal is gone.
+    pub fn hang_up(&mut self) -> Result<()> {
+        self.signal(Signal::HUP)
+    }
+
     /// SIGKILL, and reaps it.
     pub fn kill9(&mut self) -> Result<()> {
         self.child.kill().map_err(Error::io(format!("killing {}", self.name)))?;

@@ -183,7 +183,7 @@ impl Server {
     async fn begin(tls: bool) -> Result<Self> {
         let dir = tempfile::tempdir().map_err(Error::io("folder of the web server"))?;
         let acceptor = if tls { Some(acceptor(&dir.path().join("ca.pem"))?) } else { None };
-        let listener = TcpListener::bind(("127.0.0.1", crate::server::free_port()?)).await;
+        let listener = TcpListener::bind(("127.0.0.1", crate::ports::free_port()?)).await;
         let listener = listener.map_err(Error::io("listener of the web server"))?;
         let address = listener.local_addr().map_err(Error::io("address of the web server"))?;
         let (script, stop) = (Arc::new(Script::default()), CancellationToken::new());

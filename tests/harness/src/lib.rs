@@ -6,6 +6,7 @@
 //! | [`find`] | where `nats-server`, `nats` and `voxfleet` are, or the command that brings them |
 //! | [`child`] | one child process: log in a file, killed and reaped on drop, dies with its parent |
 //! | [`server`] | a nats-server of one's own, single or a cluster of three |
+//! | [`ports`] | ports that are given out once |
 //! | [`relay`] | a TCP relay that pauses, swallows, delays, stalls and cuts, each direction by itself |
 //! | [`wire`] | single publishes dropped, doubled, delayed or changed on their way through a relay |
 //! | [`https`] | a web server that serves, refuses, redirects and misbehaves as told |
@@ -35,6 +36,7 @@ pub mod find;
 pub mod fleet;
 pub mod https;
 pub mod load;
+pub mod ports;
 pub mod probe_api;
 pub mod process;
 pub mod producer;

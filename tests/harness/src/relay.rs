@@ -98,15 +98,8 @@ impl Relay {
     /// every publish of a client passes through its hands.
     pub async fn start_with(targets: &[String], tamper: Option<Arc<dyn Tamper>>) -> Result<Self> {
         let targets = targets.iter().map(|t| t.trim_start_matches("nats://").to_owned()).collect();
-        let mut tries = 0;
-        let listener = loop {
-            tries += 1;
-            match TcpListener::bind(("127.0.0.1", crate::server::free_port()?)).await {
-                // Another process was faster.
-                Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && tries < 10 => {}
-                listener => break listener.map_err(Error::io("relay listener"))?,
-            }
-        };
+        let listener = TcpListener::bind(("127.0.0.1", crate::ports::free_port()?)).await;
+        let listener = listener.map_err(Error::io("relay listener"))?;
         let address = listener.local_addr().map_err(Error::io("relay address"))?;
         let state = Arc::new(watch::Sender::new(State::OPEN));
         let (bytes, stalls) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());

@@ -52,7 +52,7 @@ impl Server {
     /// `folder` as [`installed`] gives it.
     pub async fn start(folder: &Path) -> Result<Self> {
         let dir = tempfile::tempdir().map_err(Error::io("folder of the S3 server"))?;
-        let port = crate::server::free_port()?.to_string();
+        let port = crate::ports::free_port()?.to_string();
         let mut command = Command::new("python3");
         // Without the packages of this machine's Python: what was installed is all that counts.
         command.args(["-S", "-c", PROGRAM, "-H", "127.0.0.1", "-p", &port]);

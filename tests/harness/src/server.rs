@@ -1,20 +1,15 @@
 //! A nats-server of one's own on 127.0.0.1, with its store in a temporary folder.
-//!
-//! Ports lie below the kernel's range for outgoing connections: a client that keeps dialling a dead server's port could
-//! otherwise connect to itself and hold the port when the server comes back.
 
 use std::{
-    net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
 use async_nats::jetstream;
 use tempfile::TempDir;
 
-use crate::{Error, Result, child::Child, find, wait::eventually};
+use crate::{Error, Result, child::Child, find, ports::free_port, wait::eventually};
 
 /// What all our servers share.
 const DEV_CONF: &str = include_str!("../../../nats/conf/dev.conf");
@@ -67,23 +62,10 @@ impl NatsServer {
     }
 
     pub async fn start_with(options: ServerOptions) -> Result<Self> {
-        let mut last = None;
-        // Somebody else may take a port between our look and the server's.
-        for _ in 0..3 {
-            match Self::try_start(&options, "n1", free_port()?, None).await {
-                Err(e @ Error::EndedEarly { .. }) => last = Some(e),
-                done => return done,
-            }
-        }
-        Err(last.unwrap_or_else(|| Error::Wrong("nats-server did not start".to_owned())))
+        Self::launch(&options, "n1", free_port()?, None).await
     }
 
-    async fn try_start(
-        options: &ServerOptions,
-        name: &str,
-        port: u16,
-        cluster: Option<(u16, Vec<u16>)>,
-    ) -> Result<Self> {
+    async fn launch(options: &ServerOptions, name: &str, port: u16, cluster: Option<(u16, Vec<u16>)>) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("voxfleet-nats-").tempdir().map_err(Error::io("temporary folder"))?;
         let binary = match &options.binary {
             Some(path) => path.clone(),
@@ -250,23 +232,12 @@ impl Cluster {
     }
 
     pub async fn start_with(n: usize, options: ServerOptions) -> Result<Self> {
-        let mut last = None;
-        for _ in 0..3 {
-            match Self::try_start(n, &options).await {
-                Err(e @ Error::EndedEarly { .. }) => last = Some(e),
-                done => return done,
-            }
-        }
-        Err(last.unwrap_or_else(|| Error::Wrong("the cluster did not start".to_owned())))
-    }
-
-    async fn try_start(n: usize, options: &ServerOptions) -> Result<Self> {
         let routes = (0..n).map(|_| free_port()).collect::<Result<Vec<_>>>()?;
         let mut servers = Vec::with_capacity(n);
         for (i, own) in routes.iter().enumerate() {
             let name = format!("n{}", i + 1);
             let cluster = Some((*own, routes.clone()));
-            servers.push(NatsServer::try_start(options, &name, free_port()?, cluster).await?);
+            servers.push(NatsServer::launch(&options, &name, free_port()?, cluster).await?);
         }
         let cluster = Self { servers };
         cluster.wait_ready().await?;
@@ -341,23 +312,6 @@ impl Cluster {
         let leader = info.cached_info().cluster.as_ref().and_then(|c| c.leader.clone());
         Ok(leader.and_then(|name| self.servers.iter().position(|s| s.plan.name == name)))
     }
-}
-
-/// A port nobody listens on, below the range of outgoing connections, never given out twice by this process.
-pub fn free_port() -> Result<u16> {
-    const FIRST: u16 = 20_000;
-    const COUNT: u16 = 12_000;
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Processes that run at once start at different places.
-    let offset = (std::process::id().wrapping_mul(7_919) % u32::from(COUNT)) as u16;
-    for _ in 0..COUNT {
-        let step = NEXT.fetch_add(1, Ordering::Relaxed) % COUNT;
-        let port = FIRST + (offset + step) % COUNT;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return Ok(port);
-        }
-    }
-    Err(Error::Wrong("no free port between 20000 and 32000".to_owned()))
 }
 
 #[cfg(test)]

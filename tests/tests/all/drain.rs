@@ -13,8 +13,9 @@ use bytes::Bytes;
 use futures_util::future::try_join_all;
 use voxfleet_harness::{
     audio, checker,
+    child::Child,
     fleet::{self, Engine, Fleet},
-    process::Settings,
+    process::{self, Settings},
     producer::{Pace, Producer},
     relay::Relay,
     server::NatsServer,
@@ -34,6 +35,7 @@ use crate::{
 
 /// What a process may take beyond its budget: the test's own looks, and a busy machine.
 const SLACK: Duration = Duration::from_millis(800);
+const SOON: Duration = Duration::from_secs(30);
 
 /// A worker whose decode of one final's window is under way and takes about `decode_s`.
 struct Deciding {
@@ -140,11 +142,37 @@ async fn a_drain_ends_at_its_deadline_whoever_is_left() -> Result<()> {
     Ok(())
 }
 
+/// A terminal that closes is no crash; under `nohup` it is nothing at all.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hangup_is_a_drain_unless_it_is_ignored() -> Result<()> {
+    let mut alone = Alone::start(Settings::new()).await?;
+    alone.name().await?;
+    alone.worker.hang_up()?;
+    let beat = alone.beat("draining", |b| b.draining).await?;
+    assert_eq!(beat.drain.context("a notice")?.why, "sigterm");
+    let status = alone.worker.wait(SOON).await?;
+    assert!(status.success(), "{status}\n{}", alone.worker.log_tail());
+
+    let dir = tempfile::tempdir()?;
+    let server = NatsServer::start().await?;
+    let plain = process::voxfleet(&Settings::new().with("nats.urls", server.url()), dir.path())?;
+    let mut command = std::process::Command::new("nohup");
+    command.arg(plain.get_program()).arg("dispatcher").current_dir(dir.path());
+    command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let mut child = Child::start("nohup", command, &dir.path().join("log"))?;
+    eventually("the dispatcher serves", SOON, || std::future::ready(child.log().contains("active").then_some(())))
+        .await?;
+    child.hang_up()?;
+    let ended = tokio::time::timeout(SLACK, child.wait(SOON)).await;
+    ensure!(ended.is_err(), "it ended: {}", child.log());
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_preemption_is_a_drain_by_file_and_by_hook() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("preempted");
-    let port = voxfleet_harness::server::free_port()?;
+    let port = voxfleet_harness::ports::free_port()?;
     let settings = Settings::new()
         .with("worker.preemption.file", file.display())
         .with("worker.preemption.http_listen", format!("127.0.0.1:{port}"))

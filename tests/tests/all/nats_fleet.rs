@@ -294,6 +294,30 @@ async fn the_api_is_answered_by_whoever_is_active() -> Result<()> {
     Ok(())
 }
 
+/// One that does not answer must not take requests away from another of the same name.
+#[tokio::test]
+async fn dispatchers_of_one_name_hear_every_request() -> Result<()> {
+    let server = NatsServer::start().await?;
+    let nats = connected(vec![server.url()]).await?;
+    let (far, other) = (connected(vec![server.url()]).await?, connected(vec![server.url()]).await?);
+    let (mut standby, mut active) = (ApiServer::start(&far, "d").await?, ApiServer::start(&other, "d").await?);
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(async move { while standby.next().await.is_some() {} });
+    tasks.spawn(async move {
+        while let Some((call, responder)) = active.next().await {
+            let Ok(request) = call.decode::<SessionRequest>() else { continue };
+            if responder.reply(&Reply::Ok(request)).await.is_err() {
+                return;
+            }
+        }
+    });
+    for _ in 0..20 {
+        // Asked once each: the second question would come after a second.
+        ask(&nats, Duration::from_millis(950)).await?;
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn events_and_partials_are_read_by_whoever_comes_late() -> Result<()> {
     let server = NatsServer::start().await?;

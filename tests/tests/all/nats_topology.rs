@@ -188,7 +188,7 @@ async fn an_old_server_is_refused_by_its_version() -> Result<()> {
 
 #[tokio::test]
 async fn a_connection_that_cannot_be_made_says_why() -> Result<()> {
-    let nobody = format!("nats://127.0.0.1:{}", voxfleet_harness::server::free_port()?);
+    let nobody = format!("nats://127.0.0.1:{}", voxfleet_harness::ports::free_port()?);
     let refused = connected(vec![nobody.clone()]).await;
     match refused {
         Err(error) => match error.downcast_ref() {

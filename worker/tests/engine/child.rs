@@ -3,180 +3,24 @@
 use std::{
     os::unix::net::UnixStream,
     path::PathBuf,
-    sync::mpsc::{Receiver, RecvTimeoutError, sync_channel},
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use crate::support::*;
 use voxfleet_schema::{
-    audio::RawEntry,
-    event::What,
-    failure::{Failure, FailureClass},
-    fleet::Residency,
-    session::SessionOptions,
-    transcript::VadKind,
+    audio::RawEntry, event::What, failure::FailureClass, fleet::Residency, session::SessionOptions, transcript::VadKind,
 };
 use voxfleet_worker::{
-    engine::{
-        child::{ChildError, serve},
-        vad::Energy,
-    },
+    engine::child::{ChildError, serve},
     ipc::{
-        ENTRY_COST, EngineConfig, EngineKind, EntryFor, FinalDraft, FromEngine, ModelFile, PartialDraft,
-        SimulatedConfig, StartPoint, ToEngine,
-        transport::{BlockingReader, BlockingWriter, TransportError},
+        ENTRY_COST, EngineKind, FromEngine, ModelFile, SimulatedConfig, ToEngine,
+        transport::{BlockingWriter, TransportError},
     },
 };
 
-/// Longer than anything here takes, even on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-pub(crate) fn simulated_config(simulated: SimulatedConfig) -> EngineConfig {
-    let model = |name: &str| ModelFile { name: name.to_owned(), path: PathBuf::from("/nonexistent") };
-    EngineConfig {
-        engine: EngineKind::Simulated,
-        models: vec![model("simulated"), model("other")],
-        default_model: "simulated".to_owned(),
-        silero_model: None,
-        onnxruntime: None,
-        decode_states: 2,
-        decode_threads: 1,
-        use_gpu: false,
-        simulated,
-    }
-}
-
-pub(crate) fn instant() -> SimulatedConfig {
-    SimulatedConfig { speed: 0.0, ..SimulatedConfig::default() }
-}
-
-/// A child and its supervisor's side of the socket.
-pub(crate) struct Child {
-    writer: BlockingWriter<UnixStream>,
-    inbox: Receiver<FromEngine>,
-    socket: UnixStream,
-    child: Option<JoinHandle<Result<(), ChildError>>>,
-    /// All that came so far.
-    pub(crate) seen: Vec<FromEngine>,
-}
-
-impl Child {
-    pub(crate) fn start(config: EngineConfig) -> Self {
-        let (ours, theirs) = UnixStream::pair().expect("socketpair");
-        let child = std::thread::spawn(move || serve(theirs));
-        Self { child: Some(child), ..Self::beyond(ours, config) }
-    }
-
-    /// One that is served by somebody else, and cannot be ended in order.
-    pub(crate) fn beyond(ours: UnixStream, config: EngineConfig) -> Self {
-        let mut reader = BlockingReader::new(ours.try_clone().expect("clone"));
-        let (messages, inbox) = sync_channel(10_000);
-        std::thread::spawn(move || {
-            while let Ok(message) = reader.next::<FromEngine>() {
-                if messages.send(message).is_err() {
-                    return;
-                }
-            }
-        });
-        let writer = BlockingWriter::new(ours.try_clone().expect("clone"));
-        let mut started = Self { writer, inbox, socket: ours, child: None, seen: Vec::new() };
-        started.send(ToEngine::Configure(Box::new(config)));
-        started
-    }
-
-    pub(crate) fn send(&mut self, frame: ToEngine) {
-        self.writer.send(&frame).expect("send");
-    }
-
-    pub(crate) fn open(&mut self, handle: u64, options: SessionOptions) {
-        self.open_as(handle, options, false);
-    }
-
-    pub(crate) fn open_as(&mut self, handle: u64, options: SessionOptions, background: bool) {
-        let start = Box::new(StartPoint::beginning());
-        self.send(ToEngine::Open { handle, options: Box::new(options), start, background, suspect: None });
-    }
-
-    pub(crate) fn feed(&mut self, handle: u64, log: &[RawEntry]) {
-        for entry in log {
-            self.send(ToEngine::Entry(EntryFor { handle, entry: entry.clone() }));
-        }
-    }
-
-    /// Waits until what has come so far gives an answer.
-    pub(crate) fn until<T>(&mut self, what: &str, mut answer: impl FnMut(&[FromEngine]) -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(found) = answer(&self.seen) {
-                return found;
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.inbox.recv_timeout(left) {
-                Ok(message) => self.seen.push(message),
-                Err(e) => panic!("no {what}: {e}; the last messages are {:?}", self.seen.iter().rev().take(5)),
-            }
-        }
-    }
-
-    /// Takes all that it still says.
-    pub(crate) fn until_it_is_gone(&mut self) {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match self.inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(message) => self.seen.push(message),
-                Err(RecvTimeoutError::Disconnected) => return,
-                Err(e) => panic!("it lives on: {e}"),
-            }
-        }
-    }
-
-    pub(crate) fn finals_of(&mut self, handle: u64) -> Vec<FinalDraft> {
-        self.until("end final", |seen| {
-            let all = finals_in(seen, handle);
-            all.last().is_some_and(|f| f.end).then_some(all)
-        })
-    }
-
-    fn failure_of(&mut self, handle: u64) -> Failure {
-        self.until("failure", |seen| {
-            seen.iter().find_map(|m| match m {
-                FromEngine::Failed { handle: h, failure } if *h == handle => Some(failure.clone()),
-                _ => None,
-            })
-        })
-    }
-
-    /// Closes the socket and waits for the child.
-    pub(crate) fn end(mut self) -> Result<(), ChildError> {
-        self.socket.shutdown(std::net::Shutdown::Both).expect("shutdown");
-        self.child.take().expect("running").join().expect("no panic")
-    }
-}
-
-pub(crate) fn finals_in(seen: &[FromEngine], handle: u64) -> Vec<FinalDraft> {
-    let finals = seen.iter().filter_map(|m| match m {
-        FromEngine::Final { handle: h, draft } if *h == handle => Some((**draft).clone()),
-        _ => None,
-    });
-    finals.collect()
-}
-
-pub(crate) fn partials_in(seen: &[FromEngine], handle: u64) -> Vec<PartialDraft> {
-    let partials = seen.iter().filter_map(|m| match m {
-        FromEngine::Partial { handle: h, partial } if *h == handle => Some((**partial).clone()),
-        _ => None,
-    });
-    partials.collect()
-}
-
-pub(crate) fn state_of(seen: &[FromEngine], model: &str) -> Option<(Residency, u64, u64)> {
-    let of = |m: &FromEngine| match m {
-        FromEngine::Models(models) => models.iter().find(|m| m.name == model).cloned(),
-        _ => None,
-    };
-    seen.iter().rev().find_map(of).map(|m| (m.state, m.resident_mb, m.expected_mb))
-}
+use crate::{
+    rig::{Child, directly, finals_in, instant, partials_in, simulated_config, state_of},
+    support::*,
+};
 
 #[test]
 fn it_says_what_it_is_and_gives_the_same_finals_as_the_engine_called_directly() {
@@ -192,15 +36,9 @@ fn it_says_what_it_is_and_gives_the_same_finals_as_the_engine_called_directly() 
     for handle in 0..4 {
         child.open(handle, SessionOptions::default());
     }
-    // Interleaved, as live sessions are.
-    for at in 0..logs.iter().map(Vec::len).max().expect("logs") {
-        for (handle, log) in (0..).zip(&logs) {
-            child.feed(handle, log.get(at..=at).unwrap_or_default());
-        }
-    }
+    child.feed_in_turn(&logs);
     for (handle, log) in (0..).zip(&logs) {
-        let direct = finals(log, &mut Remembering::new(&simulated()), &Energy);
-        assert_eq!(timeless(&child.finals_of(handle)), timeless(&direct), "session {handle}");
+        assert_eq!(timeless(&child.finals_of(handle)), timeless(&directly(log)), "session {handle}");
         // Permits: all but what lies in the last half second comes back.
         let sent: u64 = log.iter().map(|e| e.payload.len() as u64 + ENTRY_COST).sum();
         let back = child.until("permits", |seen| {
@@ -347,7 +185,7 @@ fn a_model_that_does_not_fit_is_out_of_memory() {
 #[test]
 fn failed_decodes_are_tried_again_and_change_no_text() {
     let log = log_16k(&call(2), 200);
-    let expected = finals(&log, &mut Remembering::new(&simulated()), &Energy);
+    let expected = directly(&log);
     let mut child = Child::start(simulated_config(SimulatedConfig { fail_every: 3, ..instant() }));
     child.open(1, SessionOptions::default());
     child.feed(1, &log);
@@ -385,14 +223,8 @@ fn a_hung_decode_is_silent_and_a_working_one_is_not() {
     child.open(1, SessionOptions { interim: false, ..SessionOptions::default() });
     child.feed(1, &log_16k(&call(1), 200));
     child.until("a hang", |seen| (progress(seen).last() == Some(&true)).then_some(()));
-    // Quiet for a second: many reports would have come.
-    let quiet = |child: &mut Child| loop {
-        match child.inbox.recv_timeout(Duration::from_secs(1)) {
-            Ok(message) => child.seen.push(message),
-            Err(_) => return,
-        }
-    };
-    quiet(&mut child);
+    // Within that second many reports would have come.
+    child.until_it_is_quiet();
     assert_eq!(progress(&child.seen).last(), Some(&true), "it has work and does not move");
     // The loop still answers.
     child.open(2, SessionOptions { model: Some("unheard-of".to_owned()), ..SessionOptions::default() });

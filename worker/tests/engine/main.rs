@@ -6,6 +6,7 @@
 //! | `child` | the child process's loop over a real socketpair |
 //! | `conformance` | what every engine promises, real and simulated |
 //! | `official` | models of the official shapes |
+//! | `rig` | an engine child in a thread, and its supervisor's side of the socket |
 //! | `suspects` | inputs that may kill the engine are decoded alone or set aside; sessions that finish |
 //! | `support` | audio, logs, recognizers, detectors |
 
@@ -13,5 +14,6 @@ mod accuracy;
 mod child;
 mod conformance;
 mod official;
+mod rig;
 mod support;
 mod suspects;

@@ -15,12 +15,12 @@ use voxfleet_schema::{
     session::SessionOptions,
 };
 use voxfleet_worker::{
-    engine::{child::serve, vad::Energy},
-    ipc::{FromEngine, SimulatedConfig, StartPoint, Suspect, ToEngine},
+    engine::child::serve,
+    ipc::{FinalDraft, FromEngine, SimulatedConfig, StartPoint, Suspect, ToEngine},
 };
 
 use crate::{
-    child::{Child, finals_in, instant, partials_in, simulated_config, state_of},
+    rig::{Child, directly, finals_in, instant, partials_in, simulated_config, state_of},
     support::*,
 };
 
@@ -28,6 +28,45 @@ fn open_suspect(child: &mut Child, handle: u64, suspect: Suspect) {
     let start = Box::new(StartPoint::beginning());
     let options = Box::new(SessionOptions::default());
     child.send(ToEngine::Open { handle, options, start, background: false, suspect: Some(suspect) });
+}
+
+/// A suspect, session 0, among so many that are fed alike; each says what the engine says when it is called directly.
+fn suspect_among(sessions: u32) -> Child {
+    let mut child = Child::start(simulated_config(SimulatedConfig { speed: 40.0, ..instant() }));
+    let logs: Vec<Vec<RawEntry>> = (1..=sessions).map(|n| log_16k(&first_seconds(n, 12), 100)).collect();
+    open_suspect(&mut child, 0, Suspect { beyond: 0, crashes: 1, park: None, blind: false });
+    for handle in 1..u64::from(sessions) {
+        child.open(handle, SessionOptions::default());
+    }
+    child.feed_in_turn(&logs);
+    for (handle, log) in (0..).zip(&logs) {
+        assert_eq!(timeless(&child.finals_of(handle)), timeless(&directly(log)), "session {handle}");
+    }
+    child
+}
+
+/// A call, session 7, of which one stretch with speech is to be set aside.
+struct SetAside {
+    child: Child,
+    /// What the engine says when it is called directly.
+    direct: Vec<FinalDraft>,
+    /// Which of them holds the stretch.
+    n: usize,
+    why: Failure,
+}
+
+impl SetAside {
+    fn start(blind: bool) -> Self {
+        let log = log_16k(&call(1), 100);
+        let direct = directly(&log);
+        let (n, bad) = direct.iter().enumerate().skip(1).find(|(_, f)| !f.segments.is_empty()).expect("speech");
+        let why = Failure::new(FailureClass::EngineCrash, "it kills");
+        let mut child = Child::start(simulated_config(instant()));
+        let park = Some(why.clone());
+        open_suspect(&mut child, 7, Suspect { beyond: bad.from_sample, crashes: 3, park, blind });
+        child.feed(7, &log);
+        Self { child, direct, n, why }
+    }
 }
 
 /// What was being decoded while a window of `handle` was, until its first final.
@@ -53,21 +92,7 @@ fn beside(seen: &[FromEngine], handle: u64) -> Vec<u64> {
 
 #[test]
 fn a_suspect_is_decoded_alone_until_its_first_final_and_says_the_same() {
-    let mut child = Child::start(simulated_config(SimulatedConfig { speed: 40.0, ..instant() }));
-    let logs: Vec<Vec<RawEntry>> = (1..=4).map(|n| log_16k(&first_seconds(n, 12), 100)).collect();
-    open_suspect(&mut child, 0, Suspect { beyond: 0, crashes: 1, park: None, blind: false });
-    for handle in 1..4 {
-        child.open(handle, SessionOptions::default());
-    }
-    for at in 0..logs.iter().map(Vec::len).max().expect("logs") {
-        for (handle, log) in (0..).zip(&logs) {
-            child.feed(handle, log.get(at..=at).unwrap_or_default());
-        }
-    }
-    for (handle, log) in (0..).zip(&logs) {
-        let direct = finals(log, &mut Remembering::new(&simulated()), &Energy);
-        assert_eq!(timeless(&child.finals_of(handle)), timeless(&direct), "session {handle}");
-    }
+    let child = suspect_among(4);
     assert_eq!(beside(&child.seen, 0), Vec::<u64>::new(), "nothing beside it");
     assert!((1..4).any(|handle| !beside(&child.seen, handle).is_empty()), "the others share the threads");
     let first_final =
@@ -78,13 +103,8 @@ fn a_suspect_is_decoded_alone_until_its_first_final_and_says_the_same() {
 
 #[test]
 fn a_parked_stretch_is_not_decoded_and_moves_no_boundary() {
-    let log = log_16k(&call(1), 100);
-    let direct = finals(&log, &mut Remembering::new(&simulated()), &Energy);
-    let (n, bad) = direct.iter().enumerate().skip(1).find(|(_, f)| !f.segments.is_empty()).expect("speech");
-    let why = Failure::new(FailureClass::EngineCrash, "it kills");
-    let mut child = Child::start(simulated_config(instant()));
-    open_suspect(&mut child, 7, Suspect { beyond: bad.from_sample, crashes: 3, park: Some(why.clone()), blind: false });
-    child.feed(7, &log);
+    let SetAside { mut child, direct, n, why } = SetAside::start(false);
+    let bad = &direct[n];
     let stored = child.finals_of(7);
     assert_eq!(stored.len(), direct.len());
     for (at, (stored, direct)) in stored.iter().zip(&direct).enumerate() {
@@ -146,21 +166,7 @@ fn beside_its_steps(seen: &[FromEngine], handle: u64) -> usize {
 
 #[test]
 fn a_suspect_is_looked_at_while_nothing_is_decoded_and_nobody_is_looked_at_while_it_is() {
-    let mut child = Child::start(simulated_config(SimulatedConfig { speed: 40.0, ..instant() }));
-    let logs: Vec<Vec<RawEntry>> = (1..=3).map(|n| log_16k(&first_seconds(n, 12), 100)).collect();
-    open_suspect(&mut child, 0, Suspect { beyond: 0, crashes: 1, park: None, blind: false });
-    for handle in 1..3 {
-        child.open(handle, SessionOptions::default());
-    }
-    for at in 0..logs.iter().map(Vec::len).max().expect("logs") {
-        for (handle, log) in (0..).zip(&logs) {
-            child.feed(handle, log.get(at..=at).unwrap_or_default());
-        }
-    }
-    for (handle, log) in (0..).zip(&logs) {
-        let direct = finals(log, &mut Remembering::new(&simulated()), &Energy);
-        assert_eq!(timeless(&child.finals_of(handle)), timeless(&direct), "session {handle}");
-    }
+    let child = suspect_among(3);
     assert_eq!(beside_its_steps(&child.seen, 0), 0);
     assert!(beside_its_steps(&child.seen, 1) + beside_its_steps(&child.seen, 2) > 0, "others are, as ever");
     let first = child.seen.iter().position(|m| matches!(m, FromEngine::Final { handle: 0, .. })).expect("a final");
@@ -178,14 +184,8 @@ fn a_suspect_is_looked_at_while_nothing_is_decoded_and_nobody_is_looked_at_while
 
 #[test]
 fn a_stretch_that_may_not_be_looked_at_is_set_aside_and_what_comes_before_it_is_not() {
-    let log = log_16k(&call(1), 100);
-    let direct = finals(&log, &mut Remembering::new(&simulated()), &Energy);
-    let (n, bad) = direct.iter().enumerate().skip(1).find(|(_, f)| !f.segments.is_empty()).expect("speech");
-    let why = Failure::new(FailureClass::EngineCrash, "it kills");
-    let mut child = Child::start(simulated_config(instant()));
-    let park = Some(why.clone());
-    open_suspect(&mut child, 7, Suspect { beyond: bad.from_sample, crashes: 3, park, blind: true });
-    child.feed(7, &log);
+    let SetAside { mut child, direct, n, why } = SetAside::start(true);
+    let bad = &direct[n];
     child.until("the one set aside", |seen| finals_in(seen, 7).iter().any(|f| f.parked).then_some(()));
     // What comes behind it is for the next opening.
     child.send(ToEngine::Finish { handle: 7 });
@@ -223,7 +223,7 @@ fn a_suspect_waits_for_models_that_are_loaded_and_nobody_else_does() {
         child.feed(0, std::slice::from_ref(entry));
         child.feed(1, std::slice::from_ref(entry));
     }
-    let direct = finals(&log, &mut Remembering::new(&simulated()), &Energy);
+    let direct = directly(&log);
     for handle in [0, 1] {
         assert_eq!(timeless(&child.finals_of(handle)), timeless(&direct), "session {handle}");
     }

@@ -1,7 +1,7 @@
 //! What is decoded next.
 //!
 //! Suspects first, one at a time and with nothing beside them, be it a decode, a look at somebody's audio or the load of a
-//! model; then finals of live sessions, then the partial that has waited longest, then finals of recordings; one of those
+//! model; then the first words of sessions that nothing has been heard of here, then finals of live sessions, then the partial that has waited longest, then finals of recordings; one of those
 //! that has waited for long goes before partials, so that it is done at all. While a live session has input that nobody has
 //! looked at, its next window may be a moment away: recordings wait.
 
@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 
 use super::desk::{Desk, Said, Session};
 use crate::{
-    engine::{Cancel, Purpose, pool::Job},
+    engine::{
+        Cancel, Purpose, Window,
+        pool::{Job, Model},
+    },
     ipc::FromEngine,
 };
 
@@ -41,6 +44,15 @@ impl Turn {
 impl Session {
     fn held_for_long(&self) -> bool {
         self.dirty && self.held_since.is_some_and(|at| at.elapsed() >= HELD)
+    }
+
+    fn partial_job(&mut self, handle: u64, model: Model, mut window: Window) -> Job {
+        let now = Instant::now();
+        // Of its own, so that a final can overtake it without stopping the session.
+        window.cancel = Cancel::default();
+        self.partial = Some(window.cancel.clone());
+        self.last_partial = now;
+        Job { handle, model, window, ready_at: now }
     }
 }
 
@@ -80,7 +92,8 @@ impl Desk {
         // A suspect that waits for a load is not a moment away.
         let loading = self.loading();
         let unseen = self.sessions.values().any(|s| !s.background && s.dirty && !(loading && s.suspect.is_some()));
-        let next = self.next_final(Turn::Live).or_else(|| self.next_final(Turn::Overdue));
+        let next =
+            self.first_words().or_else(|| self.next_final(Turn::Live)).or_else(|| self.next_final(Turn::Overdue));
         let next = next.or_else(|| self.next_partial());
         if next.is_none() && !unseen { self.next_final(Turn::Recordings) } else { next }
     }
@@ -125,6 +138,19 @@ impl Desk {
         Some(Job { handle, model, window, ready_at })
     }
 
+    /// A quick pass over a session's first window, beside or before its final.
+    fn first_words(&mut self) -> Option<Job> {
+        let waiting = self.sessions.iter_mut().filter_map(|(handle, session)| {
+            let model = self.models.get(&session.model)?.model.as_ref()?;
+            let since = session.ready.as_ref()?.1;
+            let due = !session.background && session.suspect.is_none() && session.partial.is_none();
+            (due && !session.finishing && session.stream.has_first_words()).then_some((since, *handle, model, session))
+        });
+        let (_, handle, model, session) = waiting.min_by_key(|(since, handle, ..)| (*since, *handle))?;
+        let window = session.stream.first_words()?;
+        Some(session.partial_job(handle, model.clone(), window))
+    }
+
     fn next_partial(&mut self) -> Option<Job> {
         let due = self.sessions.iter_mut().filter_map(|(handle, session)| {
             let model = self.models.get(&session.model)?.model.as_ref()?;
@@ -136,13 +162,8 @@ impl Desk {
             due.then_some((session.last_partial, *handle, model, session))
         });
         let (_, handle, model, session) = due.min_by_key(|(last, handle, ..)| (*last, *handle))?;
-        let mut window = session.stream.partial_window()?;
-        let now = Instant::now();
-        // Of its own, so that a final can overtake it without stopping the session.
-        window.cancel = Cancel::default();
-        session.partial = Some(window.cancel.clone());
-        session.last_partial = now;
-        Some(Job { handle, model: model.clone(), window, ready_at: now })
+        let window = session.stream.partial_window()?;
+        Some(session.partial_job(handle, model.clone(), window))
     }
 
     /// No thread took it after all.

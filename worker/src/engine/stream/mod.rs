@@ -87,6 +87,8 @@ pub struct SessionStream {
     /// End of the audio the last partial covered, and of the one being decoded.
     partial_to: u64,
     partial_pending: Option<u64>,
+    /// Nothing has been heard of it here yet.
+    unheard: bool,
     cancel: Cancel,
     notes: Vec<StreamNote>,
     consumed_bytes: u64,
@@ -116,6 +118,7 @@ impl SessionStream {
             agreement: Agreement::default(),
             partial_to: from,
             partial_pending: None,
+            unheard: true,
             cancel: Cancel::default(),
             notes: Vec::new(),
             consumed_bytes: 0,
@@ -251,6 +254,7 @@ impl SessionStream {
     ) -> Option<Box<FinalDraft>> {
         let pending = self.pending.take()?;
         let window = pending.window.clone();
+        self.unheard &= window.is_empty();
         timings.audio_ms = (window.end - window.start) / 16;
         let (segments, error) = match heard {
             Ok(hypothesis) => {
@@ -377,9 +381,28 @@ impl SessionStream {
         Some(self.window(range, Purpose::Partial))
     }
 
+    /// Whether [`Self::first_words`] has a window.
+    pub fn has_first_words(&self) -> bool {
+        self.unheard && self.options.interim && self.pending.as_ref().is_some_and(|p| !p.window.is_empty())
+    }
+
+    /// The window of the first final this stream asked for, as a partial's. Whoever takes a session over from a worker that
+    /// died finds a stretch that ended long ago: a partial pass says its words several times sooner than the final can.
+    pub fn first_words(&mut self) -> Option<Window> {
+        if !self.has_first_words() {
+            return None;
+        }
+        let range = self.pending.as_ref()?.window.clone();
+        self.unheard = false;
+        self.partial_to = range.end;
+        self.partial_pending = Some(range.end);
+        Some(self.window(range, Purpose::Partial))
+    }
+
     /// Takes what was heard in the partial window that ended at `to_sample`; none when a final has overtaken it.
     pub fn partial_heard(&mut self, heard: &Hypothesis, to_sample: u64) -> Option<PartialDraft> {
         self.partial_pending.take_if(|pending| *pending == to_sample)?;
+        self.unheard = false;
         let text = voxfleet_schema::transcript::join_text(heard.segments.iter().map(|s| s.text.as_str()));
         let (committed, tentative) = self.agreement.hear(&text);
         Some(PartialDraft {
