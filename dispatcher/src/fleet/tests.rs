@@ -36,6 +36,22 @@ fn a_worker_goes_from_joining_to_dead() {
 }
 
 #[test]
+fn a_heartbeat_with_a_number_far_too_high_does_not_make_those_that_follow_stale() {
+    let mut fleet = Fleet::default();
+    let mut heartbeat = beat("g0", "i0");
+    (heartbeat.seq, heartbeat.sent_ms) = (5, 5_000);
+    fleet.heard(heartbeat.clone(), Duration::ZERO);
+    let mut overtaken = heartbeat.clone();
+    (overtaken.seq, overtaken.sent_ms) = (4, 4_000);
+    assert_eq!(fleet.heard(overtaken, MS), Heard::Stale);
+    let mut forged = heartbeat.clone();
+    forged.seq = 1_000_000;
+    fleet.heard(forged, 2 * MS);
+    (heartbeat.seq, heartbeat.sent_ms) = (6, 6_000);
+    assert_eq!(fleet.heard(heartbeat, 3 * MS), Heard::Known);
+}
+
+#[test]
 fn draining_and_stuck_workers_are_named() {
     let mut fleet = Fleet::default();
     let mut heartbeat = beat("g0", "i0");

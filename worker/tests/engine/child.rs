@@ -12,7 +12,7 @@ use voxfleet_schema::{
 use voxfleet_worker::{
     engine::child::{ChildError, serve},
     ipc::{
-        ENTRY_COST, EngineKind, FromEngine, ModelFile, SimulatedConfig, ToEngine,
+        ENTRY_COST, EngineConfig, EngineKind, FromEngine, ModelFile, SimulatedConfig, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
@@ -75,6 +75,29 @@ fn partials_come_while_a_thread_is_idle() {
     }
     assert_eq!(partials_in(&child.seen, 2), [], "nobody asked for them");
     child.end().expect("end");
+}
+
+#[test]
+fn the_first_words_of_a_stretch_that_has_ended_come_before_its_final() {
+    let log = log_16k(&call(1), 200);
+    for interim in [true, false] {
+        // All of it is there before anything can be decoded, as for whoever takes a session over; one thread, so that what is
+        // asked for first is said first.
+        let simulated = SimulatedConfig { load_ms: 1_000, ..instant() };
+        let mut child = Child::start(EngineConfig { decode_states: 1, ..simulated_config(simulated) });
+        child.open(1, SessionOptions { interim, ..SessionOptions::default() });
+        child.feed(1, &log);
+        let finals = child.finals_of(1);
+        assert_eq!(timeless(&finals), timeless(&directly(&log)));
+        let first = finals.iter().find(|f| !f.segments.is_empty()).expect("somebody speaks");
+        let said = child.seen.iter().find_map(|m| match m {
+            FromEngine::Partial { partial, .. } => Some((true, partial.from_sample)),
+            FromEngine::Final { draft, .. } if !draft.segments.is_empty() => Some((false, draft.from_sample)),
+            _ => None,
+        });
+        assert_eq!(said, Some((interim, first.from_sample)));
+        child.end().expect("end");
+    }
 }
 
 #[test]

@@ -28,6 +28,28 @@ async fn a_silent_worker_is_dead_and_its_sessions_move() -> Result<()> {
     setup.finish().await
 }
 
+/// Somebody, or a faulty disk, has written what is no record: the session goes on from log and chain.
+#[tokio::test]
+async fn a_key_that_cannot_be_read_is_like_one_that_is_gone() -> Result<()> {
+    let mut setup = Setup::new().await?;
+    let worker = setup.worker("g0", 4).await?;
+    let first = setup.say("call", AUDIO, &[]).await?;
+    worker.has("call", 1).await?;
+    worker.publish("call", 0, first, false, json!({})).await?;
+    setup.stop.cancel();
+    setup.stop = CancellationToken::new();
+    setup.js.publish("$KV.asr_sessions.call", "garbage".into()).await?.await?;
+    setup.say("call", AUDIO, &[]).await?;
+    setup.start_dispatcher("d2").await?;
+    setup.state("call", "assigned").await?;
+    worker.has("call", 2).await?;
+    let second = setup.say("call", b"", &[("Asr-End", "1")]).await?;
+    worker.end("call", 1, second).await?;
+    setup.state("call", "ended").await?;
+    worker.stop.cancel();
+    setup.finish().await
+}
+
 #[tokio::test]
 async fn a_standby_goes_on_where_the_active_one_stopped() -> Result<()> {
     let mut setup = Setup::new().await?;
