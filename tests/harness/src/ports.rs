@@ -6,11 +6,15 @@
 //!
 //! Looking whether a port is free is not enough: between the look and the server's own bind, or between a server's death
 //! and its restart, another process finds the same port free. So ports are given out from blocks, and a block is this
-//! process's as long as it holds the lock of the block's file; the kernel lets go of it when the process ends, however.
+//! process's as long as it holds the lock of the block's file; the kernel lets go of it when the process ends, however
+//! it ends.
+//!
+//! Whether a stranger listens there is asked by connecting, not by binding: a listener that is open for a moment while another
+//! thread starts a child is inherited by it, and stays open until that child has come to its `exec`.
 
 use std::{
     fs::{File, TryLockError},
-    net::TcpListener,
+    net::TcpStream,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
@@ -41,7 +45,7 @@ impl Ports {
         loop {
             while let Some(port) = self.left.pop() {
                 // A stranger, or a child that outlived its test.
-                if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+                if TcpStream::connect(("127.0.0.1", port)).is_err() {
                     return Ok(port);
                 }
             }
@@ -84,7 +88,7 @@ pub fn free_port() -> Result<u16> {
 mod tests {
     use super::*;
 
-    /// Apart from those that are given out: to look at a port is to hold it for a moment.
+    /// Apart from those that are given out.
     const ASIDE: u16 = FIRST + BLOCK * BLOCKS;
 
     #[test]
@@ -105,7 +109,7 @@ mod tests {
     fn a_port_that_is_taken_is_passed_over_and_who_ends_gives_back() -> Result<()> {
         let folder = tempfile::tempdir().map_err(Error::io("folder"))?;
         let mut one = Ports::new(ASIDE + 5 * BLOCK);
-        let listener = TcpListener::bind("127.0.0.1:0").map_err(Error::io("listener"))?;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").map_err(Error::io("listener"))?;
         let taken = listener.local_addr().map_err(Error::io("address"))?.port();
         one.left.push(taken);
         let first = one.take(folder.path())?;
