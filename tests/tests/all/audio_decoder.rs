@@ -1,9 +1,8 @@
 //! Recordings decoded in a process of their own: what it may do, and what becomes of it when it fails.
 
 use std::{
-    fs::{File, Permissions},
+    fs::File,
     io::Write as _,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -67,9 +66,12 @@ async fn failure_of(process: Result<DecoderProcess, Failure>) -> Result<Failure>
 
 /// A stand-in for the executable: shell, with the two descriptors in `$IN` and `$OUT`.
 fn script(folder: &TempDir, body: &str) -> Result<PathBuf> {
-    let path = folder.path().join("decoder");
-    std::fs::write(&path, format!("#!/bin/bash\nIN=$3 OUT=$5\n{body}\n"))?;
-    std::fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+    let (text, path) = (folder.path().join("text"), folder.path().join("decoder"));
+    std::fs::write(&text, format!("#!/bin/bash\nIN=$3 OUT=$5\n{body}\n"))?;
+    // Written by another process: a child that another test is starting would inherit our open file, and a file that is open
+    // for writing cannot be executed.
+    let installed = std::process::Command::new("install").args(["-m", "755"]).arg(&text).arg(&path).status()?;
+    ensure!(installed.success(), "install: {installed}");
     Ok(path)
 }
 
