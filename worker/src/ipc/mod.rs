@@ -39,6 +39,9 @@ pub struct StartPoint {
     /// It was named by the final and could not be found.
     #[serde(default)]
     pub checkpoint_missing: bool,
+    /// Another worker, or an engine before this one, was at work on it: somebody may be waiting for its next words.
+    #[serde(default)]
+    pub taken_over: bool,
 }
 
 /// What of the last final decides how to go on.
@@ -59,7 +62,14 @@ impl From<&Final> for AfterFinal {
 
 impl StartPoint {
     pub fn beginning() -> Self {
-        Self { after: None, expired: false, lost: None, checkpoint: Checkpoint::default(), checkpoint_missing: false }
+        Self {
+            after: None,
+            expired: false,
+            lost: None,
+            checkpoint: Checkpoint::default(),
+            checkpoint_missing: false,
+            taken_over: false,
+        }
     }
 
     /// First log sequence to feed.

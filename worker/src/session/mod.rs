@@ -357,9 +357,10 @@ impl Session {
         let goes_on_at = last.as_ref().map_or(0, |last| last.value.to_sample);
         // A recording never expires.
         let log = self.work.is_none().then_some(&self.shared.log);
-        let start = open::locate(&self.shared.chain, log, *kind, id, last.as_ref().map(|l| &l.value))
+        let mut start = open::locate(&self.shared.chain, log, *kind, id, last.as_ref().map(|l| &l.value))
             .await
             .map_err(|error| self.chain_failed(epoch, &error))?;
+        start.taken_over |= epoch > 1;
         let link = match self.shared.engine.ready().await {
             Ok(link) => link,
             Err(EngineDown::Stopping) => return Err(End::Finished),

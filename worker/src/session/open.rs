@@ -38,6 +38,7 @@ pub(super) fn start_point(last: &Final, checkpoint: Option<Option<Checkpoint>>, 
         lost,
         checkpoint_missing: matches!(checkpoint, Some(None)),
         checkpoint: checkpoint.flatten().unwrap_or_default(),
+        taken_over: true,
     }
 }
 

@@ -12,7 +12,7 @@ use voxfleet_schema::{
 use voxfleet_worker::{
     engine::child::{ChildError, serve},
     ipc::{
-        ENTRY_COST, EngineConfig, EngineKind, FromEngine, ModelFile, SimulatedConfig, ToEngine,
+        ENTRY_COST, EngineConfig, EngineKind, FromEngine, ModelFile, SimulatedConfig, StartPoint, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
@@ -78,14 +78,14 @@ fn partials_come_while_a_thread_is_idle() {
 }
 
 #[test]
-fn the_first_words_of_a_stretch_that_has_ended_come_before_its_final() {
+fn whoever_takes_a_session_over_says_its_first_words_before_the_final() {
     let log = log_16k(&call(1), 200);
-    for interim in [true, false] {
-        // All of it is there before anything can be decoded, as for whoever takes a session over; one thread, so that what is
-        // asked for first is said first.
+    for (taken_over, interim) in [(true, true), (true, false), (false, true)] {
+        // All of it is there before anything can be decoded; one thread, so that what is asked for first is said first.
         let simulated = SimulatedConfig { load_ms: 1_000, ..instant() };
         let mut child = Child::start(EngineConfig { decode_states: 1, ..simulated_config(simulated) });
-        child.open(1, SessionOptions { interim, ..SessionOptions::default() });
+        let options = SessionOptions { interim, ..SessionOptions::default() };
+        child.open_at(1, options, false, StartPoint { taken_over, ..StartPoint::beginning() });
         child.feed(1, &log);
         let finals = child.finals_of(1);
         assert_eq!(timeless(&finals), timeless(&directly(&log)));
@@ -95,7 +95,11 @@ fn the_first_words_of_a_stretch_that_has_ended_come_before_its_final() {
             FromEngine::Final { draft, .. } if !draft.segments.is_empty() => Some((false, draft.from_sample)),
             _ => None,
         });
-        assert_eq!(said, Some((interim, first.from_sample)));
+        assert_eq!(
+            said,
+            Some((taken_over && interim, first.from_sample)),
+            "taken over {taken_over}, partials {interim}"
+        );
         child.end().expect("end");
     }
 }

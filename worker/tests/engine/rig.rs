@@ -93,7 +93,11 @@ impl Child {
     }
 
     pub(crate) fn open_as(&mut self, handle: u64, options: SessionOptions, background: bool) {
-        let start = Box::new(StartPoint::beginning());
+        self.open_at(handle, options, background, StartPoint::beginning());
+    }
+
+    pub(crate) fn open_at(&mut self, handle: u64, options: SessionOptions, background: bool, start: StartPoint) {
+        let start = Box::new(start);
         self.send(ToEngine::Open { handle, options: Box::new(options), start, background, suspect: None });
     }
 

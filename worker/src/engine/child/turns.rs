@@ -1,7 +1,7 @@
 //! What is decoded next.
 //!
 //! Suspects first, one at a time and with nothing beside them, be it a decode, a look at somebody's audio or the load of a
-//! model; then the first words of sessions that nothing has been heard of here, then finals of live sessions, then the partial that has waited longest, then finals of recordings; one of those
+//! model; then the first words of sessions that were taken over, then finals of live sessions, then the partial that has waited longest, then finals of recordings; one of those
 //! that has waited for long goes before partials, so that it is done at all. While a live session has input that nobody has
 //! looked at, its next window may be a moment away: recordings wait.
 
@@ -138,7 +138,7 @@ impl Desk {
         Some(Job { handle, model, window, ready_at })
     }
 
-    /// A quick pass over a session's first window, beside or before its final.
+    /// A quick pass over the first window of a session that was taken over, beside or before its final.
     fn first_words(&mut self) -> Option<Job> {
         let waiting = self.sessions.iter_mut().filter_map(|(handle, session)| {
             let model = self.models.get(&session.model)?.model.as_ref()?;

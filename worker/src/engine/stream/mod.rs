@@ -87,7 +87,7 @@ pub struct SessionStream {
     /// End of the audio the last partial covered, and of the one being decoded.
     partial_to: u64,
     partial_pending: Option<u64>,
-    /// Nothing has been heard of it here yet.
+    /// Taken over, and nothing has been heard of it here yet.
     unheard: bool,
     cancel: Cancel,
     notes: Vec<StreamNote>,
@@ -118,7 +118,7 @@ impl SessionStream {
             agreement: Agreement::default(),
             partial_to: from,
             partial_pending: None,
-            unheard: true,
+            unheard: start.taken_over,
             cancel: Cancel::default(),
             notes: Vec::new(),
             consumed_bytes: 0,
@@ -387,7 +387,8 @@ impl SessionStream {
     }
 
     /// The window of the first final this stream asked for, as a partial's. Whoever takes a session over from a worker that
-    /// died finds a stretch that ended long ago: a partial pass says its words several times sooner than the final can.
+    /// died finds a stretch that ended long ago: a partial pass says its words several times sooner than the final can. Any
+    /// other session has had its partials.
     pub fn first_words(&mut self) -> Option<Window> {
         if !self.has_first_words() {
             return None;
