@@ -93,7 +93,7 @@ fn decode(file: File, task: &Task, out: &mut Frames) -> Result<Option<Failure>, 
 
 fn failure_of(error: &AudioError, limits: &Limits) -> Failure {
     match error {
-        // The limit of its process, as far as what asked for memory lived to say so.
+        // An allocation beyond the process's limit that was told instead of aborting.
         AudioError::Read(error) if error.kind() == io::ErrorKind::OutOfMemory => too_much_memory(limits),
         error => error.failure(),
     }

@@ -5,6 +5,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::exit::Exit;
 
+const HANGUP: &str = "SIGHUP";
+
 /// Cancels `shutdown` at the first signal and ends the process at the second. The listening task lives on `tracker` and
 /// ends with `done`.
 pub(crate) fn listen(
@@ -22,6 +24,10 @@ pub(crate) fn listen(
             tokio::select! {
                 () = done.cancelled() => return,
                 name = next(&mut interrupt, &mut terminate, hangup.as_mut()) => {
+                    // A terminal that closes may say so more than once; that is nobody's impatience.
+                    if told && name == HANGUP {
+                        continue;
+                    }
                     if told {
                         tracing::warn!(signal = name, "second signal, stopping at once");
                         std::process::exit(i32::from(Exit::Interrupted.code()));
@@ -46,7 +52,7 @@ async fn next(interrupt: &mut Signal, terminate: &mut Signal, hangup: Option<&mu
     tokio::select! {
         _ = interrupt.recv() => "SIGINT",
         _ = terminate.recv() => "SIGTERM",
-        _ = hangup => "SIGHUP",
+        _ = hangup => HANGUP,
     }
 }
 

@@ -226,7 +226,10 @@ impl Core {
         session.last_audio = session.last_audio.or(loading.last_audio);
         self.book.insert(id.clone(), Known::Session(Box::new(session)));
         self.charge_from_record(id);
-        let above = loading.last_audio.is_some_and(|seq| ended_seq.is_none_or(|end| seq > end));
+        let beyond = |seq: u64| ended_seq.is_none_or(|end| seq > end);
+        // Without a key nothing says that what lies behind the last final has been ended: it may be audio, whatever came last.
+        let above =
+            loading.last_audio.is_some_and(beyond) || (revision.is_none() && last.is_some_and(|(seq, _)| beyond(seq)));
         if ended && above {
             self.look_behind_end(id, now);
         } else {

@@ -266,6 +266,10 @@ async fn the_quota_removes_what_was_not_used_for_the_longest_time() {
     assert!(matches!(refused, Err(ModelError::Quota { needed: 4_000, quota: 3_600, held: 500, .. })), "{refused:?}");
     assert!(steps.is_empty(), "nothing is removed for what can not fit");
     assert!(bench.read("models/own.bin").is_some());
+    // All were used just now, and a file system's clock is coarse.
+    for (day, name) in [(1, "d"), (2, "b"), (3, "c")] {
+        used(&bench.at(&format!("models/{name}.bin")), day);
+    }
     fs::write(bench.at("models/a.bin.part"), [0; 10]).expect("half a model");
     bench.quota = 1_700;
     let gone: Vec<String> = bench.store().gc().expect("tidied").into_iter().map(|r| r.name).collect();

@@ -14,6 +14,7 @@
 
 use std::{
     fs::{File, TryLockError},
+    io::ErrorKind,
     net::TcpStream,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -45,8 +46,10 @@ impl Ports {
         loop {
             while let Some(port) = self.left.pop() {
                 // A stranger, or a child that outlived its test.
-                if TcpStream::connect(("127.0.0.1", port)).is_err() {
-                    return Ok(port);
+                match TcpStream::connect(("127.0.0.1", port)) {
+                    Err(error) if error.kind() == ErrorKind::ConnectionRefused => return Ok(port),
+                    Ok(_) => {}
+                    Err(error) => return Err(Error::io(format!("a look at port {port}"))(error)),
                 }
             }
             self.next_block(folder)?;
@@ -71,6 +74,15 @@ impl Ports {
             }
         }
         Err(Error::Wrong(format!("all {BLOCKS} files in {} are locked", folder.display())))
+    }
+}
+
+impl Drop for Ports {
+    fn drop(&mut self) {
+        for lock in &self.locks {
+            // Closing them would not do while a child that is being started has them too. Nothing can be done about an error.
+            let _ = lock.unlock();
+        }
     }
 }
 

@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// What a process may take beyond its budget: the test's own looks, and a busy machine.
-const SLACK: Duration = Duration::from_millis(800);
+const SLACK: Duration = Duration::from_secs(3);
 const SOON: Duration = Duration::from_secs(30);
 
 /// A worker whose decode of one final's window is under way and takes about `decode_s`.
@@ -103,6 +103,7 @@ async fn a_release_without_time_gives_up_what_has_begun() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_waits_for_a_final_within_its_budget_and_for_none_beyond_it() -> Result<()> {
+    let _turn = fleet::turn().await;
     for (shutdown_ms, decode_s, stored) in [(6_000, 2.0, true), (2_000, 60.0, false)] {
         let mut begun = Deciding::start(Settings::new().with("worker.shutdown_ms", shutdown_ms), decode_s).await?;
         let engine = begun.alone.worker.engine_pid().context("an engine")?;
@@ -126,13 +127,14 @@ async fn sigterm_waits_for_a_final_within_its_budget_and_for_none_beyond_it() ->
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_drain_ends_at_its_deadline_whoever_is_left() -> Result<()> {
-    let mut alone = Alone::start(Settings::new()).await?;
+    // A beat of its own says so, long before the next one is due.
+    let mut alone = Alone::start(Settings::new().with("worker.heartbeat_ms", 5_000)).await?;
     let name = alone.name().await?;
     alone.take(&name, "left", 1).await?;
     let asked = Instant::now();
     assert_eq!(alone.ask(&name, &ControlRequest::Drain { deadline_ms: 2_500 }).await?, ControlReply::Done);
     let beat = alone.beat("draining", |b| b.draining).await?;
-    ensure!(asked.elapsed() < Duration::from_millis(500), "said after {:?}", asked.elapsed());
+    ensure!(asked.elapsed() < Duration::from_secs(2), "said after {:?}", asked.elapsed());
     let drain = beat.drain.context("a notice")?;
     assert_eq!(drain.why, "asked");
     let in_ms = drain.until_ms.context("until when")?.saturating_sub(beat.sent_ms);
@@ -142,27 +144,29 @@ async fn a_drain_ends_at_its_deadline_whoever_is_left() -> Result<()> {
     Ok(())
 }
 
-/// A terminal that closes is no crash; under `nohup` it is nothing at all.
+/// A terminal that closes is no crash; under `nohup` it is nothing at all. This test's own session may ignore hangups, and its
+/// children with it: `env` takes that back.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hangup_is_a_drain_unless_it_is_ignored() -> Result<()> {
-    let mut alone = Alone::start(Settings::new()).await?;
-    alone.name().await?;
-    alone.worker.hang_up()?;
-    let status = alone.worker.wait(SOON).await?;
-    ensure!(status.success() && alone.worker.log().contains("SIGHUP"), "{status}\n{}", alone.worker.log_tail());
-
-    let dir = tempfile::tempdir()?;
+async fn a_hangup_is_a_stop_unless_it_is_ignored() -> Result<()> {
     let server = NatsServer::start().await?;
-    let plain = process::voxfleet(&Settings::new().with("nats.urls", server.url()), dir.path())?;
-    let mut command = std::process::Command::new("nohup");
-    command.arg(plain.get_program()).arg("dispatcher").current_dir(dir.path());
-    command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    let mut child = Child::start("nohup", command, &dir.path().join("log"))?;
-    eventually("the dispatcher serves", SOON, || std::future::ready(child.log().contains("active").then_some(())))
-        .await?;
-    child.hang_up()?;
-    let ended = tokio::time::timeout(SLACK, child.wait(SOON)).await;
-    ensure!(ended.is_err(), "it ended: {}", child.log());
+    for (through, stays) in [(&["env", "--default-signal=HUP"][..], false), (&["nohup"][..], true)] {
+        let dir = tempfile::tempdir()?;
+        let plain = process::voxfleet(&Settings::new().with("nats.urls", server.url()), dir.path())?;
+        let mut command = std::process::Command::new(through[0]);
+        command.args(&through[1..]).arg(plain.get_program()).arg("dispatcher").current_dir(dir.path());
+        command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let mut child = Child::start(through[0], command, &dir.path().join("log"))?;
+        let active = || std::future::ready(child.log().contains("active").then_some(()));
+        eventually("the dispatcher is active", SOON, active).await.with_context(|| child.log())?;
+        child.hang_up()?;
+        if stays {
+            let ended = tokio::time::timeout(SLACK, child.wait(SOON)).await;
+            ensure!(ended.is_err() && !child.log().contains("SIGHUP"), "it ended: {}", child.log());
+        } else {
+            let status = child.wait(SOON).await?;
+            ensure!(status.success() && child.log().contains("SIGHUP"), "{status}\n{}", child.log());
+        }
+    }
     Ok(())
 }
 
@@ -187,7 +191,7 @@ async fn a_preemption_is_a_drain_by_file_and_by_hook() -> Result<()> {
         }
         let beat = alone.beat("a notice", |b| b.draining).await?;
         assert_eq!(beat.drain.map(|drain| drain.why), Some(format!("preemption: {how}")));
-        ensure!(noticed.elapsed() < Duration::from_millis(1_500), "heard after {:?}", noticed.elapsed());
+        ensure!(noticed.elapsed() < Duration::from_millis(500) + SLACK, "heard after {:?}", noticed.elapsed());
         // What it holds goes on until somebody else has it; then it waits no longer.
         alone.release(&name, "preempted", 1).await?;
         let status = alone.worker.wait(Duration::from_millis(3_000) + SLACK).await?;
@@ -326,15 +330,15 @@ async fn heartbeats_and_answers_go_on_while_the_main_connection_stands_still() -
     producer.end().await?;
     let begun = Instant::now();
     let mut last = Instant::now();
-    while begun.elapsed() < Duration::from_secs(4) {
+    while begun.elapsed() < Duration::from_secs(6) {
         alone.beat("anything", |_| true).await?;
-        ensure!(last.elapsed() < Duration::from_millis(1_900), "silent for {:?}", last.elapsed());
+        ensure!(last.elapsed() < Duration::from_secs(1) + SLACK, "silent for {:?}", last.elapsed());
         last = Instant::now();
     }
     let asked = Instant::now();
     let prewarm = ControlRequest::Prewarm { model: "simulated".to_owned() };
     assert_eq!(alone.ask(&name, &prewarm).await?, ControlReply::Done);
-    ensure!(asked.elapsed() < Duration::from_secs(1), "answered after {:?}", asked.elapsed());
+    ensure!(asked.elapsed() < SLACK, "answered after {:?}", asked.elapsed());
     assert_eq!(checker::finals(&js, "stalled").await?.len(), 0, "the main connection did stand still");
     stalled.store(false, Ordering::Relaxed);
     alone.end_text("stalled").await?;

@@ -318,7 +318,7 @@ async fn recordings_that_are_none_fail_with_a_reason_and_hurt_nobody() -> Result
     let (late, outcome) = tokio::join!(bad_input::healthy(fleet.js(), "healthy", 12.0), bad);
     outcome.with_context(|| fleet.logs())?;
     let late = late.with_context(|| fleet.logs())?;
-    ensure!(late < Duration::from_secs(2), "the live session's end came {late:?} late");
+    ensure!(late < Duration::from_secs(8), "the live session's end came {late:?} late");
     fleet.check_alive()?;
     Ok(())
 }

@@ -1,11 +1,20 @@
 //! Heartbeats, control, records, the lease and the API on a real server.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
-use voxfleet_harness::server::{Cluster, NatsServer};
+use voxfleet_harness::{
+    server::{Cluster, NatsServer},
+    wait::eventually,
+};
 use voxfleet_nats::{
     Nats, ServerError,
     api::{self, ApiError, ApiServer, Endpoint},
@@ -207,7 +216,7 @@ async fn a_watch_misses_nothing_across_a_killed_server() -> Result<()> {
 async fn the_lease_has_one_holder_and_moves_on() -> Result<()> {
     let server = NatsServer::start().await?;
     let nats = ready(vec![server.url()], 1).await?;
-    let ttl = Duration::from_secs(1);
+    let ttl = Duration::from_secs(3);
     let (mut one, mut two) = (Lease::new(&nats, "d1", ttl), Lease::new(&nats, "d2", ttl));
     ensure!(one.renew().await? == Standing::Leader && one.is_leader(Instant::now()));
     let follower = Standing::Follower { holder: Some("d1".into()) };
@@ -221,7 +230,7 @@ async fn the_lease_has_one_holder_and_moves_on() -> Result<()> {
         ensure!(begun.elapsed() < SOON, "the lease is never free");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    ensure!(begun.elapsed() >= Duration::from_millis(900), "{:?}", begun.elapsed());
+    ensure!(begun.elapsed() >= Duration::from_millis(2_000), "{:?}", begun.elapsed());
     ensure!(one.renew().await? == Standing::Follower { holder: Some("d2".into()) } && !one.is_leader(Instant::now()));
     two.release().await?;
     ensure!(!two.is_leader(Instant::now()) && one.renew().await? == Standing::Leader);
@@ -302,7 +311,13 @@ async fn dispatchers_of_one_name_hear_every_request() -> Result<()> {
     let (far, other) = (connected(vec![server.url()]).await?, connected(vec![server.url()]).await?);
     let (mut standby, mut active) = (ApiServer::start(&far, "d").await?, ApiServer::start(&other, "d").await?);
     let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn(async move { while standby.next().await.is_some() {} });
+    let heard = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&heard);
+    tasks.spawn(async move {
+        while standby.next().await.is_some() {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    });
     tasks.spawn(async move {
         while let Some((call, responder)) = active.next().await {
             let Ok(request) = call.decode::<SessionRequest>() else { continue };
@@ -312,9 +327,11 @@ async fn dispatchers_of_one_name_hear_every_request() -> Result<()> {
         }
     });
     for _ in 0..20 {
-        // Asked once each: the second question would come after a second.
-        ask(&nats, Duration::from_millis(950)).await?;
+        ask(&nats, SOON).await?;
     }
+    // Answered by one, and heard by both.
+    eventually("the standby has heard them", SOON, || async { (heard.load(Ordering::Relaxed) >= 20).then_some(()) })
+        .await?;
     Ok(())
 }
 

@@ -107,7 +107,7 @@ async fn jobs_arrive(nats: &Nats, js: &jetstream::Context) -> Result<()> {
 
     // Later is later, and the same again.
     submit(nats, Priority::Low, "j-2", b"x").await?;
-    next(&mut intake).await?.ack.later(Duration::from_millis(500)).await?;
+    next(&mut intake).await?.ack.later(Duration::from_secs(3)).await?;
     nothing(&mut intake).await?;
     let again = next(&mut intake).await?;
     ensure!(again.id == Ok(job("j-2")?) && again.delivered == 2 && again.priority == Ok(Priority::Low), "{again:?}");
@@ -378,7 +378,7 @@ async fn work_is_queued_until_it_is_done_on_three_servers() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn progress_keeps_a_claim_and_silence_loses_it() -> Result<()> {
-    const WAIT: Duration = Duration::from_secs(1);
+    const WAIT: Duration = Duration::from_secs(3);
     let server = NatsServer::start().await?;
     let nats = ready(vec![server.url()], 1).await?;
     let js = server.jetstream().await?;
@@ -389,7 +389,7 @@ async fn progress_keeps_a_claim_and_silence_loses_it() -> Result<()> {
     let mut pull = WorkPull::new(&nats, &w);
     let work = take(&mut pull).await?;
     let mut ticks = tokio::time::interval(WAIT / 4);
-    let end = tokio::time::Instant::now() + 3 * WAIT;
+    let end = tokio::time::Instant::now() + 2 * WAIT;
     while tokio::time::Instant::now() < end {
         tokio::select! {
             _ = ticks.tick() => work.ack.progress().await?,
@@ -419,7 +419,7 @@ async fn a_pull_of_work_survives_lost_connections_and_restarts() -> Result<()> {
     let (near, far) = (ready(vec![server.url()], 1).await?, connected(vec![relay.url()]).await?);
     let (js, w) = (server.jetstream().await?, worker("gpu-1", "a")?);
     topology::ensure_worker(&near, &w, 1).await?;
-    ack_wait(&js, names::WORK, &consumer(&w), Duration::from_secs(1)).await?;
+    ack_wait(&js, names::WORK, &consumer(&w), Duration::from_secs(4)).await?;
     let mut pull = WorkPull::new(&far, &w);
     no_work(&mut pull).await?;
     relay.reset();

@@ -305,8 +305,8 @@ async fn four_workers_silent_at_once_are_not_condemned_and_keep_their_sessions()
 #[tokio::test(flavor = "multi_thread")]
 async fn one_of_four_silent_for_as_long_is_condemned_and_its_session_moves() -> Result<()> {
     let _place = fleet::place().await;
-    let mut four = Four::start("one", 120, 12.0).await?;
-    four.stand_still(&[1], Duration::from_secs(5)).await?;
+    let mut four = Four::start("one", 120, 25.0).await?;
+    four.stand_still(&[1], Duration::from_secs(10)).await?;
     for (gpu, verdict) in four.judged().await? {
         let moved = gpu == four.fleet.workers[1].gpu_id();
         ensure!((verdict.epoch > 1) == moved, "{gpu}: {verdict:?}\n{}", four.fleet.logs());

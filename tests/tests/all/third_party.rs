@@ -104,7 +104,7 @@ async fn look(fleet: &Fleet, home: tempfile::TempDir) -> Result<()> {
     ensure!(gpus[0].0 != gpus[1].0, "two sessions on two empty GPUs: {gpus:?}");
 
     // Heartbeats say who holds what.
-    let beats = stranger.nats(&["sub", "asr.v1.heartbeat.>", "--count", "4", "--raw"]).await?;
+    let beats = stranger.nats(&["sub", "asr.v1.heartbeat.>", "--count", "8", "--raw"]).await?;
     let beats: Vec<Value> = beats.lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
     let holds = |gpu: &str, session: &str| {
         let held = |beat: &&Value| beat["held"].as_array().is_some_and(|held| held.iter().any(|h| h["id"] == session));

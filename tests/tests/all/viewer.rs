@@ -72,8 +72,8 @@ async fn a_stalled_viewer_costs_nobody_and_catches_up() -> Result<()> {
     let seen = begun.elapsed();
     ensure!(status.success(), "{status}: {}", awake.log_tail());
     // Eight seconds of sending; every chunk was acknowledged in its time, and the last final was seen soon after.
-    ensure!(sent < Duration::from_secs(10), "the producer was held up: {sent:?}");
-    ensure!(seen < sent + Duration::from_secs(3), "{sent:?} to send, seen after {seen:?}");
+    ensure!(sent < Duration::from_secs(16), "the producer was held up: {sent:?}");
+    ensure!(seen < sent + Duration::from_secs(8), "{sent:?} to send, seen after {seen:?}");
     let (indices, text) = finals(&objects(&awake));
     assert_eq!(text, direct::simulated_text(&pcm)?);
 

@@ -39,7 +39,7 @@ pub struct StartPoint {
     /// It was named by the final and could not be found.
     #[serde(default)]
     pub checkpoint_missing: bool,
-    /// Another worker, or an engine before this one, was at work on it: somebody may be waiting for its next words.
+    /// Another worker was at work on it, or there is a final already: somebody may be waiting for its next words.
     #[serde(default)]
     pub taken_over: bool,
 }

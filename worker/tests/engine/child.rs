@@ -82,7 +82,7 @@ fn whoever_takes_a_session_over_says_its_first_words_before_the_final() {
     let log = log_16k(&call(1), 200);
     for (taken_over, interim) in [(true, true), (true, false), (false, true)] {
         // All of it is there before anything can be decoded; one thread, so that what is asked for first is said first.
-        let simulated = SimulatedConfig { load_ms: 1_000, ..instant() };
+        let simulated = SimulatedConfig { load_ms: 4_000, ..instant() };
         let mut child = Child::start(EngineConfig { decode_states: 1, ..simulated_config(simulated) });
         let options = SessionOptions { interim, ..SessionOptions::default() };
         child.open_at(1, options, false, StartPoint { taken_over, ..StartPoint::beginning() });

@@ -305,7 +305,7 @@ fn a_cancelled_decode_ends_soon() {
         let (answer, ended) = running.join().expect("thread");
         assert_eq!(answer, Err(EngineError::Cancelled), "{name}");
         let took = ended.saturating_duration_since(begin);
-        assert!(took < Duration::from_millis(1_000), "{name} took {took:?}");
+        assert!(took < Duration::from_secs(4), "{name} took {took:?}");
     }
 }
 

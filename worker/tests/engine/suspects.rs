@@ -211,7 +211,7 @@ fn loading(seen: &[FromEngine]) -> bool {
 
 #[test]
 fn a_suspect_waits_for_models_that_are_loaded_and_nobody_else_does() {
-    let mut child = Child::start(simulated_config(SimulatedConfig { load_ms: 700, ..instant() }));
+    let mut child = Child::start(simulated_config(SimulatedConfig { load_ms: 4_000, ..instant() }));
     let log = log_16k(&first_seconds(1, 12), 100);
     child.send(ToEngine::Load { model: "simulated".to_owned() });
     child.until("the model", |seen| state_of(seen, "simulated").filter(|(s, ..)| *s == Residency::Loaded));

@@ -14,15 +14,16 @@ async fn bare_audio_opens_a_session_is_hinted_and_ends() -> Result<()> {
     ensure!(assigned[0]["detail"]["candidates"][0]["chosen"] == true, "{assigned:?}");
     let second = setup.say("call", AUDIO, &[]).await?;
     let third = setup.say("call", AUDIO, &[("Asr-End", "1")]).await?;
-    let mut seen = Vec::new();
+    // Taken is gone: they may come in several parts.
+    let seen = Mutex::new(Vec::new());
     eventually("hints", SOON, || async {
-        match worker.hints().await {
-            Ok(hints) => Some(hints).filter(|h| h.iter().any(|(_, seq, _)| *seq == third)),
-            Err(_) => None,
-        }
+        let hints = worker.hints().await.ok()?;
+        let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.extend(hints);
+        seen.iter().any(|(_, seq, _)| *seq == third).then_some(())
     })
-    .await
-    .map(|hints| seen = hints)?;
+    .await?;
+    let seen = seen.into_inner().unwrap_or_else(PoisonError::into_inner);
     ensure!(seen.contains(&("call".to_owned(), second, Some(first))), "{seen:?}");
     ensure!(seen.contains(&("call".to_owned(), third, Some(second))), "{seen:?}");
     worker.end("call", 0, third).await?;

@@ -353,6 +353,8 @@ impl Desk {
             return Ok(());
         };
         session.decoding = None;
+        // What it would say has just been said.
+        session.partial.iter().for_each(Cancel::cancel);
         let (heard, guards) = match done.heard {
             Ok(judged) => (Ok(judged.hypothesis), judged.guards.into_iter().map(str::to_owned).collect()),
             Err(error) if ends_session(&error) => return self.fail(handle, &error),

@@ -1,9 +1,9 @@
 //! What is decoded next.
 //!
 //! Suspects first, one at a time and with nothing beside them, be it a decode, a look at somebody's audio or the load of a
-//! model; then the first words of sessions that were taken over, then finals of live sessions, then the partial that has waited longest, then finals of recordings; one of those
-//! that has waited for long goes before partials, so that it is done at all. While a live session has input that nobody has
-//! looked at, its next window may be a moment away: recordings wait.
+//! model; then the first words of sessions that were taken over, then finals of live sessions, then the partial that has
+//! waited longest, then finals of recordings; one of those that has waited for long goes before partials, so that it is done
+//! at all. While a live session has input that nobody has looked at, its next window may be a moment away: recordings wait.
 
 use std::time::{Duration, Instant};
 

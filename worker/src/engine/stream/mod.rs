@@ -37,6 +37,8 @@ use crate::{
 
 /// Audio between two partials, in samples (1 s).
 const PARTIAL_STEP: u64 = 16_000;
+/// Longest window of a quick pass, in samples (10 s): with a longer one it would not be quick, and finals wait for it.
+const FIRST_WORDS_MAX: u64 = 160_000;
 /// Text carried to the next window, in characters: about the 200 tokens Whisper would look at.
 const PROMPT_TAIL_CHARS: usize = 600;
 
@@ -254,7 +256,7 @@ impl SessionStream {
     ) -> Option<Box<FinalDraft>> {
         let pending = self.pending.take()?;
         let window = pending.window.clone();
-        self.unheard &= window.is_empty();
+        self.unheard = false;
         timings.audio_ms = (window.end - window.start) / 16;
         let (segments, error) = match heard {
             Ok(hypothesis) => {
@@ -383,7 +385,8 @@ impl SessionStream {
 
     /// Whether [`Self::first_words`] has a window.
     pub fn has_first_words(&self) -> bool {
-        self.unheard && self.options.interim && self.pending.as_ref().is_some_and(|p| !p.window.is_empty())
+        let quick = |p: &Pending| p.window.end - p.window.start <= FIRST_WORDS_MAX;
+        self.unheard && self.options.interim && self.pending.as_ref().is_some_and(quick)
     }
 
     /// The window of the first final this stream asked for, as a partial's. Whoever takes a session over from a worker that
