@@ -347,6 +347,11 @@ impl Fleet {
         dead
     }
 
+    /// GPUs of workers that this dispatcher has heard and found dead.
+    pub fn condemned(&self) -> impl Iterator<Item = &GpuId> {
+        self.dead.iter().filter(|(_, dead)| dead.left_ms.is_none()).map(|(name, _)| &name.gpu_id)
+    }
+
     /// Forgets verdicts older than `keep`; names are never used twice, so only a very late zombie could come back, and
     /// its verdict stands in the bucket.
     pub fn forget_dead(&mut self, now: Duration, keep: Duration) {

@@ -37,7 +37,17 @@ impl Core {
         if self.fleet.deaf(now.mono) {
             self.doubted = now.mono;
         }
-        let gpus = self.gpus(now.mono);
+        let mut gpus = self.gpus(now.mono);
+        for gpu in self.fleet.condemned() {
+            // Who was heard and fell silent has failed, however short the time that was listened.
+            let dead = || Gpu {
+                gpu_id: gpu.clone(),
+                health: WorkerHealth::Dead,
+                works_for: BTreeSet::new(),
+                cpu: self.roster.is_cpu(gpu),
+            };
+            gpus.entry(gpu.clone()).or_insert_with(dead);
+        }
         let (roles, changes) = self.map.roles(&gpus, &self.roles, now.mono, now.since(self.doubted));
         if roles != self.roles {
             let before = std::mem::replace(&mut self.roles, roles);

@@ -150,6 +150,23 @@ fn dies_beside_a_cpu(mut world: World) -> World {
     world
 }
 
+/// Whoever was heard and died has failed, although those that were not heard yet are still waited for.
+#[test]
+fn a_death_in_the_first_seconds_calls_the_reserve_and_not_the_cpu() {
+    let mut world = mapped(&[("asr", ServiceConfig { cpu: true, ..service(&["g0"], &["g1"]) })]);
+    let others = |w: &mut World| {
+        beats(&[1])(w);
+        let held = held_by(w, "g2");
+        w.beat(2, |b| (b.device.index, b.held) = (None, held));
+    };
+    world.beat(0, |_| ());
+    others(&mut world);
+    world.audio("s", 1);
+    assert_eq!(world.assigned, [("s".to_owned(), "g0".to_owned(), 1)]);
+    world.seconds(4, others);
+    assert_eq!(world.assigned.get(1).map(|(_, gpu, _)| gpu.as_str()), Some("g1"), "{:?}", world.assigned);
+}
+
 #[test]
 fn a_session_that_is_for_gpus_waits_when_the_last_one_dies() {
     let with_map = mapped(&[("asr", ServiceConfig { cpu: true, ..service(&["g0"], &[]) })]);
