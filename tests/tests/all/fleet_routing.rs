@@ -97,15 +97,14 @@ async fn sixteen_sessions_spread_evenly_and_the_seventeenth_is_refused() -> Resu
         let named = |l: &str| l.contains(what) && field(l, "session") == Some(session);
         log.lines().position(named).with_context(|| format!("no line of {session} being {what}:\n{log}"))
     };
-    // A heartbeat may show the place free before the worker's word arrives, and whoever waits has it by then.
+    // A heartbeat may show the place free before the worker's word arrives: whoever waits has it by then, or is just being given it.
     let (released, taken) = (find("session released", "s6")?, find("session assigned", "s16")?);
-    let then = if taken < released { 4 } else { 3 };
-    for (at, used) in [(find("session assigned", "s6")?, 2), (released, then), (taken, 4)] {
+    for (at, used) in [(find("session assigned", "s6")?, 2..=2), (released, 3..=4), (taken, 4..=4)] {
         let line = log.lines().nth(at).unwrap_or_default();
         ensure!(field(line, "gpu") == Some("gpu-3"), "{line}");
         let number = |name: &str| field(line, name).and_then(|n| n.parse::<u64>().ok());
         let slots_used = number("slots_used").with_context(|| line.to_owned())?;
-        ensure!(slots_used == used && number("slots_total") == Some(4), "{line}");
+        ensure!(used.contains(&slots_used) && number("slots_total") == Some(4), "{line}");
         ensure!(number("memory_used_mb").is_some() && number("memory_free_mb").is_some(), "{line}");
     }
     fleet.check_alive()?;
