@@ -51,8 +51,17 @@ fn field<'a>(line: &'a str, name: &str) -> Option<&'a str> {
 #[tokio::test(flavor = "multi_thread")]
 async fn sixteen_sessions_spread_evenly_and_the_seventeenth_is_refused() -> Result<()> {
     let _turn = fleet::turn().await;
-    let mut fleet = Fleet::builder().workers(4).slots(4).start().await?;
+    // Warm before the first: a worker that is heard to have its model comes before one that is not heard to yet.
+    let mut fleet = Fleet::builder().workers(4).slots(4).set("worker.preload", "simulated").start().await?;
     let client = fleet.client();
+    eventually("four warm workers", SOON, || async {
+        let status = voxfleet_harness::probe_api::fleet_status(&client).await?;
+        let workers = status["workers"].as_array()?;
+        let warm = |worker: &&Value| worker["heartbeat"]["models"][0]["state"] == "loaded";
+        (workers.iter().filter(warm).count() == 4).then_some(())
+    })
+    .await
+    .with_context(|| fleet.logs())?;
     let mut landed = Vec::new();
     for n in 0..16 {
         let opened = open(&client, &format!("s{n}")).await?;
