@@ -47,7 +47,7 @@ async fn roles(fleet: &Fleet, wanted: &[(&str, &str, Option<&str>)]) -> Result<V
 }
 
 /// Waits until this worker's heartbeat says so of its one model.
-async fn model_is(fleet: &Fleet, gpu: &str, state: &str) -> Result<()> {
+pub(crate) async fn model_is(fleet: &Fleet, gpu: &str, state: &str) -> Result<()> {
     eventually(format!("the model of {gpu} being {state}"), SOON, || async {
         let status = voxfleet_harness::probe_api::fleet_status(&fleet.client()).await?;
         let workers = status["workers"].as_array()?.iter().map(|w| &w["heartbeat"]);

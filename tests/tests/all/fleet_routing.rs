@@ -17,6 +17,8 @@ use voxfleet_harness::{
     wait::eventually,
 };
 
+use crate::fleet_map::model_is;
+
 const SOON: Duration = Duration::from_secs(10);
 
 /// As a client asks: again by the same id, where nobody answered within a second.
@@ -54,21 +56,16 @@ async fn sixteen_sessions_spread_evenly_and_the_seventeenth_is_refused() -> Resu
     // Warm before the first: a worker that is heard to have its model comes before one that is not heard to yet.
     let mut fleet = Fleet::builder().workers(4).slots(4).set("worker.preload", "simulated").start().await?;
     let client = fleet.client();
-    eventually("four warm workers", SOON, || async {
-        let status = voxfleet_harness::probe_api::fleet_status(&client).await?;
-        let workers = status["workers"].as_array()?;
-        let warm = |worker: &&Value| worker["heartbeat"]["models"][0]["state"] == "loaded";
-        (workers.iter().filter(warm).count() == 4).then_some(())
-    })
-    .await
-    .with_context(|| fleet.logs())?;
+    let turn = ["gpu-1", "gpu-2", "gpu-3", "gpu-4"];
+    for gpu in turn {
+        model_is(&fleet, gpu, "loaded").await?;
+    }
     let mut landed = Vec::new();
     for n in 0..16 {
         let opened = open(&client, &format!("s{n}")).await?;
         let gpu = opened["ok"]["worker"]["gpu_id"].as_str().with_context(|| format!("{opened}"))?;
         landed.push(gpu.to_owned());
     }
-    let turn = ["gpu-1", "gpu-2", "gpu-3", "gpu-4"];
     ensure!(landed == turn.repeat(4), "{landed:?}\n{}", fleet.logs());
 
     let refused = open(&client, "s16").await?;
