@@ -38,7 +38,7 @@ pub(crate) fn held(id_text: &str, epoch: u64) -> Held {
 
 pub(crate) fn model(name: &str, state: Residency, expected_mb: u64) -> ModelState {
     let resident_mb = if state == Residency::Loaded { expected_mb } else { 0 };
-    ModelState { name: name.to_owned(), state, resident_mb, expected_mb }
+    ModelState { name: name.to_owned(), state, resident_mb, expected_mb, ..ModelState::default() }
 }
 
 /// A worker on a GPU of 24 GB with four slots and one model.
@@ -65,6 +65,7 @@ pub(crate) fn beat(gpu: &str, incarnation: &str) -> Heartbeat {
             temperature_c: Some(50),
             power_w: None,
             utilization: None,
+            ..Device::default()
         },
         slots: Slots { total: 4, used: 0 },
         job_slots: Slots { total: 1, used: 0 },
@@ -81,6 +82,7 @@ pub(crate) fn beat(gpu: &str, incarnation: &str) -> Heartbeat {
             crashes: 0,
             decode_rate: None,
             decode_rate_age_ms: None,
+            ..EngineState::default()
         },
         draining: false,
         drain: None,

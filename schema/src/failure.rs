@@ -25,8 +25,15 @@ pub enum FailureClass {
     NoCapacity,
     /// Nobody is there to do the work.
     NoWorkers,
+    /// The device, or the host, had no memory left.
     OutOfMemory,
     EngineCrash,
+    /// The GPU no longer answers: it fell off the bus, or was taken away.
+    DeviceLost,
+    /// The driver does not fit the library, or the card the build.
+    DriverMismatch,
+    /// A shared library that is needed is not on this machine.
+    MissingLibrary,
     Timeout,
     Cancelled,
     NotFound,
@@ -55,6 +62,9 @@ impl FailureClass {
             NoWorkers => "no_workers",
             OutOfMemory => "out_of_memory",
             EngineCrash => "engine_crash",
+            DeviceLost => "device_lost",
+            DriverMismatch => "driver_mismatch",
+            MissingLibrary => "missing_library",
             Timeout => "timeout",
             Cancelled => "cancelled",
             NotFound => "not_found",

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::device::Device;
 use crate::{
+    device::{EngineEnd, Standby},
     failure::Failure,
     id::{GpuId, Incarnation, Kind, StreamId, WorkerName},
     job::JobProgress,
@@ -22,29 +24,6 @@ pub enum Provider {
     Local,
     #[serde(other)]
     Unknown,
-}
-
-/// The device a worker is pinned to. Memory in MB (10^6 bytes would mislead next to NVML tools: 2^20 bytes).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Device {
-    /// None on a CPU.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub index: Option<u32>,
-    pub name: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub uuid: Option<String>,
-    pub total_mb: u64,
-    pub free_mb: u64,
-    /// Used by this worker: device memory, or resident memory of supervisor and engine on a CPU.
-    pub used_mb: u64,
-    pub used_by_others_mb: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub temperature_c: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub power_w: Option<f32>,
-    /// 0 to 1.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub utilization: Option<f32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,33 +72,47 @@ pub struct GivenUp {
     pub failure: Failure,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Residency {
     /// Its file is here.
+    #[default]
     Available,
     Loading,
     Loaded,
+    /// The device had no memory for it; tried again later.
+    NoRoom,
+    /// Its file is on its way.
+    Fetching,
+    /// Its file is not here and cannot be fetched now.
+    Missing,
     Failed,
     #[serde(other)]
     Unknown,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelState {
     pub name: String,
     pub state: Residency,
     /// Measured after load; 0 when not loaded.
     pub resident_mb: u64,
-    /// What loading it will take, measured or from its file.
+    /// What loading it will take with all decode states, measured on this device or from its file.
     #[serde(default)]
     pub expected_mb: u64,
+    /// `expected_mb` was measured here.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub measured: bool,
+    /// Why it cannot be used now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EngineRunState {
     /// No child process: nothing loaded, 0 MB on the device.
+    #[default]
     Down,
     Starting,
     Ready,
@@ -131,7 +124,7 @@ pub enum EngineRunState {
     Unknown,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct EngineState {
     pub state: EngineRunState,
     /// `whisper_cpp`, `simulated`.
@@ -152,6 +145,17 @@ pub struct EngineState {
     /// Age of that figure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decode_rate_age_ms: Option<u64>,
+    /// Without work for so long it ends and leaves 0 MB on its device, in s; 0 = never.
+    #[serde(default)]
+    pub idle_timeout_s: u64,
+    /// Since it last had work, in ms; none while it has some, or is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ms_since_activity: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_end: Option<EngineEnd>,
+    /// What runs in place of what was asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub standbys: Vec<Standby>,
 }
 
 /// Why and until when a worker takes nothing new.
@@ -251,6 +255,9 @@ pub struct Assignment {
     /// On the window that begins with this sample, and no other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspect_from: Option<u64>,
+    /// `options.model` stands in for this one, which the session asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_asked: Option<String>,
 }
 
 /// A worker's answer. It has the last word on what it takes.

@@ -11,7 +11,9 @@
 //! | [`job`] | file jobs: request, record, work item, progress, aggregate |
 //! | [`session`] | session options, API requests and answers, the stored session record |
 //! | [`transcript`] | finals, partials, revisions, checkpoints: the chain |
-//! | [`fleet`] | heartbeats, control requests, device figures |
+//! | [`fleet`] | heartbeats, control requests |
+//! | [`device`] | device figures, what is wrong with a device, what stands in for what |
+//! | [`ladder`] | sizes of models that stand in for each other |
 //! | [`dead`] | what `ASR_DEAD` keeps of what could not be done |
 //! | [`event`] | what happened, for people and tests |
 //! | [`failure`] | the closed set of failure classes |
@@ -22,11 +24,13 @@
 pub mod audio;
 pub mod codec;
 pub mod dead;
+pub mod device;
 pub mod event;
 pub mod failure;
 pub mod fleet;
 pub mod id;
 pub mod job;
+pub mod ladder;
 pub mod session;
 pub mod source;
 pub mod transcript;

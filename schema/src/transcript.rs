@@ -17,9 +17,10 @@ use crate::{
 pub const MAX_FINAL_BYTES: usize = 256 * 1024;
 
 /// Which voice activity detector decided the boundaries. A session keeps one kind for life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum VadKind {
+    #[default]
     Silero,
     /// Our own, by energy: where the Silero file cannot be had.
     Energy,

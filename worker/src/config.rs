@@ -81,6 +81,19 @@ impl std::str::FromStr for GpuChoice {
     }
 }
 
+/// How a card is shared with a tenant that is none of ours.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sharing {
+    /// Both stay on it; what the other grows by, we do without.
+    #[default]
+    Resident,
+    /// Turns, by `flock(2)` on `lock_file`: we decode only while we hold it.
+    Sequential,
+    /// Our models leave the card after each job, and when the last live session has gone.
+    Swap,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WorkerConfig {
@@ -121,6 +134,23 @@ pub struct WorkerConfig {
     pub provider: Provider,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub price_per_hour: Option<f64>,
+    /// NVIDIA's management library; none = the one that the loader finds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nvml_library: Option<PathBuf>,
+    /// Share of the device's memory that is left free, beside what other tenants have.
+    pub memory_reserve_percent: u8,
+    /// Without work for so long the engine ends and leaves nothing on its device, in ms; 0 = never.
+    pub idle_release_ms: u64,
+    /// What did not fit, or failed, is tried again after so long, in ms; each failure in a row doubles it.
+    pub restore_after_ms: u64,
+    pub sharing: Sharing,
+    /// Of `sharing = "sequential"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lock_file: Option<PathBuf>,
+    /// The lock is given back after so long at most, and after the decode under way, in ms.
+    pub lock_hold_ms: u64,
+    /// Between giving the lock back and asking for it again, in ms.
+    pub lock_gap_ms: u64,
     pub simulated: SimulatedConfig,
     /// Where recordings may come from.
     pub fetch: FetchConfig,
@@ -173,6 +203,19 @@ impl Default for WorkerConfig {
             decode_threads: 1,
             provider: Provider::Local,
             price_per_hour: None,
+            nvml_library: None,
+            // What drivers and allocators take beside what is asked for.
+            memory_reserve_percent: 5,
+            // Longer than the pauses of a working day's calls, shorter than what a neighbour minds.
+            idle_release_ms: 600_000,
+            // A neighbour that grew for one batch has shrunk by then; trying costs a load and perhaps a crash.
+            restore_after_ms: 60_000,
+            sharing: Sharing::Resident,
+            lock_file: None,
+            // A neighbour waits for a few windows at most.
+            lock_hold_ms: 2_000,
+            // Time enough for whoever waits in flock(2) to be woken.
+            lock_gap_ms: 100,
             simulated: SimulatedConfig::default(),
             fetch: FetchConfig::default(),
             buffer_mb: 0,
@@ -264,6 +307,30 @@ impl WorkerConfig {
         check(
             (500..=86_400_000).contains(&self.drain_ms),
             format!("worker.drain_ms: {}, allowed are 500 to 86400000", self.drain_ms),
+        );
+        check(
+            self.memory_reserve_percent <= 50,
+            format!("worker.memory_reserve_percent: {}, the most is 50", self.memory_reserve_percent),
+        );
+        check(
+            self.idle_release_ms == 0 || (100..=604_800_000).contains(&self.idle_release_ms),
+            format!("worker.idle_release_ms: {}, allowed are 100 to 604800000, or 0", self.idle_release_ms),
+        );
+        check(
+            (100..=86_400_000).contains(&self.restore_after_ms),
+            format!("worker.restore_after_ms: {}, allowed are 100 to 86400000", self.restore_after_ms),
+        );
+        check(
+            (self.sharing == Sharing::Sequential) == self.lock_file.is_some(),
+            "worker.lock_file: belongs to sharing = \"sequential\", which needs it".to_owned(),
+        );
+        check(
+            (100..=60_000).contains(&self.lock_hold_ms),
+            format!("worker.lock_hold_ms: {}, allowed are 100 to 60000", self.lock_hold_ms),
+        );
+        check(
+            (10..=10_000).contains(&self.lock_gap_ms),
+            format!("worker.lock_gap_ms: {}, allowed are 10 to 10000", self.lock_gap_ms),
         );
         for (name, path) in &self.models {
             check(good_model_name(name), format!("worker.models: {name:?} is not a name for a model"));

@@ -165,6 +165,7 @@ impl Gpu {
             temperature_c: None,
             power_w: None,
             utilization: None,
+            ..Device::default()
         };
         let device = match self.nvml.device_by_uuid(self.uuid.as_str()) {
             Ok(device) => device,
@@ -269,6 +270,7 @@ fn cpu_figures(name: &str, meminfo: &str, used_kb: u64) -> Device {
         temperature_c: None,
         power_w: None,
         utilization: None,
+        ..Device::default()
     }
 }
 

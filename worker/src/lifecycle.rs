@@ -199,6 +199,7 @@ impl Engine {
             crashes: locked(&self.0.suspects).crashes(now),
             decode_rate: progress.decode_rate,
             decode_rate_age_ms: progress.decode_rate_age_ms,
+            ..EngineState::default()
         };
         (state, status.models)
     }
@@ -377,6 +378,9 @@ impl Engine {
             FromEngine::Pong { .. } => {}
             // Only the first one counts, and that one was taken by the reader.
             FromEngine::Ready { .. } => tracing::warn!("engine said ready twice"),
+            FromEngine::Loaded { model, took_ms, resident_mb } => {
+                tracing::info!(model, took_ms, resident_mb, "model loaded");
+            }
             FromEngine::Models(models) => self.0.status.send_modify(|status| status.models = models),
             FromEngine::Consumed { handle, bytes } => {
                 if let Some(outbox) = outbox(handle) {

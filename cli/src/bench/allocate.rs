@@ -107,6 +107,7 @@ fn heartbeat(n: usize, slots: u32) -> Result<Heartbeat> {
         state: if loaded { Residency::Loaded } else { Residency::Available },
         resident_mb: if loaded { expected_mb } else { 0 },
         expected_mb,
+        ..ModelState::default()
     };
     let others = (n as u64 * 37) % 4_000;
     Ok(Heartbeat {
@@ -130,6 +131,7 @@ fn heartbeat(n: usize, slots: u32) -> Result<Heartbeat> {
             temperature_c: Some(50),
             power_w: None,
             utilization: Some(0.5),
+            ..Device::default()
         },
         slots: Slots { total: slots, used: 0 },
         job_slots: Slots { total: 1, used: 0 },
@@ -151,6 +153,7 @@ fn heartbeat(n: usize, slots: u32) -> Result<Heartbeat> {
             crashes: 0,
             decode_rate: Some(20.0),
             decode_rate_age_ms: Some(500),
+            ..EngineState::default()
         },
         draining: false,
         drain: None,

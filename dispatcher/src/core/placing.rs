@@ -238,6 +238,7 @@ impl Core {
             kind: Kind::Session,
             id: id.clone(),
             epoch: session.record.epoch,
+            model_asked: stand_in.and(session.record.options.model.clone()),
             options,
             suspect: session.record.suspect,
             crashes: session.record.crashes,

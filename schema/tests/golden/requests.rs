@@ -42,6 +42,7 @@ fn requests_and_answers_are_pinned_json() {
         suspect: true,
         crashes: 1,
         suspect_from: Some(96_000),
+        model_asked: Some("medium".into()),
     };
     json("control_assign", &ControlRequest::Assign(assignment));
     json(

@@ -61,6 +61,7 @@ fn heartbeat(gpu: &str) -> Result<Heartbeat> {
             temperature_c: None,
             power_w: None,
             utilization: None,
+            ..Device::default()
         },
         slots: Slots { total: 1, used: 0 },
         job_slots: Slots { total: 0, used: 0 },
@@ -77,6 +78,7 @@ fn heartbeat(gpu: &str) -> Result<Heartbeat> {
             crashes: 0,
             decode_rate: None,
             decode_rate_age_ms: None,
+            ..EngineState::default()
         },
         draining: false,
         drain: None,

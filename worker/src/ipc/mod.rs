@@ -97,7 +97,21 @@ pub struct EngineConfig {
     pub decode_states: usize,
     pub decode_threads: usize,
     pub use_gpu: bool,
+    /// Memory of the device that is left free, in MB.
+    #[serde(default)]
+    pub reserve_mb: u64,
+    /// Decode only while holding a lock that a neighbour may take too.
+    #[serde(default)]
+    pub turns: Option<TurnsConfig>,
     pub simulated: SimulatedConfig,
+}
+
+/// Turns on the device, by `flock(2)`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TurnsConfig {
+    pub lock_file: std::path::PathBuf,
+    pub hold_ms: u64,
+    pub gap_ms: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -130,6 +144,14 @@ pub struct SimulatedConfig {
     /// Decodes after the n-th never return; 0 = never.
     pub hang_at: u64,
     pub load_ms: u64,
+    /// A folder that plays a card of so many MB: allocations are files there, so that two processes share it and a test can
+    /// fill it, take it away or make it fail. Without one there is memory enough.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub card: Option<std::path::PathBuf>,
+    /// What a process takes on the card before any model, in MB.
+    pub context_mb: u64,
+    /// Weights by model name, in MB; `weights_mb` for the others.
+    pub sizes: std::collections::BTreeMap<String, u64>,
     /// The process aborts at each window with so many samples at the very top (32,767) in a row: an input that is poison
     /// wherever it goes.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -152,6 +174,9 @@ impl Default for SimulatedConfig {
             abort_at: 0,
             hang_at: 0,
             load_ms: 0,
+            card: None,
+            context_mb: 0,
+            sizes: Default::default(),
             poison: None,
             poison_hang: None,
             poison_vad: None,
@@ -165,6 +190,10 @@ pub enum ToEngine {
     Configure(Box<EngineConfig>),
     /// Load a model before its first use.
     Load {
+        model: String,
+    },
+    /// Give a model's memory back, once nobody here uses it.
+    Unload {
         model: String,
     },
     Open {
@@ -223,6 +252,12 @@ pub enum FromEngine {
         notes: Vec<String>,
     },
     Models(Vec<ModelState>),
+    /// A model has been loaded.
+    Loaded {
+        model: String,
+        took_ms: u64,
+        resident_mb: u64,
+    },
     /// Bytes of audio that are no longer kept for this session: their permits are free.
     Consumed {
         handle: u64,

@@ -101,6 +101,7 @@ pub(super) fn models_on_disk(config: &EngineConfig) -> Vec<ModelState> {
             resident_mb: 0,
             // Weights are most of what a model takes; measured figures replace this once it was loaded.
             expected_mb: std::fs::metadata(&model.path).map_or(0, |m| m.len().div_ceil(1 << 20)),
+            ..ModelState::default()
         })
         .collect()
 }

@@ -296,6 +296,8 @@ fn engine_config(config: &WorkerConfig, probe: &Probe) -> EngineConfig {
         decode_states: config.decode_states,
         decode_threads: config.decode_threads,
         use_gpu: probe.is_gpu(),
+        reserve_mb: 0,
+        turns: None,
         simulated: config.simulated.clone(),
     }
 }

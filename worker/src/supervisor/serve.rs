@@ -324,7 +324,7 @@ impl Supervisor {
     }
 
     fn assign(&self, assignment: Assignment, sessions: &mut JoinSet<Finished>) -> ControlReply {
-        let Assignment { kind, id, epoch, options, suspect, crashes, suspect_from } = assignment;
+        let Assignment { kind, id, epoch, options, suspect, crashes, suspect_from, .. } = assignment;
         if kind != Kind::Session {
             let failure = Failure::new(FailureClass::BadRequest, "jobs come as work items, not by request");
             return ControlReply::Refused(failure);

@@ -37,6 +37,8 @@ pub(crate) fn simulated_config(simulated: SimulatedConfig) -> EngineConfig {
         decode_states: 2,
         decode_threads: 1,
         use_gpu: false,
+        reserve_mb: 0,
+        turns: None,
         simulated,
     }
 }

@@ -54,6 +54,7 @@ impl Desk {
             state: m.state,
             resident_mb: m.resident_mb,
             expected_mb: m.expected_mb,
+            ..ModelState::default()
         });
         let states = states.collect();
         self.say(&FromEngine::Models(states))
@@ -85,8 +86,9 @@ impl Desk {
         shelved.loading_since = None;
         match model {
             Ok(model) => {
-                tracing::info!(model = %name, resident_mb, took_ms = took.as_millis() as u64, "model loaded");
+                let took_ms = took.as_millis() as u64;
                 (shelved.state, shelved.resident_mb, shelved.model) = (Residency::Loaded, resident_mb, Some(model));
+                self.say(&FromEngine::Loaded { model: name, took_ms, resident_mb })?;
                 self.say_models()
             }
             Err(error) => {

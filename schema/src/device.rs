@@ -1,0 +1,95 @@
+//! The device a worker is pinned to: its figures, what is wrong with it, and what was learned of it.
+//!
+//! Memory is in MB of 2^20 bytes, as NVIDIA's tools count.
+
+use serde::{Deserialize, Serialize};
+
+use crate::failure::FailureClass;
+
+/// The device a worker is pinned to. Figures that a device does not give stay absent.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Device {
+    /// None on a CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<u32>,
+    pub name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<String>,
+    pub total_mb: u64,
+    pub free_mb: u64,
+    /// Used by this worker: device memory, or resident memory of supervisor and engine on a CPU.
+    pub used_mb: u64,
+    pub used_by_others_mb: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature_c: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub power_w: Option<f32>,
+    /// 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub utilization: Option<f32>,
+    /// Why its clocks are held down: `thermal`, `power`, ... Empty where they are not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub throttled: Vec<String>,
+    /// Uncorrected memory errors since the driver was loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ecc_errors: Option<u64>,
+    /// GPUs of this machine, this one included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpus: Option<u32>,
+    /// Why it cannot be used as it was asked for; none while all is well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<DeviceTrouble>,
+    /// The state of what other tenants leave us; none without other tenants of note.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pressure: Option<Pressure>,
+}
+
+/// A device that cannot be used, or not looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceTrouble {
+    /// `device_lost`, `driver_mismatch`, `missing_library`, `unavailable`.
+    pub class: FailureClass,
+    /// What the driver says, and the remedy.
+    pub message: String,
+}
+
+/// How far other tenants have grown into what we use. Each step includes those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pressure {
+    /// Nothing new is taken.
+    NoNewWork,
+    /// Idle models are released.
+    ReleaseIdle,
+    /// Work is moved away.
+    MoveAway,
+    #[serde(other)]
+    Unknown,
+}
+
+/// How the last engine process ended, where nobody asked it to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineEnd {
+    pub class: FailureClass,
+    /// What it said last, and the remedy.
+    pub message: String,
+    /// Unix time in ms.
+    pub at_ms: u64,
+}
+
+/// What runs in place of what was asked for, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standby {
+    /// The model that was asked for.
+    pub asked: String,
+    /// What runs instead; the same model when only the device is another.
+    pub model: String,
+    /// `cpu` or `gpu`.
+    pub device: String,
+    pub class: FailureClass,
+    /// Unix time in ms.
+    pub since_ms: u64,
+    /// Not tried again before this, unix time in ms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_at_ms: Option<u64>,
+}
