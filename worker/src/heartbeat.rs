@@ -19,6 +19,7 @@ use crate::{
     device::Probe,
     lifecycle::Engine,
     session::unix_ms,
+    stock::Stock,
     supervisor::holdings::{Holdings, Snapshot},
 };
 
@@ -61,6 +62,7 @@ pub(crate) struct Sources {
     pub(crate) device: watch::Receiver<Device>,
     pub(crate) engine: Engine,
     pub(crate) holdings: Arc<Holdings>,
+    pub(crate) stock: Stock,
     pub(crate) news: Arc<Notify>,
     pub(crate) every: Duration,
 }
@@ -73,7 +75,8 @@ impl Sources {
             (held.suspect, held.crashes) = (known.suspect, known.crashes);
             (held.suspect_from, held.elsewhere) = (known.from, known.elsewhere);
         }
-        let (engine, models) = self.engine.heartbeat_state(now);
+        let (engine, mut models) = self.engine.heartbeat_state(now);
+        self.stock.overlay(&mut models);
         let identity = &self.identity;
         Heartbeat {
             gpu_id: identity.gpu_id.clone(),

@@ -13,11 +13,14 @@ mod heartbeat;
 pub mod ipc;
 mod job;
 mod lifecycle;
+mod memory;
+pub mod metrics;
 mod preempt;
 mod pull;
 mod session;
 mod shutdown;
 mod spawner;
+mod stock;
 mod supervisor;
 
 pub use config::WorkerConfig;

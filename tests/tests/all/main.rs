@@ -65,6 +65,7 @@ mod nats_pub;
 mod nats_topology;
 mod operator;
 mod poison;
+mod prefetch;
 mod pressure;
 mod standby;
 mod third_party;

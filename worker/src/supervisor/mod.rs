@@ -25,7 +25,10 @@ use voxfleet_nats::{
     transcript::Chain,
 };
 use voxfleet_schema::id::{IdError, Incarnation, WorkerName};
-use voxfleet_store::fetch::{FetchError, Fetcher};
+use voxfleet_store::{
+    fetch::{FetchError, Fetcher},
+    models::ModelStore,
+};
 
 use self::{
     holdings::Holdings,
@@ -39,9 +42,11 @@ use crate::{
     ipc::EngineConfig,
     job::Means,
     lifecycle::{Engine, Program},
+    memory::Memory,
     preempt,
     session::Shared,
     shutdown::{ShutdownBudget, Stage},
+    stock::Stock,
 };
 
 /// Log reads under way at once.
@@ -78,6 +83,7 @@ pub(crate) struct Supervisor {
     config: Arc<WorkerConfig>,
     models: Arc<Vec<String>>,
     default_model: Arc<str>,
+    stock: Stock,
     gpu_id: voxfleet_schema::id::GpuId,
     holdings: Arc<Holdings>,
     engine: Engine,
@@ -87,7 +93,14 @@ pub(crate) struct Supervisor {
 }
 
 /// Runs a worker until `shutdown`, or until it has been drained.
-pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) -> Result<(), WorkerError> {
+///
+/// `store`: where models come from that are to be fetched.
+pub async fn run(
+    nats: Nats,
+    config: WorkerConfig,
+    store: Option<ModelStore>,
+    shutdown: CancellationToken,
+) -> Result<(), WorkerError> {
     let problems = config.problems();
     if !problems.is_empty() {
         return Err(WorkerError::Config(problems));
@@ -124,6 +137,8 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         visible_device: probe.visible_device().to_owned(),
     };
     let news = Arc::new(Notify::new());
+    let stock = Stock::new(Arc::clone(&news));
+    let wanted = engine_config.models.iter().filter(|m| config.prefetch.contains(&m.name)).cloned().collect();
     let engine = Engine::new(
         engine_config,
         program,
@@ -158,14 +173,21 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     let sources = Sources {
         identity: identity.clone(),
         name: current.clone(),
-        device,
+        device: device.clone(),
         engine: engine.clone(),
         holdings: Arc::clone(&holdings),
+        stock: stock.clone(),
         news,
         every: config.heartbeat(),
     };
     tasks.spawn(needed(shutdown.clone(), heartbeat::run(own.clone(), nats.clone(), sources, stop_tasks.clone())));
     tasks.spawn(needed(shutdown.clone(), heartbeat::sample_device(probe, engine.clone(), figures, stop_tasks.clone())));
+    if let Some(store) = store {
+        let (stock, stop) = (stock.clone(), stop_tasks.clone());
+        tasks.spawn(async move { stock.fetch(store, wanted, stop).await });
+    }
+    let memory = Memory::new(device.clone());
+    tasks.spawn(needed(shutdown.clone(), memory.clone().run(engine.clone(), stop_tasks.clone())));
     tasks.spawn({
         let (nats, publisher) = (nats.clone(), publisher.clone());
         needed(shutdown.clone(), async move { event_queue.run(&nats, &publisher).await })
@@ -206,6 +228,7 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         own: own.clone(),
         models: Arc::new(models),
         default_model,
+        stock,
         gpu_id: identity.gpu_id.clone(),
         holdings,
         means: Means {
@@ -215,6 +238,7 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
             limits: config.decoding(),
             exe: config.engine_exe.clone(),
             provider: config.provider,
+            memory,
         },
         shared,
         engine,
