@@ -11,6 +11,7 @@
 //! | [`wire`] | single publishes dropped, doubled, delayed or changed on their way through a relay |
 //! | [`https`] | a web server that serves, refuses, redirects and misbehaves as told |
 //! | [`s3`] | a real S3 service |
+//! | [`sim_card`] | the folder that is a card to simulated engines |
 //! | [`process`] | `voxfleet dispatcher` and `voxfleet worker`, configured through the environment |
 //! | [`fleet`] | all of it together, ready to be spoken to |
 //! | [`producer`] | a stranger's producer: plain publishes |
@@ -43,6 +44,7 @@ pub mod producer;
 pub mod relay;
 pub mod s3;
 pub mod server;
+pub mod sim_card;
 pub mod verdict;
 pub mod wait;
 pub mod wire;

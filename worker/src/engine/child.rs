@@ -28,7 +28,7 @@ use rustix::process::getppid;
 use self::desk::Desk;
 use super::{
     pool::{Done, Loaded, Pool},
-    simulated::PoisonedVads,
+    simulated::{self, PoisonedVads, card},
     vad::{self, VadFactory},
     whisper,
 };
@@ -97,20 +97,27 @@ pub fn main(fd: RawFd) -> Result<(), ChildError> {
 /// Serves one supervisor. Also usable inside a test, with the other end of a socketpair.
 pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
     let parent = getppid();
-    let mut reader = BlockingReader::new(socket.try_clone().map_err(TransportError::Io)?);
-    let writer = BlockingWriter::new(socket);
+    let own = |socket: &UnixStream| socket.try_clone().map_err(TransportError::Io);
+    let mut reader = BlockingReader::new(own(&socket)?);
     let config = match reader.next::<ToEngine>() {
         Ok(ToEngine::Configure(config)) => *config,
         Ok(_) => return Err(ChildError::NotConfigured),
         Err(TransportError::Closed) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
+    if config.simulated.card.is_some() {
+        card::speaks_through(own(&socket)?);
+    }
+    let writer = BlockingWriter::new(socket);
     let (events, inbox) = sync_channel(FRAMES);
     let pool = Pool::start(&config, &events).map_err(ChildError::Thread)?;
     let (vads, notes) = prepare(&config);
     let ready = FromEngine::Ready {
         vad: vads.kind(),
-        device: whisper::device(config.engine == EngineKind::WhisperCpp && config.use_gpu),
+        device: match config.engine {
+            EngineKind::WhisperCpp => whisper::device(config.use_gpu),
+            EngineKind::Simulated => simulated::device(config.use_gpu).to_owned(),
+        },
         engine: engine_name(config.engine).to_owned(),
         notes,
     };

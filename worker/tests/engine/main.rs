@@ -3,6 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | `accuracy` | what the real engine hears, and when |
+//! | `card` | faults of a simulated card, and how they end a real process |
 //! | `child` | the child process's loop over a real socketpair |
 //! | `conformance` | what every engine promises, real and simulated |
 //! | `official` | models of the official shapes |
@@ -11,6 +12,7 @@
 //! | `support` | audio, logs, recognizers, detectors |
 
 mod accuracy;
+mod card;
 mod child;
 mod conformance;
 mod official;
