@@ -48,6 +48,9 @@ drop_root() {
 check_cache() {
     [ -n "${VOXFLEET_CACHE:-}" ] || return 0
     if mkdir -p "$VOXFLEET_CACHE/models" 2>/dev/null && [ -w "$VOXFLEET_CACHE/models" ]; then return 0; fi
+    for file_ in "$VOXFLEET_CACHE"/models/*.bin; do
+        [ ! -r "$file_" ] || return 0 # somebody else's folder, mounted as it is: what lies there is served
+    done
     other_=${HOME:-/tmp}/.cache/voxfleet
     say "$VOXFLEET_CACHE is not writable for user $(id -u), models go to $other_ and are lost with this container"
     export VOXFLEET_CACHE="$other_"
@@ -104,6 +107,9 @@ stop() {
 
 # Until it is here, or nobody knows it. Present ones cost a glance, with or without a network.
 bring() {
+    folder_=${VOXFLEET__WORKER__MODELS_DIR:-${VOXFLEET__MODELS__DIR:-${VOXFLEET_CACHE:-}/models}}
+    # A folder mounted read-only needs nobody to bring what it holds.
+    if [ -r "$folder_/$1.bin" ] && ! [ -w "$folder_" ]; then return 0; fi
     pause_=${VOXFLEET_MODEL_RETRY_S:-5}
     while :; do
         code_=0
