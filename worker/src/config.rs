@@ -11,7 +11,7 @@ use voxfleet_schema::{fleet::Provider, id::GpuId};
 use voxfleet_store::fetch::FetchConfig;
 
 use crate::{
-    ipc::{EngineKind, ModelFile, SimulatedConfig},
+    ipc::{EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
     preempt::PreemptionConfig,
 };
 
@@ -324,6 +324,9 @@ impl WorkerConfig {
             (self.sharing == Sharing::Sequential) == self.lock_file.is_some(),
             "worker.lock_file: belongs to sharing = \"sequential\", which needs it".to_owned(),
         );
+        if let Some(Err(why)) = self.lock_file.as_deref().map(can_be_locked) {
+            check(false, format!("worker.lock_file: {why}"));
+        }
         check(
             (100..=60_000).contains(&self.lock_hold_ms),
             format!("worker.lock_hold_ms: {}, allowed are 100 to 60000", self.lock_hold_ms),
@@ -384,6 +387,17 @@ impl WorkerConfig {
             (0, _) => 9_500,
             (ms, _) => ms,
         })
+    }
+
+    /// Turns on the device with a neighbour.
+    pub(crate) fn turns(&self) -> Option<TurnsConfig> {
+        let lock_file = self.lock_file.clone().filter(|_| self.sharing == Sharing::Sequential)?;
+        Some(TurnsConfig { lock_file, hold_ms: self.lock_hold_ms, gap_ms: self.lock_gap_ms })
+    }
+
+    /// Memory of a device of this size that is left free, in MB.
+    pub(crate) fn reserve_mb(&self, total_mb: u64) -> u64 {
+        total_mb * u64::from(self.memory_reserve_percent) / 100
     }
 
     pub(crate) fn heartbeat(&self) -> Duration {
@@ -463,6 +477,22 @@ fn not_here(name: &str) -> String {
     match voxfleet_store::models::Catalog::built_in().is_ok_and(|catalog| catalog.get(name).is_some()) {
         true => format!("model {name:?} is not here; `voxfleet models pull {name}` brings it"),
         false => format!("{name:?} is not one of the models"),
+    }
+}
+
+/// Whether a lock can be taken on this file, now or once it has been made; nothing is made here.
+fn can_be_locked(path: &Path) -> Result<(), String> {
+    match std::fs::File::open(path) {
+        Ok(file) if file.metadata().is_ok_and(|m| m.is_dir()) => Err(format!("{} is a folder", path.display())),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let folder = path.parent().map(|folder| Path::new(".").join(folder));
+            match folder.is_some_and(|folder| folder.is_dir()) {
+                true => Ok(()),
+                false => Err(format!("the folder of {} is not there", path.display())),
+            }
+        }
+        Err(error) => Err(format!("{} cannot be opened: {error}", path.display())),
     }
 }
 

@@ -115,7 +115,7 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     let max_entry = nats.max_payload() as u64;
     let hint_bytes = (config.surplus_bytes() / 2).max(max_entry);
     let budget = Budget::new(config.share_bytes(), config.surplus_bytes().saturating_sub(hint_bytes));
-    let engine_config = engine_config(&config, &probe);
+    let engine_config = engine_config(&config, &probe, first_figures.total_mb);
     let models: Vec<String> = engine_config.models.iter().map(|m| m.name.clone()).collect();
     let default_model: Arc<str> = engine_config.default_model.as_str().into();
     let program = Program {
@@ -286,7 +286,7 @@ fn new_incarnation() -> Result<Incarnation, IdError> {
     Incarnation::new(&random[..16])
 }
 
-fn engine_config(config: &WorkerConfig, probe: &Probe) -> EngineConfig {
+fn engine_config(config: &WorkerConfig, probe: &Probe, total_mb: u64) -> EngineConfig {
     EngineConfig {
         engine: config.engine,
         models: config.model_files(),
@@ -296,8 +296,8 @@ fn engine_config(config: &WorkerConfig, probe: &Probe) -> EngineConfig {
         decode_states: config.decode_states,
         decode_threads: config.decode_threads,
         use_gpu: probe.is_gpu(),
-        reserve_mb: 0,
-        turns: None,
+        reserve_mb: config.reserve_mb(total_mb),
+        turns: config.turns(),
         simulated: config.simulated.clone(),
     }
 }
