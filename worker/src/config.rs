@@ -13,6 +13,7 @@ use voxfleet_store::fetch::FetchConfig;
 use crate::{
     ipc::{EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
     preempt::PreemptionConfig,
+    provider::{ProviderChoice, Rent},
 };
 
 /// Bytes of audio each session may always hold, in MB: four seconds of the widest format in use, two minutes of the default one,
@@ -129,9 +130,12 @@ pub struct WorkerConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub onnxruntime: Option<PathBuf>,
     pub decode_states: usize,
-    /// Threads of each decode state.
+    /// Threads of each decode state; 0 = as many as this host's workers can have without sharing cores.
     pub decode_threads: usize,
-    pub provider: Provider,
+    /// Workers that share this host's cores, this one included, where more are on their way than are seen.
+    pub host_workers: u32,
+    /// Auto = as the environment says.
+    pub provider: ProviderChoice,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub price_per_hour: Option<f64>,
     /// NVIDIA's management library; none = the one that the loader finds.
@@ -199,9 +203,10 @@ impl Default for WorkerConfig {
             onnxruntime: None,
             // Two decodes overlap well; more wait for one device anyway.
             decode_states: 2,
-            // states x threads must not exceed the cores, and small machines have two.
-            decode_threads: 1,
-            provider: Provider::Local,
+            // states x threads must not exceed the cores, of which machines have two or two hundred.
+            decode_threads: 0,
+            host_workers: 1,
+            provider: ProviderChoice::Auto,
             price_per_hour: None,
             nvml_library: None,
             // What drivers and allocators take beside what is asked for.
@@ -269,7 +274,10 @@ impl WorkerConfig {
                 self.decode_states
             ),
         );
-        check(self.decode_threads >= 1, "worker.decode_threads: 0, nothing would be decoded".to_owned());
+        check(
+            (1..=1_024).contains(&self.host_workers),
+            format!("worker.host_workers: {}, allowed are 1 to 1024", self.host_workers),
+        );
         if let Some(id) = &self.gpu_id
             && let Err(error) = GpuId::new(id)
         {
@@ -380,7 +388,7 @@ impl WorkerConfig {
 
     /// From SIGTERM to the end of the process.
     pub(crate) fn shutdown(&self) -> Duration {
-        Duration::from_millis(match (self.shutdown_ms, self.provider) {
+        Duration::from_millis(match (self.shutdown_ms, self.rent().provider) {
             // SIGKILL follows SIGTERM after about five seconds.
             (0, Provider::RunPod) => 4_500,
             // Docker's and systemd's patience is ten seconds or more.
@@ -398,6 +406,11 @@ impl WorkerConfig {
     /// Memory of a device of this size that is left free, in MB.
     pub(crate) fn reserve_mb(&self, total_mb: u64) -> u64 {
         total_mb * u64::from(self.memory_reserve_percent) / 100
+    }
+
+    /// What the device costs, and whom.
+    pub(crate) fn rent(&self) -> Rent {
+        Rent { provider: self.provider.into(), price_per_hour: self.price_per_hour }
     }
 
     pub(crate) fn heartbeat(&self) -> Duration {

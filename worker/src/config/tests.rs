@@ -70,9 +70,10 @@ fn turns_need_a_file_that_can_be_locked() {
 #[test]
 fn a_stop_keeps_within_what_the_provider_gives() {
     let ms = |provider, shutdown_ms| WorkerConfig { provider, shutdown_ms, ..simulated() }.shutdown().as_millis();
-    assert_eq!(ms(Provider::RunPod, 0), 4_500);
-    assert_eq!(ms(Provider::Local, 0), 9_500);
-    assert_eq!(ms(Provider::RunPod, 700), 700);
+    assert_eq!(ms(ProviderChoice::RunPod, 0), 4_500);
+    assert_eq!(ms(ProviderChoice::Local, 0), 9_500);
+    assert_eq!(ms(ProviderChoice::Auto, 0), 9_500);
+    assert_eq!(ms(ProviderChoice::RunPod, 700), 700);
 }
 
 #[test]

@@ -24,7 +24,6 @@ use voxfleet_nats::{
 use voxfleet_schema::{
     codec,
     failure::{Failure, FailureClass},
-    fleet::Provider,
     id::Kind,
     job::{AudioUrl, result_key},
     transcript::Final,
@@ -47,7 +46,7 @@ const FULL_FOR_MS: u64 = 60_000;
 pub(crate) struct Work {
     pub(crate) recording: Arc<Recording>,
     media: Media,
-    provider: Provider,
+    rent: Rent,
     queue_s: f64,
     fetch_s: f64,
     /// What finals stand for when this worker took it.
@@ -63,7 +62,7 @@ impl Work {
         aggregate.add(end);
         let transcribe = self.begun.elapsed().as_secs_f64();
         let times = Times { queue: self.queue_s, fetch: self.fetch_s, transcribe, from: self.from_s };
-        let result = aggregate.finish(self.provider, times);
+        let result = aggregate.finish(self.rent, times);
         let bytes = codec::to_json(&result).map_err(|error| Failure::new(FailureClass::Internal, error.to_string()))?;
         let key = result_key(&end.id, &end.final_id);
         let bytes = bytes::Bytes::from(bytes);
