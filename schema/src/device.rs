@@ -36,6 +36,9 @@ pub struct Device {
     /// GPUs of this machine, this one included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpus: Option<u32>,
+    /// Other workers of ours on this device, as their machine knows them by their `gpu_id`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared_with: Vec<String>,
     /// Why it cannot be used as it was asked for; none while all is well.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<DeviceTrouble>,

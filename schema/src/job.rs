@@ -428,6 +428,12 @@ pub struct PerformanceMetrics {
     pub stages: BTreeMap<String, f64>,
     /// `total_duration` over the recording's length: below 1 is faster than real time.
     pub realtime_factor: f64,
+    /// The same the other way round: seconds of audio in each second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub times_real_time: Option<f64>,
+    /// The worker's price over `times_real_time`, as if it did nothing else meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost_per_audio_hour: Option<f64>,
 }
 
 #[cfg(test)]

@@ -14,8 +14,9 @@ use voxfleet_store::{
 };
 
 use crate::{
-    ipc::{EngineKind, ModelFile, SimulatedConfig},
+    ipc::{EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
     preempt::PreemptionConfig,
+    provider::{ProviderChoice, Rent},
 };
 
 /// Bytes of audio each session may always hold, in MB: four seconds of the widest format in use, two minutes of the default one,
@@ -137,9 +138,12 @@ pub struct WorkerConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub onnxruntime: Option<PathBuf>,
     pub decode_states: usize,
-    /// Threads of each decode state.
+    /// Threads of each decode state; 0 = as many as this host's workers can have without sharing cores.
     pub decode_threads: usize,
-    pub provider: Provider,
+    /// Workers that share this host's cores, this one included, where more are on their way than are seen.
+    pub host_workers: u32,
+    /// Auto = as the environment says.
+    pub provider: ProviderChoice,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub price_per_hour: Option<f64>,
     /// NVIDIA's management library; none = the one that the loader finds.
@@ -210,9 +214,10 @@ impl Default for WorkerConfig {
             onnxruntime: None,
             // Two decodes overlap well; more wait for one device anyway.
             decode_states: 2,
-            // states x threads must not exceed the cores, and small machines have two.
-            decode_threads: 1,
-            provider: Provider::Local,
+            // states x threads must not exceed the cores, of which machines have two or two hundred.
+            decode_threads: 0,
+            host_workers: 1,
+            provider: ProviderChoice::Auto,
             price_per_hour: None,
             nvml_library: None,
             // What drivers and allocators take beside what is asked for.
@@ -280,7 +285,10 @@ impl WorkerConfig {
                 self.decode_states
             ),
         );
-        check(self.decode_threads >= 1, "worker.decode_threads: 0, nothing would be decoded".to_owned());
+        check(
+            (1..=1_024).contains(&self.host_workers),
+            format!("worker.host_workers: {}, allowed are 1 to 1024", self.host_workers),
+        );
         if let Some(id) = &self.gpu_id
             && let Err(error) = GpuId::new(id)
         {
@@ -335,6 +343,9 @@ impl WorkerConfig {
             (self.sharing == Sharing::Sequential) == self.lock_file.is_some(),
             "worker.lock_file: belongs to sharing = \"sequential\", which needs it".to_owned(),
         );
+        if let Some(Err(why)) = self.lock_file.as_deref().map(can_be_locked) {
+            check(false, format!("worker.lock_file: {why}"));
+        }
         check(
             (100..=60_000).contains(&self.lock_hold_ms),
             format!("worker.lock_hold_ms: {}, allowed are 100 to 60000", self.lock_hold_ms),
@@ -394,13 +405,29 @@ impl WorkerConfig {
 
     /// From SIGTERM to the end of the process.
     pub(crate) fn shutdown(&self) -> Duration {
-        Duration::from_millis(match (self.shutdown_ms, self.provider) {
+        Duration::from_millis(match (self.shutdown_ms, self.rent().provider) {
             // SIGKILL follows SIGTERM after about five seconds.
             (0, Provider::RunPod) => 4_500,
             // Docker's and systemd's patience is ten seconds or more.
             (0, _) => 9_500,
             (ms, _) => ms,
         })
+    }
+
+    /// Turns on the device with a neighbour.
+    pub(crate) fn turns(&self) -> Option<TurnsConfig> {
+        let lock_file = self.lock_file.clone().filter(|_| self.sharing == Sharing::Sequential)?;
+        Some(TurnsConfig { lock_file, hold_ms: self.lock_hold_ms, gap_ms: self.lock_gap_ms })
+    }
+
+    /// Memory of a device of this size that is left free, in MB.
+    pub(crate) fn reserve_mb(&self, total_mb: u64) -> u64 {
+        total_mb * u64::from(self.memory_reserve_percent) / 100
+    }
+
+    /// What the device costs, and whom.
+    pub(crate) fn rent(&self) -> Rent {
+        Rent { provider: self.provider.into(), price_per_hour: self.price_per_hour }
     }
 
     pub(crate) fn heartbeat(&self) -> Duration {
@@ -492,6 +519,22 @@ fn not_here(name: &str) -> String {
     match Catalog::built_in().is_ok_and(|catalog| catalog.get(name).is_some()) {
         true => format!("model {name:?} is not here; `voxfleet models pull {name}` brings it"),
         false => format!("{name:?} is not one of the models"),
+    }
+}
+
+/// Whether a lock can be taken on this file, now or once it has been made; nothing is made here.
+fn can_be_locked(path: &Path) -> Result<(), String> {
+    match std::fs::File::open(path) {
+        Ok(file) if file.metadata().is_ok_and(|m| m.is_dir()) => Err(format!("{} is a folder", path.display())),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let folder = path.parent().map(|folder| Path::new(".").join(folder));
+            match folder.is_some_and(|folder| folder.is_dir()) {
+                true => Ok(()),
+                false => Err(format!("the folder of {} is not there", path.display())),
+            }
+        }
+        Err(error) => Err(format!("{} cannot be opened: {error}", path.display())),
     }
 }
 

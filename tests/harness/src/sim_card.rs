@@ -1,6 +1,6 @@
 //! The folder that is a card to simulated engines (`worker.simulated.card`), and what a test may do to it.
 //!
-//! Files of processes are `<pid>.<n>`, those of others `tenant.<name>`, faults `faults/<what>`. Engines count and take
+//! Files of processes are `<pid>.<n>` (`busy.<pid>.<n>` while a decode runs), those of others `tenant.<name>`, faults `faults/<what>`. Engines count and take
 //! memory under flock(2) on the folder, and so do tenants here.
 
 use std::{
@@ -42,6 +42,13 @@ impl SimulatedCard {
     /// The same without tenants.
     pub fn used_by_processes_mb(&self) -> Result<u64> {
         self.sum(|name| name.split_once('.').and_then(|(pid, _)| pid.parse().ok()).is_some_and(lives))
+    }
+
+    /// Decodes that run on it now.
+    pub fn decodes(&self) -> Result<usize> {
+        let names = self.names(self.path())?;
+        let owners = names.iter().filter_map(|name| name.strip_prefix("busy.")?.split_once('.')?.0.parse().ok());
+        Ok(owners.filter(|pid| lives(*pid)).count())
     }
 
     /// Somebody else now has so much on it, whether it fits or not; 0 = nothing.

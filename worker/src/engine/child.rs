@@ -6,6 +6,7 @@
 //! closes the socket or dies.
 
 mod desk;
+mod neighbour;
 mod shelf;
 mod turns;
 mod unseen;
@@ -25,7 +26,10 @@ use std::{
 
 use rustix::process::getppid;
 
-use self::desk::Desk;
+use self::{
+    desk::Desk,
+    neighbour::{LockError, Neighbour, Turn},
+};
 use super::{
     pool::{Done, Loaded, Pool},
     simulated::{self, PoisonedVads, card},
@@ -58,6 +62,8 @@ pub enum ChildError {
     Thread(#[source] io::Error),
     #[error("file descriptor {0} is not a socket of ours")]
     Fd(RawFd),
+    #[error(transparent)]
+    Lock(#[from] LockError),
     #[error("the supervisor is gone")]
     Orphaned,
 }
@@ -69,11 +75,19 @@ enum Event {
     Over(TransportError),
     Done(Box<Done>),
     Loaded(Box<Loaded>),
+    /// The lock shared with a neighbour is ours, or cannot be had.
+    Turn(Box<Turn>),
 }
 
 impl From<Done> for Event {
     fn from(done: Done) -> Self {
         Event::Done(Box::new(done))
+    }
+}
+
+impl From<Turn> for Event {
+    fn from(turn: Turn) -> Self {
+        Event::Turn(Box::new(turn))
     }
 }
 
@@ -111,6 +125,7 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
     let writer = BlockingWriter::new(socket);
     let (events, inbox) = sync_channel(FRAMES);
     let pool = Pool::start(&config, &events).map_err(ChildError::Thread)?;
+    let neighbour = config.turns.as_ref().map(|turns| Neighbour::start(turns, &events)).transpose()?;
     let (vads, notes) = prepare(&config);
     let ready = FromEngine::Ready {
         vad: vads.kind(),
@@ -125,7 +140,7 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
         .name("frames-in".to_owned())
         .spawn(move || read_frames(reader, &events))
         .map_err(ChildError::Thread)?;
-    let mut desk = Desk::new(config, pool, vads, writer);
+    let mut desk = Desk::new(config, pool, vads, writer, neighbour);
     let ended = desk.say(&ready).and_then(|()| desk.say_models()).map_err(ChildError::from);
     let ended = ended.and_then(|()| run(&mut desk, &inbox, parent));
     end(desk, &inbox);
@@ -186,9 +201,15 @@ fn run(desk: &mut Desk, inbox: &Receiver<Event>, parent: Option<rustix::process:
             desk.progress(now)?;
             next_tick = now + if desk.working() { TICK } else { IDLE_TICK };
         }
-        let first = match inbox.recv_timeout(next_tick.saturating_duration_since(now)) {
+        let wake = desk.wakes_at().map_or(next_tick, |at| at.min(next_tick));
+        let first = match inbox.recv_timeout(wake.saturating_duration_since(now)) {
             Ok(event) => event,
-            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Timeout) => {
+                if desk.wakes_at().is_some_and(|at| at <= Instant::now()) {
+                    desk.work()?;
+                }
+                continue;
+            }
             // The reader ends with an event of its own and the pool holds senders too.
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
@@ -200,6 +221,7 @@ fn run(desk: &mut Desk, inbox: &Receiver<Event>, parent: Option<rustix::process:
                 Event::Over(error) => return Err(error.into()),
                 Event::Done(done) => desk.done(*done)?,
                 Event::Loaded(loaded) => desk.loaded(*loaded)?,
+                Event::Turn(turn) => desk.turn_begins(*turn)?,
             }
         }
         desk.work()?;

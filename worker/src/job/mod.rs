@@ -24,7 +24,6 @@ use voxfleet_nats::{
 use voxfleet_schema::{
     codec,
     failure::{Failure, FailureClass},
-    fleet::Provider,
     id::Kind,
     job::{AudioUrl, result_key},
     transcript::Final,
@@ -48,7 +47,7 @@ const FULL_FOR_MS: u64 = 60_000;
 pub(crate) struct Work {
     pub(crate) recording: Arc<Recording>,
     media: Media,
-    provider: Provider,
+    rent: Rent,
     queue_s: f64,
     fetch_s: f64,
     /// What finals stand for when this worker took it.
@@ -69,7 +68,7 @@ impl Work {
         let times = Times { queue: self.queue_s, fetch: self.fetch_s, transcribe, from: self.from_s };
         let decoded = self.memory.ended(Stage::Transcribe, self.before_mb);
         let changes: Vec<Change> = self.memory.last(Stage::Load).into_iter().chain([decoded]).collect();
-        let result = aggregate.finish(self.provider, times, &changes);
+        let result = aggregate.finish(self.rent, times, &changes);
         let bytes = codec::to_json(&result).map_err(|error| Failure::new(FailureClass::Internal, error.to_string()))?;
         let key = result_key(&end.id, &end.final_id);
         let bytes = bytes::Bytes::from(bytes);

@@ -37,9 +37,9 @@ use self::{
 use crate::{
     capacity::{Budget, HintPool},
     config::WorkerConfig,
-    device::{DeviceError, Probe},
+    device::{DeviceError, Probe, Sharers},
     heartbeat::{self, Identity, Named, Sources},
-    ipc::EngineConfig,
+    ipc::{EngineConfig, EngineKind},
     job::Means,
     lifecycle::{Engine, Program},
     memory::Memory,
@@ -125,10 +125,20 @@ pub async fn run(
         let taken = shutdown.run_until_cancelled(listening).await;
         probe.rename_cpu(config.index, &taken.unwrap_or_default())?;
     }
+    let probe = {
+        let cache_dir = config.cache_dir.clone();
+        let announce = move || {
+            if let Some(cache_dir) = &cache_dir {
+                probe.announce(cache_dir);
+            }
+            probe
+        };
+        tokio::task::spawn_blocking(announce).await?
+    };
     let max_entry = nats.max_payload() as u64;
     let hint_bytes = (config.surplus_bytes() / 2).max(max_entry);
     let budget = Budget::new(config.share_bytes(), config.surplus_bytes().saturating_sub(hint_bytes));
-    let engine_config = engine_config(&config, &probe);
+    let engine_config = engine_config(&config, &probe, first_figures.total_mb);
     let models: Vec<String> = engine_config.models.iter().map(|m| m.name.clone()).collect();
     let default_model: Arc<str> = engine_config.default_model.as_str().into();
     let program = Program {
@@ -153,7 +163,7 @@ pub async fn run(
     let identity = Identity {
         gpu_id: probe.gpu_id.clone(),
         host: probe.host.clone(),
-        provider: config.provider,
+        provider: config.rent().provider,
         price_per_hour: config.price_per_hour,
     };
     tracing::info!(gpu_id = %identity.gpu_id, device = first_figures.name, slots = config.slots, "worker starts");
@@ -237,7 +247,7 @@ pub async fn run(
             media,
             limits: config.decoding(),
             exe: config.engine_exe.clone(),
-            provider: config.provider,
+            rent: config.rent(),
             memory,
         },
         shared,
@@ -310,18 +320,38 @@ fn new_incarnation() -> Result<Incarnation, IdError> {
     Incarnation::new(&random[..16])
 }
 
-fn engine_config(config: &WorkerConfig, probe: &Probe) -> EngineConfig {
+fn engine_config(config: &WorkerConfig, probe: &Probe, total_mb: u64) -> EngineConfig {
+    let sharers = Sharers {
+        cores: std::thread::available_parallelism().map_or(1, usize::from),
+        workers: probe.workers_here().max(config.host_workers as usize),
+        states: config.decode_states,
+        on_gpu: probe.is_gpu(),
+    };
+    let (decode_states, decode_threads) = match config.engine {
+        EngineKind::WhisperCpp => (sharers.states(), sharers.threads(config.decode_threads)),
+        // Its decodes wait and do not compute.
+        EngineKind::Simulated => (config.decode_states, 1),
+    };
+    if decode_states < config.decode_states || (1..config.decode_threads).contains(&decode_threads) {
+        tracing::warn!(
+            ?sharers,
+            decode_states,
+            decode_threads,
+            "fewer decode threads than configured: more than there are cores slow each other down"
+        );
+    }
+    tracing::info!(decode_states, decode_threads, cores = sharers.cores, workers = sharers.workers, "cores shared out");
     EngineConfig {
         engine: config.engine,
         models: config.model_files(),
         default_model: config.resolved_default_model(),
         silero_model: config.resolved_silero(),
         onnxruntime: config.resolved_onnxruntime(),
-        decode_states: config.decode_states,
-        decode_threads: config.decode_threads,
+        decode_states,
+        decode_threads,
         use_gpu: probe.is_gpu(),
-        reserve_mb: 0,
-        turns: None,
+        reserve_mb: config.reserve_mb(total_mb),
+        turns: config.turns(),
         simulated: config.simulated.clone(),
     }
 }

@@ -57,14 +57,14 @@ impl Engine {
     }
 }
 
-fn card(total_mb: u64) -> tempfile::TempDir {
+pub(crate) fn card(total_mb: u64) -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("folder");
     fs::write(folder.path().join("total_mb"), total_mb.to_string()).expect("total");
     fs::create_dir(folder.path().join("faults")).expect("faults");
     folder
 }
 
-fn on(card: &Path) -> EngineConfig {
+pub(crate) fn on(card: &Path) -> EngineConfig {
     let sizes = [("simulated".to_owned(), 300), ("other".to_owned(), 2_000)].into();
     let simulated = SimulatedConfig { card: Some(card.to_owned()), context_mb: 100, sizes, state_mb: 50, ..instant() };
     EngineConfig { use_gpu: true, ..simulated_config(simulated) }
@@ -77,7 +77,7 @@ fn files_mb(card: &Path) -> u64 {
     numbers.map(|f| fs::read_to_string(f.path()).expect("size").parse::<u64>().expect("MB")).sum()
 }
 
-fn call_in_one() -> Vec<RawEntry> {
+pub(crate) fn call_in_one() -> Vec<RawEntry> {
     log_16k(&first_seconds(1, 12), 200)
 }
 

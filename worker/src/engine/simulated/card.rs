@@ -6,6 +6,7 @@
 //! | `total_mb` | the size of the card |
 //! | `<pid>.<n>` | one allocation of a process, in MB; of a process that has ended it counts no more |
 //! | `tenant.<name>` | what somebody else has on it, in MB |
+//! | `busy.<pid>.<n>` | there while a decode runs |
 //! | `faults/<what>` | after how many decodes (or loads) a fault strikes; it does so once, or each time with ` always` behind |
 //!
 //! The folder is locked with flock(2) while memory is counted and taken, and by whoever else wants both to be one step. As
@@ -38,6 +39,8 @@ use crate::engine::{
 const TOTAL: &str = "total_mb";
 /// What others have on it.
 const TENANT: &str = "tenant.";
+/// A decode that runs.
+const BUSY: &str = "busy.";
 /// Behind a fault's number: it strikes each time.
 const ALWAYS: &str = " always";
 
@@ -76,6 +79,18 @@ pub struct Allocation {
     pub mb: u64,
 }
 
+/// A decode that runs on the card.
+#[derive(Debug)]
+pub struct Kernel {
+    path: PathBuf,
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
 impl Drop for Allocation {
     fn drop(&mut self) {
         // Taken away with the card, it is as free as it can be.
@@ -110,12 +125,17 @@ impl Card {
         self.allocate(mb).unwrap_or_else(|error| end(&error))
     }
 
-    /// A decode begins: the moment for faults, and for finding out that somebody has taken the memory in use.
-    pub fn decode(&self) {
+    /// A decode begins: the moment for faults, and for finding out that somebody has taken the memory in use. It shows until
+    /// it is dropped.
+    pub fn decode(&self) -> Kernel {
+        let n = self.next.fetch_add(1, Ordering::Relaxed);
+        let kernel = Kernel { path: self.folder.join(format!("{BUSY}{}.{n}", std::process::id())) };
+        let shown = fs::write(&kernel.path, "").map_err(CardError::from);
         self.strike(&AT_DECODE);
-        if let Err(error) = self.locked().and_then(|_lock| fits(&self.folder, 0)) {
+        if let Err(error) = shown.and_then(|()| self.locked()).and_then(|_lock| fits(&self.folder, 0)) {
             end(&error);
         }
+        kernel
     }
 
     fn soft(&self, allocated: Result<Allocation, CardError>) -> Result<Allocation, EngineError> {

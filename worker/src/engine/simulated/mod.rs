@@ -142,9 +142,7 @@ impl SimulatedRecognizer {
     fn decode_one(&mut self, window: &Window) -> Result<Hypothesis, EngineError> {
         let config = &self.model.config;
         let count = self.model.decodes.fetch_add(1, Ordering::Relaxed) + 1;
-        if let Some(card) = &self.model.card {
-            card.decode();
-        }
+        let _running = self.model.card.as_ref().map(|card| card.decode());
         if config.abort_at > 0 && count == config.abort_at {
             tracing::error!(decode = count, "simulated abort");
             std::process::abort();
