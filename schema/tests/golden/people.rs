@@ -2,7 +2,7 @@
 
 use voxfleet_schema::{
     audio::{AudioFormat, Encoding},
-    device::{DeviceTrouble, EngineEnd, Pressure, Standby},
+    device::{DeviceTrouble, EngineEnd, Instead, Pressure, Standby},
     event::{Event, Scope, What},
     failure::{Failure, FailureClass},
     fleet::*,
@@ -221,6 +221,12 @@ fn record() -> SessionRecord {
         crashes: 2,
         suspect_from: Some(96_000),
         displaced_from: Some(worker()),
+        instead: Some(Instead {
+            asked: Some("small.en".into()),
+            model: Some("micro.en".into()),
+            cpu: true,
+            class: FailureClass::OutOfMemory,
+        }),
     }
 }
 
