@@ -380,7 +380,8 @@ impl Roster {
         };
         let row = &self.rows[slot];
         let fits = || row.shelf.fit(Wanted::of(request.options, &self.names)).is_ok_and(|fit| fit.stand_in.is_none());
-        let able = row.health(now) == WorkerHealth::Alive && !row.pressed && !row.hot && !(request.live && row.slow);
+        let hindered = row.pressed || row.hot || (request.live && row.slow);
+        let able = row.health(now) == WorkerHealth::Alive && !hindered;
         able && !(row.cpu && self.misses_gpu(request)) && fits()
     }
 
@@ -497,7 +498,8 @@ impl Roster {
         }
         if !met.any(Refusal::comes_after_model) && !self.rows.iter().any(|row| row.shelf.lists_any(terms.wanted)) {
             let model = terms.request.options.model.as_ref();
-            let what = model.map_or_else(|| "the model that it is to use".to_owned(), |model| format!("model {model:?}"));
+            let what =
+                model.map_or_else(|| "the model that it is to use".to_owned(), |model| format!("model {model:?}"));
             return Failure::new(FailureClass::ModelMissing, format!("no worker has {what}"));
         }
         if !met.any(|refusal| !refusal.is_absence() && !refusal.is_for_good()) {

@@ -34,7 +34,10 @@ use self::{
     recording::Recording,
     result::{Aggregate, Times},
 };
-use crate::memory::{Change, Memory, Stage};
+use crate::{
+    memory::{Change, Memory, Stage},
+    provider::Rent,
+};
 
 /// How long a store that does not answer is asked again; then the job is tried elsewhere, from its last final.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -197,8 +197,8 @@ mod tests {
 
     #[test]
     fn the_fields_are_those_of_the_contract() {
-        let value =
-            serde_json::to_value(Aggregate::default().finish(rented(Provider::Local), Times::default(), &[])).expect("JSON");
+        let value = serde_json::to_value(Aggregate::default().finish(rented(Provider::Local), Times::default(), &[]))
+            .expect("JSON");
         let mut names: Vec<_> = value.as_object().expect("object").keys().map(String::as_str).collect();
         names.sort_unstable();
         assert_eq!(
