@@ -16,7 +16,7 @@ use voxfleet_schema::{
 };
 
 use crate::{
-    device::Probe,
+    device::{self, Probe},
     lifecycle::Engine,
     session::unix_ms,
     stock::Stock,
@@ -25,6 +25,8 @@ use crate::{
 
 /// How often the device is sampled.
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);
+/// A driver that has not answered for so long hangs; one that resets a card takes seconds.
+const HANGS: Duration = Duration::from_secs(5);
 /// Between a heartbeat and one that only brings news: many sessions moved at once make few of them.
 const NEWS_GAP: Duration = Duration::from_millis(50);
 
@@ -166,14 +168,23 @@ pub(crate) async fn sample_device(
             _ = ticks.tick() => {}
         }
         let pid = engine.pid();
-        let sampled = tokio::task::spawn_blocking(move || {
+        let mut sampling = tokio::task::spawn_blocking(move || {
             let device = probe.sample(pid);
             (probe, device)
         });
-        let sampled = tokio::select! {
-            // A blocked driver must not hold up the stop.
-            () = stop.cancelled() => break,
-            sampled = sampled => sampled,
+        let begun = Instant::now();
+        let mut told = false;
+        let sampled = loop {
+            tokio::select! {
+                // A blocked driver must not hold up the stop.
+                () = stop.cancelled() => return,
+                sampled = &mut sampling => break sampled,
+                () = sleep_until(begun + HANGS), if !told => {
+                    told = true;
+                    tracing::error!(waited_ms = HANGS.as_millis() as u64, "the driver does not answer");
+                    figures.send_modify(|device| device.trouble = Some(device::hangs(HANGS)));
+                }
+            }
         };
         match sampled {
             Ok((back, device)) => {

@@ -140,8 +140,8 @@ fn job_result() -> JobResult {
             total_duration: 3.5,
             stages: [("fetch".to_owned(), 0.5), ("transcribe".to_owned(), 3.0)].into(),
             realtime_factor: 0.0625,
-            times_real_time: None,
-            cost_per_audio_hour: None,
+            times_real_time: Some(16.0),
+            cost_per_audio_hour: Some(0.125),
         },
     }
 }

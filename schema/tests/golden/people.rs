@@ -132,6 +132,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
             throttled: vec!["thermal".into()],
             ecc_errors: Some(0),
             gpus: Some(8),
+            shared_with: vec!["gpu-b".into()],
             trouble: Some(DeviceTrouble { class: FailureClass::DeviceLost, message: "it does not answer".into() }),
             pressure: Some(Pressure::ReleaseIdle),
         },

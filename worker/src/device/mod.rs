@@ -20,7 +20,7 @@ mod presence;
 mod tests;
 mod threads;
 
-use std::{collections::HashSet, path::Path};
+use std::{collections::HashSet, path::Path, time::Duration};
 
 use nvml_wrapper::{Nvml, error::NvmlError};
 use voxfleet_schema::{
@@ -40,6 +40,7 @@ use self::{
     card::{Card, trouble},
     cpu::Cpu,
     nvml::{Gpu, Slot, class_of},
+    presence::Presence,
 };
 use crate::{
     config::{GpuChoice, WorkerConfig},
@@ -204,6 +205,11 @@ pub fn workers(cache_dir: &Path) -> Vec<Neighbour> {
 /// of one. The simulated engine needs none.
 pub fn takes_gpus(config: &WorkerConfig) -> bool {
     cfg!(feature = "cuda") || config.engine == EngineKind::Simulated
+}
+
+/// The trouble of a call that does not come back. What is known from before stays known.
+pub(crate) fn hangs(since: Duration) -> DeviceTrouble {
+    trouble(FailureClass::Unavailable, format_args!("the driver has not answered for {} s", since.as_secs()))
 }
 
 /// Every device of this machine to which a worker can be pinned.

@@ -121,9 +121,9 @@ pub async fn run(
     };
     let own = own?;
     if config.gpu_id.is_none() && !probe.is_gpu() {
-        let listening = neighbours::names_taken(&nats, &probe.host, config.heartbeat());
-        let taken = shutdown.run_until_cancelled(listening).await;
-        probe.rename_cpu(config.index, &taken.unwrap_or_default())?;
+        let listening = neighbours::listen(&nats, &probe.host, None, config.heartbeat());
+        let heard = shutdown.run_until_cancelled(listening).await;
+        probe.rename_cpu(config.index, &heard.unwrap_or_default().names)?;
     }
     let probe = {
         let cache_dir = config.cache_dir.clone();
@@ -175,6 +175,7 @@ pub async fn run(
     let stop_tasks = CancellationToken::new();
     let (name, current) = watch::channel(Named::now(new_incarnation()?));
     let (preempted, preemptions) = watch::channel(None);
+    let first_uuid = first_figures.uuid.clone();
     let (figures, device) = watch::channel(first_figures);
     engine_tasks.spawn({
         let (engine, stop) = (engine.clone(), stop_engine.clone());
@@ -204,10 +205,15 @@ pub async fn run(
     });
     tasks.spawn({
         let (nats, me, stop, every) = (nats.clone(), identity.clone(), stop_tasks.clone(), config.heartbeat());
+        let uuid = first_uuid;
         async move {
-            let taken = stop.run_until_cancelled(neighbours::names_taken(&nats, &me.host, every)).await;
-            if taken.is_some_and(|taken| taken.contains(&me.gpu_id)) {
+            let listening = neighbours::listen(&nats, &me.host, uuid.as_deref(), every);
+            let Some(heard) = stop.run_until_cancelled(listening).await else { return };
+            if heard.names.contains(&me.gpu_id) {
                 tracing::warn!(gpu_id = %me.gpu_id, "another worker of this host has the same gpu_id, one of them will be superseded");
+            }
+            if !heard.on_device.is_empty() {
+                tracing::warn!(gpu_id = %me.gpu_id, uuid, others = ?heard.on_device, "other workers are on this device: all of them share its memory");
             }
         }
     });
