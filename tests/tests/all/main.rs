@@ -37,6 +37,7 @@ mod cli_jobs;
 mod cluster_r3;
 mod dead_letters;
 mod device_site;
+mod device_faults;
 mod direct;
 mod dispatcher_jobs;
 mod dispatcher_sessions;
