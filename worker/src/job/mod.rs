@@ -34,6 +34,7 @@ use self::{
     recording::Recording,
     result::{Aggregate, Times},
 };
+use crate::provider::Rent;
 
 /// How long a store that does not answer is asked again; then the job is tried elsewhere, from its last final.
 const PATIENCE: Duration = Duration::from_secs(60);
