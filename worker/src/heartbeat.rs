@@ -16,7 +16,7 @@ use voxfleet_schema::{
 };
 
 use crate::{
-    device::{self, Probe},
+    device::{self, Ours, Probe},
     lifecycle::Engine,
     session::unix_ms,
     stock::Stock,
@@ -167,9 +167,9 @@ pub(crate) async fn sample_device(
             () = stop.cancelled() => break,
             _ = ticks.tick() => {}
         }
-        let pid = engine.pid();
+        let ours = engine.pid().map(|pid| Ours { pid, expected_mb: engine.expected_mb() });
         let mut sampling = tokio::task::spawn_blocking(move || {
-            let device = probe.sample(pid);
+            let device = probe.sample(ours);
             (probe, device)
         });
         let begun = Instant::now();

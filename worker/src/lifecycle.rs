@@ -28,7 +28,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use voxfleet_schema::{
-    fleet::{EngineRunState, EngineState, ModelState},
+    fleet::{EngineRunState, EngineState, ModelState, Residency},
     id::{Kind, StreamId},
     transcript::VadKind,
 };
@@ -211,6 +211,12 @@ impl Engine {
 
     pub(crate) fn pid(&self) -> Option<u32> {
         Some(self.0.pid.load(Ordering::Relaxed)).filter(|pid| *pid != 0)
+    }
+
+    /// What the models that are loaded, or being loaded, are expected to take.
+    pub(crate) fn expected_mb(&self) -> u64 {
+        let there = |model: &&ModelState| matches!(model.state, Residency::Loaded | Residency::Loading);
+        self.status().models.iter().filter(there).map(|model| model.expected_mb).sum()
     }
 
     /// Starts the child if it is not running.
