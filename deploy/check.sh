@@ -2,6 +2,7 @@
 # Checks everything under deploy/ as far as this machine can, and says what it could not:
 #
 #   sh deploy/check.sh           under a minute
+#   sh deploy/check.sh --image   also the CPU image's final stage, built and started by buildah (deploy/check/image.sh; minutes)
 #   sh deploy/check.sh --cuda    also the CUDA toolkit's wheels and a probe compiled with them (530 MB at first)
 #
 # Scripts by shellcheck; Dockerfiles, compose files and units by their linters and by rules of ours; every setting in them by the real
@@ -12,14 +13,17 @@
 set -eu
 
 CUDA=
-case ${1:-} in
-    '') ;;
-    --cuda) CUDA=1 ;;
-    *)
-        echo "usage: sh deploy/check.sh [--cuda]" >&2
-        exit 64
-        ;;
-esac
+IMAGE=
+for option in "$@"; do
+    case $option in
+        --cuda) CUDA=1 ;;
+        --image) IMAGE=1 ;;
+        *)
+            echo "usage: sh deploy/check.sh [--cuda] [--image]" >&2
+            exit 64
+            ;;
+    esac
+done
 
 ROOT=$(cd -- "$(dirname -- "$0")/.." && pwd -P)
 cd "$ROOT"
@@ -127,10 +131,15 @@ if have docker && docker compose version >/dev/null 2>&1; then
 else
     say "skip docker compose config: no compose plugin here"
 fi
-if have docker && docker info >/dev/null 2>&1; then
-    say "skip images: there is a Docker here, build them with the commands in docs/deploy.md"
+if [ -z "$IMAGE" ]; then
+    say "skip images: minutes; sh deploy/check.sh --image builds and starts one"
+elif [ "$(id -u)" != 0 ] || ! have buildah || ! have debootstrap || [ -z "$BINARY" ]; then
+    say "skip images: root, buildah, debootstrap and a built voxfleet are needed"
 else
-    say "skip images: no Docker daemon here"
+    mkdir "$WORK/image"
+    CHECK_ROOT=$ROOT CHECK_WORK=$WORK/image CHECK_BINARY=$BINARY sh deploy/check/image.sh 2>"$WORK/image.err" >"$WORK/image.out" ||
+        echo "FAIL image.sh: it broke: $(tail -n 2 "$WORK/image.err")" >>"$WORK/image.out"
+    report <"$WORK/image.out"
 fi
 
 if have systemd-analyze; then

@@ -330,7 +330,7 @@ run_onstart() {
     mkdir -p "$R/workspace/voxfleet/models"
     cp "$R/var/cache/voxfleet/models/micro.en-q8_0.bin" "$R/workspace/voxfleet/models/"
     start "$WORK/runpod.log" in_root "$seed_" RUNPOD_POD_ID=check VOXFLEET_MODELS=micro.en-q8_0 \
-        /opt/voxfleet/start.sh worker --gpu none --gpu-id runpod-0
+        voxfleet-entry /opt/voxfleet/start.sh worker --gpu none --gpu-id runpod-0
     worker=$PID
     if until_ok 15 seen runpod-0 && [ "$(stat -c %u "$R/workspace/voxfleet/models/micro.en-q8_0.bin")" = 10001 ]; then
         ok "runpod/start.sh: models on the volume, which becomes ours"
