@@ -6,6 +6,7 @@
 //! closes the socket or dies.
 
 mod desk;
+mod neighbour;
 mod shelf;
 mod turns;
 mod unseen;
@@ -25,10 +26,13 @@ use std::{
 
 use rustix::process::getppid;
 
-use self::desk::Desk;
+use self::{
+    desk::Desk,
+    neighbour::{LockError, Neighbour, Turn},
+};
 use super::{
     pool::{Done, Loaded, Pool},
-    simulated::PoisonedVads,
+    simulated::{self, PoisonedVads, card},
     vad::{self, VadFactory},
     whisper,
 };
@@ -58,6 +62,8 @@ pub enum ChildError {
     Thread(#[source] io::Error),
     #[error("file descriptor {0} is not a socket of ours")]
     Fd(RawFd),
+    #[error(transparent)]
+    Lock(#[from] LockError),
     #[error("the supervisor is gone")]
     Orphaned,
 }
@@ -69,11 +75,19 @@ enum Event {
     Over(TransportError),
     Done(Box<Done>),
     Loaded(Box<Loaded>),
+    /// The lock shared with a neighbour is ours, or cannot be had.
+    Turn(Box<Turn>),
 }
 
 impl From<Done> for Event {
     fn from(done: Done) -> Self {
         Event::Done(Box::new(done))
+    }
+}
+
+impl From<Turn> for Event {
+    fn from(turn: Turn) -> Self {
+        Event::Turn(Box::new(turn))
     }
 }
 
@@ -97,20 +111,28 @@ pub fn main(fd: RawFd) -> Result<(), ChildError> {
 /// Serves one supervisor. Also usable inside a test, with the other end of a socketpair.
 pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
     let parent = getppid();
-    let mut reader = BlockingReader::new(socket.try_clone().map_err(TransportError::Io)?);
-    let writer = BlockingWriter::new(socket);
+    let own = |socket: &UnixStream| socket.try_clone().map_err(TransportError::Io);
+    let mut reader = BlockingReader::new(own(&socket)?);
     let config = match reader.next::<ToEngine>() {
         Ok(ToEngine::Configure(config)) => *config,
         Ok(_) => return Err(ChildError::NotConfigured),
         Err(TransportError::Closed) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
+    if config.simulated.card.is_some() {
+        card::speaks_through(own(&socket)?);
+    }
+    let writer = BlockingWriter::new(socket);
     let (events, inbox) = sync_channel(FRAMES);
     let pool = Pool::start(&config, &events).map_err(ChildError::Thread)?;
+    let neighbour = config.turns.as_ref().map(|turns| Neighbour::start(turns, &events)).transpose()?;
     let (vads, notes) = prepare(&config);
     let ready = FromEngine::Ready {
         vad: vads.kind(),
-        device: whisper::device(config.engine == EngineKind::WhisperCpp && config.use_gpu),
+        device: match config.engine {
+            EngineKind::WhisperCpp => whisper::device(config.use_gpu),
+            EngineKind::Simulated => simulated::device(config.use_gpu).to_owned(),
+        },
         engine: engine_name(config.engine).to_owned(),
         notes,
     };
@@ -118,7 +140,7 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
         .name("frames-in".to_owned())
         .spawn(move || read_frames(reader, &events))
         .map_err(ChildError::Thread)?;
-    let mut desk = Desk::new(config, pool, vads, writer);
+    let mut desk = Desk::new(config, pool, vads, writer, neighbour);
     let ended = desk.say(&ready).and_then(|()| desk.say_models()).map_err(ChildError::from);
     let ended = ended.and_then(|()| run(&mut desk, &inbox, parent));
     end(desk, &inbox);
@@ -179,9 +201,15 @@ fn run(desk: &mut Desk, inbox: &Receiver<Event>, parent: Option<rustix::process:
             desk.progress(now)?;
             next_tick = now + if desk.working() { TICK } else { IDLE_TICK };
         }
-        let first = match inbox.recv_timeout(next_tick.saturating_duration_since(now)) {
+        let wake = desk.wakes_at().map_or(next_tick, |at| at.min(next_tick));
+        let first = match inbox.recv_timeout(wake.saturating_duration_since(now)) {
             Ok(event) => event,
-            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Timeout) => {
+                if desk.wakes_at().is_some_and(|at| at <= Instant::now()) {
+                    desk.work()?;
+                }
+                continue;
+            }
             // The reader ends with an event of its own and the pool holds senders too.
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
@@ -193,6 +221,7 @@ fn run(desk: &mut Desk, inbox: &Receiver<Event>, parent: Option<rustix::process:
                 Event::Over(error) => return Err(error.into()),
                 Event::Done(done) => desk.done(*done)?,
                 Event::Loaded(loaded) => desk.loaded(*loaded)?,
+                Event::Turn(turn) => desk.turn_begins(*turn)?,
             }
         }
         desk.work()?;
