@@ -21,5 +21,6 @@ mod spawner;
 mod supervisor;
 
 pub use config::WorkerConfig;
+pub use lifecycle::remedy;
 pub use preempt::PreemptionConfig;
 pub use supervisor::{WorkerError, run};

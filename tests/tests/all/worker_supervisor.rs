@@ -318,7 +318,7 @@ async fn the_worker_has_the_last_word_on_what_it_takes() -> Result<()> {
         suspect: false,
         crashes: 0,
         suspect_from: None,
-            model_asked: None,
+        model_asked: None,
         options: SessionOptions::default(),
     });
     assert_eq!(refusal(alone.ask(&name, &job).await?), Some(FailureClass::BadRequest));

@@ -9,6 +9,7 @@
 //! | [`models`] | a model file is checked here before the C++ code sees it |
 //! | [`guards`] | holds back text that is not speech; pure |
 //! | [`pool`], [`child`] | decode-state threads, and the child process around streams and pool |
+//! | [`last_words`] | how an engine process that cannot go on says why |
 //! | [`direct`] | the same engine called directly on a log, for tests and measurements |
 //!
 //! [`Recognizer`] and [`Vad`] are the two interfaces that real and simulated engines implement; one conformance suite
@@ -18,6 +19,7 @@ pub mod checksum;
 pub mod child;
 pub mod direct;
 pub mod guards;
+pub mod last_words;
 pub mod models;
 pub mod pool;
 pub mod resample;
