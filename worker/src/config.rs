@@ -8,11 +8,15 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use voxfleet_schema::{fleet::Provider, id::GpuId};
-use voxfleet_store::fetch::FetchConfig;
+use voxfleet_store::{
+    fetch::FetchConfig,
+    models::{Catalog, ModelKind},
+};
 
 use crate::{
-    ipc::{EngineKind, ModelFile, SimulatedConfig},
+    ipc::{EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
     preempt::PreemptionConfig,
+    provider::{ProviderChoice, Rent},
 };
 
 /// Bytes of audio each session may always hold, in MB: four seconds of the widest format in use, two minutes of the default one,
@@ -124,14 +128,22 @@ pub struct WorkerConfig {
     pub default_model: Option<String>,
     /// Loaded at the start instead of at first use.
     pub preload: Vec<String>,
+    /// Models of the catalog that are fetched beside the work when they are not here.
+    pub prefetch: Vec<String>,
+    /// The operator's own catalog, which knows some of them; given by the command line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub catalog: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub silero_model: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub onnxruntime: Option<PathBuf>,
     pub decode_states: usize,
-    /// Threads of each decode state.
+    /// Threads of each decode state; 0 = as many as this host's workers can have without sharing cores.
     pub decode_threads: usize,
-    pub provider: Provider,
+    /// Workers that share this host's cores, this one included, where more are on their way than are seen.
+    pub host_workers: u32,
+    /// Auto = as the environment says.
+    pub provider: ProviderChoice,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub price_per_hour: Option<f64>,
     /// NVIDIA's management library; none = the one that the loader finds.
@@ -195,13 +207,17 @@ impl Default for WorkerConfig {
             default_model: None,
             // Nothing: an idle worker costs 0 MB of device memory.
             preload: Vec::new(),
+            // Nothing is fetched that nobody asked for.
+            prefetch: Vec::new(),
+            catalog: None,
             silero_model: None,
             onnxruntime: None,
             // Two decodes overlap well; more wait for one device anyway.
             decode_states: 2,
-            // states x threads must not exceed the cores, and small machines have two.
-            decode_threads: 1,
-            provider: Provider::Local,
+            // states x threads must not exceed the cores, of which machines have two or two hundred.
+            decode_threads: 0,
+            host_workers: 1,
+            provider: ProviderChoice::Auto,
             price_per_hour: None,
             nvml_library: None,
             // What drivers and allocators take beside what is asked for.
@@ -269,7 +285,10 @@ impl WorkerConfig {
                 self.decode_states
             ),
         );
-        check(self.decode_threads >= 1, "worker.decode_threads: 0, nothing would be decoded".to_owned());
+        check(
+            (1..=1_024).contains(&self.host_workers),
+            format!("worker.host_workers: {}, allowed are 1 to 1024", self.host_workers),
+        );
         if let Some(id) = &self.gpu_id
             && let Err(error) = GpuId::new(id)
         {
@@ -324,6 +343,9 @@ impl WorkerConfig {
             (self.sharing == Sharing::Sequential) == self.lock_file.is_some(),
             "worker.lock_file: belongs to sharing = \"sequential\", which needs it".to_owned(),
         );
+        if let Some(Err(why)) = self.lock_file.as_deref().map(can_be_locked) {
+            check(false, format!("worker.lock_file: {why}"));
+        }
         check(
             (100..=60_000).contains(&self.lock_hold_ms),
             format!("worker.lock_hold_ms: {}, allowed are 100 to 60000", self.lock_hold_ms),
@@ -342,7 +364,10 @@ impl WorkerConfig {
             }
         }
         if let Some(dir) = &self.models_dir {
-            check(dir.is_dir(), format!("worker.models_dir: {} is not a folder", dir.display()));
+            check(
+                dir.is_dir() || !self.prefetch.is_empty(),
+                format!("worker.models_dir: {} is not a folder", dir.display()),
+            );
         }
         if let Some(exe) = &self.engine_exe {
             check(exe.is_file(), format!("worker.engine_exe: {} is not a file", exe.display()));
@@ -369,6 +394,9 @@ impl WorkerConfig {
             for name in &self.preload {
                 check(known(name), format!("worker.preload: {}", not_here(name)));
             }
+            for name in &self.prefetch {
+                check(known(name), format!("worker.prefetch: {name:?} is no Whisper model of the catalog"));
+            }
         }
         found.extend(self.fetch.problems());
         found.extend(self.preemption.problems());
@@ -377,13 +405,29 @@ impl WorkerConfig {
 
     /// From SIGTERM to the end of the process.
     pub(crate) fn shutdown(&self) -> Duration {
-        Duration::from_millis(match (self.shutdown_ms, self.provider) {
+        Duration::from_millis(match (self.shutdown_ms, self.rent().provider) {
             // SIGKILL follows SIGTERM after about five seconds.
             (0, Provider::RunPod) => 4_500,
             // Docker's and systemd's patience is ten seconds or more.
             (0, _) => 9_500,
             (ms, _) => ms,
         })
+    }
+
+    /// Turns on the device with a neighbour.
+    pub(crate) fn turns(&self) -> Option<TurnsConfig> {
+        let lock_file = self.lock_file.clone().filter(|_| self.sharing == Sharing::Sequential)?;
+        Some(TurnsConfig { lock_file, hold_ms: self.lock_hold_ms, gap_ms: self.lock_gap_ms })
+    }
+
+    /// Memory of a device of this size that is left free, in MB.
+    pub(crate) fn reserve_mb(&self, total_mb: u64) -> u64 {
+        total_mb * u64::from(self.memory_reserve_percent) / 100
+    }
+
+    /// What the device costs, and whom.
+    pub(crate) fn rent(&self) -> Rent {
+        Rent { provider: self.provider.into(), price_per_hour: self.price_per_hour }
     }
 
     pub(crate) fn heartbeat(&self) -> Duration {
@@ -395,7 +439,7 @@ impl WorkerConfig {
         let mut files: BTreeMap<String, PathBuf> = BTreeMap::new();
         let folder = self.models_dir.clone().or_else(|| Some(self.cache_dir.as_ref()?.join("models")));
         // A folder that can not be read holds no models; `problems` says so when it was named.
-        for entry in folder.and_then(|f| std::fs::read_dir(f).ok()).into_iter().flatten().flatten() {
+        for entry in folder.as_ref().and_then(|f| std::fs::read_dir(f).ok()).into_iter().flatten().flatten() {
             let path = entry.path();
             if path.extension().is_some_and(|e| e == "bin")
                 && let Some(stem) = path.file_stem().and_then(|s| s.to_str())
@@ -404,11 +448,23 @@ impl WorkerConfig {
                 files.insert(stem.to_owned(), path.clone());
             }
         }
+        for name in &self.prefetch {
+            if let (Some(folder), Some(file)) = (&folder, self.catalog_file(name)) {
+                files.entry(name.clone()).or_insert_with(|| folder.join(file));
+            }
+        }
         files.extend(self.models.clone());
         if self.engine == EngineKind::Simulated && files.is_empty() {
             files.insert(SIMULATED_MODEL.to_owned(), PathBuf::new());
         }
         files.into_iter().map(|(name, path)| ModelFile { name, path }).collect()
+    }
+
+    /// The file under which the store keeps a Whisper model of the catalog.
+    fn catalog_file(&self, name: &str) -> Option<String> {
+        let catalog = Catalog::load(self.catalog.as_deref()).ok()?;
+        let model = catalog.get(name).filter(|model| model.kind == ModelKind::Whisper)?;
+        Some(model.files.first()?.file.clone())
     }
 
     /// The model of sessions that name none; empty when there is no model at all.
@@ -460,9 +516,25 @@ pub const SIMULATED_MODEL: &str = "simulated";
 /// Says which command brings it, where one does.
 fn not_here(name: &str) -> String {
     // Only names of the catalog can be pulled; a binary whose own catalog is broken has nothing to offer.
-    match voxfleet_store::models::Catalog::built_in().is_ok_and(|catalog| catalog.get(name).is_some()) {
+    match Catalog::built_in().is_ok_and(|catalog| catalog.get(name).is_some()) {
         true => format!("model {name:?} is not here; `voxfleet models pull {name}` brings it"),
         false => format!("{name:?} is not one of the models"),
+    }
+}
+
+/// Whether a lock can be taken on this file, now or once it has been made; nothing is made here.
+fn can_be_locked(path: &Path) -> Result<(), String> {
+    match std::fs::File::open(path) {
+        Ok(file) if file.metadata().is_ok_and(|m| m.is_dir()) => Err(format!("{} is a folder", path.display())),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let folder = path.parent().map(|folder| Path::new(".").join(folder));
+            match folder.is_some_and(|folder| folder.is_dir()) {
+                true => Ok(()),
+                false => Err(format!("the folder of {} is not there", path.display())),
+            }
+        }
+        Err(error) => Err(format!("{} cannot be opened: {error}", path.display())),
     }
 }
 

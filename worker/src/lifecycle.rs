@@ -263,6 +263,11 @@ impl Engine {
         self.0.status.borrow().clone()
     }
 
+    /// Every change of what [`Self::status`] says.
+    pub(crate) fn watch(&self) -> watch::Receiver<EngineStatus> {
+        self.0.status.subscribe()
+    }
+
     /// The heartbeat's view.
     pub(crate) fn heartbeat_state(&self, now: Instant) -> (EngineState, Vec<ModelState>) {
         let status = self.status();

@@ -122,14 +122,33 @@ pub(crate) async fn launch(launch: Launch) -> Result<Child, SpawnError> {
         // A Ctrl-C in the terminal is for us; the child ends when we say so.
         .process_group(0)
         .kill_on_drop(true);
+    start(command, exe, launch.inherited, Signal::KILL).await
+}
+
+/// A worker of `worker --all-gpus`: this binary with these words behind its name. It writes where we write, and is asked to
+/// stop when we die.
+pub(crate) async fn launch_worker(args: &[OsString]) -> Result<Child, SpawnError> {
+    let exe = PathBuf::from("/proc/self/exe");
+    let mut command = Command::new(&exe);
+    // A Ctrl-C in the terminal is for us: heard twice, it would end the worker at once.
+    command.args(args).stdin(Stdio::null()).process_group(0);
+    start(command, exe, Vec::new(), Signal::TERM).await
+}
+
+/// Forks from the thread that stays, with `at_death` as what the child hears when we die.
+async fn start(
+    mut command: Command,
+    exe: PathBuf,
+    inherited: Vec<OwnedFd>,
+    at_death: Signal,
+) -> Result<Child, SpawnError> {
     let parent = rustix::process::getpid();
-    let inherited = launch.inherited;
     // The closure owns the child's descriptors, so they stay open until the order is carried out and close here with it.
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are a few system calls without
     // allocation or locks.
     unsafe {
         command.pre_exec(move || {
-            set_parent_process_death_signal(Some(Signal::KILL))?;
+            set_parent_process_death_signal(Some(at_death))?;
             // It may have died before the line above took effect; then nobody would ever end this child.
             if getppid() != Some(parent) {
                 return Err(io::ErrorKind::NotConnected.into());

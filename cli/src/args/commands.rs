@@ -25,14 +25,18 @@ pub(crate) struct DispatcherArgs {
 #[command(after_help = "Examples:
   voxfleet worker --url nats://hub:4222
   voxfleet worker --models-dir /models --model small.en --slots 8
+  voxfleet worker --all-gpus --models-dir /models
   voxfleet worker --gpu none --engine simulated --gpu-id cpu-test-0
 
 Workers of one host need different names. Those on GPUs have them from their devices; one on the CPU takes the next that
 it hears nobody use. CPU workers that start within the same second need --gpu-id or --set worker.index=1 (2, 3, ...).")]
 pub(crate) struct WorkerArgs {
-    /// auto, none (the CPU), an NVML index or a UUID
+    /// auto, none (the CPU), an NVML index or a UUID (GPU-... or MIG-...)
     #[arg(long, value_name = "GPU")]
     pub(crate) gpu: Option<String>,
+    /// A worker process for each GPU of this machine, or instance of a split one; those that die are started again
+    #[arg(long, conflicts_with_all = ["gpu", "gpu_id"])]
+    pub(crate) all_gpus: bool,
     /// Stable name of this device [default: from its NVML UUID, or cpu-<host>-0]
     #[arg(long, value_name = "ID")]
     pub(crate) gpu_id: Option<String>,

@@ -71,7 +71,7 @@ pub(crate) async fn run(command: Command, context: Context) -> anyhow::Result<Ex
         #[cfg(feature = "dispatcher")]
         Command::Dispatcher(_) => dispatcher::run(&context).await,
         #[cfg(feature = "worker")]
-        Command::Worker(_) => worker::run(&context).await,
+        Command::Worker(args) => worker::run(&args, &context).await,
         Command::Stream(args) => stream::run(&args, &context).await,
         Command::Transcribe(args) => transcribe::run(&args, &context).await,
         Command::Jobs(args) => jobs::run(&args, &context).await,

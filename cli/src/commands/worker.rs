@@ -2,18 +2,29 @@
 
 use voxfleet_nats::topology::TopologyError;
 use voxfleet_store::models::InUse;
+use voxfleet_worker::{
+    WorkerConfig,
+    every_gpu::{self, EveryGpuError},
+};
 
 use super::SERVICE_LOG;
 use crate::{
     Context,
+    args::WorkerArgs,
     config::Role,
     exit::{Exit, OrExit as _},
 };
 
-pub(crate) async fn run(context: &Context) -> anyhow::Result<Exit> {
+/// As it is typed.
+const ALL_GPUS: &str = "--all-gpus";
+
+pub(crate) async fn run(args: &WorkerArgs, context: &Context) -> anyhow::Result<Exit> {
     let loaded = context.configure(&[Role::Worker], SERVICE_LOG)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), file = ?loaded.file, "worker starts");
     let settings = loaded.settings;
+    if args.all_gpus {
+        return all_gpus(&settings.worker, context).await;
+    }
     let Some(nats) = super::connect_service(&settings, "voxfleet-worker", &context.shutdown).await? else {
         tracing::info!("worker stopped before there was a server");
         return Ok(Exit::Ok);
@@ -25,10 +36,27 @@ pub(crate) async fn run(context: &Context) -> anyhow::Result<Exit> {
     // Whoever makes room for another model leaves these alone for as long as this process lives.
     let held: Vec<InUse> = settings.worker.model_files().iter().filter_map(|m| InUse::hold(&m.path)).collect();
     tracing::debug!(models = held.len(), "model files held");
-    let result = voxfleet_worker::run(nats.clone(), settings.worker, context.shutdown.clone()).await;
+    let store = match settings.worker.prefetch.is_empty() {
+        true => None,
+        false => Some(super::models::open(&settings, false)?),
+    };
+    let result = voxfleet_worker::run(nats.clone(), settings.worker, store, context.shutdown.clone()).await;
     super::close(nats).await;
     drop(held);
     result.or_exit(Exit::Failure)?;
     tracing::info!("worker stopped");
     Ok(Exit::Ok)
+}
+
+/// Each worker is told what this process was, but for the device.
+async fn all_gpus(config: &WorkerConfig, context: &Context) -> anyhow::Result<Exit> {
+    let args = std::env::args_os().skip(1).filter(|arg| arg != ALL_GPUS).collect();
+    match every_gpu::run(config, args, Exit::Config.code(), context.shutdown.clone()).await {
+        Ok(()) => {
+            tracing::info!("all workers stopped");
+            Ok(Exit::Ok)
+        }
+        Err(error @ (EveryGpuError::Failed { .. } | EveryGpuError::Task(_))) => Err(error).or_exit(Exit::Failure),
+        Err(error) => Err(error).or_exit(Exit::Config),
+    }
 }

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use voxfleet_nats::NatsConfig;
 use voxfleet_store::models::ModelsConfig;
+#[cfg(feature = "worker")]
+use voxfleet_worker::provider::{ProviderChoice, detect};
 
 use crate::{
     env::{self, Env},
@@ -73,14 +75,29 @@ impl Settings {
         #[cfg(feature = "worker")]
         {
             let worker = &mut self.worker;
+            worker.catalog = worker.catalog.take().or_else(|| self.models.catalog.clone());
             match (&self.models.dir, &worker.models_dir) {
                 // One that nothing was pulled into yet is no mistake.
-                (Some(dir), None) if dir.is_dir() => worker.models_dir = Some(dir.clone()),
+                (Some(dir), None) if dir.is_dir() || !worker.prefetch.is_empty() => {
+                    worker.models_dir = Some(dir.clone())
+                }
                 (None, Some(dir)) => self.models.dir = Some(dir.clone()),
                 _ => {}
             }
             self.models.dir = self.models.folder(worker.cache_dir.as_deref());
         }
+    }
+
+    /// Also where a file says `auto` in so many words.
+    fn find_provider(&mut self, env: &impl Env) {
+        #[cfg(feature = "worker")]
+        if self.worker.provider == ProviderChoice::Auto
+            && let Some((provider, _)) = provider(env)
+        {
+            self.worker.provider = provider;
+        }
+        #[cfg(not(feature = "worker"))]
+        let _unread = env;
     }
 
     fn problems(&self, roles: &[Role]) -> Vec<String> {
@@ -173,6 +190,7 @@ fn read(
     match layers::assemble::<Settings>(&set) {
         Ok(mut settings) => {
             settings.share_models_folder();
+            settings.find_provider(env);
             problems.extend(settings.problems(&roles));
             if problems.is_empty() {
                 return Ok((Loaded { settings, file, set }, roles));
@@ -198,6 +216,16 @@ fn inherited(env: &impl Env, layers: &mut Layers) {
     {
         layers.inherited("ORT_DYLIB_PATH", "worker.onnxruntime", &library);
     }
+    #[cfg(feature = "worker")]
+    if let Some((provider, name)) = provider(env) {
+        layers.inherited(name, "worker.provider", provider.as_str());
+    }
+}
+
+/// Who rents out this machine, by the variables that it documents.
+#[cfg(feature = "worker")]
+fn provider(env: &impl Env) -> Option<(ProviderChoice, &'static str)> {
+    detect(|name| env.var(name).is_some_and(|value| !value.is_empty()))
 }
 
 #[cfg(test)]

@@ -141,3 +141,22 @@ fn well_known_variables_are_followed_and_overruled() {
     let loaded = load(&set(&[("worker.cache_dir", "/other")]), &env(&inherited), &[], &[]).expect("valid");
     assert_eq!(origin(&loaded, "worker.cache_dir"), "flag:--set");
 }
+
+#[cfg(feature = "worker")]
+#[test]
+fn the_provider_is_found_and_overruled() {
+    let rented = env(&[("RUNPOD_POD_ID", "ab12"), ("CONTAINER_ID", "7")]);
+    let loaded = load(&Overrides::default(), &rented, &[], &[]).expect("valid");
+    assert_eq!(loaded.settings.worker.provider, ProviderChoice::RunPod);
+    assert_eq!(origin(&loaded, "worker.provider"), "env:RUNPOD_POD_ID");
+    for (asked, found) in [("lambda", ProviderChoice::Lambda), ("auto", ProviderChoice::RunPod)] {
+        let loaded = load(&set(&[("worker.provider", asked)]), &rented, &[], &[]).expect("valid");
+        assert_eq!(loaded.settings.worker.provider, found, "{asked}");
+    }
+    let vast = env(&[("VAST_CONTAINERLABEL", "C.38250"), ("RUNPOD_POD_ID", "")]);
+    let loaded = load(&Overrides::default(), &vast, &[], &[]).expect("valid");
+    assert_eq!(loaded.settings.worker.provider, ProviderChoice::VastAi);
+    let nowhere = load(&Overrides::default(), &env(&[]), &[], &[]).expect("valid");
+    assert_eq!(nowhere.settings.worker.provider, ProviderChoice::Auto);
+    assert!(load(&set(&[("worker.provider", "moon")]), &env(&[]), &[], &[]).is_err());
+}

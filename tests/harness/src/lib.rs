@@ -11,6 +11,8 @@
 //! | [`wire`] | single publishes dropped, doubled, delayed or changed on their way through a relay |
 //! | [`https`] | a web server that serves, refuses, redirects and misbehaves as told |
 //! | [`s3`] | a real S3 service |
+//! | [`card`] | GPUs that are not there, behind a library of NVIDIA's interface |
+//! | [`sim_card`] | the folder that is a card to simulated engines |
 //! | [`process`] | `voxfleet dispatcher` and `voxfleet worker`, configured through the environment |
 //! | [`fleet`] | all of it together, ready to be spoken to |
 //! | [`producer`] | a stranger's producer: plain publishes |
@@ -28,6 +30,7 @@
 //! product's `nats` crate, so that a mistake there can not hide itself.
 
 pub mod audio;
+pub mod card;
 pub mod chaos;
 pub mod checker;
 pub mod child;
@@ -43,6 +46,7 @@ pub mod producer;
 pub mod relay;
 pub mod s3;
 pub mod server;
+pub mod sim_card;
 pub mod verdict;
 pub mod wait;
 pub mod wire;

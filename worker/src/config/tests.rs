@@ -43,11 +43,37 @@ fn every_mistake_is_named_at_once() {
 }
 
 #[test]
+fn turns_need_a_file_that_can_be_locked() {
+    let folder = tempfile::tempdir().expect("folder");
+    let sequential = |lock_file: Option<&str>| {
+        let lock_file = lock_file.map(|name| folder.path().join(name));
+        WorkerConfig { sharing: Sharing::Sequential, lock_file, ..simulated() }
+    };
+    let problems = |config: &WorkerConfig| config.problems().join("; ");
+    let good = sequential(Some("gpu.lock"));
+    assert_eq!(problems(&good), "");
+    assert!(!folder.path().join("gpu.lock").exists(), "asking makes nothing");
+    let turns = good.turns().expect("turns");
+    assert_eq!((turns.hold_ms, turns.gap_ms), (good.lock_hold_ms, good.lock_gap_ms));
+    for (bad, why) in [
+        (sequential(None), "needs it"),
+        (sequential(Some("none/gpu.lock")), "is not there"),
+        (sequential(Some("")), "is a folder"),
+        (WorkerConfig { sharing: Sharing::Swap, ..good.clone() }, "belongs to sharing"),
+    ] {
+        let problems = problems(&bad);
+        assert!(problems.starts_with("worker.lock_file:") && problems.contains(why), "{problems}");
+    }
+    assert_eq!(WorkerConfig { sharing: Sharing::Swap, ..good }.turns(), None);
+}
+
+#[test]
 fn a_stop_keeps_within_what_the_provider_gives() {
     let ms = |provider, shutdown_ms| WorkerConfig { provider, shutdown_ms, ..simulated() }.shutdown().as_millis();
-    assert_eq!(ms(Provider::RunPod, 0), 4_500);
-    assert_eq!(ms(Provider::Local, 0), 9_500);
-    assert_eq!(ms(Provider::RunPod, 700), 700);
+    assert_eq!(ms(ProviderChoice::RunPod, 0), 4_500);
+    assert_eq!(ms(ProviderChoice::Local, 0), 9_500);
+    assert_eq!(ms(ProviderChoice::Auto, 0), 9_500);
+    assert_eq!(ms(ProviderChoice::RunPod, 700), 700);
 }
 
 #[test]

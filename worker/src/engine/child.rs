@@ -6,6 +6,7 @@
 //! closes the socket or dies.
 
 mod desk;
+mod neighbour;
 mod shelf;
 mod turns;
 mod unseen;
@@ -25,10 +26,14 @@ use std::{
 
 use rustix::process::getppid;
 
-use self::desk::Desk;
+use self::{
+    desk::Desk,
+    neighbour::{LockError, Neighbour, Turn},
+};
 use super::{
+    last_words::{self, LastWords, leave},
     pool::{Done, Loaded, Pool},
-    simulated::PoisonedVads,
+    simulated::{self, PoisonedVads, card},
     vad::{self, VadFactory},
     whisper,
 };
@@ -58,6 +63,8 @@ pub enum ChildError {
     Thread(#[source] io::Error),
     #[error("file descriptor {0} is not a socket of ours")]
     Fd(RawFd),
+    #[error(transparent)]
+    Lock(#[from] LockError),
     #[error("the supervisor is gone")]
     Orphaned,
 }
@@ -69,11 +76,19 @@ enum Event {
     Over(TransportError),
     Done(Box<Done>),
     Loaded(Box<Loaded>),
+    /// The lock shared with a neighbour is ours, or cannot be had.
+    Turn(Box<Turn>),
 }
 
 impl From<Done> for Event {
     fn from(done: Done) -> Self {
         Event::Done(Box::new(done))
+    }
+}
+
+impl From<Turn> for Event {
+    fn from(turn: Turn) -> Self {
+        Event::Turn(Box::new(turn))
     }
 }
 
@@ -97,20 +112,31 @@ pub fn main(fd: RawFd) -> Result<(), ChildError> {
 /// Serves one supervisor. Also usable inside a test, with the other end of a socketpair.
 pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
     let parent = getppid();
-    let mut reader = BlockingReader::new(socket.try_clone().map_err(TransportError::Io)?);
-    let writer = BlockingWriter::new(socket);
+    let own = |socket: &UnixStream| socket.try_clone().map_err(TransportError::Io);
+    let mut reader = BlockingReader::new(own(&socket)?);
     let config = match reader.next::<ToEngine>() {
         Ok(ToEngine::Configure(config)) => *config,
         Ok(_) => return Err(ChildError::NotConfigured),
         Err(TransportError::Closed) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
+    if config.simulated.card.is_some() {
+        card::speaks_through(own(&socket)?);
+    }
+    let writer = BlockingWriter::new(socket);
     let (events, inbox) = sync_channel(FRAMES);
     let pool = Pool::start(&config, &events).map_err(ChildError::Thread)?;
+    let neighbour = config.turns.as_ref().map(|turns| Neighbour::start(turns, &events)).transpose()?;
+    if config.engine == EngineKind::WhisperCpp && config.use_gpu {
+        claim_gpu();
+    }
     let (vads, notes) = prepare(&config);
     let ready = FromEngine::Ready {
         vad: vads.kind(),
-        device: whisper::device(config.engine == EngineKind::WhisperCpp && config.use_gpu),
+        device: match config.engine {
+            EngineKind::WhisperCpp => whisper::device(config.use_gpu),
+            EngineKind::Simulated => simulated::device(config.use_gpu).to_owned(),
+        },
         engine: engine_name(config.engine).to_owned(),
         notes,
     };
@@ -118,7 +144,7 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
         .name("frames-in".to_owned())
         .spawn(move || read_frames(reader, &events))
         .map_err(ChildError::Thread)?;
-    let mut desk = Desk::new(config, pool, vads, writer);
+    let mut desk = Desk::new(config, pool, vads, writer, neighbour);
     let ended = desk.say(&ready).and_then(|()| desk.say_models()).map_err(ChildError::from);
     let ended = ended.and_then(|()| run(&mut desk, &inbox, parent));
     end(desk, &inbox);
@@ -136,6 +162,20 @@ fn engine_name(kind: EngineKind) -> &'static str {
     }
 }
 
+/// A GPU that was asked for and is not there ends the process: whoever allows the CPU gets it from one that says so.
+fn claim_gpu() {
+    last_words::listen();
+    if whisper::device(true) != "cpu" {
+        return;
+    }
+    let (words, lines) = last_words::heard();
+    match (cfg!(feature = "cuda"), words) {
+        (false, _) => leave(LastWords::MissingLibrary, "a GPU was asked for, and this build has no CUDA"),
+        (true, Some(words)) => leave(words, &lines),
+        (true, None) => leave(LastWords::DeviceLost, "a GPU was asked for, and CUDA shows none"),
+    }
+}
+
 fn prepare(config: &EngineConfig) -> (Arc<dyn VadFactory>, Vec<String>) {
     let (mut vads, note) = vad::best_available(config.silero_model.as_deref(), config.onnxruntime.as_deref());
     if config.engine == EngineKind::Simulated
@@ -143,11 +183,7 @@ fn prepare(config: &EngineConfig) -> (Arc<dyn VadFactory>, Vec<String>) {
     {
         vads = Arc::new(PoisonedVads { inner: vads, poison });
     }
-    let mut notes: Vec<String> = note.into_iter().collect();
-    if config.engine == EngineKind::WhisperCpp && config.use_gpu && whisper::device(true) == "cpu" {
-        let why = if cfg!(feature = "cuda") { "no usable device was found" } else { "this build has no CUDA" };
-        notes.push(format!("decoding on the CPU: a GPU was asked for, but {why}"));
-    }
+    let notes: Vec<String> = note.into_iter().collect();
     for note in &notes {
         tracing::warn!(%note, "engine runs differently from its configuration");
     }
@@ -179,9 +215,15 @@ fn run(desk: &mut Desk, inbox: &Receiver<Event>, parent: Option<rustix::process:
             desk.progress(now)?;
             next_tick = now + if desk.working() { TICK } else { IDLE_TICK };
         }
-        let first = match inbox.recv_timeout(next_tick.saturating_duration_since(now)) {
+        let wake = desk.wakes_at().map_or(next_tick, |at| at.min(next_tick));
+        let first = match inbox.recv_timeout(wake.saturating_duration_since(now)) {
             Ok(event) => event,
-            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Timeout) => {
+                if desk.wakes_at().is_some_and(|at| at <= Instant::now()) {
+                    desk.work()?;
+                }
+                continue;
+            }
             // The reader ends with an event of its own and the pool holds senders too.
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
@@ -193,6 +235,7 @@ fn run(desk: &mut Desk, inbox: &Receiver<Event>, parent: Option<rustix::process:
                 Event::Over(error) => return Err(error.into()),
                 Event::Done(done) => desk.done(*done)?,
                 Event::Loaded(loaded) => desk.loaded(*loaded)?,
+                Event::Turn(turn) => desk.turn_begins(*turn)?,
             }
         }
         desk.work()?;

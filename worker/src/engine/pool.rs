@@ -17,7 +17,7 @@ use super::{
     EngineError, Hypothesis, Recognizer, RecognizerInfo, Window,
     guards::{Judged, judge},
     models,
-    simulated::SimulatedModel,
+    simulated::{self, SimulatedModel},
     whisper::WhisperModel,
 };
 use crate::ipc::{EngineConfig, EngineKind, ModelFile};
@@ -38,7 +38,9 @@ impl Model {
             EngineKind::WhisperCpp => {
                 WhisperModel::load(&file.name, &file.path, config.use_gpu, config.decode_threads).map(Self::Whisper)
             }
-            EngineKind::Simulated => SimulatedModel::load(&file.name, &config.simulated).map(Self::Simulated),
+            EngineKind::Simulated => {
+                SimulatedModel::load_on(&file.name, &config.simulated, config.use_gpu).map(Self::Simulated)
+            }
         }
     }
 
@@ -46,6 +48,14 @@ impl Model {
         match self {
             Self::Whisper(model) => model.info(),
             Self::Simulated(model) => model.info(),
+        }
+    }
+
+    /// MB that its weights take on a simulated card, and each of its states.
+    fn on_card_mb(&self) -> Option<(u64, u64)> {
+        match self {
+            Self::Whisper(_) => None,
+            Self::Simulated(model) => model.on_card_mb(),
         }
     }
 
@@ -61,7 +71,9 @@ impl Model {
 pub fn expected_mb(config: &EngineConfig, file: &ModelFile) -> Result<u64, EngineError> {
     let states = config.decode_states as u64;
     match config.engine {
-        EngineKind::Simulated => Ok(config.simulated.weights_mb + states * config.simulated.state_mb),
+        EngineKind::Simulated => {
+            Ok(simulated::weights_mb(&config.simulated, &file.name) + states * config.simulated.state_mb)
+        }
         EngineKind::WhisperCpp => models::check(&file.name, &file.path)
             .map(|facts| facts.expected_mb - facts.state_mb + states * facts.state_mb),
     }
@@ -277,7 +289,8 @@ fn decode_loop<E: From<Done>>(number: usize, orders: &Receiver<Order>, events: &
                 Err(_) => (Err(EngineError::Decode("the recognizer panicked".to_owned())), 0),
                 Ok(heard) => {
                     states.insert(info.model.clone(), state);
-                    (heard, if new { resident_mb().saturating_sub(before) } else { 0 })
+                    let took = || resident_mb().saturating_sub(before);
+                    (heard, if new { job.model.on_card_mb().map_or_else(took, |(_, state)| state) } else { 0 })
                 }
             },
         };
@@ -300,7 +313,8 @@ fn load_loop<E: From<Loaded>>(config: &EngineConfig, loads: &Receiver<Load>, eve
         }
         let (begin, before) = (Instant::now(), resident_mb());
         let model = Model::load(config, &file);
-        let resident_mb = resident_mb().saturating_sub(before);
+        let on_card = model.as_ref().ok().and_then(Model::on_card_mb);
+        let resident_mb = on_card.map_or_else(|| resident_mb().saturating_sub(before), |(weights, _)| weights);
         let loaded = Loaded { name: file.name, model, resident_mb, took: begin.elapsed() };
         if events.send(loaded.into()).is_err() {
             return;

@@ -24,7 +24,6 @@ use voxfleet_nats::{
 use voxfleet_schema::{
     codec,
     failure::{Failure, FailureClass},
-    fleet::Provider,
     id::Kind,
     job::{AudioUrl, result_key},
     transcript::Final,
@@ -34,6 +33,10 @@ pub(crate) use self::task::{Job, JobEnd, Means, job_options};
 use self::{
     recording::Recording,
     result::{Aggregate, Times},
+};
+use crate::{
+    memory::{Change, Memory, Stage},
+    provider::Rent,
 };
 
 /// How long a store that does not answer is asked again; then the job is tried elsewhere, from its last final.
@@ -47,12 +50,15 @@ const FULL_FOR_MS: u64 = 60_000;
 pub(crate) struct Work {
     pub(crate) recording: Arc<Recording>,
     media: Media,
-    provider: Provider,
+    rent: Rent,
     queue_s: f64,
     fetch_s: f64,
     /// What finals stand for when this worker took it.
     from_s: f64,
     begun: Instant,
+    /// In use on the device when it began, in MB.
+    before_mb: u64,
+    memory: Memory,
 }
 
 impl Work {
@@ -63,7 +69,9 @@ impl Work {
         aggregate.add(end);
         let transcribe = self.begun.elapsed().as_secs_f64();
         let times = Times { queue: self.queue_s, fetch: self.fetch_s, transcribe, from: self.from_s };
-        let result = aggregate.finish(self.provider, times);
+        let decoded = self.memory.ended(Stage::Transcribe, self.before_mb);
+        let changes: Vec<Change> = self.memory.last(Stage::Load).into_iter().chain([decoded]).collect();
+        let result = aggregate.finish(self.rent, times, &changes);
         let bytes = codec::to_json(&result).map_err(|error| Failure::new(FailureClass::Internal, error.to_string()))?;
         let key = result_key(&end.id, &end.final_id);
         let bytes = bytes::Bytes::from(bytes);

@@ -9,7 +9,6 @@ use voxfleet_schema::{
     SAMPLE_RATE_HZ,
     event::What,
     failure::{Failure, FailureClass},
-    fleet::Provider,
     id::Kind,
     job::{AudioUrl, JobStage, WorkItem},
     session::SessionOptions,
@@ -17,7 +16,11 @@ use voxfleet_schema::{
 use voxfleet_store::fetch::Fetcher;
 
 use super::{Recording, Work, recording::Facts};
-use crate::session::{End, Handle, Shared, last_final, unix_ms};
+use crate::{
+    memory::Memory,
+    provider::Rent,
+    session::{End, Handle, Shared, last_final, unix_ms},
+};
 
 /// What every job of this worker uses.
 #[derive(Debug, Clone)]
@@ -28,7 +31,8 @@ pub(crate) struct Means {
     pub(crate) limits: Limits,
     /// Executable of the decoder; none = this one.
     pub(crate) exe: Option<PathBuf>,
-    pub(crate) provider: Provider,
+    pub(crate) rent: Rent,
+    pub(crate) memory: Memory,
 }
 
 /// How a job ended here.
@@ -101,7 +105,7 @@ impl Job {
 
     /// Brings the recording here. None: the job is done already.
     async fn prepare(&self) -> Result<Option<Work>, Failure> {
-        let Means { shared, fetcher, media, limits, exe, provider } = &self.means;
+        let Means { shared, fetcher, media, limits, exe, rent, memory } = &self.means;
         let item = &self.item;
         let from_sample = match last_final(&shared.chain, Kind::Job, &item.job).await {
             Ok(Some(last)) if last.value.end => return Ok(None),
@@ -124,12 +128,14 @@ impl Job {
         Ok(Some(Work {
             recording,
             media: media.clone(),
-            provider: *provider,
+            rent: *rent,
             queue_s: (unix_ms().saturating_sub(item.submitted_ms) as f64 / 1_000.0 - begun.elapsed().as_secs_f64())
                 .max(0.0),
             fetch_s: begun.elapsed().as_secs_f64(),
             from_s: from_sample as f64 / f64::from(SAMPLE_RATE_HZ),
             begun: Instant::now(),
+            before_mb: memory.used_mb(),
+            memory: memory.clone(),
         }))
     }
 }

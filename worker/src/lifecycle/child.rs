@@ -37,7 +37,7 @@ const LATE: Duration = Duration::from_secs(3);
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// An engine that is to run elsewhere waits so long for sessions to come to the end of a final.
-const TURN_GRACE: Duration = Duration::from_secs(5);
+const TURN_GRACE: Duration = Duration::from_secs(2);
 
 /// Why a child's life ends.
 #[derive(Debug, Clone, PartialEq, Eq)]

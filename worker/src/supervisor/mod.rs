@@ -25,7 +25,10 @@ use voxfleet_nats::{
     transcript::Chain,
 };
 use voxfleet_schema::id::{IdError, Incarnation, WorkerName};
-use voxfleet_store::fetch::{FetchError, Fetcher};
+use voxfleet_store::{
+    fetch::{FetchError, Fetcher},
+    models::ModelStore,
+};
 
 use self::{
     holdings::Holdings,
@@ -34,14 +37,16 @@ use self::{
 use crate::{
     capacity::{Budget, HintPool},
     config::{Sharing, WorkerConfig},
-    device::{DeviceError, Probe},
+    device::{DeviceError, Probe, Sharers},
     heartbeat::{self, Identity, Named, Sources},
-    ipc::EngineConfig,
+    ipc::{EngineConfig, EngineKind},
     job::Means,
     lifecycle::{Engine, EngineTerms, Program},
+    memory::Memory,
     preempt,
     session::Shared,
     shutdown::{ShutdownBudget, Stage},
+    stock::Stock,
 };
 
 /// Log reads under way at once.
@@ -78,6 +83,7 @@ pub(crate) struct Supervisor {
     config: Arc<WorkerConfig>,
     models: Arc<Vec<String>>,
     default_model: Arc<str>,
+    stock: Stock,
     gpu_id: voxfleet_schema::id::GpuId,
     holdings: Arc<Holdings>,
     engine: Engine,
@@ -87,7 +93,14 @@ pub(crate) struct Supervisor {
 }
 
 /// Runs a worker until `shutdown`, or until it has been drained.
-pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) -> Result<(), WorkerError> {
+///
+/// `store`: where models come from that are to be fetched.
+pub async fn run(
+    nats: Nats,
+    config: WorkerConfig,
+    store: Option<ModelStore>,
+    shutdown: CancellationToken,
+) -> Result<(), WorkerError> {
     let problems = config.problems();
     if !problems.is_empty() {
         return Err(WorkerError::Config(problems));
@@ -108,14 +121,24 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     };
     let own = own?;
     if config.gpu_id.is_none() && !probe.is_gpu() {
-        let listening = neighbours::names_taken(&nats, &probe.host, config.heartbeat());
-        let taken = shutdown.run_until_cancelled(listening).await;
-        probe.rename_cpu(config.index, &taken.unwrap_or_default())?;
+        let listening = neighbours::listen(&nats, &probe.host, None, config.heartbeat());
+        let heard = shutdown.run_until_cancelled(listening).await;
+        probe.rename_cpu(config.index, &heard.unwrap_or_default().names)?;
     }
+    let probe = {
+        let cache_dir = config.cache_dir.clone();
+        let announce = move || {
+            if let Some(cache_dir) = &cache_dir {
+                probe.announce(cache_dir);
+            }
+            probe
+        };
+        tokio::task::spawn_blocking(announce).await?
+    };
     let max_entry = nats.max_payload() as u64;
     let hint_bytes = (config.surplus_bytes() / 2).max(max_entry);
     let budget = Budget::new(config.share_bytes(), config.surplus_bytes().saturating_sub(hint_bytes));
-    let engine_config = engine_config(&config, &probe);
+    let engine_config = engine_config(&config, &probe, first_figures.total_mb);
     let models: Vec<String> = engine_config.models.iter().map(|m| m.name.clone()).collect();
     let default_model: Arc<str> = engine_config.default_model.as_str().into();
     let program = Program {
@@ -124,6 +147,9 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         visible_device: probe.visible_device().to_owned(),
     };
     let news = Arc::new(Notify::new());
+    let stock = Stock::new(Arc::clone(&news));
+    let wanted = engine_config.models.iter().filter(|m| config.prefetch.contains(&m.name)).cloned().collect();
+    let first_uuid = first_figures.uuid.clone();
     let (figures, device) = watch::channel(first_figures.clone());
     let engine = Engine::new(engine_config, program, terms(&config), budget.clone(), device.clone(), Arc::clone(&news));
     let holdings = Arc::new(Holdings::new(config.slots, config.job_slots, Arc::clone(&news)));
@@ -132,7 +158,7 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     let identity = Identity {
         gpu_id: probe.gpu_id.clone(),
         host: probe.host.clone(),
-        provider: config.provider,
+        provider: config.rent().provider,
         price_per_hour: config.price_per_hour,
     };
     tracing::info!(gpu_id = %identity.gpu_id, device = first_figures.name, slots = config.slots, "worker starts");
@@ -151,24 +177,36 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     let sources = Sources {
         identity: identity.clone(),
         name: current.clone(),
-        device,
+        device: device.clone(),
         engine: engine.clone(),
         holdings: Arc::clone(&holdings),
+        stock: stock.clone(),
         news,
         every: config.heartbeat(),
     };
     tasks.spawn(needed(shutdown.clone(), heartbeat::run(own.clone(), nats.clone(), sources, stop_tasks.clone())));
     tasks.spawn(needed(shutdown.clone(), heartbeat::sample_device(probe, engine.clone(), figures, stop_tasks.clone())));
+    if let Some(store) = store {
+        let (stock, stop) = (stock.clone(), stop_tasks.clone());
+        tasks.spawn(async move { stock.fetch(store, wanted, stop).await });
+    }
+    let memory = Memory::new(device.clone());
+    tasks.spawn(needed(shutdown.clone(), memory.clone().run(engine.clone(), stop_tasks.clone())));
     tasks.spawn({
         let (nats, publisher) = (nats.clone(), publisher.clone());
         needed(shutdown.clone(), async move { event_queue.run(&nats, &publisher).await })
     });
     tasks.spawn({
         let (nats, me, stop, every) = (nats.clone(), identity.clone(), stop_tasks.clone(), config.heartbeat());
+        let uuid = first_uuid;
         async move {
-            let taken = stop.run_until_cancelled(neighbours::names_taken(&nats, &me.host, every)).await;
-            if taken.is_some_and(|taken| taken.contains(&me.gpu_id)) {
+            let listening = neighbours::listen(&nats, &me.host, uuid.as_deref(), every);
+            let Some(heard) = stop.run_until_cancelled(listening).await else { return };
+            if heard.names.contains(&me.gpu_id) {
                 tracing::warn!(gpu_id = %me.gpu_id, "another worker of this host has the same gpu_id, one of them will be superseded");
+            }
+            if !heard.on_device.is_empty() {
+                tracing::warn!(gpu_id = %me.gpu_id, uuid, others = ?heard.on_device, "other workers are on this device: all of them share its memory");
             }
         }
     });
@@ -199,6 +237,7 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         own: own.clone(),
         models: Arc::new(models),
         default_model,
+        stock,
         gpu_id: identity.gpu_id.clone(),
         holdings,
         means: Means {
@@ -207,7 +246,8 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
             media,
             limits: config.decoding(),
             exe: config.engine_exe.clone(),
-            provider: config.provider,
+            rent: config.rent(),
+            memory,
         },
         shared,
         engine,
@@ -290,18 +330,38 @@ fn terms(config: &WorkerConfig) -> EngineTerms {
     }
 }
 
-fn engine_config(config: &WorkerConfig, probe: &Probe) -> EngineConfig {
+fn engine_config(config: &WorkerConfig, probe: &Probe, total_mb: u64) -> EngineConfig {
+    let sharers = Sharers {
+        cores: std::thread::available_parallelism().map_or(1, usize::from),
+        workers: probe.workers_here().max(config.host_workers as usize),
+        states: config.decode_states,
+        on_gpu: probe.is_gpu(),
+    };
+    let (decode_states, decode_threads) = match config.engine {
+        EngineKind::WhisperCpp => (sharers.states(), sharers.threads(config.decode_threads)),
+        // Its decodes wait and do not compute.
+        EngineKind::Simulated => (config.decode_states, 1),
+    };
+    if decode_states < config.decode_states || (1..config.decode_threads).contains(&decode_threads) {
+        tracing::warn!(
+            ?sharers,
+            decode_states,
+            decode_threads,
+            "fewer decode threads than configured: more than there are cores slow each other down"
+        );
+    }
+    tracing::info!(decode_states, decode_threads, cores = sharers.cores, workers = sharers.workers, "cores shared out");
     EngineConfig {
         engine: config.engine,
         models: config.model_files(),
         default_model: config.resolved_default_model(),
         silero_model: config.resolved_silero(),
         onnxruntime: config.resolved_onnxruntime(),
-        decode_states: config.decode_states,
-        decode_threads: config.decode_threads,
+        decode_states,
+        decode_threads,
         use_gpu: probe.is_gpu(),
-        reserve_mb: 0,
-        turns: None,
+        reserve_mb: config.reserve_mb(total_mb),
+        turns: config.turns(),
         simulated: config.simulated.clone(),
     }
 }

@@ -3,16 +3,20 @@
 //! | module | holds |
 //! |---|---|
 //! | `accuracy` | what the real engine hears, and when |
+//! | `card` | faults of a simulated card, and how they end a real process |
 //! | `child` | the child process's loop over a real socketpair |
 //! | `conformance` | what every engine promises, real and simulated |
+//! | `neighbour` | turns on the device by flock(1) |
 //! | `official` | models of the official shapes |
 //! | `rig` | an engine child in a thread, and its supervisor's side of the socket |
 //! | `suspects` | inputs that may kill the engine are decoded alone or set aside; sessions that finish |
 //! | `support` | audio, logs, recognizers, detectors |
 
 mod accuracy;
+mod card;
 mod child;
 mod conformance;
+mod neighbour;
 mod official;
 mod rig;
 mod support;

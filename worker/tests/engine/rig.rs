@@ -109,6 +109,16 @@ impl Child {
         }
     }
 
+    /// For one that may die of it.
+    pub(crate) fn feed_while_it_lives(&mut self, handle: u64, log: &[RawEntry]) {
+        for entry in log {
+            let entry = ToEngine::Entry(EntryFor { handle, entry: entry.clone() });
+            if self.writer.send(&entry).is_err() {
+                return;
+            }
+        }
+    }
+
     /// Entry by entry in turn, as live sessions are heard; the first log is that of session 0.
     pub(crate) fn feed_in_turn(&mut self, logs: &[Vec<RawEntry>]) {
         for at in 0..logs.iter().map(Vec::len).max().expect("logs") {

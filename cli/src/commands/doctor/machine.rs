@@ -33,11 +33,12 @@ fn cores(settings: &Settings) -> Check {
     {
         let (states, threads) = (settings.worker.decode_states, settings.worker.decode_threads);
         if states * threads > cores {
-            let found = format!("{cores}, and a worker would decode on {states} x {threads} threads");
+            let found = format!("{cores}, and {states} x {threads} threads are asked for to decode on");
             return Check::warn(
                 "cores",
                 found,
-                "lower worker.decode_states or worker.decode_threads: spinning threads slow each other down",
+                "set worker.decode_threads to 0 (as many as there are cores for): a worker takes no more than that, spinning \
+                 threads slow each other down",
             );
         }
     }
@@ -61,8 +62,11 @@ mod worker {
     use std::path::Path;
 
     use sha2::{Digest as _, Sha256};
+    use voxfleet_schema::{device::DeviceTrouble, failure::FailureClass};
     use voxfleet_worker::{
-        WorkerConfig, device,
+        WorkerConfig,
+        config::GpuChoice,
+        device::{self, Listed, Neighbour, Versions},
         engine::{models, vad::Silero},
         ipc::EngineKind,
     };
@@ -74,27 +78,87 @@ mod worker {
     const FETCH: &str = "`sh deploy/bootstrap.sh deps` fetches it";
 
     pub(super) fn look(config: &WorkerConfig) -> Vec<Check> {
-        let mut checks = vec![gpu(config)];
+        let mut checks = gpus(config);
         checks.extend(detector(config));
         checks.extend(whisper(config));
         checks
     }
 
-    fn gpu(config: &WorkerConfig) -> Check {
-        match device::look(config) {
-            Ok(found) if found.uuid.is_some() => {
-                Check::ok("gpu", format!("{}, {} of {} MB free", found.name, found.free_mb, found.total_mb))
+    /// The driver, each device and who is on it, and the one that a worker here would take.
+    fn gpus(config: &WorkerConfig) -> Vec<Check> {
+        let mut checks = Vec::new();
+        let survey = device::survey(config.nvml_library.as_deref());
+        // Without a word about GPUs a machine that has none lacks nothing.
+        let wanted = config.nvml_library.is_some() || !matches!(config.gpu, GpuChoice::Auto | GpuChoice::None);
+        match &survey {
+            Ok(survey) => {
+                let Versions { driver, library, cuda } = &survey.versions;
+                let named = [("driver", driver), ("library", library), ("CUDA up to", cuda)];
+                let versions: Vec<String> =
+                    named.iter().filter_map(|(name, v)| Some(format!("{name} {}", v.as_ref()?))).collect();
+                checks.push(Check::ok("nvidia", versions.join(", ")));
+                let workers = config.cache_dir.as_deref().map(device::workers).unwrap_or_default();
+                checks.extend(survey.devices.iter().map(|listed| one_gpu(listed, &workers)));
+                checks.extend(survey.troubles.iter().map(trouble));
             }
-            Ok(found) if cfg!(feature = "cuda") => Check::warn(
+            Err(found) if wanted || found.class != FailureClass::MissingLibrary => checks.push(trouble(found)),
+            Err(_) => {}
+        }
+        checks.push(pinned(config, survey.is_ok_and(|survey| !survey.devices.is_empty())));
+        checks
+    }
+
+    fn one_gpu(listed: &Listed, workers: &[Neighbour]) -> Check {
+        let Listed { index, uuid, name, total_mb, is_instance } = listed;
+        let kind = if *is_instance { ", an instance" } else { "" };
+        let on_it = workers.iter().filter(|worker| worker.uuid.as_ref() == Some(uuid));
+        let on_it: Vec<&str> = on_it.map(|worker| worker.gpu_id.as_str()).collect();
+        let found = format!("{index}: {name}{kind}, {total_mb} MB, {uuid}");
+        match on_it.as_slice() {
+            [] => Check::ok("gpu", found),
+            [one] => Check::ok("gpu", format!("{found}, worker {one} is on it")),
+            several => Check::warn(
                 "gpu",
-                format!("none, work goes to {}", found.name),
-                "is the driver there? nvidia-smi tells",
+                format!("{found}, {} workers share it: {}", several.len(), several.join(", ")),
+                "each loads models of its own: one worker with more worker.slots needs less memory",
             ),
-            Ok(found) => Check::ok("gpu", format!("this build has no CUDA, work goes to {}", found.name)),
+        }
+    }
+
+    /// Its message ends with the remedy, which is the mend here.
+    fn trouble(found: &DeviceTrouble) -> Check {
+        let remedy = device::remedy(found.class);
+        let said = found.message.strip_suffix(remedy).unwrap_or(&found.message);
+        Check::fail("gpu", format!("{}: {}", found.class, said.trim_end_matches("; ")), remedy)
+    }
+
+    fn pinned(config: &WorkerConfig, has_gpus: bool) -> Check {
+        match device::look(config) {
+            Ok(device) if device.trouble.is_some() && device.uuid.is_some() => {
+                Check::fail("device", format!("{} does not answer", device.name), "see gpu above")
+            }
+            Ok(device) => match &device.uuid {
+                Some(uuid) => {
+                    let free = format!("{} of {} MB free", device.free_mb, device.total_mb);
+                    Check::ok("device", format!("{}, {free}; its engine will see {uuid} alone", device.name))
+                }
+                None if config.gpu == GpuChoice::None => Check::ok("device", format!("{}, as configured", device.name)),
+                None if has_gpus && !device::takes_gpus(config) => Check::warn(
+                    "device",
+                    format!("{}, for this build has no CUDA", device.name),
+                    "take a build with it, or set worker.gpu to none",
+                ),
+                None if device.trouble.is_some() => Check::warn(
+                    "device",
+                    format!("{}, in place of a GPU that cannot be used", device.name),
+                    "see gpu above; set worker.gpu to none if the CPU is meant",
+                ),
+                None => Check::ok("device", format!("{}, no GPU is here", device.name)),
+            },
             Err(error) => Check::fail(
-                "gpu",
+                "device",
                 format!("{:#}", anyhow::Error::new(error)),
-                "set worker.gpu to auto or to what nvidia-smi -L lists",
+                "set worker.gpu to auto, or to an index or a UUID above",
             ),
         }
     }

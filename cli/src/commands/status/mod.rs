@@ -1,5 +1,6 @@
 //! `voxfleet status`: what the dispatcher believes; without one, what workers and streams say themselves.
 
+mod device;
 mod text;
 mod why;
 
@@ -21,6 +22,7 @@ use voxfleet_schema::{
 
 pub(super) use text::table;
 
+use self::device::Facts;
 use super::close;
 use crate::{
     Context,
@@ -80,8 +82,9 @@ async fn whole(args: &StatusArgs, nats: &Nats) -> anyhow::Result<Exit> {
 
 fn value(fleet: &Fleet, sessions: &[SessionRecord], queued: &BTreeMap<WorkerName, Queued>) -> Value {
     let queued: BTreeMap<String, &Queued> = queued.iter().map(|(worker, n)| (worker.to_string(), n)).collect();
+    let workers: Vec<Value> = fleet.workers().iter().map(worker).collect();
     let mut value = json!({
-        "dispatcher": null, "dispatcher_error": null, "workers": fleet.workers(), "sessions": sessions, "queued": queued,
+        "dispatcher": null, "dispatcher_error": null, "workers": workers, "sessions": sessions, "queued": queued,
     });
     match fleet {
         Fleet::Heard { why, .. } => value["dispatcher_error"] = json!(why),
@@ -94,6 +97,15 @@ fn value(fleet: &Fleet, sessions: &[SessionRecord], queued: &BTreeMap<WorkerName
             value["jobs_queued"] = json!(status.jobs_queued);
             value["jobs_assigned"] = json!(status.jobs_assigned);
         }
+    }
+    value
+}
+
+/// As the wire says it, with what health checks ask for beside the heartbeat.
+fn worker(status: &WorkerStatus) -> Value {
+    let mut value = json!(status);
+    if let (Value::Object(fields), Value::Object(facts)) = (&mut value, json!(Facts::of(&status.heartbeat))) {
+        fields.extend(facts);
     }
     value
 }

@@ -9,7 +9,7 @@ use voxfleet_schema::{
     session::SessionRecord,
 };
 
-use super::{super::jobs::age, Fleet};
+use super::{super::jobs::age, Fleet, device::devices};
 
 /// Held ids shown of one worker; the rest are counted.
 const HELD_SHOWN: usize = 8;
@@ -30,6 +30,9 @@ pub(super) fn whole(
     text.push_str(&table(&workers));
     if fleet.workers().is_empty() {
         text.push_str("no worker beats\n");
+    } else {
+        text.push('\n');
+        text.push_str(&devices(fleet.workers().iter().map(|worker| &worker.heartbeat)));
     }
     for worker in fleet.workers() {
         text.extend(drain_line(worker, now_ms));

@@ -14,6 +14,7 @@ use voxfleet_schema::{
 };
 
 use super::{
+    neighbour::{LockError, Neighbour, Turn},
     shelf::{Shelved, shelve},
     unseen::{Blind, guarded},
 };
@@ -78,6 +79,8 @@ pub(super) struct Desk {
     pub(super) alone: Option<u64>,
     /// Streams are being stepped: no suspect is begun beside them.
     pub(super) stepping: bool,
+    /// Whom the device is shared with by turns.
+    neighbour: Option<Neighbour>,
     totals: Totals,
     /// What was last told: totals, signs of life, working.
     told: (Totals, u64, bool),
@@ -89,6 +92,7 @@ impl Desk {
         pool: Pool,
         vads: Arc<dyn VadFactory>,
         out: BlockingWriter<UnixStream>,
+        neighbour: Option<Neighbour>,
     ) -> Self {
         let models = config.models.iter().map(|file| (file.name.clone(), shelve(&config, file))).collect();
         Self {
@@ -101,6 +105,7 @@ impl Desk {
             models,
             alone: None,
             stepping: false,
+            neighbour,
             totals: Totals::default(),
             told: (Totals::default(), 0, false),
         }
@@ -121,9 +126,9 @@ impl Desk {
         let working = self.working();
         let flags = self.sessions.values().flat_map(|s| s.decoding.iter().chain(&s.partial));
         let looks = flags.map(Cancel::looks).fold(0, u64::wrapping_add);
-        let loads = self.loads(now);
+        let waits = self.loads(now) || self.neighbour.as_ref().is_some_and(Neighbour::waits);
         let signs = (self.totals, looks, working);
-        if signs == self.told && !(working && loads) {
+        if signs == self.told && !(working && waits) {
             return Ok(());
         }
         self.told = signs;
@@ -210,6 +215,33 @@ impl Desk {
 
     /// Steps every session that has input, and keeps the threads busy meanwhile.
     pub(super) fn work(&mut self) -> Said {
+        let worked = self.work_on_all();
+        if self.neighbour.is_some() {
+            let (wanted, busy) = (self.wants_to_decode(), !self.pool.all_idle());
+            self.neighbour.iter_mut().for_each(|n| n.settle(Instant::now(), wanted, busy));
+        }
+        worked
+    }
+
+    /// Whether a decode may begin as far as a neighbour is concerned; asks for the device where there is something to decode.
+    pub(super) fn may_decode(&mut self) -> bool {
+        if self.neighbour.is_none() {
+            return true;
+        }
+        let wanted = self.wants_to_decode();
+        self.neighbour.as_mut().is_some_and(|n| n.may_decode(Instant::now(), wanted))
+    }
+
+    pub(super) fn turn_begins(&mut self, turn: Turn) -> Result<(), LockError> {
+        self.neighbour.as_mut().map_or(Ok(()), |n| n.begins(turn))
+    }
+
+    /// When there is something to do although nothing happens.
+    pub(super) fn wakes_at(&self) -> Option<Instant> {
+        self.neighbour.as_ref().and_then(Neighbour::wakes_at)
+    }
+
+    fn work_on_all(&mut self) -> Said {
         self.dispatch()?;
         if self.alone.is_some() {
             // Looked at beside a suspect, somebody harmless would be blamed together with it.

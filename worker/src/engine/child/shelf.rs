@@ -13,7 +13,7 @@ use crate::{
         EngineError,
         pool::{Loaded, Model, expected_mb},
     },
-    ipc::{EngineConfig, FromEngine, ModelFile},
+    ipc::{EngineConfig, EngineKind, FromEngine, ModelFile},
 };
 
 /// A load that takes longer than this is no longer a sign of life.
@@ -33,6 +33,10 @@ pub(super) struct Shelved {
 
 pub(super) fn shelve(config: &EngineConfig, file: &ModelFile) -> Shelved {
     let (state, expected_mb, failure) = match expected_mb(config, file) {
+        // It may still come: it is looked at again when somebody wants it.
+        Err(error) if config.engine == EngineKind::WhisperCpp && !file.path.exists() => {
+            (Residency::Missing, 0, Some(failure_of(&error)))
+        }
         Ok(mb) => (Residency::Available, mb, None),
         Err(error) => {
             tracing::warn!(model = %file.name, %error, "model file is not usable");
@@ -78,6 +82,9 @@ impl Desk {
         };
         if shelved.model.is_some() || shelved.loading_since.is_some() {
             return Ok(());
+        }
+        if shelved.state == Residency::Missing {
+            *shelved = shelve(&self.config, &shelved.file);
         }
         if !self.pool.load(&shelved.file) {
             let why = "the loader does not answer".to_owned();

@@ -46,6 +46,14 @@ impl Session {
         self.dirty && self.held_since.is_some_and(|at| at.elapsed() >= HELD)
     }
 
+    fn wants_partial(&self) -> bool {
+        self.partial.is_none()
+            && self.ready.is_none()
+            && self.suspect.is_none()
+            && !self.finishing
+            && self.stream.partial_due()
+    }
+
     fn partial_job(&mut self, handle: u64, model: Model, mut window: Window) -> Job {
         let now = Instant::now();
         // Of its own, so that a final can overtake it without stopping the session.
@@ -59,7 +67,7 @@ impl Session {
 impl Desk {
     /// Hands windows to idle threads.
     pub(super) fn dispatch(&mut self) -> Said {
-        while self.pool.idle() && self.alone.is_none() {
+        while self.pool.idle() && self.alone.is_none() && self.may_decode() {
             // For as long as a load takes, suspects stop nobody.
             let loading = self.loading();
             let next = match self.first_suspect().filter(|_| !loading) {
@@ -86,6 +94,14 @@ impl Desk {
             }
         }
         Ok(())
+    }
+
+    /// Whether any window is to be decoded whose model is there.
+    pub(super) fn wants_to_decode(&self) -> bool {
+        self.sessions.values().any(|session| {
+            let loaded = self.models.get(&session.model).is_some_and(|model| model.model.is_some());
+            loaded && (session.ready.is_some() || session.wants_partial())
+        })
     }
 
     fn next_of_the_others(&mut self) -> Option<Job> {
@@ -154,12 +170,7 @@ impl Desk {
     fn next_partial(&mut self) -> Option<Job> {
         let due = self.sessions.iter_mut().filter_map(|(handle, session)| {
             let model = self.models.get(&session.model)?.model.as_ref()?;
-            let due = session.partial.is_none()
-                && session.ready.is_none()
-                && session.suspect.is_none()
-                && !session.finishing
-                && session.stream.partial_due();
-            due.then_some((session.last_partial, *handle, model, session))
+            session.wants_partial().then_some((session.last_partial, *handle, model, session))
         });
         let (_, handle, model, session) = due.min_by_key(|(last, handle, ..)| (*last, *handle))?;
         let window = session.stream.partial_window()?;

@@ -2,7 +2,10 @@
 //!
 //! Each block of 250 ms of the session becomes one word that depends on the block's samples and place alone. A lost,
 //! doubled or shifted sample changes a word, and two runs over the same log must agree to the letter. It also takes time,
-//! memory, fails, aborts and hangs on order, so that everything around an engine can be tested without a model.
+//! memory, fails, aborts and hangs on order, so that everything around an engine can be tested without a model. On a GPU its
+//! memory lies on a [`card`] that is a folder, and that card may fail.
+
+pub mod card;
 
 use std::{
     sync::{
@@ -14,6 +17,7 @@ use std::{
 
 use voxfleet_schema::transcript::{VadKind, WordTiming};
 
+use self::card::{Allocation, Card};
 use super::{
     Cancel, EngineError, HeardSegment, HeardWord, Hypothesis, Purpose, Recognizer, RecognizerInfo, VAD_FRAME, Vad,
     Window, vad::VadFactory,
@@ -32,21 +36,39 @@ pub struct SimulatedModel {
     config: SimulatedConfig,
     info: RecognizerInfo,
     decodes: Arc<AtomicU64>,
-    _weights: Arc<Vec<u8>>,
+    card: Option<Arc<Card>>,
+    weights: Arc<Memory>,
+}
+
+/// Where weights and states lie.
+enum Memory {
+    OnCard(Allocation),
+    InHost { _bytes: Vec<u8> },
 }
 
 impl SimulatedModel {
-    /// Takes as long and as much memory as it is told to.
+    /// Takes as long and as much memory as it is told to, of the host.
     pub fn load(name: &str, config: &SimulatedConfig) -> Result<Self, EngineError> {
-        let weights = allocate(config.weights_mb)?;
+        Self::load_on(name, config, false)
+    }
+
+    /// The same on the card, if there is one and it is to be used.
+    pub fn load_on(name: &str, config: &SimulatedConfig, use_gpu: bool) -> Result<Self, EngineError> {
+        let card = config.card.as_ref().filter(|_| use_gpu);
+        let card = card.map(|folder| Card::open(folder, config.context_mb)).transpose()?;
+        let mb = weights_mb(config, name);
+        let weights = match &card {
+            Some(card) => Memory::OnCard(card.weights(mb)?),
+            None => in_host(config, mb)?,
+        };
         wait(Duration::from_millis(config.load_ms), &Cancel::default())?;
         let info = RecognizerInfo {
             engine: "simulated".to_owned(),
             model: name.to_owned(),
-            device: "cpu".to_owned(),
+            device: device(use_gpu).to_owned(),
             multilingual: true,
         };
-        Ok(Self { config: config.clone(), info, decodes: Arc::default(), _weights: Arc::new(weights) })
+        Ok(Self { config: config.clone(), info, decodes: Arc::default(), card, weights: Arc::new(weights) })
     }
 
     pub fn info(&self) -> &RecognizerInfo {
@@ -54,14 +76,43 @@ impl SimulatedModel {
     }
 
     pub fn state(&self) -> Result<SimulatedRecognizer, EngineError> {
-        Ok(SimulatedRecognizer { model: self.clone(), _memory: allocate(self.config.state_mb)? })
+        let mb = self.config.state_mb;
+        let memory = match &self.card {
+            Some(card) => Memory::OnCard(card.state(mb)),
+            None => in_host(&self.config, mb)?,
+        };
+        Ok(SimulatedRecognizer { model: self.clone(), _memory: memory })
     }
+
+    /// MB that its weights take on the card, and each of its states; none without a card.
+    pub fn on_card_mb(&self) -> Option<(u64, u64)> {
+        match &*self.weights {
+            Memory::OnCard(weights) => Some((weights.mb, self.config.state_mb)),
+            Memory::InHost { .. } => None,
+        }
+    }
+}
+
+/// What the simulated engine calls the device that it plays to run on.
+pub fn device(use_gpu: bool) -> &'static str {
+    if use_gpu { "cuda:simulated" } else { "cpu" }
+}
+
+/// MB of a model's weights.
+pub fn weights_mb(config: &SimulatedConfig, name: &str) -> u64 {
+    config.sizes.get(name).copied().unwrap_or(config.weights_mb)
 }
 
 /// One decode state of a simulated model.
 pub struct SimulatedRecognizer {
     model: SimulatedModel,
-    _memory: Vec<u8>,
+    _memory: Memory,
+}
+
+/// Sizes that are a card's are none of the host's: there may be far more of them than there is memory.
+fn in_host(config: &SimulatedConfig, mb: u64) -> Result<Memory, EngineError> {
+    let mb = if config.card.is_some() { 0 } else { mb };
+    allocate(mb).map(|bytes| Memory::InHost { _bytes: bytes })
 }
 
 /// Memory that really is there: every page is written to.
@@ -91,6 +142,7 @@ impl SimulatedRecognizer {
     fn decode_one(&mut self, window: &Window) -> Result<Hypothesis, EngineError> {
         let config = &self.model.config;
         let count = self.model.decodes.fetch_add(1, Ordering::Relaxed) + 1;
+        let _running = self.model.card.as_ref().map(|card| card.decode());
         if config.abort_at > 0 && count == config.abort_at {
             tracing::error!(decode = count, "simulated abort");
             std::process::abort();

@@ -1,0 +1,114 @@
+//! What a device is to the rest of the worker: figures, or a typed trouble that names its remedy. Never a crash.
+
+use voxfleet_schema::{
+    device::{Device, DeviceTrouble},
+    failure::FailureClass,
+};
+
+/// One device, asked again and again. Calls may block: a driver that resets a card takes seconds.
+pub(crate) trait Card: Send {
+    /// Its figures now, or why there are none. One that failed is tried again by later calls.
+    fn sample(&mut self, engine_pid: Option<u32>) -> Result<Device, DeviceTrouble>;
+
+    /// What is known of it although it does not answer: all figures that change are 0 or absent.
+    fn identity(&self) -> Device;
+}
+
+/// What to do about a device that cannot be used.
+pub fn remedy(class: FailureClass) -> &'static str {
+    match class {
+        FailureClass::MissingLibrary => {
+            "install NVIDIA's driver, start the container with its GPUs (--gpus all), or name libnvidia-ml.so.1 in \
+             worker.nvml_library"
+        }
+        FailureClass::DriverMismatch => {
+            "driver and library must be of one version: reboot after a driver update, and take the library of the host into \
+             containers"
+        }
+        FailureClass::DeviceLost => {
+            "dmesg | grep -i xid says why; reset the card (nvidia-smi --gpu-reset), reboot, or rent another machine"
+        }
+        _ => "nvidia-smi tells whether the driver is loaded and may be used by this user",
+    }
+}
+
+/// A trouble in the driver's words, with the remedy behind.
+pub(super) fn trouble(class: FailureClass, said: impl std::fmt::Display) -> DeviceTrouble {
+    DeviceTrouble { class, message: format!("{said}; {}", remedy(class)) }
+}
+
+/// How many samples pass before a device that failed is asked again: each failure in a row doubles them.
+#[derive(Debug, Default)]
+pub(super) struct Patience {
+    failures: u32,
+    left: u32,
+}
+
+impl Patience {
+    /// Loading a library each second for hours would be a load of its own.
+    const MOST: u32 = 31;
+
+    pub(super) fn failed(&mut self) {
+        self.left = (1u32 << self.failures.min(5)).saturating_sub(1).min(Self::MOST);
+        self.failures += 1;
+    }
+
+    /// Whether this sample is to ask.
+    pub(super) fn is_over(&mut self) -> bool {
+        let over = self.left == 0;
+        self.left = self.left.saturating_sub(1);
+        over
+    }
+
+    pub(super) fn reset(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// Device memory of our engine: as the driver lists it, else what came on top since the engine started.
+pub(super) fn own_memory_mb(running: bool, listed: Option<u64>, used_by_all: u64, without_engine: Option<u64>) -> u64 {
+    match (running, listed) {
+        (false, _) => 0,
+        (true, Some(listed)) => listed,
+        (true, None) => used_by_all.saturating_sub(without_engine.unwrap_or(used_by_all)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_the_engine_is_listed_or_what_came_on_top() {
+        for (running, listed, by_all, without, own) in [
+            (false, None, 5_000, Some(5_000), 0),
+            (true, Some(700), 5_700, Some(5_000), 700),
+            (true, None, 5_700, Some(5_000), 700),
+            (true, None, 4_000, Some(5_000), 0),
+            (true, None, 5_700, None, 0),
+        ] {
+            assert_eq!(own_memory_mb(running, listed, by_all, without), own);
+        }
+    }
+
+    #[test]
+    fn a_device_that_failed_is_asked_less_and_less_often() {
+        let mut patience = Patience::default();
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            patience.failed();
+            waits.push((0..).take_while(|_: &u32| !patience.is_over()).count());
+        }
+        assert_eq!(waits, [0, 1, 3, 7, 15, 31, 31, 31]);
+        patience.reset();
+        assert!(patience.is_over());
+    }
+
+    #[test]
+    fn every_trouble_has_its_own_remedy() {
+        use FailureClass::{DeviceLost, DriverMismatch, MissingLibrary, Unavailable};
+        let remedies = [DeviceLost, DriverMismatch, MissingLibrary, Unavailable].map(remedy);
+        assert_eq!(std::collections::BTreeSet::from(remedies).len(), 4);
+        assert_eq!(trouble(DeviceLost, "gone").message, format!("gone; {}", remedy(DeviceLost)));
+    }
+}

@@ -1,0 +1,267 @@
+//! `worker --all-gpus`: a worker process for each device of the machine, and this one to keep them running.
+//!
+//! A worker that fails is started again, one that ends in order (drained, or asked) stays ended. A stop is passed on to all.
+//! This process speaks to nobody else and loads no driver once it knows the devices' names.
+
+use std::{ffi::OsString, io, os::unix::process::ExitStatusExt as _, process::ExitStatus, time::Duration};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{
+    process::Child,
+    task::JoinSet,
+    time::{Instant, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use voxfleet_schema::device::DeviceTrouble;
+
+use crate::{
+    config::WorkerConfig,
+    device::{self, Listed, Survey},
+    spawner::{SpawnError, launch_worker},
+};
+
+/// Beyond a worker's own time for a stop; a worker that is not gone then hangs.
+const GRACE: Duration = Duration::from_secs(5);
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// A card that fell off the bus may be back at any time; the fleet does without it meanwhile.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// A worker that lived so long had no trouble starting.
+const HEALTHY_AFTER: Duration = Duration::from_secs(60);
+
+#[derive(Debug, thiserror::Error)]
+pub enum EveryGpuError {
+    #[error("configuration: {}", .0.join("; "))]
+    Config(Vec<String>),
+    #[error("no gpu can be looked for: {}; --gpu none takes the cpu", .0.message)]
+    Nvml(DeviceTrouble),
+    #[error("this machine has no gpu that answers; --gpu none takes the cpu")]
+    NoGpu,
+    #[error("this build has no CUDA; take a build with it, or --gpu none for one worker on the cpu")]
+    NoCuda,
+    #[error("{failed} of {all} workers could not be kept running")]
+    Failed { failed: usize, all: usize },
+    #[error("the task that keeps a worker running failed")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+/// What of the configuration cannot hold for several workers at once.
+fn problems(config: &WorkerConfig) -> Vec<String> {
+    let mut found = Vec::new();
+    if config.gpu_id.is_some() {
+        found.push(
+            "worker.gpu_id: one name cannot serve several workers; without it each is named by its device".into(),
+        );
+    }
+    if config.preemption.http_listen.is_some() {
+        found.push(
+            "worker.preemption.http_listen: one address cannot serve several workers; all of them see \
+             worker.preemption.file"
+                .into(),
+        );
+    }
+    found
+}
+
+/// Runs until `shutdown`, or until every worker has ended. `args`: what a worker is started with, but for its device;
+/// `refusal`: the exit code by which it says that it will never start with them.
+pub async fn run(
+    config: &WorkerConfig,
+    args: Vec<OsString>,
+    refusal: u8,
+    shutdown: CancellationToken,
+) -> Result<(), EveryGpuError> {
+    let problems = problems(config);
+    if !problems.is_empty() {
+        return Err(EveryGpuError::Config(problems));
+    }
+    if !device::takes_gpus(config) {
+        return Err(EveryGpuError::NoCuda);
+    }
+    let library = config.nvml_library.clone();
+    let survey = tokio::task::spawn_blocking(move || device::survey(library.as_deref())).await?;
+    let Survey { devices, troubles, .. } = survey.map_err(EveryGpuError::Nvml)?;
+    for trouble in &troubles {
+        tracing::error!(class = %trouble.class, trouble.message, "a gpu gets no worker");
+    }
+    if devices.is_empty() {
+        return Err(EveryGpuError::NoGpu);
+    }
+    tracing::info!(workers = devices.len(), "a worker for each gpu");
+    let mut keepers = JoinSet::new();
+    let all = devices.len();
+    for device in devices {
+        let keeper = Keeper {
+            args: of_device(&args, &device, all),
+            device,
+            patience: config.shutdown().max(Duration::from_millis(config.preemption.notice_ms)) + GRACE,
+            refusal,
+            shutdown: shutdown.clone(),
+        };
+        keepers.spawn(async move { keeper.keep().await });
+    }
+    let mut failed = 0;
+    while let Some(ended) = keepers.join_next().await {
+        failed += usize::from(!ended?);
+    }
+    if failed == 0 { Ok(()) } else { Err(EveryGpuError::Failed { failed, all }) }
+}
+
+/// The words after the program's name: those of this process, one device, and how many share the cores.
+fn of_device(args: &[OsString], device: &Listed, workers: usize) -> Vec<OsString> {
+    let own =
+        ["--gpu".into(), device.uuid.clone().into(), "--set".into(), format!("worker.host_workers={workers}").into()];
+    args.iter().cloned().chain(own).collect()
+}
+
+struct Keeper {
+    args: Vec<OsString>,
+    device: Listed,
+    /// From the signal to the end of a worker.
+    patience: Duration,
+    refusal: u8,
+    shutdown: CancellationToken,
+}
+
+/// What becomes of a worker's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// It ended in order.
+    Done,
+    /// It will never start with these settings.
+    GiveUp,
+    Again,
+}
+
+fn next(status: &io::Result<ExitStatus>, refusal: u8, stopping: bool) -> Next {
+    match status {
+        Ok(status) if status.success() => Next::Done,
+        // Told to stop before it could listen.
+        Ok(status) if stopping && status.signal() == Some(Signal::TERM.as_raw()) => Next::Done,
+        Ok(status) if status.code() == Some(i32::from(refusal)) => Next::GiveUp,
+        _ => Next::Again,
+    }
+}
+
+/// Before the next start; `failures` in a row, this one included.
+fn pause(failures: u32) -> Duration {
+    FIRST_PAUSE.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(LONGEST_PAUSE)
+}
+
+impl Keeper {
+    /// Whether the worker's last life ended in order.
+    async fn keep(&self) -> bool {
+        let mut failures = 0;
+        loop {
+            let begun = Instant::now();
+            let status = match launch_worker(&self.args).await {
+                Ok(child) => self.live(child).await,
+                Err(error) => Err(self.not_started(&error)),
+            };
+            let uuid = self.device.uuid.as_str();
+            let stopping = self.shutdown.is_cancelled();
+            match next(&status, self.refusal, stopping) {
+                Next::Done => {
+                    tracing::info!(uuid, "worker ended in order");
+                    return true;
+                }
+                Next::GiveUp => {
+                    tracing::error!(uuid, "worker refuses its settings, not started again");
+                    return false;
+                }
+                Next::Again if stopping => {
+                    tracing::error!(uuid, status = %told(&status), "worker did not end in order");
+                    return false;
+                }
+                Next::Again => {}
+            }
+            failures = if begun.elapsed() >= HEALTHY_AFTER { 1 } else { failures + 1 };
+            let pause = pause(failures);
+            tracing::error!(uuid, status = %told(&status), pause_ms = pause.as_millis() as u64, "worker died, starting it again");
+            if timeout(pause, self.shutdown.cancelled()).await.is_ok() {
+                return false;
+            }
+        }
+    }
+
+    async fn live(&self, mut child: Child) -> io::Result<ExitStatus> {
+        tracing::info!(uuid = self.device.uuid, name = self.device.name, pid = child.id(), "worker started");
+        if let Some(status) = self.shutdown.run_until_cancelled(child.wait()).await {
+            return status;
+        }
+        terminate(&child);
+        match timeout(self.patience, child.wait()).await {
+            Ok(status) => status,
+            Err(_) => {
+                tracing::error!(uuid = self.device.uuid, "worker does not end, killing it");
+                child.kill().await?;
+                child.wait().await
+            }
+        }
+    }
+
+    fn not_started(&self, error: &SpawnError) -> io::Error {
+        tracing::error!(uuid = self.device.uuid, error = error as &dyn std::error::Error, "worker not started");
+        io::Error::other(error.to_string())
+    }
+}
+
+/// Only we reap it, so its number is nobody else's.
+fn terminate(child: &Child) {
+    let pid = child.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+    if let Some(Err(error)) = pid.map(|pid| kill_process(pid, Signal::TERM)) {
+        tracing::debug!(%error, "worker is gone already");
+    }
+}
+
+fn told(status: &io::Result<ExitStatus>) -> String {
+    match status {
+        Ok(status) => status.to_string(),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_failure_is_started_again() {
+        let exited = |code: i32| Ok(ExitStatus::from_raw(code << 8));
+        let killed = |signal: i32| Ok(ExitStatus::from_raw(signal));
+        let unknown = Err(io::Error::other("not started"));
+        for (status, stopping, wanted) in [
+            (exited(0), false, Next::Done),
+            (exited(1), false, Next::Again),
+            (exited(64), false, Next::GiveUp),
+            (killed(9), false, Next::Again),
+            (killed(15), false, Next::Again),
+            (killed(15), true, Next::Done),
+            (killed(9), true, Next::Again),
+            (unknown, false, Next::Again),
+        ] {
+            assert_eq!(next(&status, 64, stopping), wanted, "{status:?} {stopping}");
+        }
+    }
+
+    #[test]
+    fn pauses_grow_to_a_bound() {
+        let pauses: Vec<u128> = [1, 2, 3, 7, 100].map(|n| pause(n).as_millis()).into();
+        assert_eq!(pauses, [500, 1_000, 2_000, 30_000, 30_000]);
+    }
+
+    #[test]
+    fn each_worker_is_told_its_device() {
+        let device = Listed { index: 1, uuid: "GPU-1".into(), name: "T4".into(), total_mb: 16_000, is_instance: false };
+        let args = of_device(&["worker".into(), "--slots".into(), "8".into()], &device, 2);
+        let args: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
+        assert_eq!(args, ["worker", "--slots", "8", "--gpu", "GPU-1", "--set", "worker.host_workers=2"]);
+    }
+
+    #[test]
+    fn what_cannot_be_shared_is_named() {
+        assert!(problems(&WorkerConfig::default()).is_empty());
+        let mut config = WorkerConfig { gpu_id: Some("gpu-1".into()), ..WorkerConfig::default() };
+        config.preemption.http_listen = Some(([127, 0, 0, 1], 9911).into());
+        assert_eq!(problems(&config).len(), 2);
+    }
+}
