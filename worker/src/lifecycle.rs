@@ -8,6 +8,7 @@ mod child;
 mod death;
 mod link;
 mod outbox;
+mod pressure;
 mod progress;
 mod session;
 mod spawn;
@@ -35,6 +36,7 @@ use voxfleet_schema::{
 
 pub(crate) use self::{
     outbox::Outbox,
+    pressure::{Gauge, Memory},
     session::{EngineSession, Opening},
     spawn::Program,
     suspects::{Known, Treatment},

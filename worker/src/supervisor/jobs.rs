@@ -53,7 +53,8 @@ impl Supervisor {
             _ => EngineIs::Able,
         };
         let (id, epoch) = (&item.job, item.epoch);
-        match self.holdings.consider(Kind::Job, id, epoch, engine, model_known, now) {
+        let decision = self.holdings.consider(Kind::Job, id, epoch, engine, model_known, now);
+        match self.spared(decision) {
             // Delivered again while it runs here: its progress acks count for this delivery too.
             Decision::Held => tracing::debug!(job = %id, epoch, "work item delivered again"),
             Decision::Refuse(mut failure) => {
