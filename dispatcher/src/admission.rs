@@ -12,6 +12,8 @@ use voxfleet_schema::{
     transcript::VadKind,
 };
 
+use crate::routing::Size;
+
 /// Nobody is sent away for longer than this, however many come.
 const LONGEST_RETRY_MS: u64 = 30_000;
 /// Refusals of this long ago still tell how many want in.
@@ -160,13 +162,13 @@ impl From<Policy> for PolicyKey {
     }
 }
 
-/// A model as far as it decides who has room. Those that no worker lists are all alike: strangers may think up as many as
-/// there are sessions, and each would be looked for on every worker.
+/// A model as far as it decides who has room. Those that no worker lists are alike where the same may stand in for
+/// them: strangers may think up as many as there are sessions, and each would be looked for on every worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Model {
     Default,
     Known(u32),
-    Nobodys,
+    Nobodys(Size),
 }
 
 #[cfg(test)]

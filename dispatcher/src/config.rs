@@ -67,6 +67,9 @@ pub struct DispatcherConfig {
     pub control_timeout_ms: u64,
     /// What a refused client is told to wait: about what a slot takes to come free on a fleet that turns over.
     pub retry_after_ms: u64,
+    /// Whoever runs on a smaller model or a CPU for want of room is moved back when there has been room for what he asked for
+    /// this long: a move costs a second of latency, and a neighbour's memory comes and goes.
+    pub restore_after_ms: u64,
     /// Share of a device's memory that is never planned, in percent: fragmentation and other tenants.
     pub reserve_percent: u8,
     /// Devices at or above this throttle, in degrees Celsius.
@@ -106,6 +109,7 @@ impl Default for DispatcherConfig {
             lease_ms: 5_000,
             control_timeout_ms: 2_000,
             retry_after_ms: 1_000,
+            restore_after_ms: 30_000,
             reserve_percent: 10,
             max_temperature_c: 83,
             min_decode_rate: 1.0,
@@ -144,6 +148,7 @@ impl DispatcherConfig {
             ("lease_ms", self.lease_ms, 1_000..=60_000),
             ("control_timeout_ms", self.control_timeout_ms, 100..=60_000),
             ("retry_after_ms", self.retry_after_ms, 1..=3_600_000),
+            ("restore_after_ms", self.restore_after_ms, 0..=86_400_000),
             ("io_in_flight", self.io_in_flight as u64, 1..=4_096),
             ("max_sessions", self.max_sessions as u64, 1..=10_000_000),
             ("max_attempts", u64::from(self.max_attempts), 1..=100),

@@ -387,6 +387,9 @@ fn changed(before: &Heartbeat, after: &Heartbeat) -> bool {
     }
     if before.draining != after.draining
         || before.engine.state != after.engine.state
+        || before.engine.effective_device != after.engine.effective_device
+        || before.device.trouble != after.device.trouble
+        || before.device.pressure != after.device.pressure
         || before.held.len() != after.held.len()
         || before.given_up.len() != after.given_up.len()
     {

@@ -46,9 +46,10 @@ pub struct Holder<'a> {
 }
 
 impl Holder<'_> {
-    /// It beats and should not keep what it has.
+    /// It beats and should not keep what it has, or asks that it be taken for want of room.
     fn leaves(&self) -> bool {
-        matches!(self.health, WorkerHealth::Draining | WorkerHealth::Unhealthy)
+        let asks = self.held.elsewhere && !self.held.suspect;
+        asks || matches!(self.health, WorkerHealth::Draining | WorkerHealth::Unhealthy)
     }
 }
 
@@ -104,7 +105,7 @@ pub fn compare(desired: Desired<'_>, owner: Option<Owner>, holders: &[Holder<'_>
         (WorkerHealth::Dead, _) => actions.push(Action::Displace),
         (_, None) if owner.drains => actions.push(Action::Displace),
         (WorkerHealth::Draining | WorkerHealth::Unhealthy, _) => actions.push(Action::MoveIfRoom),
-        // The last try of what kills engines is another worker's, if there is one.
+        // The last try of what kills engines is another worker's, if there is one; and whoever has too little room asks, too.
         (WorkerHealth::Alive, Some(h)) if h.held.elsewhere && h.held.epoch == desired.epoch => {
             actions.push(Action::MoveIfRoom);
         }

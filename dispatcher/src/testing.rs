@@ -154,6 +154,7 @@ pub(crate) fn job(id_text: &str) -> JobRecord {
         expired: false,
         suspect: false,
         deaths: 0,
+        instead: None,
     }
 }
 

@@ -80,6 +80,28 @@ pub struct EngineEnd {
     pub at_ms: u64,
 }
 
+/// What the dispatcher gave somebody in place of what he asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instead {
+    /// The model asked for, or the default of the worker; none: there is no telling.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<String>,
+    /// The smaller model that runs; none: the one asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// On a CPU, because no GPU was left.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cpu: bool,
+    pub class: FailureClass,
+}
+
+impl Instead {
+    /// Whether it comes to the same for whoever gets it, whatever the reason.
+    pub fn is_like(&self, other: &Self) -> bool {
+        (&self.model, self.cpu) == (&other.model, other.cpu)
+    }
+}
+
 /// What runs in place of what was asked for, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Standby {

@@ -14,6 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{
     codec::{self, CodecError},
+    device::Instead,
     failure::Failure,
     id::{StreamId, WorkerName},
     session::{SessionOptions, strict_options},
@@ -217,6 +218,9 @@ pub struct JobRecord {
     /// Workers that died while they had it. Their deaths are no tries of its own, but there is a limit to coincidence.
     #[serde(default, skip_serializing_if = "crate::nought")]
     pub deaths: u32,
+    /// What its worker was given to run in place of what was asked for; told once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instead: Option<Instead>,
 }
 
 /// Key of an inline recording in the object store; it belongs to the job and goes with its result.
@@ -240,6 +244,9 @@ pub struct WorkItem {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     pub options: SessionOptions,
+    /// The model that was asked for, where `options` names a smaller one that is to run in its place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_asked: Option<String>,
     /// Unix times in ms.
     pub submitted_ms: u64,
     pub assigned_ms: u64,
@@ -423,7 +430,8 @@ pub struct PerformanceMetrics {
     /// From the start on the worker that finished it to the aggregate.
     pub total_duration: f64,
     /// `fetch`, `transcribe` (wall clock), `decode` (inside the model, summed over its states), `queue` (submitted to
-    /// started).
+    /// started), in s. Memory in use by the worker on its device, in MB: `transcribe_before_mb`, `transcribe_after_mb`, and
+    /// `load_before_mb`, `load_after_mb` of the last model that it loaded.
     pub stages: BTreeMap<String, f64>,
     /// `total_duration` over the recording's length: below 1 is faster than real time.
     pub realtime_factor: f64,

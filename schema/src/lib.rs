@@ -14,6 +14,7 @@
 //! | [`fleet`] | heartbeats, control requests |
 //! | [`device`] | device figures, what is wrong with a device, what stands in for what |
 //! | [`ladder`] | sizes of models that stand in for each other |
+//! | [`plan`] | what fits on a device |
 //! | [`dead`] | what `ASR_DEAD` keeps of what could not be done |
 //! | [`event`] | what happened, for people and tests |
 //! | [`failure`] | the closed set of failure classes |
@@ -31,6 +32,7 @@ pub mod fleet;
 pub mod id;
 pub mod job;
 pub mod ladder;
+pub mod plan;
 pub mod session;
 pub mod source;
 pub mod transcript;

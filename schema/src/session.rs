@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    device::Instead,
     failure::{Failure, FailureClass},
     id::{Kind, StreamId, WorkerName},
     nought,
@@ -404,6 +405,9 @@ pub struct SessionRecord {
     /// Whom it was taken from, until somebody else has it: a dispatcher that takes over still tells `moved`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub displaced_from: Option<WorkerName>,
+    /// What its worker was given to run in place of what was asked for; told once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instead: Option<Instead>,
 }
 
 /// Answer to `session.status`.

@@ -8,18 +8,20 @@
  *   simulated_card   path of a folder with one file of MB per allocation: `<pid>.<n>` of a process, `tenant.<name>` of others
  *   error            code that every call about this card answers with
  *   error_processes  the same for the list of processes alone
+ *   hangs            memory is not told until this file is gone
  *
  * ROOT/init_error is the code of nvmlInit_v2, ROOT/driver_version and ROOT/library_version what they are called. A file that
  * is not there makes the figure "not supported", as figures of real cards may be.
  */
 #include <ctype.h>
 #include <dirent.h>
+#include <errno.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <errno.h>
+#include <unistd.h>
 
 enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7 };
 enum { MOST_CARDS = 16, MOST_INSTANCES = 7, MOST_PROCESSES = 256 };
@@ -69,6 +71,12 @@ static int read_number(const char *folder, const char *key, unsigned long long *
     if (!read_text(folder, key, text, sizeof text) || !*text) return 0;
     *number = strtoull(text, NULL, 10);
     return 1;
+}
+
+static int exists(const char *folder, const char *key) {
+    char path[1024];
+    snprintf(path, sizeof path, "%s/%s", folder, key);
+    return access(path, F_OK) == 0;
 }
 
 static int is_folder(const char *path) {
@@ -246,6 +254,7 @@ int nvmlDeviceGetMemoryInfo_v2(struct card *card, struct memory *memory) {
     unsigned long long total, used;
     int code = trouble(card);
     if (code) return code;
+    while (exists(card->folder, "hangs")) usleep(20000);
     if (!read_number(card->folder, "total_mb", &total)) return NOT_SUPPORTED;
     unsigned count = users(card, list, &used);
     for (unsigned i = 0; i < count; i++) used += list[i].bytes / MB;

@@ -8,7 +8,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use voxfleet_schema::{fleet::Provider, id::GpuId};
-use voxfleet_store::fetch::FetchConfig;
+use voxfleet_store::{
+    fetch::FetchConfig,
+    models::{Catalog, ModelKind},
+};
 
 use crate::{
     ipc::{EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
@@ -125,6 +128,11 @@ pub struct WorkerConfig {
     pub default_model: Option<String>,
     /// Loaded at the start instead of at first use.
     pub preload: Vec<String>,
+    /// Models of the catalog that are fetched beside the work when they are not here.
+    pub prefetch: Vec<String>,
+    /// The operator's own catalog, which knows some of them; given by the command line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub catalog: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub silero_model: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -199,6 +207,9 @@ impl Default for WorkerConfig {
             default_model: None,
             // Nothing: an idle worker costs 0 MB of device memory.
             preload: Vec::new(),
+            // Nothing is fetched that nobody asked for.
+            prefetch: Vec::new(),
+            catalog: None,
             silero_model: None,
             onnxruntime: None,
             // Two decodes overlap well; more wait for one device anyway.
@@ -353,7 +364,10 @@ impl WorkerConfig {
             }
         }
         if let Some(dir) = &self.models_dir {
-            check(dir.is_dir(), format!("worker.models_dir: {} is not a folder", dir.display()));
+            check(
+                dir.is_dir() || !self.prefetch.is_empty(),
+                format!("worker.models_dir: {} is not a folder", dir.display()),
+            );
         }
         if let Some(exe) = &self.engine_exe {
             check(exe.is_file(), format!("worker.engine_exe: {} is not a file", exe.display()));
@@ -379,6 +393,9 @@ impl WorkerConfig {
             }
             for name in &self.preload {
                 check(known(name), format!("worker.preload: {}", not_here(name)));
+            }
+            for name in &self.prefetch {
+                check(known(name), format!("worker.prefetch: {name:?} is no Whisper model of the catalog"));
             }
         }
         found.extend(self.fetch.problems());
@@ -422,7 +439,7 @@ impl WorkerConfig {
         let mut files: BTreeMap<String, PathBuf> = BTreeMap::new();
         let folder = self.models_dir.clone().or_else(|| Some(self.cache_dir.as_ref()?.join("models")));
         // A folder that can not be read holds no models; `problems` says so when it was named.
-        for entry in folder.and_then(|f| std::fs::read_dir(f).ok()).into_iter().flatten().flatten() {
+        for entry in folder.as_ref().and_then(|f| std::fs::read_dir(f).ok()).into_iter().flatten().flatten() {
             let path = entry.path();
             if path.extension().is_some_and(|e| e == "bin")
                 && let Some(stem) = path.file_stem().and_then(|s| s.to_str())
@@ -431,11 +448,23 @@ impl WorkerConfig {
                 files.insert(stem.to_owned(), path.clone());
             }
         }
+        for name in &self.prefetch {
+            if let (Some(folder), Some(file)) = (&folder, self.catalog_file(name)) {
+                files.entry(name.clone()).or_insert_with(|| folder.join(file));
+            }
+        }
         files.extend(self.models.clone());
         if self.engine == EngineKind::Simulated && files.is_empty() {
             files.insert(SIMULATED_MODEL.to_owned(), PathBuf::new());
         }
         files.into_iter().map(|(name, path)| ModelFile { name, path }).collect()
+    }
+
+    /// The file under which the store keeps a Whisper model of the catalog.
+    fn catalog_file(&self, name: &str) -> Option<String> {
+        let catalog = Catalog::load(self.catalog.as_deref()).ok()?;
+        let model = catalog.get(name).filter(|model| model.kind == ModelKind::Whisper)?;
+        Some(model.files.first()?.file.clone())
     }
 
     /// The model of sessions that name none; empty when there is no model at all.
@@ -487,7 +516,7 @@ pub const SIMULATED_MODEL: &str = "simulated";
 /// Says which command brings it, where one does.
 fn not_here(name: &str) -> String {
     // Only names of the catalog can be pulled; a binary whose own catalog is broken has nothing to offer.
-    match voxfleet_store::models::Catalog::built_in().is_ok_and(|catalog| catalog.get(name).is_some()) {
+    match Catalog::built_in().is_ok_and(|catalog| catalog.get(name).is_some()) {
         true => format!("model {name:?} is not here; `voxfleet models pull {name}` brings it"),
         false => format!("{name:?} is not one of the models"),
     }

@@ -16,9 +16,10 @@ use voxfleet_schema::{
 };
 
 use crate::{
-    device::Probe,
+    device::{self, Ours, Probe},
     lifecycle::Engine,
     session::unix_ms,
+    stock::Stock,
     supervisor::{
         holdings::{Holdings, Snapshot},
         relief::Relief,
@@ -27,6 +28,8 @@ use crate::{
 
 /// How often the device is sampled.
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);
+/// A driver that has not answered for so long hangs; one that resets a card takes seconds.
+const HANGS: Duration = Duration::from_secs(5);
 /// Between a heartbeat and one that only brings news: many sessions moved at once make few of them.
 const NEWS_GAP: Duration = Duration::from_millis(50);
 
@@ -65,6 +68,7 @@ pub(crate) struct Sources {
     pub(crate) engine: Engine,
     pub(crate) holdings: Arc<Holdings>,
     pub(crate) relief: Arc<Relief>,
+    pub(crate) stock: Stock,
     pub(crate) news: Arc<Notify>,
     pub(crate) every: Duration,
 }
@@ -78,7 +82,8 @@ impl Sources {
             held.suspect_from = known.from;
             held.elsewhere = known.elsewhere || self.relief.asks_elsewhere(held.kind, &held.id);
         }
-        let (engine, models) = self.engine.heartbeat_state(now);
+        let (engine, mut models) = self.engine.heartbeat_state(now);
+        self.stock.overlay(&mut models);
         let identity = &self.identity;
         Heartbeat {
             gpu_id: identity.gpu_id.clone(),
@@ -167,15 +172,24 @@ pub(crate) async fn sample_device(
             () = stop.cancelled() => break,
             _ = ticks.tick() => {}
         }
-        let pid = engine.pid();
-        let sampled = tokio::task::spawn_blocking(move || {
-            let device = probe.sample(pid);
+        let ours = engine.pid().map(|pid| Ours { pid, expected_mb: engine.expected_mb() });
+        let mut sampling = tokio::task::spawn_blocking(move || {
+            let device = probe.sample(ours);
             (probe, device)
         });
-        let sampled = tokio::select! {
-            // A blocked driver must not hold up the stop.
-            () = stop.cancelled() => break,
-            sampled = sampled => sampled,
+        let begun = Instant::now();
+        let mut told = false;
+        let sampled = loop {
+            tokio::select! {
+                // A blocked driver must not hold up the stop.
+                () = stop.cancelled() => return,
+                sampled = &mut sampling => break sampled,
+                () = sleep_until(begun + HANGS), if !told => {
+                    told = true;
+                    tracing::error!(waited_ms = HANGS.as_millis() as u64, "the driver does not answer");
+                    figures.send_modify(|device| device.trouble = Some(device::hangs(HANGS)));
+                }
+            }
         };
         match sampled {
             Ok((back, device)) => {

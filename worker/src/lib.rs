@@ -14,12 +14,15 @@ mod heartbeat;
 pub mod ipc;
 mod job;
 mod lifecycle;
+mod memory;
+pub mod metrics;
 mod preempt;
 pub mod provider;
 mod pull;
 mod session;
 mod shutdown;
 mod spawner;
+mod stock;
 mod supervisor;
 
 pub use config::WorkerConfig;

@@ -29,7 +29,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use voxfleet_schema::{
-    fleet::{EngineRunState, EngineState, ModelState},
+    fleet::{EngineRunState, EngineState, ModelState, Residency},
     id::{Kind, StreamId},
     transcript::VadKind,
 };
@@ -187,6 +187,11 @@ impl Engine {
         self.0.status.borrow().clone()
     }
 
+    /// Every change of what [`Self::status`] says.
+    pub(crate) fn watch(&self) -> watch::Receiver<EngineStatus> {
+        self.0.status.subscribe()
+    }
+
     /// The heartbeat's view.
     pub(crate) fn heartbeat_state(&self, now: Instant) -> (EngineState, Vec<ModelState>) {
         let status = self.status();
@@ -208,6 +213,12 @@ impl Engine {
 
     pub(crate) fn pid(&self) -> Option<u32> {
         Some(self.0.pid.load(Ordering::Relaxed)).filter(|pid| *pid != 0)
+    }
+
+    /// What the models that are loaded, or being loaded, are expected to take.
+    pub(crate) fn expected_mb(&self) -> u64 {
+        let there = |model: &&ModelState| matches!(model.state, Residency::Loaded | Residency::Loading);
+        self.status().models.iter().filter(there).map(|model| model.expected_mb).sum()
     }
 
     /// Starts the child if it is not running.

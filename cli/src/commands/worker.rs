@@ -36,7 +36,11 @@ pub(crate) async fn run(args: &WorkerArgs, context: &Context) -> anyhow::Result<
     // Whoever makes room for another model leaves these alone for as long as this process lives.
     let held: Vec<InUse> = settings.worker.model_files().iter().filter_map(|m| InUse::hold(&m.path)).collect();
     tracing::debug!(models = held.len(), "model files held");
-    let result = voxfleet_worker::run(nats.clone(), settings.worker, context.shutdown.clone()).await;
+    let store = match settings.worker.prefetch.is_empty() {
+        true => None,
+        false => Some(super::models::open(&settings, false)?),
+    };
+    let result = voxfleet_worker::run(nats.clone(), settings.worker, store, context.shutdown.clone()).await;
     super::close(nats).await;
     drop(held);
     result.or_exit(Exit::Failure)?;

@@ -75,9 +75,12 @@ impl Settings {
         #[cfg(feature = "worker")]
         {
             let worker = &mut self.worker;
+            worker.catalog = worker.catalog.take().or_else(|| self.models.catalog.clone());
             match (&self.models.dir, &worker.models_dir) {
                 // One that nothing was pulled into yet is no mistake.
-                (Some(dir), None) if dir.is_dir() => worker.models_dir = Some(dir.clone()),
+                (Some(dir), None) if dir.is_dir() || !worker.prefetch.is_empty() => {
+                    worker.models_dir = Some(dir.clone())
+                }
                 (None, Some(dir)) => self.models.dir = Some(dir.clone()),
                 _ => {}
             }

@@ -172,6 +172,7 @@ async fn reply(responder: voxfleet_nats::api::ApiResponder, answer: Answer) {
         Answer::Closed(closed) => responder.reply(&Reply::Ok(closed)).await,
         Answer::Fleet(fleet) => responder.reply(&Reply::Ok(*fleet)).await,
         Answer::Drained(drained) => responder.reply(&Reply::Ok(*drained)).await,
+        Answer::Plan(plan) => responder.reply(&Reply::Ok(*plan)).await,
         Answer::Submitted(submitted) => responder.reply(&Reply::Ok(submitted)).await,
         Answer::Job(status) => responder.reply(&Reply::Ok(*status)).await,
         Answer::Jobs(list) => responder.reply(&Reply::Ok(*list)).await,

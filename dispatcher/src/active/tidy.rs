@@ -182,6 +182,7 @@ mod tests {
             crashes: 0,
             suspect_from: None,
             displaced_from: None,
+            instead: None,
         };
         assert!(!session_is_over(&record, 2 * HOUR_MS + 1_000, 3_600));
         assert!(session_is_over(&record, 2 * HOUR_MS + 1_001, 3_600));

@@ -12,7 +12,7 @@ use super::Core;
 use crate::{
     admission::{self, Model, Needs, Unplaced},
     moment::Moment,
-    routing::{self, Pick, Request, Rows, Seen, Service, Slot},
+    routing::{self, Pick, Request, Rows, Seen, Service, Size, Slot},
     sessions::Session,
 };
 
@@ -51,7 +51,7 @@ impl Core {
             return self.roster.remove(name);
         };
         let sessions = worker.load.assigned().filter_map(|id| self.book.session(id));
-        let sessions = sessions.filter(|s| s.planned).map(|s| s.stand_in.as_ref().or(s.record.options.model.as_ref()));
+        let sessions = sessions.filter(|s| s.planned).map(|s| s.needs_model());
         let promised: Vec<Option<&str>> =
             sessions.chain(self.jobs.planned(&worker.jobs)).map(|model| model.map(String::as_str)).collect();
         let reserve_percent = self.map.reserve_percent(&self.roles, &name.gpu_id);
@@ -248,7 +248,7 @@ impl Core {
     }
 
     /// What decides whether there is room for it.
-    fn needs(&self, session: &Session) -> Needs {
+    pub(super) fn needs(&self, session: &Session) -> Needs {
         let options = &session.record.options;
         Needs { model: self.model_of(options), policy: options.policy.into(), vad: session.vad() }
     }
@@ -256,7 +256,9 @@ impl Core {
     pub(super) fn model_of(&self, options: &SessionOptions) -> Model {
         match &options.model {
             None => Model::Default,
-            Some(model) => self.roster.model_number(model).map_or(Model::Nobodys, Model::Known),
+            Some(model) => {
+                self.roster.model_number(model).map_or_else(|| Model::Nobodys(Size::of(model)), Model::Known)
+            }
         }
     }
 

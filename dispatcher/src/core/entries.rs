@@ -356,5 +356,6 @@ fn blank_record(id: &StreamId, options: SessionOptions, implicit: bool, now: Mom
         crashes: 0,
         suspect_from: None,
         displaced_from: None,
+        instead: None,
     }
 }

@@ -6,6 +6,8 @@
 //! | [`entries`] | what the tail reads: first chunks, audio, audio behind an end |
 //! | [`admitting`] | none: who may come in, and who comes next |
 //! | [`placing`] | choosing a worker, writing the record, asking the worker |
+//! | [`instead`] | none: what is told of smaller models and CPUs |
+//! | [`restoring`] | none: back to what was asked for |
 //! | [`endings`] | finals, ends, what stands in the log behind them |
 //! | [`requests`] | the API |
 //! | [`services`] | none: the fleet map |
@@ -21,10 +23,12 @@ mod drain;
 mod endings;
 mod entries;
 mod expiry;
+mod instead;
 pub mod jobs;
 mod placing;
 mod reconciling;
 mod requests;
+mod restoring;
 mod services;
 #[cfg(test)]
 mod tests;
@@ -48,6 +52,7 @@ use voxfleet_schema::{
     fleet::{Assignment, Drained, FleetStatus, Heartbeat},
     id::{Kind, StreamId, WorkerName},
     job::{JobList, JobStatus, Submitted},
+    plan::FleetPlan,
     session::{Closed, Opened, SessionRecord, SessionState, SessionStatus},
     transcript::Final,
 };
@@ -186,6 +191,7 @@ pub enum Answer {
     Closed(Closed),
     Fleet(Box<FleetStatus>),
     Drained(Box<Drained>),
+    Plan(Box<FleetPlan>),
     Submitted(Submitted),
     Job(Box<JobStatus>),
     Jobs(Box<JobList>),
@@ -403,6 +409,8 @@ impl Core {
         session.waiting_since_ms = now.mono.as_millis() as i64 - waited_ms as i64;
         session.chain = chain;
         session.displaced_from = session.record.displaced_from.clone();
+        session.instead = session.record.instead.clone();
+        session.told_instead = session.record.instead.clone();
         if waits {
             let age = Duration::from_secs(self.config.jobs_age_s);
             self.waiting.insert(&admitting::unplaced(&session), age);

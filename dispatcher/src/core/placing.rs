@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use voxfleet_schema::{
+    device::Instead,
     event::What,
     failure::{Failure, FailureClass},
     fleet::Assignment,
@@ -10,7 +11,7 @@ use voxfleet_schema::{
     session::{Opened, SessionRecord, SessionState},
 };
 
-use super::{Answer, AskReply, Core, Effect, Loaded, SaveError};
+use super::{Answer, AskReply, Core, Effect, Loaded, SaveError, instead};
 use crate::{
     moment::Moment,
     routing::Rows,
@@ -28,10 +29,10 @@ impl Core {
         };
         let (pick, reasons) = self.decide(session, |placed| placed.then_some(Rows::Short), now);
         let pick = pick?;
-        let next = assigned(session, self.roster.name(pick.slot).clone(), now);
+        let next = assigned(session, self.roster.name(pick.slot).clone(), pick.instead.clone(), now);
         if let Some(session) = self.book.session_mut(id) {
             session.reasons = reasons;
-            (session.stand_in, session.planned) = (pick.stand_in.map(str::to_owned), true);
+            (session.instead, session.planned) = (pick.instead, true);
         }
         self.save(id, next, now);
         Ok(())
@@ -42,8 +43,12 @@ impl Core {
         let Some(session) = self.book.session(id) else {
             return;
         };
-        let mut next = assigned(session, worker, now);
+        let instead = self.roster.instead(&self.request_for(&session.record.options, true), &worker, now.mono);
+        let mut next = assigned(session, worker, instead.clone(), now);
         next.epoch = next.epoch.max(above + 1);
+        if let Some(session) = self.book.session_mut(id) {
+            session.instead = instead;
+        }
         self.save(id, next, now);
     }
 
@@ -57,6 +62,7 @@ impl Core {
             state: SessionState::Waiting,
             worker: None,
             changed_ms: now.unix_ms,
+            instead: session.told_instead.clone(),
             ..session.record.clone()
         };
         if session.state() == SessionState::Ended {
@@ -114,7 +120,10 @@ impl Core {
         next.displaced_from = session.displaced_from.clone().filter(|_| next.state != SessionState::Ended);
         if next.state == SessionState::Ended {
             (next.suspect, next.crashes, next.suspect_from) = (false, 0, None);
+            // Should it be opened again, nothing has been told of that.
+            (next.instead, session.told_instead) = (None, None);
         }
+        session.better_since = None;
         session.enter(Stage::Saving(Box::new(next.clone())), now.mono);
         let revision = session.revision;
         self.effect(Effect::Save { id: id.clone(), record: Box::new(next), revision });
@@ -228,17 +237,17 @@ impl Core {
         };
         // The record keeps what was asked for; the worker is told what it can run.
         let mut options = session.record.options.clone();
-        let stand_in = self.roster.stand_in(&options, &worker);
-        (session.stand_in, session.planned) = (stand_in.map(str::to_owned), true);
+        (session.instead, session.planned) = (session.record.instead.clone(), true);
         self.fleet.touch(&worker);
-        if let Some(model) = stand_in {
-            options.model = Some(model.to_owned());
+        let mut model_asked = None;
+        if let Some(instead) = session.instead.as_ref().filter(|instead| instead.model.is_some()) {
+            (options.model, model_asked) = (instead.model.clone(), instead.asked.clone());
         }
         let assignment = Assignment {
             kind: Kind::Session,
             id: id.clone(),
             epoch: session.record.epoch,
-            model_asked: stand_in.and(session.record.options.model.clone()),
+            model_asked,
             options,
             suspect: session.record.suspect,
             crashes: session.record.crashes,
@@ -287,9 +296,10 @@ impl Core {
             session.told_epoch = epoch;
             let reasons = std::mem::take(&mut session.reasons);
             let from = session.displaced_from.take();
-            let asked = &session.record.options.model;
-            let smaller =
-                session.stand_in.as_ref().map(|model| serde_json::json!({ "model": model, "model_asked": asked }));
+            let suspect = session.record.suspect;
+            let instead = session.record.instead.clone();
+            let told = std::mem::replace(&mut session.told_instead, instead.clone());
+            let asked = session.record.options.model.clone();
             self.log_slot("session assigned", id, epoch, worker);
             // Whoever has it again never lost it.
             if let Some(from) = from.filter(|from| from != worker) {
@@ -298,7 +308,7 @@ impl Core {
                     w.heartbeat.held.iter().find(|h| h.kind == Kind::Session && h.id == *id).map(|h| h.epoch)
                 });
                 if let Some(epoch) = held {
-                    let finish_ms = self.finish_ms(&from, now);
+                    let finish_ms = self.finish_ms(&from, suspect, now);
                     self.effect(Effect::Release { worker: from.clone(), id: id.clone(), epoch, finish_ms });
                 }
                 self.reconcile_due = true;
@@ -312,17 +322,14 @@ impl Core {
                 e.epoch = Some(epoch);
                 e.gpu_id = Some(worker.gpu_id.to_string());
                 e.detail = serde_json::json!({ "incarnation": worker.incarnation, "candidates": reasons });
-                if let Some(smaller) = &smaller {
-                    e.detail["model"] = smaller["model"].clone();
-                    e.detail["model_asked"] = smaller["model_asked"].clone();
-                }
+                instead::name_models(&mut e.detail, instead.as_ref());
             });
-            if let Some(smaller) = smaller {
-                tracing::warn!(session = %id, epoch, gpu = %worker.gpu_id, detail = %smaller, "a smaller model stands in");
-                self.session_event(id, What::Degraded, now, |e| {
+            if let Some((what, detail)) = self.news_of_instead(told.as_ref(), instead.as_ref(), asked, worker) {
+                tracing::warn!(session = %id, epoch, gpu = %worker.gpu_id, %detail, "{}", instead::in_words(what));
+                self.session_event(id, what, now, |e| {
                     e.epoch = Some(epoch);
                     e.gpu_id = Some(worker.gpu_id.to_string());
-                    e.detail = smaller;
+                    e.detail = detail;
                 });
             }
         }
@@ -410,11 +417,12 @@ impl Core {
 }
 
 /// The record of a session that `worker` is to have.
-fn assigned(session: &Session, worker: WorkerName, now: Moment) -> SessionRecord {
+fn assigned(session: &Session, worker: WorkerName, instead: Option<Instead>, now: Moment) -> SessionRecord {
     SessionRecord {
         state: SessionState::Assigned,
         epoch: session.next_epoch(),
         worker: Some(worker),
+        instead,
         changed_ms: now.unix_ms,
         ..session.record.clone()
     }

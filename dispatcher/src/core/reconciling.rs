@@ -114,7 +114,15 @@ impl Core {
                 self.effect(Effect::Release { worker, id: id.clone(), epoch, finish_ms });
             }
             Action::CatchUp => self.effect(Effect::ReadChain { id: id.clone() }),
-            Action::Resend if settled => self.ask_worker(id, now),
+            Action::Resend if settled => {
+                if let Some(session) = self.book.session_mut(id)
+                    && session.told_epoch < session.record.epoch
+                {
+                    // Its worker never got it from a predecessor, who cannot have told how.
+                    session.told_instead = None;
+                }
+                self.ask_worker(id, now);
+            }
             Action::Raise { above } if settled => {
                 if let Some(worker) = self.book.session(id).and_then(|s| s.record.worker.clone()) {
                     self.place_again(id, worker, above, now);
@@ -171,7 +179,7 @@ impl Core {
         moves
     }
 
-    fn displaced(&mut self, id: &StreamId) {
+    pub(super) fn displaced(&mut self, id: &StreamId) {
         if let Some(session) = self.book.session_mut(id)
             && session.record.worker.is_some()
         {
@@ -180,9 +188,11 @@ impl Core {
     }
 
     /// Time an old owner gets to store the final it has begun, when its session has moved.
-    pub(super) fn finish_ms(&self, old: &WorkerName, now: Moment) -> u32 {
+    pub(super) fn finish_ms(&self, old: &WorkerName, suspect: bool, now: Moment) -> u32 {
         match self.fleet.health(old, now.mono, &self.config) {
-            WorkerHealth::Draining | WorkerHealth::Unhealthy => FINISH_WITHIN.as_millis() as u32,
+            // What kills engines is not finished there.
+            WorkerHealth::Alive if suspect => 0,
+            WorkerHealth::Alive | WorkerHealth::Draining | WorkerHealth::Unhealthy => FINISH_WITHIN.as_millis() as u32,
             _ => 0,
         }
     }

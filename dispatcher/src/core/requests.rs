@@ -9,6 +9,7 @@ use voxfleet_schema::{
     fleet::{DrainRequest, FleetStatus},
     id::StreamId,
     job::{JobListRequest, JobQuery},
+    plan::PlanRequest,
     session::{Closed, OpenRequest, SessionOptions, SessionRequest, SessionState, SessionStatus},
 };
 
@@ -44,6 +45,13 @@ impl Core {
             Endpoint::FleetStatus => self.fleet_status(call, now),
             Endpoint::FleetDrain => match request.decode::<DrainRequest>() {
                 Ok(drain) => self.drain(call, &drain, now),
+                Err(error) => self.refuse(call, bad_request(&error)),
+            },
+            Endpoint::Plan => match request.decode::<PlanRequest>() {
+                Ok(plan) => {
+                    self.refresh_roster();
+                    self.answer(call, Answer::Plan(Box::new(self.roster.plan(&plan, now.mono))));
+                }
                 Err(error) => self.refuse(call, bad_request(&error)),
             },
             Endpoint::JobStatus => match request.decode::<JobQuery>() {

@@ -15,6 +15,7 @@ use super::{Core, Effect};
 use crate::{
     map::{Change, Gpu},
     moment::Moment,
+    routing::has_fallen,
 };
 
 /// Longer than an answered request takes to show in a heartbeat.
@@ -111,7 +112,11 @@ impl Core {
     fn gpus(&self, now: Duration) -> HashMap<GpuId, Gpu> {
         let mut gpus: HashMap<GpuId, Gpu> = HashMap::new();
         for (name, worker) in self.fleet.workers() {
-            let health = worker.health(now, &self.config);
+            // One that runs on its CPU is no GPU for now, however alive.
+            let health = match worker.health(now, &self.config) {
+                WorkerHealth::Alive if has_fallen(&worker.heartbeat) => WorkerHealth::Unhealthy,
+                health => health,
+            };
             let sessions = worker.load.assigned().filter_map(|id| self.book.session(id));
             let jobs = self.jobs.of(&worker.jobs);
             let options = sessions.map(|s| &s.record.options).chain(jobs.map(|job| &job.record.options));

@@ -189,6 +189,7 @@ fn world_record(session: &str) -> SessionRecord {
         crashes: 0,
         suspect_from: None,
         displaced_from: None,
+        instead: None,
     }
 }
 

@@ -32,6 +32,7 @@ impl Core {
         self.preload_again(now);
         self.place_waiting(now);
         self.tick_jobs(now);
+        self.restore(now);
     }
 
     /// After each batch of inputs: what came free goes to those who wait.

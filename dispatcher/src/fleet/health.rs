@@ -3,12 +3,14 @@
 use std::{collections::VecDeque, time::Duration};
 
 use voxfleet_schema::{
+    device::DeviceTrouble,
     event::What,
+    failure::FailureClass,
     fleet::{EngineRunState, WorkerHealth},
 };
 
 use super::Worker;
-use crate::config::DispatcherConfig;
+use crate::{config::DispatcherConfig, routing::is_cpu};
 
 /// An engine that dies this often ...
 const CRASHES: usize = 3;
@@ -87,10 +89,20 @@ impl Worker {
         now.saturating_sub(self.heard)
     }
 
-    /// What is wrong with its engine.
+    /// What speaks against its device; nothing where it runs on the CPU in its place.
+    fn broken_device(&self) -> Option<&DeviceTrouble> {
+        use FailureClass::{DeviceLost, DriverMismatch, MissingLibrary};
+        let trouble = self.heartbeat.device.trouble.as_ref()?;
+        let broken = matches!(trouble.class, DeviceLost | DriverMismatch | MissingLibrary);
+        (broken && !is_cpu(&self.heartbeat)).then_some(trouble)
+    }
+
+    /// What is wrong with its device or its engine.
     fn sick(&self, now: Duration, config: &DispatcherConfig) -> Option<String> {
         let engine = &self.heartbeat.engine;
-        if engine.state == EngineRunState::Failed {
+        if let Some(trouble) = self.broken_device() {
+            Some(format!("{}: {}", trouble.class, trouble.message))
+        } else if engine.state == EngineRunState::Failed {
             Some("its engine cannot be started".to_owned())
         } else if engine.ms_since_progress >= config.stuck_after_ms {
             Some(format!("its engine has stood still for {} ms", engine.ms_since_progress))

@@ -84,7 +84,7 @@ pub fn compare(desired: Desired<'_>, owner: Option<Owner<'_>>, holders: &[Holder
     let assigned = record.state == JobState::Assigned;
     let current = |h: &Holder<'_>| assigned && record.worker.as_ref() == Some(h.worker) && h.held.epoch >= record.epoch;
     // Its job has moved on because it should not keep it: it may yet be at work on the final that it has begun.
-    let finishes = |h: &Holder<'_>| assigned && leaves(h.health);
+    let finishes = |h: &Holder<'_>| assigned && (leaves(h.health) || (h.held.elsewhere && !h.held.suspect));
     let patience = |h: &Holder<'_>| if finishes(h) { FINISH_WITHIN } else { Duration::ZERO };
     let release =
         |h: &Holder<'_>| Action::Release { worker: h.worker.clone(), epoch: h.held.epoch, finish: finishes(h) };
@@ -101,11 +101,12 @@ pub fn compare(desired: Desired<'_>, owner: Option<Owner<'_>>, holders: &[Holder
         return actions;
     };
     let leaving = leaves(owner.health);
+    let asks = |h: &Holder<'_>| owner.health == WorkerHealth::Alive && h.held.elsewhere;
     actions.extend(match (owner.given_up, held) {
         (Some(failure), _) => Some(Action::GaveUp(failure.clone())),
         _ if owner.health == WorkerHealth::Dead => Some(Action::Displace),
         (None, Some(h)) if h.held.epoch > record.epoch => Some(Action::Raise { above: h.held.epoch }),
-        (None, Some(_)) if leaving => Some(Action::MoveIfRoom),
+        (None, Some(h)) if leaving || asks(h) => Some(Action::MoveIfRoom),
         (None, Some(_)) => Some(Action::Taken),
         (None, None) if !fresh(owner.heard) => None,
         (None, None) if leaving => Some(Action::TakeBack),

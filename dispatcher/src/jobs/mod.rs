@@ -13,6 +13,7 @@ use std::{
 };
 
 use voxfleet_schema::{
+    device::Instead,
     failure::Failure,
     id::{StreamId, WorkerName},
     job::{JobRecord, JobState},
@@ -106,8 +107,10 @@ pub struct Job {
     pub assigned_since: Duration,
     /// Its worker was heard to hold this epoch.
     pub taken: bool,
-    /// A smaller model than the one asked for, while its worker runs that.
-    pub stand_in: Option<String>,
+    /// What its worker was given in place of what was asked for, from the moment it was chosen.
+    pub instead: Option<Instead>,
+    /// What of that was told last.
+    pub told_instead: Option<Instead>,
     /// This process chose its worker or sent it there: which model it needs there is known.
     pub planned: bool,
     /// Who waits for its record to be written.
@@ -118,6 +121,7 @@ pub struct Job {
 
 impl Job {
     pub fn new(record: JobRecord, revision: Option<u64>, chain: Option<JobMark>, now: Duration) -> Self {
+        let told_instead = record.instead.clone();
         Self {
             record,
             revision,
@@ -134,7 +138,8 @@ impl Job {
             told_epoch: 0,
             assigned_since: now,
             taken: false,
-            stand_in: None,
+            instead: None,
+            told_instead,
             planned: false,
             submits: Vec::new(),
             later: Vec::new(),
@@ -160,6 +165,12 @@ impl Job {
             Stage::Putting(next) | Stage::Saving(next) | Stage::Reading(next) => next,
             Stage::Settled | Stage::Sending | Stage::Closing => &self.record,
         }
+    }
+
+    /// The model its worker needs for it; none: the worker's default.
+    pub fn needs_model(&self) -> Option<&String> {
+        let stand_in = self.instead.as_ref().and_then(|instead| instead.model.as_ref());
+        stand_in.or(self.record.options.model.as_ref())
     }
 
     /// Epoch of its next owner: above its last and above the last final's.

@@ -122,6 +122,7 @@ impl Submission {
             expired: false,
             suspect: false,
             deaths: 0,
+            instead: None,
         }
     }
 }
@@ -156,10 +157,11 @@ pub fn explain_id(error: &IdError) -> String {
 }
 
 /// What its worker is given; made again from the record whenever it was lost.
-pub fn work_item(record: &JobRecord, stand_in: Option<&str>) -> WorkItem {
+pub fn work_item(record: &JobRecord) -> WorkItem {
     let mut options = record.options.clone();
-    if let Some(model) = stand_in {
-        options.model = Some(model.to_owned());
+    let mut model_asked = None;
+    if let Some(instead) = record.instead.as_ref().filter(|instead| instead.model.is_some()) {
+        (options.model, model_asked) = (instead.model.clone(), instead.asked.clone());
     }
     WorkItem {
         job: record.id.clone(),
@@ -168,6 +170,7 @@ pub fn work_item(record: &JobRecord, stand_in: Option<&str>) -> WorkItem {
         audio: record.audio.clone(),
         name: record.name.clone(),
         options,
+        model_asked,
         submitted_ms: record.submitted_ms,
         assigned_ms: record.changed_ms,
         suspect: record.suspect,
@@ -268,6 +271,8 @@ pub fn closing_final(record: &JobRecord, last: Option<&Final>, final_id: String)
 
 #[cfg(test)]
 mod tests {
+    use voxfleet_schema::device::Instead;
+
     use super::*;
     use crate::testing::{end_final, id, job};
 
@@ -357,15 +362,25 @@ mod tests {
         let mut record = job("a");
         record.audio = "https://h.example/a.wav?X-Amz-Signature=s#t".to_owned();
         assert_eq!(told(&record), JobRecord { audio: "https://h.example/a.wav".to_owned(), ..record.clone() });
-        assert_eq!(work_item(&record, None).audio, record.audio, "its worker needs all of it");
+        assert_eq!(work_item(&record).audio, record.audio, "its worker needs all of it");
     }
 
     #[test]
     fn a_work_item_is_made_from_the_record_alone() {
         let mut record = job("a");
         (record.epoch, record.attempts) = (3, 2);
-        let item = work_item(&record, Some("tiny"));
-        assert_eq!((item.epoch, item.attempt, item.options.model.as_deref()), (3, 2, Some("tiny")));
-        assert_eq!(work_item(&record, None).options, record.options);
+        let instead = Instead {
+            asked: Some("small".to_owned()),
+            model: Some("tiny".to_owned()),
+            cpu: false,
+            class: FailureClass::ModelMissing,
+        };
+        let item = work_item(&JobRecord { instead: Some(instead.clone()), ..record.clone() });
+        assert_eq!((item.epoch, item.attempt), (3, 2));
+        assert_eq!((item.options.model.as_deref(), item.model_asked.as_deref()), (Some("tiny"), Some("small")));
+        let on_cpu = Instead { model: None, cpu: true, ..instead };
+        let item = work_item(&JobRecord { instead: Some(on_cpu), ..record.clone() });
+        assert_eq!((&item.options, item.model_asked), (&record.options, None));
+        assert_eq!(work_item(&record).options, record.options);
     }
 }

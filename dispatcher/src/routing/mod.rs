@@ -5,11 +5,13 @@
 
 mod explain;
 mod fit;
+mod plan;
 mod roster;
 
 use std::{cmp::Ordering, time::Duration};
 
 use voxfleet_schema::{
+    device::Instead,
     failure::{Failure, FailureClass},
     fleet::WorkerHealth,
     id::WorkerName,
@@ -18,11 +20,12 @@ use voxfleet_schema::{
 };
 
 pub use explain::Rows;
-pub use fit::LADDER;
+pub use fit::Size;
+pub(crate) use fit::{has_fallen, is_cpu};
 pub use roster::{Duty, Roster, Seen, Slot};
 
 use crate::config::DispatcherConfig;
-use fit::Wanted;
+use fit::{StandIn, Wanted};
 use roster::Row;
 
 /// Two cards that differ by less have the same room: what drivers and contexts take differs by a few MB from one reading to
@@ -80,9 +83,18 @@ pub enum Refusal {
     /// The policy keeps it off CPUs, or on them.
     WrongDevice,
     ModelNotHere,
+    /// Listed, but its file is not there and cannot be fetched.
+    ModelMissing,
+    /// Its file is there and cannot be used.
+    ModelFailed,
+    ModelBeingFetched,
+    /// The device had no memory for it when its worker tried.
+    ModelHasNoRoom,
     /// Not even with all memory free.
     ModelTooLarge,
     ModelDoesNotFitNow,
+    /// Others on the card have grown into what the worker uses.
+    TenantPressure,
     NoSlot,
     TooSlow,
     TooHot,
@@ -92,7 +104,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [Refusal; 18] = [
+    const ALL: [Refusal; 23] = [
         Refusal::Joining,
         Refusal::Suspect,
         Refusal::Dead,
@@ -104,8 +116,13 @@ impl Refusal {
         Refusal::OtherVad,
         Refusal::WrongDevice,
         Refusal::ModelNotHere,
+        Refusal::ModelMissing,
+        Refusal::ModelFailed,
+        Refusal::ModelBeingFetched,
+        Refusal::ModelHasNoRoom,
         Refusal::ModelTooLarge,
         Refusal::ModelDoesNotFitNow,
+        Refusal::TenantPressure,
         Refusal::NoSlot,
         Refusal::TooSlow,
         Refusal::TooHot,
@@ -137,7 +154,12 @@ impl Refusal {
             Refusal::OtherVad => "other vad kind",
             Refusal::WrongDevice => "policy excludes this device",
             Refusal::ModelNotHere => "model not here",
+            Refusal::ModelMissing => "model missing",
+            Refusal::ModelFailed => "model cannot be loaded",
+            Refusal::ModelBeingFetched => "model is being fetched",
+            Refusal::ModelHasNoRoom => "model has no room there now",
             Refusal::ModelTooLarge => "model larger than the device",
+            Refusal::TenantPressure => "another tenant presses on the card",
             Refusal::ModelDoesNotFitNow => "model does not fit in free memory",
             Refusal::NoSlot => "no free slot",
             Refusal::TooSlow => "decodes slower than speech",
@@ -164,18 +186,36 @@ impl Refusal {
 
     /// A policy that excludes whole devices never comes free, no more than memory that is not there.
     fn is_for_good(self) -> bool {
-        matches!(self, Refusal::ModelTooLarge | Refusal::ModelNotHere | Refusal::WrongDevice)
+        self.is_no_file() || matches!(self, Refusal::ModelTooLarge | Refusal::WrongDevice)
+    }
+
+    /// There is nothing there that could be loaded.
+    fn is_no_file(self) -> bool {
+        matches!(self, Refusal::ModelNotHere | Refusal::ModelMissing | Refusal::ModelFailed)
     }
 
     /// The model, or one that may stand in for it, was found there.
     fn comes_after_model(self) -> bool {
-        use Refusal::{ModelDoesNotFitNow, ModelTooLarge, NoSlot, Superseded, TooHot, TooSlow};
-        matches!(self, ModelTooLarge | ModelDoesNotFitNow | NoSlot | TooSlow | TooHot | Superseded)
+        use Refusal::{ModelBeingFetched, ModelDoesNotFitNow, ModelHasNoRoom, ModelTooLarge};
+        use Refusal::{NoSlot, Superseded, TenantPressure, TooHot, TooSlow};
+        matches!(
+            self,
+            ModelBeingFetched
+                | ModelHasNoRoom
+                | ModelTooLarge
+                | ModelDoesNotFitNow
+                | TenantPressure
+                | NoSlot
+                | TooSlow
+                | TooHot
+                | Superseded
+        )
     }
 
-    /// It could take it once a slot is free.
+    /// It could take it once a slot is free, its file has come, or its neighbours have let go.
     pub fn is_for_now(self) -> bool {
-        matches!(self, Refusal::NoSlot | Refusal::RefusedBefore)
+        use Refusal::{ModelBeingFetched, ModelHasNoRoom, NoSlot, RefusedBefore, TenantPressure};
+        matches!(self, NoSlot | RefusedBefore | ModelBeingFetched | ModelHasNoRoom | TenantPressure)
     }
 }
 
@@ -194,8 +234,7 @@ pub struct Score {
     pub free_mb: u64,
     /// Free memory in steps of [`ROOM_STEP_MB`]; 0 on a CPU, whose memory is that of all workers of its host.
     room: u64,
-    /// Place on the ladder of what stands in for the model asked for.
-    stand_in: Option<usize>,
+    stand_in: Option<StandIn>,
     /// Place in the order of (host, device index, name), for equals.
     rank: u32,
 }
@@ -237,11 +276,11 @@ fn room(row: &Row) -> u64 {
 }
 
 /// Whom a request goes to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pick {
     pub slot: Slot,
-    /// The smaller model it is to run in place of the one asked for.
-    pub stand_in: Option<&'static str>,
+    /// How it differs there from what was asked for.
+    pub instead: Option<Instead>,
 }
 
 /// What of a request holds for all workers.
@@ -280,7 +319,7 @@ impl Roster {
             }
         }
         match best {
-            Some((slot, score)) => Ok(Pick { slot, stand_in: score.stand_in.map(|rung| LADDER[rung]) }),
+            Some((slot, score)) => Ok(Pick { slot, instead: self.instead_there(request, slot, score.stand_in, now) }),
             None => Err(self.refuse(&terms, met, config)),
         }
     }
@@ -295,11 +334,55 @@ impl Roster {
         self.rows.iter().enumerate().any(|(slot, row)| could((slot, row)) && counts(self.name(slot)))
     }
 
-    /// The smaller model that a worker is to run in place of the one asked for, if that does not fit there.
-    pub fn stand_in(&self, options: &SessionOptions, worker: &WorkerName) -> Option<&'static str> {
-        let row = &self.rows[self.slot(worker)?];
-        let fit = row.shelf.fit(Wanted::of(options, &self.names)).ok()?;
-        fit.stand_in.map(|rung| LADDER[rung])
+    /// How it differs on this worker from what was asked for, whatever else speaks against it there.
+    pub fn instead(&self, request: &Request<'_>, worker: &WorkerName, now: Duration) -> Option<Instead> {
+        let slot = self.slot(worker)?;
+        let fit = self.rows[slot].shelf.fit(Wanted::of(request.options, &self.names)).ok();
+        self.instead_there(request, slot, fit.and_then(|fit| fit.stand_in), now)
+    }
+
+    fn instead_there(
+        &self,
+        request: &Request<'_>,
+        slot: Slot,
+        stand_in: Option<StandIn>,
+        now: Duration,
+    ) -> Option<Instead> {
+        let cpu = self.rows[slot].cpu && self.misses_gpu(request);
+        if stand_in.is_none() && !cpu {
+            return None;
+        }
+        let asked = request.options.model.clone();
+        let name = |number| self.names.name(number).to_owned();
+        Some(Instead {
+            asked: asked.or_else(|| stand_in.and_then(|s| s.asked).map(name)),
+            model: stand_in.map(|s| name(s.model)),
+            cpu,
+            class: stand_in.map_or_else(|| self.why_no_gpu(now), StandIn::class),
+        })
+    }
+
+    /// There are GPUs for it, and it did not ask to be kept off them.
+    fn misses_gpu(&self, request: &Request<'_>) -> bool {
+        let gpus = request.service.map_or(self.any_gpu, |service| service.gpus);
+        gpus && request.options.policy != Policy::ForceCpu
+    }
+
+    fn why_no_gpu(&self, now: Duration) -> FailureClass {
+        let alive = |row: &Row| !row.cpu && row.health(now) == WorkerHealth::Alive;
+        if self.rows.iter().any(alive) { FailureClass::NoCapacity } else { FailureClass::NoWorkers }
+    }
+
+    /// Whether this worker, which has it already, could now run what was asked for.
+    pub fn could_as_asked(&self, request: &Request<'_>, worker: &WorkerName, now: Duration) -> bool {
+        let Some(slot) = self.slot(worker) else {
+            return false;
+        };
+        let row = &self.rows[slot];
+        let fits = || row.shelf.fit(Wanted::of(request.options, &self.names)).is_ok_and(|fit| fit.stand_in.is_none());
+        let hindered = row.pressed || row.hot || (request.live && row.slow);
+        let able = row.health(now) == WorkerHealth::Alive && !hindered;
+        able && !(row.cpu && self.misses_gpu(request)) && fits()
     }
 
     /// A number for a model's name, the same for all names that no worker lists: strangers may think up any.
@@ -355,10 +438,14 @@ impl Roster {
             Policy::ForceCpu => row.cpu,
             Policy::ExactModel | Policy::AllowSmaller => !row.cpu || !terms.any_gpu,
         };
-        if !device_ok {
+        let kept_off = row.fallen && request.service.is_some_and(|service| !service.cpu);
+        if !device_ok || kept_off {
             return Err(Refusal::WrongDevice);
         }
         let fit = row.shelf.fit(terms.wanted)?;
+        if row.pressed {
+            return Err(Refusal::TenantPressure);
+        }
         let mut places = row.places(request.live);
         if row.shared && request.leaves.is_some_and(|from| self.moves_within(from, slot)) {
             places.used = places.used.saturating_sub(1);
@@ -404,14 +491,16 @@ impl Roster {
         if !met.any(|refusal| !refusal.is_absence()) {
             return retry(FailureClass::NoWorkers, "no worker is ready");
         }
-        if terms.any_gpu && !met.any(|refusal| !refusal.is_absence() && refusal != Refusal::WrongDevice) {
-            return retry(FailureClass::NoWorkers, "no worker with a GPU is ready, and the policy wants no other");
+        let no_cpus = terms.request.service.is_some_and(|service| !service.cpu);
+        let for_gpus = terms.any_gpu || (no_cpus && terms.request.options.policy != Policy::ForceCpu);
+        if for_gpus && !met.any(|refusal| !refusal.is_absence() && refusal != Refusal::WrongDevice) {
+            return retry(FailureClass::NoWorkers, "no worker with a GPU is ready, and the work is for no other");
         }
-        if let Some(model) = &terms.request.options.model
-            && !met.any(Refusal::comes_after_model)
-            && !self.rows.iter().any(|row| row.shelf.lists_any(terms.wanted))
-        {
-            return Failure::new(FailureClass::ModelMissing, format!("no worker has model {model:?}"));
+        if !met.any(Refusal::comes_after_model) && !self.rows.iter().any(|row| row.shelf.lists_any(terms.wanted)) {
+            let model = terms.request.options.model.as_ref();
+            let what =
+                model.map_or_else(|| "the model that it is to use".to_owned(), |model| format!("model {model:?}"));
+            return Failure::new(FailureClass::ModelMissing, format!("no worker has {what}"));
         }
         if !met.any(|refusal| !refusal.is_absence() && !refusal.is_for_good()) {
             return Failure::new(FailureClass::ModelDoesNotFit, "no device of the fleet can hold the model");

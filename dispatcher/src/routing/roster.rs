@@ -70,7 +70,7 @@ impl Places {
         self.used >= self.slots
     }
 
-    fn free(self) -> u32 {
+    pub(super) fn free(self) -> u32 {
         self.slots.saturating_sub(self.used)
     }
 }
@@ -84,7 +84,11 @@ pub(super) struct Row {
     /// Other incarnations run on its GPU.
     pub(super) shared: bool,
     pub(super) cpu: bool,
+    /// It has a GPU and runs on the CPU all the same.
+    pub(super) fallen: bool,
     pub(super) hot: bool,
+    /// Other tenants have grown into what it uses.
+    pub(super) pressed: bool,
     /// It decodes slower than speech under the work it has.
     pub(super) slow: bool,
     pub(super) vad: VadKind,
@@ -98,8 +102,10 @@ pub(super) struct Row {
     /// Place in the order that decides between equals.
     pub(super) rank: u32,
     pub(super) free_mb: u64,
-    total_mb: u64,
-    reserve_mb: u64,
+    pub(super) total_mb: u64,
+    pub(super) reserve_mb: u64,
+    /// What may be given out of it now.
+    pub(super) room_mb: u64,
     pub(super) promised_mb: u64,
     pub(super) shelf: Shelf,
 }
@@ -116,7 +122,7 @@ impl Row {
     /// Whether somebody who found no room before may find it now, `before` being the same worker earlier.
     fn offers_more(&self, before: &Self) -> bool {
         let same = |a: &Self, b: &Self| {
-            let key = |r: &Self| (r.health, r.superseded, r.cpu, r.hot, r.slow, r.vad, r.duty);
+            let key = |r: &Self| (r.health, r.superseded, r.cpu, r.hot, r.pressed, r.slow, r.vad, r.duty);
             key(a) == key(b) && a.shelf == b.shelf
         };
         let freed = (0..2).any(|kind| self.places[kind].free() > before.places[kind].free());
@@ -129,9 +135,24 @@ impl Row {
 #[derive(Debug)]
 pub(super) struct Who {
     pub(super) name: WorkerName,
-    host: String,
+    pub(super) host: String,
     index: Option<u32>,
+    card: Option<Card>,
     pub(super) seq: u64,
+}
+
+/// A card of a host, by the UUID that its driver gives it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Card {
+    host: String,
+    uuid: String,
+}
+
+impl Card {
+    fn of(beat: &Heartbeat) -> Option<Self> {
+        let uuid = beat.device.uuid.clone()?;
+        Some(Self { host: beat.host.clone(), uuid })
+    }
 }
 
 impl Who {
@@ -148,6 +169,8 @@ pub struct Roster {
     /// Slots in order of [`Who::key`].
     order: Vec<Slot>,
     gpus: HashMap<GpuId, BTreeSet<WorkerName>>,
+    /// Whose memory is one: workers on one card, whatever they are called.
+    cards: HashMap<Card, BTreeSet<WorkerName>>,
     /// Everybody ever heard, by GPU: whether there is a device. A GPU that has died is still one that the fleet has.
     devices: HashMap<GpuId, bool>,
     pub(super) any_gpu: bool,
@@ -183,9 +206,11 @@ impl Roster {
         let row = self.row(&seen, config);
         self.remember(&seen.name.gpu_id, seen.heartbeat.device.index.is_some());
         let (host, index) = (&seen.heartbeat.host, seen.heartbeat.device.index);
+        let card = Card::of(seen.heartbeat);
         let known = self.at.get(seen.name).copied();
-        // Whoever changes its place in the order is a new one.
-        let known = known.filter(|slot| self.who[*slot].host == *host && self.who[*slot].index == index);
+        // Whoever changes its place in the order, or its card, is a new one.
+        let same = |who: &Who| who.host == *host && who.index == index && who.card == card;
+        let known = known.filter(|slot| same(&self.who[*slot]));
         let before = match known {
             Some(slot) => {
                 self.who[slot].seq = seen.heartbeat.seq;
@@ -195,13 +220,13 @@ impl Roster {
             None => {
                 self.remove(seen.name);
                 let name = seen.name.clone();
-                self.insert(row, Who { name, host: host.clone(), index, seq: seen.heartbeat.seq });
+                self.insert(row, Who { name, host: host.clone(), index, card, seq: seen.heartbeat.seq });
                 None
             }
         };
-        self.share(&seen.name.gpu_id);
+        let others = self.share(seen.name);
         let now = self.at.get(seen.name).map(|slot| &self.rows[*slot]);
-        now.is_some_and(|row| before.is_none_or(|before| row.offers_more(&before)))
+        others || now.is_some_and(|row| before.is_none_or(|before| row.offers_more(&before)))
     }
 
     fn row(&mut self, seen: &Seen<'_>, config: &DispatcherConfig) -> Row {
@@ -221,9 +246,11 @@ impl Roster {
             superseded: seen.superseded,
             shared: false,
             cpu: fit::is_cpu(beat),
+            fallen: fit::has_fallen(beat),
+            pressed: device.pressure.is_some(),
             hot: device.temperature_c.is_some_and(|t| t >= config.max_temperature_c),
             // What it measured under work that is gone says nothing of a worker that is idle.
-            slow: slow && seen.sessions > 0,
+            slow: slow && seen.sessions + seen.jobs > 0,
             vad: beat.engine.vad,
             duty: seen.duty,
             own,
@@ -234,6 +261,7 @@ impl Roster {
             free_mb: device.free_mb,
             total_mb: device.total_mb,
             reserve_mb: device.total_mb * u64::from(seen.reserve_percent) / 100,
+            room_mb: 0,
             promised_mb: shelf.promised_mb(),
             shelf,
         }
@@ -259,7 +287,7 @@ impl Roster {
             return false;
         };
         self.rows.swap_remove(slot);
-        self.who.swap_remove(slot);
+        let card = self.who.swap_remove(slot).card;
         self.order.retain(|other| *other != slot);
         if slot < self.who.len() {
             let moved = self.who.len();
@@ -269,16 +297,12 @@ impl Roster {
             }
         }
         self.number();
-        let left = self.gpus.get_mut(&name.gpu_id).is_some_and(|names| {
-            names.remove(name);
-            !names.is_empty()
-        });
-        if left {
-            self.share(&name.gpu_id);
-        } else {
-            self.gpus.remove(&name.gpu_id);
+        let neighbour = card.and_then(|card| leave(&mut self.cards, &card, name));
+        let twin = leave(&mut self.gpus, &name.gpu_id, name);
+        for other in [&twin, &neighbour].into_iter().flatten() {
+            self.share(other);
         }
-        left
+        twin.is_some() || neighbour.is_some()
     }
 
     fn insert(&mut self, row: Row, who: Who) {
@@ -287,6 +311,9 @@ impl Roster {
         self.order.insert(at, slot);
         self.at.insert(who.name.clone(), slot);
         self.gpus.entry(who.name.gpu_id.clone()).or_default().insert(who.name.clone());
+        if let Some(card) = &who.card {
+            self.cards.entry(card.clone()).or_default().insert(who.name.clone());
+        }
         self.rows.push(row);
         self.who.push(who);
         self.number();
@@ -298,27 +325,39 @@ impl Roster {
         }
     }
 
-    /// Incarnations on one GPU have one memory and one set of slots between them: what one was promised is not there for
-    /// the other, whichever's heartbeat is the older.
-    fn share(&mut self, gpu: &GpuId) {
-        let Some(names) = self.gpus.get(gpu) else {
-            return;
+    /// Incarnations on one GPU have one set of slots between them, and all workers on one card one memory: what one was
+    /// promised is not there for the other, whichever's heartbeat is the older. True: there is more for one of the others.
+    fn share(&mut self, name: &WorkerName) -> bool {
+        let slots_of = |names: Option<&BTreeSet<WorkerName>>| -> Vec<Slot> {
+            names.into_iter().flatten().filter_map(|name| self.at.get(name).copied()).collect()
         };
-        let slots: Vec<Slot> = names.iter().filter_map(|name| self.at.get(name).copied()).collect();
-        let rows = || slots.iter().map(|slot| &self.rows[*slot]);
-        let free_mb = rows().map(|r| r.free_mb).min().unwrap_or(0);
-        let promised_mb: u64 = rows().map(|r| r.promised_mb).sum();
+        let Some(own) = self.at.get(name).copied() else {
+            return false;
+        };
+        let twins = slots_of(self.gpus.get(&name.gpu_id));
+        let mut neighbours = slots_of(self.who[own].card.as_ref().and_then(|card| self.cards.get(card)));
+        neighbours.extend(twins.iter().filter(|slot| !neighbours.contains(slot)).copied().collect::<Vec<_>>());
+        let rows = |slots: &[Slot]| slots.iter().map(|slot| &self.rows[*slot]).collect::<Vec<_>>();
         let places = [0, 1].map(|kind| Places {
-            used: rows().map(|r| r.own[kind].used).sum(),
-            slots: rows().map(|r| r.own[kind].slots).max().unwrap_or(0),
+            used: rows(&twins).iter().map(|r| r.own[kind].used).sum(),
+            slots: rows(&twins).iter().map(|r| r.own[kind].slots).max().unwrap_or(0),
         });
-        for slot in &slots {
+        let free_mb = rows(&neighbours).iter().map(|r| r.free_mb).min().unwrap_or(0);
+        let promised_mb: u64 = rows(&neighbours).iter().map(|r| r.promised_mb).sum();
+        for slot in &twins {
             let row = &mut self.rows[*slot];
-            row.shared = slots.len() > 1;
+            row.shared = twins.len() > 1;
             row.places = places;
-            let room_mb = free_mb.saturating_sub(row.reserve_mb).saturating_sub(promised_mb);
-            row.shelf.measure((row.total_mb > 0).then_some((row.total_mb - row.reserve_mb, room_mb)));
         }
+        let mut more = false;
+        for slot in neighbours {
+            let row = &mut self.rows[slot];
+            let room_mb = free_mb.saturating_sub(row.reserve_mb).saturating_sub(promised_mb);
+            row.room_mb = room_mb;
+            let fits = row.shelf.measure((row.total_mb > 0).then_some((row.total_mb - row.reserve_mb, room_mb)));
+            more |= fits && slot != own;
+        }
+        more
     }
 
     pub fn slot(&self, name: &WorkerName) -> Option<Slot> {
@@ -349,6 +388,12 @@ impl Roster {
         self.on_gpu(&name.gpu_id).filter(move |other| *other != name).filter_map(|other| self.slot(other))
     }
 
+    /// One worker of all on its card, the same for each of them.
+    pub(super) fn first_on_card(&self, slot: Slot) -> Slot {
+        let on_card = self.who[slot].card.as_ref().and_then(|card| self.cards.get(card));
+        on_card.into_iter().flatten().find_map(|name| self.slot(name)).unwrap_or(slot)
+    }
+
     pub fn len(&self) -> usize {
         self.rows.len()
     }
@@ -374,4 +419,19 @@ impl Roster {
             works && r.health(now) == WorkerHealth::Alive && !(r.shared && r.superseded)
         })
     }
+}
+
+/// Takes a name out of a group; whoever is left there, one of them.
+fn leave<K: Eq + std::hash::Hash>(
+    groups: &mut HashMap<K, BTreeSet<WorkerName>>,
+    key: &K,
+    name: &WorkerName,
+) -> Option<WorkerName> {
+    let names = groups.get_mut(key)?;
+    names.remove(name);
+    let left = names.first().cloned();
+    if left.is_none() {
+        groups.remove(key);
+    }
+    left
 }

@@ -1,6 +1,10 @@
+mod device;
 mod random;
 
-use voxfleet_schema::fleet::{Heartbeat, Residency};
+use voxfleet_schema::{
+    device::Pressure,
+    fleet::{Heartbeat, Residency},
+};
 
 use super::*;
 use crate::testing::{beat, model};
@@ -72,6 +76,10 @@ fn wants(model: &str, policy: Policy) -> SessionOptions {
     SessionOptions { model: Some(model.to_owned()), policy, ..SessionOptions::default() }
 }
 
+fn instead(asked: &str, model: &str, class: FailureClass) -> Option<Instead> {
+    Some(Instead { asked: Some(asked.to_owned()), model: Some(model.to_owned()), cpu: false, class })
+}
+
 #[test]
 fn sixteen_sessions_land_in_turns_and_the_seventeenth_is_refused() {
     let mut fleet = gpus(4);
@@ -99,16 +107,24 @@ fn each_filter_names_its_reason() {
     let other_vad = |g: &mut Gpu| g.beat.engine.vad = VadKind::Energy;
     let no_model = |g: &mut Gpu| g.beat.models.clear();
     let failed = |g: &mut Gpu| g.beat.models[0].state = Residency::Failed;
+    let missing = |g: &mut Gpu| g.beat.models[0].state = Residency::Missing;
+    let fetching = |g: &mut Gpu| g.beat.models[0].state = Residency::Fetching;
+    let no_room = |g: &mut Gpu| g.beat.models[0].state = Residency::NoRoom;
+    let pressed = |g: &mut Gpu| g.beat.device.pressure = Some(Pressure::NoNewWork);
     let tight = |g: &mut Gpu| g.beat.device.free_mb = 2_400 + 851;
     let tiny = |g: &mut Gpu| g.beat.device.total_mb = 900;
     type Change = fn(&mut Gpu);
-    let cases: [(Change, Refusal); 8] = [
+    let cases: [(Change, Refusal); 12] = [
         (hot, Refusal::TooHot),
         (slow, Refusal::TooSlow),
         (full, Refusal::NoSlot),
         (other_vad, Refusal::OtherVad),
         (no_model, Refusal::ModelNotHere),
-        (failed, Refusal::ModelNotHere),
+        (failed, Refusal::ModelFailed),
+        (missing, Refusal::ModelMissing),
+        (fetching, Refusal::ModelBeingFetched),
+        (no_room, Refusal::ModelHasNoRoom),
+        (pressed, Refusal::TenantPressure),
         (tight, Refusal::ModelDoesNotFitNow),
         (tiny, Refusal::ModelTooLarge),
     ];
@@ -174,11 +190,14 @@ fn a_smaller_model_stands_in_where_the_policy_lets_it() {
     assert_eq!(pick(&fleet, &wants("medium", Policy::AllowSmaller)), Ok(0));
     assert_eq!(pick(&fleet, &wants("medium", Policy::AllowCpu)), Ok(0));
     let one = roster(&fleet);
-    assert_eq!(one.stand_in(&wants("medium", Policy::AllowCpu), &fleet[0].name), Some("base"));
-    assert_eq!(one.stand_in(&wants("base", Policy::AllowCpu), &fleet[0].name), None, "as asked");
+    let runs = |options: &SessionOptions| {
+        one.instead(&Request::new(options, true), &fleet[0].name, Duration::ZERO).and_then(|instead| instead.model)
+    };
+    assert_eq!(runs(&wants("medium", Policy::AllowCpu)).as_deref(), Some("base"));
+    assert_eq!(runs(&wants("base", Policy::AllowCpu)), None, "as asked");
     let options = wants("large-v3-turbo", Policy::AllowCpu);
     let picked = one.route(&Request::new(&options, true), Duration::ZERO, &DispatcherConfig::default());
-    assert_eq!(picked, Ok(Pick { slot: 0, stand_in: Some("base") }));
+    assert_eq!(picked, Ok(Pick { slot: 0, instead: instead("large-v3-turbo", "base", FailureClass::ModelMissing) }));
     fleet[0].beat.models.remove(0);
     fleet[0].used = 4;
     let full = class(&fleet, &wants("medium", Policy::AllowSmaller));

@@ -7,6 +7,7 @@ mod entry;
 use std::{collections::HashMap, time::Duration};
 
 use voxfleet_schema::{
+    device::Instead,
     failure::Failure,
     id::{StreamId, WorkerName},
     session::{SessionOptions, SessionRecord, SessionState},
@@ -116,8 +117,12 @@ pub struct Session {
     pub walker: Option<Box<Walker>>,
     /// [`Self::last`] when the walk under way began.
     pub last_before_walk: Option<u64>,
-    /// A smaller model than the one asked for, while its worker runs that.
-    pub stand_in: Option<String>,
+    /// What its worker was given in place of what was asked for, from the moment it was chosen.
+    pub instead: Option<Instead>,
+    /// What of that was told last.
+    pub told_instead: Option<Instead>,
+    /// There is room for what was asked for, since then.
+    pub better_since: Option<Duration>,
     /// This process chose its worker or asked it: which model it needs there is known.
     pub planned: bool,
     /// Monotonic time since when no worker has had it; not started over by workers that refuse.
@@ -153,7 +158,9 @@ impl Session {
             later: Vec::new(),
             walker: None,
             last_before_walk: None,
-            stand_in: None,
+            instead: None,
+            told_instead: None,
+            better_since: None,
             planned: false,
             unplaced_since: None,
             told_failed: false,
@@ -205,6 +212,12 @@ impl Session {
     /// The VAD kind it keeps: that of its finals, unless none of them heard anything.
     pub fn vad(&self) -> Option<VadKind> {
         self.chain.map(|c| c.vad).filter(|vad| *vad != VadKind::Unknown)
+    }
+
+    /// The model its worker needs for it; none: the worker's default.
+    pub fn needs_model(&self) -> Option<&String> {
+        let stand_in = self.instead.as_ref().and_then(|instead| instead.model.as_ref());
+        stand_in.or(self.record.options.model.as_ref())
     }
 
     /// Epoch of its next assignment: above its last and above the last final's.

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use voxfleet_schema::{
     codec,
+    device::Instead,
     failure::{Failure, FailureClass},
     fleet::{GivenUp, Heartbeat, Held, Slots},
     id::Kind,
@@ -61,6 +62,12 @@ pub(crate) fn job_record() -> JobRecord {
         expired: true,
         suspect: true,
         deaths: 2,
+        instead: Some(Instead {
+            asked: None,
+            model: Some("micro.en".into()),
+            cpu: false,
+            class: FailureClass::ModelMissing,
+        }),
     }
 }
 
@@ -81,6 +88,7 @@ fn smallest_job_record() -> JobRecord {
         expired: false,
         suspect: false,
         deaths: 0,
+        instead: None,
         ..job_record()
     }
 }
@@ -93,6 +101,7 @@ fn work_item() -> WorkItem {
         audio: "object://asr_media/audio/job-1".into(),
         name: Some("call.mp3".into()),
         options: options(),
+        model_asked: Some("small.en".into()),
         submitted_ms: 1_700_000_000_000,
         assigned_ms: 1_700_000_000_500,
         suspect: true,
@@ -131,8 +140,8 @@ fn job_result() -> JobResult {
             total_duration: 3.5,
             stages: [("fetch".to_owned(), 0.5), ("transcribe".to_owned(), 3.0)].into(),
             realtime_factor: 0.0625,
-            times_real_time: None,
-            cost_per_audio_hour: None,
+            times_real_time: Some(16.0),
+            cost_per_audio_hour: Some(0.125),
         },
     }
 }

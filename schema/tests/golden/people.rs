@@ -2,7 +2,7 @@
 
 use voxfleet_schema::{
     audio::{AudioFormat, Encoding},
-    device::{DeviceTrouble, EngineEnd, Pressure, Standby},
+    device::{DeviceTrouble, EngineEnd, Instead, Pressure, Standby},
     event::{Event, Scope, What},
     failure::{Failure, FailureClass},
     fleet::*,
@@ -132,6 +132,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
             throttled: vec!["thermal".into()],
             ecc_errors: Some(0),
             gpus: Some(8),
+            shared_with: vec!["gpu-b".into()],
             trouble: Some(DeviceTrouble { class: FailureClass::DeviceLost, message: "it does not answer".into() }),
             pressure: Some(Pressure::ReleaseIdle),
         },
@@ -221,6 +222,12 @@ fn record() -> SessionRecord {
         crashes: 2,
         suspect_from: Some(96_000),
         displaced_from: Some(worker()),
+        instead: Some(Instead {
+            asked: Some("small.en".into()),
+            model: Some("micro.en".into()),
+            cpu: true,
+            class: FailureClass::OutOfMemory,
+        }),
     }
 }
 

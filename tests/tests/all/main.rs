@@ -19,6 +19,7 @@
 //! | [`fleet_routing`] | where sessions land on a whole fleet, who is refused, and a burst of opens |
 //! | [`standby`] | dispatchers that stop, die and come back |
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
+//! | [`device_site`] | workers on GPUs behind a library of NVIDIA's interface: pinned, watched, lost, one for each card |
 //! | [`drain`] | leaving: begun finals, hand-over, one budget, preemption notices |
 //! | [`poison`] | inputs that kill or hang the engine are set aside and cost nobody else a word |
 //! | [`pressure`] | slow engines, engines that stand still, workers silent together, a producer faster than the log |
@@ -36,7 +37,9 @@ mod cli;
 mod cli_jobs;
 mod cluster_r3;
 mod dead_letters;
+mod device_faults;
 mod device_sharing;
+mod device_site;
 mod direct;
 mod dispatcher_jobs;
 mod dispatcher_sessions;
@@ -67,6 +70,7 @@ mod nats_pub;
 mod nats_topology;
 mod operator;
 mod poison;
+mod prefetch;
 mod pressure;
 mod standby;
 mod third_party;

@@ -48,6 +48,7 @@ fn item(id: &str, epoch: u64) -> Result<WorkItem> {
         audio: "object://asr_media/audio/x".into(),
         name: None,
         options: SessionOptions::default(),
+        model_asked: None,
         submitted_ms: 1,
         assigned_ms: 2,
         suspect: false,

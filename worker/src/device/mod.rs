@@ -20,7 +20,7 @@ mod presence;
 mod tests;
 mod threads;
 
-use std::{collections::HashSet, path::Path};
+use std::{collections::HashSet, path::Path, time::Duration};
 
 use nvml_wrapper::{Nvml, error::NvmlError};
 use voxfleet_schema::{
@@ -30,7 +30,7 @@ use voxfleet_schema::{
     id::{GpuId, IdError, MAX_ID_LEN},
 };
 
-pub(crate) use self::threads::Sharers;
+pub(crate) use self::{card::Ours, threads::Sharers};
 pub use self::{
     card::remedy,
     nvml::{Listed, Versions},
@@ -40,6 +40,7 @@ use self::{
     card::{Card, trouble},
     cpu::Cpu,
     nvml::{Gpu, Slot, class_of},
+    presence::Presence,
 };
 use crate::{
     config::{GpuChoice, WorkerConfig},
@@ -166,13 +167,13 @@ impl Probe {
     }
 
     /// Blocks; call it on a blocking thread.
-    pub(crate) fn sample(&mut self, engine_pid: Option<u32>) -> Device {
+    pub(crate) fn sample(&mut self, ours: Option<Ours>) -> Device {
         self.look_around();
-        Device { shared_with: self.shared_with.clone(), ..self.figures(engine_pid) }
+        Device { shared_with: self.shared_with.clone(), ..self.figures(ours) }
     }
 
-    fn figures(&mut self, engine_pid: Option<u32>) -> Device {
-        match self.card.sample(engine_pid) {
+    fn figures(&mut self, ours: Option<Ours>) -> Device {
+        match self.card.sample(ours) {
             Ok(figures) => {
                 if let Some(was) = self.told.take() {
                     tracing::info!(uuid = self.uuid, was = %was.class, "device answers again");
@@ -204,6 +205,11 @@ pub fn workers(cache_dir: &Path) -> Vec<Neighbour> {
 /// of one. The simulated engine needs none.
 pub fn takes_gpus(config: &WorkerConfig) -> bool {
     cfg!(feature = "cuda") || config.engine == EngineKind::Simulated
+}
+
+/// The trouble of a call that does not come back. What is known from before stays known.
+pub(crate) fn hangs(since: Duration) -> DeviceTrouble {
+    trouble(FailureClass::Unavailable, format_args!("the driver has not answered for {} s", since.as_secs()))
 }
 
 /// Every device of this machine to which a worker can be pinned.

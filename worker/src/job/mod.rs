@@ -34,6 +34,10 @@ use self::{
     recording::Recording,
     result::{Aggregate, Times},
 };
+use crate::{
+    memory::{Change, Memory, Stage},
+    provider::Rent,
+};
 
 /// How long a store that does not answer is asked again; then the job is tried elsewhere, from its last final.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -52,6 +56,9 @@ pub(crate) struct Work {
     /// What finals stand for when this worker took it.
     from_s: f64,
     begun: Instant,
+    /// In use on the device when it began, in MB.
+    before_mb: u64,
+    memory: Memory,
 }
 
 impl Work {
@@ -62,7 +69,9 @@ impl Work {
         aggregate.add(end);
         let transcribe = self.begun.elapsed().as_secs_f64();
         let times = Times { queue: self.queue_s, fetch: self.fetch_s, transcribe, from: self.from_s };
-        let result = aggregate.finish(self.rent, times);
+        let decoded = self.memory.ended(Stage::Transcribe, self.before_mb);
+        let changes: Vec<Change> = self.memory.last(Stage::Load).into_iter().chain([decoded]).collect();
+        let result = aggregate.finish(self.rent, times, &changes);
         let bytes = codec::to_json(&result).map_err(|error| Failure::new(FailureClass::Internal, error.to_string()))?;
         let key = result_key(&end.id, &end.final_id);
         let bytes = bytes::Bytes::from(bytes);

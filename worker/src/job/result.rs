@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::memory::Change;
 use voxfleet_schema::{
     SAMPLE_RATE_HZ,
     fleet::Provider,
@@ -75,18 +76,24 @@ impl Aggregate {
         }
     }
 
-    pub(crate) fn finish(self, rent: Rent, times: Times) -> JobResult {
+    /// `memory`: what stages of this worker did to its device.
+    pub(crate) fn finish(self, rent: Rent, times: Times, memory: &[Change]) -> JobResult {
         let duration = self.to_sample as f64 / f64::from(SAMPLE_RATE_HZ);
         let total = times.fetch + times.transcribe;
         // What this worker did of it.
         let own = (duration - times.from).max(0.0);
         let times_real_time = (own > 0.0 && total > 0.0).then(|| own / total);
-        let stages = [
+        let seconds_of = [
             ("queue", times.queue),
             ("fetch", times.fetch),
             ("transcribe", times.transcribe),
             ("decode", seconds(self.decode_ms)),
         ];
+        let mut stages: BTreeMap<String, f64> = seconds_of.map(|(name, s)| (name.to_owned(), s)).into();
+        for Change { stage, before_mb, after_mb } in memory {
+            stages.insert(format!("{}_before_mb", stage.as_str()), *before_mb as f64);
+            stages.insert(format!("{}_after_mb", stage.as_str()), *after_mb as f64);
+        }
         JobResult {
             full_text: join_text(self.segments.iter().map(|s| s.text.as_str())),
             segments: self.segments,
@@ -97,7 +104,7 @@ impl Aggregate {
             provider: provider_name(rent.provider).to_owned(),
             performance_metrics: PerformanceMetrics {
                 total_duration: total,
-                stages: stages.into_iter().map(|(name, s)| (name.to_owned(), s)).collect(),
+                stages,
                 realtime_factor: if own > 0.0 { total / own } else { 0.0 },
                 times_real_time,
                 cost_per_audio_hour: times_real_time.and_then(|times| rent.per_audio_hour(times)),
@@ -121,6 +128,7 @@ mod tests {
     use voxfleet_schema::transcript::{Segment, Word};
 
     use super::*;
+    use crate::memory::Stage;
     use crate::session::tests::final_of;
 
     fn segment(start_ms: u64, end_ms: u64, text: &str, language: &str) -> Segment {
@@ -152,8 +160,9 @@ mod tests {
         (second.to_sample, second.timings.decode_ms) = (48_000, 200);
         aggregate.add(&first);
         aggregate.add(&second);
-        let result =
-            aggregate.finish(rented(Provider::RunPod), Times { queue: 9.0, fetch: 0.5, transcribe: 1.0, from: 1.0 });
+        let loaded = Change { stage: Stage::Load, before_mb: 2, after_mb: 402 };
+        let times = Times { queue: 9.0, fetch: 0.5, transcribe: 1.0, from: 1.0 };
+        let result = aggregate.finish(rented(Provider::RunPod), times, &[loaded]);
         assert_eq!(result.full_text, "guten tag good morning everybody");
         assert_eq!(
             result.segments.iter().map(|s| (s.id, s.start, s.end)).collect::<Vec<_>>(),
@@ -169,6 +178,7 @@ mod tests {
         assert_eq!(metrics.times_real_time, Some(2.0 / 1.5));
         assert_eq!(metrics.cost_per_audio_hour, Some(0.3 / (2.0 / 1.5)), "of the audio that was done here");
         assert_eq!((metrics.stages["decode"], metrics.stages["queue"]), (0.5, 9.0));
+        assert_eq!((metrics.stages["load_before_mb"], metrics.stages["load_after_mb"]), (2.0, 402.0));
     }
 
     #[test]
@@ -177,18 +187,18 @@ mod tests {
         let mut only = final_of(0);
         only.to_sample = 160_000;
         aggregate.add(&only);
-        let result = aggregate.finish(rented(Provider::Local), Times::default());
+        let result = aggregate.finish(rented(Provider::Local), Times::default(), &[]);
         assert_eq!((result.full_text.as_str(), result.language, result.duration), ("", None, 10.0));
         assert!(result.segments.is_empty() && result.aligned_segments.is_empty());
-        let nothing =
-            Aggregate::default().finish(rented(Provider::Local), Times { transcribe: 1.0, ..Times::default() });
+        let times = Times { transcribe: 1.0, ..Times::default() };
+        let nothing = Aggregate::default().finish(rented(Provider::Local), times, &[]);
         assert_eq!(nothing.performance_metrics.realtime_factor, 0.0, "a number even for no audio");
     }
 
     #[test]
     fn the_fields_are_those_of_the_contract() {
-        let value =
-            serde_json::to_value(Aggregate::default().finish(rented(Provider::Local), Times::default())).expect("JSON");
+        let value = serde_json::to_value(Aggregate::default().finish(rented(Provider::Local), Times::default(), &[]))
+            .expect("JSON");
         let mut names: Vec<_> = value.as_object().expect("object").keys().map(String::as_str).collect();
         names.sort_unstable();
         assert_eq!(

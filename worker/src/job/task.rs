@@ -17,6 +17,7 @@ use voxfleet_store::fetch::Fetcher;
 
 use super::{Recording, Work, recording::Facts};
 use crate::{
+    memory::Memory,
     provider::Rent,
     session::{End, Handle, Shared, last_final, unix_ms},
 };
@@ -31,6 +32,7 @@ pub(crate) struct Means {
     /// Executable of the decoder; none = this one.
     pub(crate) exe: Option<PathBuf>,
     pub(crate) rent: Rent,
+    pub(crate) memory: Memory,
 }
 
 /// How a job ended here.
@@ -103,7 +105,7 @@ impl Job {
 
     /// Brings the recording here. None: the job is done already.
     async fn prepare(&self) -> Result<Option<Work>, Failure> {
-        let Means { shared, fetcher, media, limits, exe, rent } = &self.means;
+        let Means { shared, fetcher, media, limits, exe, rent, memory } = &self.means;
         let item = &self.item;
         let from_sample = match last_final(&shared.chain, Kind::Job, &item.job).await {
             Ok(Some(last)) if last.value.end => return Ok(None),
@@ -132,6 +134,8 @@ impl Job {
             fetch_s: begun.elapsed().as_secs_f64(),
             from_s: from_sample as f64 / f64::from(SAMPLE_RATE_HZ),
             begun: Instant::now(),
+            before_mb: memory.used_mb(),
+            memory: memory.clone(),
         }))
     }
 }

@@ -27,7 +27,10 @@ use voxfleet_nats::{
     transcript::Chain,
 };
 use voxfleet_schema::id::{IdError, Incarnation, WorkerName};
-use voxfleet_store::fetch::{FetchError, Fetcher};
+use voxfleet_store::{
+    fetch::{FetchError, Fetcher},
+    models::ModelStore,
+};
 
 use self::{
     holdings::Holdings,
@@ -42,9 +45,11 @@ use crate::{
     ipc::{EngineConfig, EngineKind},
     job::Means,
     lifecycle::{Engine, Program},
+    memory::Memory,
     preempt,
     session::Shared,
     shutdown::{ShutdownBudget, Stage},
+    stock::Stock,
 };
 
 /// Log reads under way at once.
@@ -81,6 +86,7 @@ pub(crate) struct Supervisor {
     config: Arc<WorkerConfig>,
     models: Arc<Vec<String>>,
     default_model: Arc<str>,
+    stock: Stock,
     gpu_id: voxfleet_schema::id::GpuId,
     holdings: Arc<Holdings>,
     relief: Arc<Relief>,
@@ -91,7 +97,14 @@ pub(crate) struct Supervisor {
 }
 
 /// Runs a worker until `shutdown`, or until it has been drained.
-pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) -> Result<(), WorkerError> {
+///
+/// `store`: where models come from that are to be fetched.
+pub async fn run(
+    nats: Nats,
+    config: WorkerConfig,
+    store: Option<ModelStore>,
+    shutdown: CancellationToken,
+) -> Result<(), WorkerError> {
     let problems = config.problems();
     if !problems.is_empty() {
         return Err(WorkerError::Config(problems));
@@ -112,9 +125,9 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     };
     let own = own?;
     if config.gpu_id.is_none() && !probe.is_gpu() {
-        let listening = neighbours::names_taken(&nats, &probe.host, config.heartbeat());
-        let taken = shutdown.run_until_cancelled(listening).await;
-        probe.rename_cpu(config.index, &taken.unwrap_or_default())?;
+        let listening = neighbours::listen(&nats, &probe.host, None, config.heartbeat());
+        let heard = shutdown.run_until_cancelled(listening).await;
+        probe.rename_cpu(config.index, &heard.unwrap_or_default().names)?;
     }
     let probe = {
         let cache_dir = config.cache_dir.clone();
@@ -138,6 +151,8 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         visible_device: probe.visible_device().to_owned(),
     };
     let news = Arc::new(Notify::new());
+    let stock = Stock::new(Arc::clone(&news));
+    let wanted = engine_config.models.iter().filter(|m| config.prefetch.contains(&m.name)).cloned().collect();
     let engine = Engine::new(
         engine_config,
         program,
@@ -164,6 +179,7 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     let stop_tasks = CancellationToken::new();
     let (name, current) = watch::channel(Named::now(new_incarnation()?));
     let (preempted, preemptions) = watch::channel(None);
+    let first_uuid = first_figures.uuid.clone();
     let (figures, device) = watch::channel(first_figures);
     engine_tasks.spawn({
         let (engine, stop) = (engine.clone(), stop_engine.clone());
@@ -183,26 +199,38 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
     let sources = Sources {
         identity: identity.clone(),
         name: current.clone(),
-        device,
+        device: device.clone(),
         engine: engine.clone(),
         holdings: Arc::clone(&holdings),
         relief: Arc::clone(&relief),
+        stock: stock.clone(),
         news,
         every: config.heartbeat(),
     };
     tasks.spawn(needed(shutdown.clone(), heartbeat::run(own.clone(), nats.clone(), sources, stop_tasks.clone())));
     tasks.spawn(needed(shutdown.clone(), follow.run(stop_tasks.clone())));
     tasks.spawn(needed(shutdown.clone(), heartbeat::sample_device(probe, engine.clone(), figures, stop_tasks.clone())));
+    if let Some(store) = store {
+        let (stock, stop) = (stock.clone(), stop_tasks.clone());
+        tasks.spawn(async move { stock.fetch(store, wanted, stop).await });
+    }
+    let memory = Memory::new(device.clone());
+    tasks.spawn(needed(shutdown.clone(), memory.clone().run(engine.clone(), stop_tasks.clone())));
     tasks.spawn({
         let (nats, publisher) = (nats.clone(), publisher.clone());
         needed(shutdown.clone(), async move { event_queue.run(&nats, &publisher).await })
     });
     tasks.spawn({
         let (nats, me, stop, every) = (nats.clone(), identity.clone(), stop_tasks.clone(), config.heartbeat());
+        let uuid = first_uuid;
         async move {
-            let taken = stop.run_until_cancelled(neighbours::names_taken(&nats, &me.host, every)).await;
-            if taken.is_some_and(|taken| taken.contains(&me.gpu_id)) {
+            let listening = neighbours::listen(&nats, &me.host, uuid.as_deref(), every);
+            let Some(heard) = stop.run_until_cancelled(listening).await else { return };
+            if heard.names.contains(&me.gpu_id) {
                 tracing::warn!(gpu_id = %me.gpu_id, "another worker of this host has the same gpu_id, one of them will be superseded");
+            }
+            if !heard.on_device.is_empty() {
+                tracing::warn!(gpu_id = %me.gpu_id, uuid, others = ?heard.on_device, "other workers are on this device: all of them share its memory");
             }
         }
     });
@@ -233,6 +261,7 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
         own: own.clone(),
         models: Arc::new(models),
         default_model,
+        stock,
         gpu_id: identity.gpu_id.clone(),
         holdings,
         relief,
@@ -243,6 +272,7 @@ pub async fn run(nats: Nats, config: WorkerConfig, shutdown: CancellationToken) 
             limits: config.decoding(),
             exe: config.engine_exe.clone(),
             rent: config.rent(),
+            memory,
         },
         shared,
         engine,

@@ -319,9 +319,21 @@ impl Supervisor {
         self.models.iter().any(|known| known == model)
     }
 
+    /// Nothing is begun with a model whose file is not here yet.
+    pub(super) fn in_stock(&self, decision: Decision, model: Option<&str>) -> Decision {
+        match decision {
+            Decision::Start => {
+                let absent = self.stock.refusal(model.unwrap_or(&self.default_model));
+                absent.map_or(Decision::Start, Decision::Refuse)
+            }
+            other => other,
+        }
+    }
+
     fn prewarm(&self, loads: &mut JoinSet<()>, model: String) {
-        let engine = self.engine.clone();
+        let (engine, stock) = (self.engine.clone(), self.stock.clone());
         loads.spawn(async move {
+            stock.here(&model).await;
             if let Err(error) = engine.load(model.clone()).await {
                 tracing::warn!(model, %error, "model not loaded ahead");
             }
@@ -350,7 +362,7 @@ impl Supervisor {
             _ => EngineIs::Able,
         };
         let decision = self.holdings.consider(kind, &id, epoch, engine, model_known, now);
-        let decision = self.spared(decision);
+        let decision = self.spared(self.in_stock(decision, options.model.as_deref()));
         match decision {
             Decision::Held => {}
             Decision::Refuse(failure) => {

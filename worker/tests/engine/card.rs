@@ -86,7 +86,10 @@ fn memory_is_taken_as_it_is_needed_and_the_device_is_named() {
     let card = card(1_000);
     let mut child = Child::start(on(card.path()));
     child.until("ready", |seen| match seen.first()? {
-        FromEngine::Ready { device, .. } => Some(assert_eq!(device, "cuda:simulated")),
+        FromEngine::Ready { device, .. } => {
+            assert_eq!(device, "cuda:simulated");
+            Some(())
+        }
         other => panic!("{other:?} came before ready"),
     });
     assert_eq!(files_mb(card.path()), 0, "nothing before it is asked for");

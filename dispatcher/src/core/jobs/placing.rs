@@ -35,7 +35,7 @@ const LONG_QUEUE_EVERY: Duration = Duration::from_millis(250);
 impl Jobs {
     /// Models that jobs need which a worker was given.
     pub(in crate::core) fn planned<'a>(&'a self, load: &'a Load) -> impl Iterator<Item = Option<&'a String>> {
-        self.of(load).filter(|job| job.planned).map(|job| job.stand_in.as_ref().or(job.record.options.model.as_ref()))
+        self.of(load).filter(|job| job.planned).map(Job::needs_model)
     }
 }
 
@@ -119,10 +119,11 @@ impl Core {
         };
         let (pick, reasons) = self.decide_job(job, |placed| placed.then_some(Rows::Short), now);
         let pick = pick?;
-        let next = assigned(job, self.roster.name(pick.slot).clone(), counted, now);
+        let worker = self.roster.name(pick.slot).clone();
+        let next = JobRecord { instead: pick.instead.clone(), ..assigned(job, worker, counted, now) };
         if let Some(job) = self.jobs.book.job_mut(id) {
             job.reasons = reasons;
-            (job.stand_in, job.planned) = (pick.stand_in.map(str::to_owned), true);
+            (job.instead, job.planned) = (pick.instead, true);
         }
         self.save_job(id, next, now);
         Ok(())
@@ -136,7 +137,9 @@ impl Core {
         let Some(worker) = job.record.worker.clone() else {
             return;
         };
-        let mut next = assigned(job, worker, false, now);
+        let request = self.request_for(&job.record.options, false);
+        let instead = self.roster.instead(&request, &worker, now.mono);
+        let mut next = JobRecord { instead, ..assigned(job, worker, false, now) };
         next.epoch = next.epoch.max(above + 1);
         self.save_job(id, next, now);
     }
@@ -152,6 +155,7 @@ impl Core {
             worker: None,
             changed_ms: now.unix_ms,
             not_before_ms: None,
+            instead: job.told_instead.clone(),
             ..job.record.clone()
         };
         change(&mut next);
@@ -315,7 +319,7 @@ impl Core {
         if let Some(old) = left {
             // It has moved on: a worker that leaves is not cut off in the middle of a final.
             let moved = record.state == JobState::Assigned;
-            let finish_ms = if moved { self.finish_ms(&old, now) } else { 0 };
+            let finish_ms = if moved { self.finish_ms(&old, record.suspect, now) } else { 0 };
             self.release_job(&old, id, before.epoch, finish_ms, now);
         }
         match record.state {
@@ -369,10 +373,9 @@ impl Core {
         let Some(worker) = job.record.worker.clone() else {
             return;
         };
-        let stand_in = self.roster.stand_in(&job.record.options, &worker);
-        (job.stand_in, job.planned) = (stand_in.map(str::to_owned), true);
+        (job.instead, job.planned) = (job.record.instead.clone(), true);
         self.fleet.touch(&worker);
-        let item = Box::new(request::work_item(&job.record, stand_in));
+        let item = Box::new(request::work_item(&job.record));
         let publish = !job.taken;
         job.enter(Stage::Sending, now.mono);
         self.jobs.book.file(id);

@@ -7,7 +7,7 @@ use voxfleet_schema::{
 };
 
 use super::Core;
-use crate::{moment::Moment, routing::Rows};
+use crate::{core::instead, moment::Moment, routing::Rows};
 
 impl Core {
     pub(super) fn tell_submitted(&mut self, id: &StreamId, now: Moment) {
@@ -35,12 +35,10 @@ impl Core {
         let mut detail = serde_json::json!({
             "incarnation": worker.incarnation, "attempt": job.record.attempts, "candidates": reasons,
         });
-        let smaller =
-            job.stand_in.as_ref().map(|m| serde_json::json!({ "model": m, "model_asked": job.record.options.model }));
-        if let Some(smaller) = &smaller {
-            detail["model"] = smaller["model"].clone();
-            detail["model_asked"] = smaller["model_asked"].clone();
-        }
+        let instead = job.record.instead.clone();
+        let told = std::mem::replace(&mut job.told_instead, instead.clone());
+        let asked = job.record.options.model.clone();
+        instead::name_models(&mut detail, instead.as_ref());
         self.log_job_slot("job assigned", id, epoch, &worker);
         let gpu_id = worker.gpu_id.to_string();
         if let Some(from) = moved_from {
@@ -52,9 +50,10 @@ impl Core {
         self.job_event(id, What::Assigned, now, |e| {
             (e.epoch, e.gpu_id, e.detail) = (Some(epoch), Some(gpu_id.clone()), detail);
         });
-        if let Some(smaller) = smaller {
-            self.job_event(id, What::Degraded, now, |e| {
-                (e.epoch, e.gpu_id, e.detail) = (Some(epoch), Some(gpu_id), smaller);
+        if let Some((what, detail)) = self.news_of_instead(told.as_ref(), instead.as_ref(), asked, &worker) {
+            tracing::warn!(job = %id, epoch, gpu = gpu_id, %detail, "{}", instead::in_words(what));
+            self.job_event(id, what, now, |e| {
+                (e.epoch, e.gpu_id, e.detail) = (Some(epoch), Some(gpu_id), detail);
             });
         }
     }

@@ -203,7 +203,7 @@ impl Core {
         tracing::debug!(job = %id, ?action, settled, "reconciling");
         match action {
             Action::Release { worker, epoch, finish } => {
-                let finish_ms = if finish { self.finish_ms(&worker, now) } else { 0 };
+                let finish_ms = if finish { self.finish_ms(&worker, false, now) } else { 0 };
                 self.release_job(&worker, id, epoch, finish_ms, now);
             }
             Action::CatchUp => self.job_effect(JobEffect::ReadChain { id: id.clone() }),
@@ -216,6 +216,13 @@ impl Core {
             Action::MoveIfRoom => {
                 job.taken = true;
                 let from = job.record.worker.clone();
+                if from
+                    .as_ref()
+                    .is_some_and(|from| self.fleet.health(from, now.mono, &self.config) == WorkerHealth::Alive)
+                {
+                    // It is fit, and asks itself that it be somebody else.
+                    self.leave_out(id);
+                }
                 if self.place_job(id, false, now).is_ok()
                     && let Some(job) = self.jobs.book.job_mut(id)
                 {

@@ -10,7 +10,7 @@ use crate::{
         EngineError,
         pool::{Loaded, Model, expected_mb},
     },
-    ipc::{EngineConfig, FromEngine, ModelFile},
+    ipc::{EngineConfig, EngineKind, FromEngine, ModelFile},
 };
 
 /// A load that takes longer than this is no longer a sign of life.
@@ -28,6 +28,8 @@ pub(super) struct Shelved {
 
 pub(super) fn shelve(config: &EngineConfig, file: &ModelFile) -> Shelved {
     let (state, expected_mb) = match expected_mb(config, file) {
+        // It may still come: it is looked at again when somebody wants it.
+        Err(_) if config.engine == EngineKind::WhisperCpp && !file.path.exists() => (Residency::Missing, 0),
         Ok(mb) => (Residency::Available, mb),
         Err(error) => {
             tracing::warn!(model = %file.name, %error, "model file is not usable");
@@ -68,6 +70,9 @@ impl Desk {
         };
         if shelved.model.is_some() || shelved.loading_since.is_some() {
             return Ok(());
+        }
+        if shelved.state == Residency::Missing {
+            *shelved = shelve(&self.config, &shelved.file);
         }
         if !self.pool.load(&shelved.file) {
             let why = "the loader does not answer".to_owned();

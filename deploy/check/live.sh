@@ -1,0 +1,367 @@
+#!/bin/sh
+# What can be said of the deploy files by running them: NATS from its server files with TLS, nkeys, three servers and a leaf
+# node; then dispatcher, worker and on-start scripts in a clean root, against that server, with nothing but the environment
+# that a rented machine gives. Everything listens on 127.0.0.1 and ends with this script.
+#
+# Called by deploy/check.sh with CHECK_ROOT, CHECK_WORK (an empty folder), CHECK_BINARY (or empty), CHECK_PRIVATE (not empty in
+# a mount namespace of its own: only then anything is mounted). Prints lines `ok WHAT`, `FAIL WHAT: WHY`, `skip WHAT: WHY`.
+set -eu
+
+ROOT=$CHECK_ROOT WORK=$CHECK_WORK BINARY=${CHECK_BINARY:-}
+PIDS=
+MOUNTED=
+
+ok() { echo "ok $*"; }
+fail() { echo "FAIL $*"; }
+skip() { echo "skip $*"; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+tidy() {
+    for pid_ in $PIDS; do kill "$pid_" 2>/dev/null || :; done
+    for pid_ in $PIDS; do
+        n_=0
+        while runs "$pid_" && [ $n_ -lt 40 ]; do sleep 0.1; n_=$((n_ + 1)); done
+        kill -9 "$pid_" 2>/dev/null || :
+    done
+    [ -z "$MOUNTED" ] || umount -l "$MOUNTED" 2>/dev/null || :
+}
+trap tidy EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# start LOG COMMAND...: in the background; sets PID.
+start() {
+    log_=$1
+    shift
+    "$@" >"$log_" 2>&1 </dev/null &
+    PID=$!
+    PIDS="$PID $PIDS"
+}
+
+# until SECONDS COMMAND...: polls until it succeeds.
+until_ok() {
+    tries_=$(($1 * 5))
+    shift
+    while ! "$@" >/dev/null 2>&1; do
+        tries_=$((tries_ - 1))
+        [ $tries_ -gt 0 ] || return 1
+        sleep 0.2
+    done
+}
+
+# Not gone, and not a dead child that only waits to be counted.
+runs() { [ -d "/proc/$1" ] && ! grep -q '^State:[[:space:]]*Z' "/proc/$1/status" 2>/dev/null; }
+
+# ended PID SECONDS: sets CODE to its exit code, or `runs`.
+ended() {
+    tries_=$(($2 * 10))
+    while runs "$1"; do
+        tries_=$((tries_ - 1))
+        if [ $tries_ -le 0 ]; then
+            CODE=runs
+            return
+        fi
+        sleep 0.1
+    done
+    CODE=0
+    wait "$1" 2>/dev/null || CODE=$?
+}
+
+# expect WHAT GOT WANTED WHY-NOT
+expect() { if [ "$2" = "$3" ]; then ok "$1"; else fail "$1: $2 instead of $3${4:+, $4}"; fi; }
+
+free_ports() {
+    python3 -c '
+import socket, sys
+open_ = [socket.socket() for _ in range(int(sys.argv[1]))]
+for s in open_: s.bind(("127.0.0.1", 0))
+print(*[s.getsockname()[1] for s in open_])' "$1"
+}
+
+# ---------------------------------------------------------------------------------------------- NATS
+
+nats_files() {
+    mkdir -p "$WORK/nats/tls" "$WORK/js"
+    cp "$ROOT"/nats/conf/*.conf "$ROOT"/deploy/nats/*.conf "$WORK/nats/"
+    # shellcheck disable=SC2046 # a list of numbers
+    set -- $(free_ports 12)
+    P_HUB=$1 P_MONITOR=$2 P_LEAFS=$3 P_WS=$4 P_SITE=$5
+    P_THREE="$6 $7 $8"
+    P_A=$6
+    shift 8
+    R_THREE="$1 $2 $3"
+    sed -i -e "s#/etc/nats/#$WORK/nats/#" "$WORK"/nats/*.conf
+    sed -i -e "s#\"0.0.0.0:4222\"#\"127.0.0.1:$P_HUB\"#" -e "s#\"/var/lib/nats\"#\"$WORK/js/hub\"#" \
+        -e "s#127.0.0.1:8222#127.0.0.1:$P_MONITOR#" "$WORK/nats/single.conf"
+    sed -i "s#0.0.0.0:7422#127.0.0.1:$P_LEAFS#" "$WORK/nats/leafnodes.conf"
+    sed -i "s#0.0.0.0:443#127.0.0.1:$P_WS#" "$WORK/nats/websocket.conf"
+    sed -i "s#127.0.0.1:4222#127.0.0.1:$P_SITE#" "$WORK/nats/leaf.conf"
+    sed -i 's/^# include/include/' "$WORK/nats/hub-single.conf"
+    (
+        cd "$WORK/nats/tls"
+        key='-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes'
+        # shellcheck disable=SC2086 # a list of options
+        openssl req -x509 $key -days 2 -subj /CN=check-ca -keyout ca-key.pem -out ca.pem
+        # shellcheck disable=SC2086
+        openssl req $key -subj /CN=localhost -keyout server-key.pem -out server.csr
+        printf 'subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n' >ext
+        openssl x509 -req -in server.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 -extfile ext -out server.pem
+    ) >"$WORK/openssl.log" 2>&1 || return 1
+    for role_ in DISPATCHER WORKER OPERATOR PRODUCER ADMIN; do
+        nats auth nkey gen user >"$WORK/nats/$role_.seed"
+        export "VOXFLEET_NKEY_$role_=$(nats auth nkey show "$WORK/nats/$role_.seed")"
+    done
+    export VOXFLEET_NATS_NAME=n1 VOXFLEET_NATS_STORE="$WORK/js/n1"
+    export VOXFLEET_NATS_ROUTES="[nats://127.0.0.1:$1,nats://127.0.0.1:$2,nats://127.0.0.1:$3]"
+    export VOXFLEET_LEAF_NAME=site VOXFLEET_HUB_URL="tls://localhost:$P_LEAFS"
+    VOXFLEET_LEAF_SEED=$(cat "$WORK/nats/WORKER.seed")
+    export VOXFLEET_LEAF_SEED
+}
+
+nats_syntax() {
+    for file_ in single cluster hub-single hub-three leaf; do
+        if why_=$(nats-server -t -c "$WORK/nats/$file_.conf" 2>&1); then
+            ok "nats-server -t $file_.conf"
+        else
+            fail "nats-server -t $file_.conf: $why_"
+        fi
+    done
+    # No login at its default: a key that is not given must be a server that does not start.
+    if (unset VOXFLEET_NKEY_WORKER; nats-server -t -c "$WORK/nats/hub-single.conf" >/dev/null 2>&1); then
+        fail "accounts.conf: a server starts without the worker's key"
+    else
+        ok "accounts.conf: without a key no server"
+    fi
+}
+
+as() {
+    role_=$1
+    shift
+    nats -s "tls://localhost:$P_HUB" --tlsca "$WORK/nats/tls/ca.pem" --nkey "$WORK/nats/$role_.seed" "$@"
+}
+
+nats_hub() {
+    start "$WORK/hub.log" nats-server -c "$WORK/nats/hub-single.conf"
+    if ! until_ok 10 as OPERATOR pub check x; then
+        fail "hub-single.conf: nobody comes in by TLS and nkey: $(tail -n 3 "$WORK/hub.log")"
+        return 1
+    fi
+    ok "hub-single.conf: TLS and nkey let in"
+    nats auth nkey gen user >"$WORK/nats/STRANGER.seed"
+    if as STRANGER pub check x >/dev/null 2>&1 || nats -s "nats://127.0.0.1:$P_HUB" pub check x >/dev/null 2>&1; then
+        fail "hub-single.conf: a stranger gets in, or somebody without TLS"
+    else
+        ok "hub-single.conf: no stranger and nobody without TLS"
+    fi
+    start "$WORK/leaf.log" nats-server -c "$WORK/nats/leaf.conf"
+    LEAF=$PID
+    site='nats -s nats://127.0.0.1:'$P_SITE
+    # shellcheck disable=SC2086 # a command
+    if until_ok 10 $site stream ls; then ok "leaf.conf: JetStream of the hub through TLS"; else fail "leaf.conf over TLS: $(tail -n 3 "$WORK/leaf.log")"; fi
+    kill "$LEAF" 2>/dev/null || :
+    ended "$LEAF" 5
+    VOXFLEET_HUB_URL="wss://localhost:$P_WS" start "$WORK/leaf.log" nats-server -c "$WORK/nats/leaf.conf"
+    # shellcheck disable=SC2086
+    if until_ok 10 $site stream ls; then ok "leaf.conf: the same through a websocket"; else fail "leaf.conf over wss: $(tail -n 3 "$WORK/leaf.log")"; fi
+}
+
+nats_three() {
+    for n_ in 1 2 3; do
+        port_=$(echo "$P_THREE" | cut -d' ' -f$n_) route_=$(echo "$R_THREE" | cut -d' ' -f$n_)
+        sed -e "s#\"0.0.0.0:4222\"#\"127.0.0.1:$port_\"#" -e '/^http:/d' "$WORK/nats/cluster.conf" >"$WORK/nats/cluster-$n_.conf"
+        sed -e "s#include \"cluster.conf\"#include \"cluster-$n_.conf\"#" -e "s#0.0.0.0:6222#127.0.0.1:$route_#" \
+            "$WORK/nats/hub-three.conf" >"$WORK/nats/hub-$n_.conf"
+        VOXFLEET_NATS_NAME=n$n_ VOXFLEET_NATS_STORE="$WORK/js/n$n_" start "$WORK/n$n_.log" nats-server -c "$WORK/nats/hub-$n_.conf"
+    done
+}
+
+# Elections take seconds: begun first, asked last.
+nats_three_agree() {
+    P_HUB_=$P_HUB
+    P_HUB=$P_A
+    if until_ok 20 as OPERATOR stream add CHECK --subjects check --storage file --replicas 3 --defaults; then
+        ok "hub-three.conf: a stream of three replicas, routes by mutual TLS"
+    else
+        fail "hub-three.conf: no stream of three replicas: $(tail -n 3 "$WORK/n1.log")"
+    fi
+    P_HUB=$P_HUB_
+}
+
+# ---------------------------------------------------------------------------------------------- a clean root
+
+# The layout of the images over this machine's libraries: /usr read-only, a few accounts, and nothing else of it.
+clean_root() {
+    R=$WORK/root
+    mkdir -p "$R"
+    mount -t tmpfs -o mode=755 tmpfs "$R" 2>"$WORK/mount.log" || return 1
+    MOUNTED=$R
+    mkdir -p "$R/usr" "$R/dev" "$R/proc" "$R/tmp" "$R/etc" "$R/run" "$R/var/log" "$R/var/lib/voxfleet" "$R/opt/voxfleet" "$R/workspace" \
+        "$R/var/cache/voxfleet/models"
+    mount --bind /usr "$R/usr" && mount -o remount,bind,ro "$R/usr" || return 1
+    mount -t proc proc "$R/proc" || return 1
+    for link_ in bin sbin lib lib64; do
+        if [ -L "/$link_" ]; then cp -P "/$link_" "$R/"; else mkdir "$R/$link_" && mount --bind "/$link_" "$R/$link_"; fi
+    done
+    for node_ in null zero random urandom; do touch "$R/dev/$node_" && mount --bind "/dev/$node_" "$R/dev/$node_"; done
+    printf 'root:x:0:0::/root:/bin/sh\nvoxfleet:x:10001:10001::/var/lib/voxfleet:/usr/sbin/nologin\n' >"$R/etc/passwd"
+    printf 'root:x:0:\nvoxfleet:x:10001:\n' >"$R/etc/group"
+    printf '127.0.0.1 localhost\n' >"$R/etc/hosts"
+    chmod 1777 "$R/tmp"
+    chown 10001:10001 "$R/var/cache/voxfleet" "$R/var/cache/voxfleet/models" "$R/var/lib/voxfleet"
+    # A folder of its own on PATH: /usr is this machine's.
+    mkdir -p "$R/app"
+    cp "$BINARY" "$R/app/voxfleet"
+    cp "$ROOT/deploy/entrypoint.sh" "$R/app/voxfleet-entry"
+    cp "$ROOT/deploy/vast/onstart.sh" "$ROOT/deploy/runpod/start.sh" "$R/opt/voxfleet/"
+    cp "$ROOT"/tests/models/micro.en-q8_0.bin "$R/var/cache/voxfleet/models/"
+    chown -R 10001:10001 "$R/var/cache/voxfleet"
+    chmod 755 "$R"/app/* "$R"/opt/voxfleet/*.sh
+    ended "$PARTS_PID" 60
+    if [ "$CODE" = 0 ]; then
+        cp -R "$WORK/parts/." "$R/opt/voxfleet/"
+        ok "runtime-parts.sh: detector and ONNX Runtime, by checksum"
+        PARTS="ORT_DYLIB_PATH=/opt/voxfleet/lib/libonnxruntime.so VOXFLEET__WORKER__SILERO_MODEL=/opt/voxfleet/silero_vad.onnx"
+    else
+        skip "runtime-parts.sh: the wheels could not be had: $(tail -n 1 "$WORK/parts.log")"
+        PARTS=
+    fi
+}
+
+# in_root VARIABLES... -- COMMAND...: as root, with these variables and no others.
+in_root() {
+    # shellcheck disable=SC2086 # a list of variables
+    exec chroot "$R" env -i PATH=/app:/usr/bin:/usr/sbin:/bin HOME=/root VOXFLEET_CACHE=/var/cache/voxfleet \
+        "VOXFLEET__NATS__URLS=tls://localhost:$P_HUB" "VOXFLEET_TLS_CA_BASE64=$CA" $PARTS "$@"
+}
+
+uid_of() { sed -n 's/^Uid:[[:space:]]*\([0-9]*\).*/\1/p' "/proc/$1/status" 2>/dev/null; }
+
+# seen NAME: the worker of that name, in the fleet's own words.
+seen() {
+    VOXFLEET__NATS__URLS="tls://localhost:$P_HUB" VOXFLEET__NATS__TLS_CA="$WORK/nats/tls/ca.pem" \
+        VOXFLEET__NATS__NKEY_SEED_FILE="$WORK/nats/OPERATOR.seed" "$BINARY" status 2>/dev/null | grep -q "^$1 *alive"
+}
+
+operator() {
+    VOXFLEET__NATS__URLS="tls://localhost:$P_HUB" VOXFLEET__NATS__TLS_CA="$WORK/nats/tls/ca.pem" \
+        VOXFLEET__NATS__NKEY_SEED_FILE="$WORK/nats/OPERATOR.seed" "$BINARY" "$@"
+}
+
+run_entry() {
+    CA=$(base64 <"$WORK/nats/tls/ca.pem" | tr -d '\n')
+    start "$WORK/dispatcher.log" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/DISPATCHER.seed")" voxfleet-entry dispatcher --name check
+    seed_="VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")"
+    start "$WORK/worker.log" in_root "$seed_" VOXFLEET_MODELS=micro.en-q8_0 voxfleet-entry worker --gpu none --gpu-id entry-0
+    WORKER=$PID
+    if ! until_ok 15 seen entry-0; then
+        fail "entrypoint.sh worker: $(tail -n 3 "$WORK/worker.log")"
+        return
+    fi
+    ok "entrypoint.sh: dispatcher and worker, secrets from the environment"
+    expect "entrypoint.sh: root is dropped, by user id" "$(uid_of "$WORKER")" 10001
+    if tr '\0' '\n' <"/proc/$WORKER/environ" | grep -q '^VOXFLEET_NKEY_SEED\|^VOXFLEET_TLS_CA_BASE64'; then
+        fail "entrypoint.sh: a secret is left in the environment"
+    else
+        ok "entrypoint.sh: no secret is left in the environment"
+    fi
+    if (in_root "$seed_" voxfleet-entry health) >/dev/null 2>"$WORK/health.log"; then
+        ok "entrypoint.sh health: well"
+    else
+        fail "entrypoint.sh health: $(tail -n 2 "$WORK/health.log")"
+    fi
+    if (in_root "$seed_" VOXFLEET__NATS__URLS=tls://localhost:1 voxfleet-entry health) >/dev/null 2>&1; then
+        fail "entrypoint.sh health: well without a server"
+    else
+        ok "entrypoint.sh health: not well without a server"
+    fi
+    if operator stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session check >"$WORK/stream.log" 2>&1; then
+        ok "a call through it: $(tail -n 1 "$WORK/stream.log")"
+    else
+        fail "a call through it: $(tail -n 2 "$WORK/stream.log")"
+    fi
+    kill -TERM "$WORKER"
+    ended "$WORKER" 12
+    expect "entrypoint.sh: SIGTERM arrives, and the worker leaves in good order" "$CODE" 0
+
+    # A model that nobody has; one that cannot be had now, and word to stop meanwhile.
+    start "$WORK/unknown.log" in_root "$seed_" VOXFLEET_MODELS=no-such-model voxfleet-entry worker --gpu none
+    ended "$PID" 10
+    expect "entrypoint.sh: an unknown model is a mistake" "$CODE" 66
+    start "$WORK/retry.log" in_root "$seed_" VOXFLEET_MODELS=base.en VOXFLEET_MODEL_RETRY_S=30 \
+        VOXFLEET__MODELS__OFFLINE=true voxfleet-entry worker --gpu none
+    waiting=$PID
+    if until_ok 10 grep -q 'again in' "$WORK/retry.log"; then
+        kill -TERM "$waiting"
+        ended "$waiting" 5
+        expect "entrypoint.sh: waits for a model, and stops when told" "$CODE" 143
+    else
+        fail "entrypoint.sh: does not try a missing model again: $(tail -n 2 "$WORK/retry.log")"
+    fi
+}
+
+run_onstart() {
+    seed_="VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")"
+    start "$WORK/vast.log" in_root "$seed_" VOXFLEET_MODELS=micro.en-q8_0 VOXFLEET_STATE=/run/onstart \
+        "VOXFLEET_WORKER_ARGS=--gpu none --gpu-id vast-0" sh /opt/voxfleet/onstart.sh
+    ended "$PID" 10
+    keeper=$(cat "$R/run/onstart" 2>/dev/null || echo 0)
+    [ "$keeper" = 0 ] || PIDS="$keeper $PIDS"
+    if [ "$CODE" != 0 ] || ! until_ok 15 seen vast-0; then
+        fail "vast/onstart.sh ($CODE): $(tail -n 2 "$WORK/vast.log" "$R/var/log/voxfleet.log" 2>/dev/null | tr '\n' ' ')"
+        return
+    fi
+    ok "vast/onstart.sh: comes back at once and leaves a worker"
+    worker=$(cat "/proc/$keeper/task/$keeper/children" | tr -d ' ')
+    kill -9 "$worker"
+    if until_ok 10 grep -q 'ended with 137' "$R/var/log/voxfleet.log" && until_ok 20 seen vast-0; then
+        ok "vast/onstart.sh: a worker that was killed is started again"
+    else
+        fail "vast/onstart.sh: not started again: $(tail -n 2 "$R/var/log/voxfleet.log" | tr '\n' ' ')"
+    fi
+    operator drain vast-0 --deadline 10s --wait >"$WORK/drain.log" 2>&1 || :
+    until_ok 15 grep -q 'was drained' "$R/var/log/voxfleet.log" || :
+    ended "$keeper" 5
+    if [ "$CODE" != runs ] && ! seen vast-0; then
+        ok "vast/onstart.sh: a drained worker is left alone"
+    else
+        fail "vast/onstart.sh: after a drain: $(tail -n 2 "$R/var/log/voxfleet.log" | tr '\n' ' ')"
+    fi
+
+    mkdir -p "$R/workspace/voxfleet/models"
+    cp "$R/var/cache/voxfleet/models/micro.en-q8_0.bin" "$R/workspace/voxfleet/models/"
+    start "$WORK/runpod.log" in_root "$seed_" RUNPOD_POD_ID=check VOXFLEET_MODELS=micro.en-q8_0 \
+        voxfleet-entry /opt/voxfleet/start.sh worker --gpu none --gpu-id runpod-0
+    worker=$PID
+    if until_ok 15 seen runpod-0 && [ "$(stat -c %u "$R/workspace/voxfleet/models/micro.en-q8_0.bin")" = 10001 ]; then
+        ok "runpod/start.sh: models on the volume, which becomes ours"
+    else
+        fail "runpod/start.sh: $(tail -n 2 "$WORK/runpod.log")"
+    fi
+    kill -TERM "$worker" 2>/dev/null || :
+    ended "$worker" 5
+    expect "runpod/start.sh: gone within the 5 s that a spot pod has" "$CODE" 0
+}
+
+# ---------------------------------------------------------------------------------------------- order
+
+for tool in nats-server nats openssl python3; do
+    have "$tool" || { skip "NATS files and clean root: no $tool here (sh deploy/bootstrap.sh deps)"; exit 0; }
+done
+if ! nats_files; then
+    fail "keys and certificates for the check: $(tail -n 2 "$WORK/openssl.log")"
+    exit 0
+fi
+nats_three
+start "$WORK/parts.log" sh "$ROOT/deploy/docker/runtime-parts.sh" "$WORK/parts"
+PARTS_PID=$PID
+nats_syntax
+nats_hub || exit 0
+if [ -z "$BINARY" ]; then
+    skip "clean root: no voxfleet was built here (cargo build -p voxfleet, or VOXFLEET_BIN)"
+elif [ -z "${CHECK_PRIVATE:-}" ] || ! have setpriv || ! clean_root; then
+    skip "clean root: mounts and chroot need root and a mount namespace"
+else
+    run_entry
+    run_onstart
+fi
+nats_three_agree
