@@ -20,7 +20,10 @@ use crate::{
     lifecycle::Engine,
     session::unix_ms,
     stock::Stock,
-    supervisor::holdings::{Holdings, Snapshot},
+    supervisor::{
+        holdings::{Holdings, Snapshot},
+        relief::Relief,
+    },
 };
 
 /// How often the device is sampled.
@@ -64,6 +67,7 @@ pub(crate) struct Sources {
     pub(crate) device: watch::Receiver<Device>,
     pub(crate) engine: Engine,
     pub(crate) holdings: Arc<Holdings>,
+    pub(crate) relief: Arc<Relief>,
     pub(crate) stock: Stock,
     pub(crate) news: Arc<Notify>,
     pub(crate) every: Duration,
@@ -75,7 +79,8 @@ impl Sources {
         for held in &mut held {
             let known = self.engine.suspected(held.kind, &held.id);
             (held.suspect, held.crashes) = (known.suspect, known.crashes);
-            (held.suspect_from, held.elsewhere) = (known.from, known.elsewhere);
+            held.suspect_from = known.from;
+            held.elsewhere = known.elsewhere || self.relief.asks_elsewhere(held.kind, &held.id);
         }
         let (engine, mut models) = self.engine.heartbeat_state(now);
         self.stock.overlay(&mut models);
@@ -90,7 +95,7 @@ impl Sources {
             host: identity.host.clone(),
             pid: std::process::id(),
             provider: identity.provider,
-            device: self.device.borrow().clone(),
+            device: Device { pressure: self.relief.level(), ..self.device.borrow().clone() },
             slots,
             job_slots,
             held,

@@ -20,6 +20,7 @@ mod idle;
 mod ladder;
 mod link;
 mod outbox;
+mod pressure;
 mod progress;
 mod session;
 mod spawn;
@@ -58,6 +59,7 @@ use self::{
 pub(crate) use self::{
     ladder::{Ask, Footing},
     outbox::Outbox,
+    pressure::{Gauge, Memory},
     session::{EngineSession, Opening},
     spawn::Program,
     suspects::{Known, Treatment},

@@ -5,11 +5,13 @@
 //! | heartbeat | one each second, from shared figures; it and control requests have a connection of their own |
 //! | device | samples NVML or `/proc` |
 //! | engine | keeps the child alive ([`crate::lifecycle`]) |
+//! | relief | makes room where other tenants of the device grow ([`relief`]) |
 //! | serve | control requests, the sessions' tasks, the pull ([`serve`]), jobs ([`jobs`]) |
 
 pub(crate) mod holdings;
 mod jobs;
 mod neighbours;
+pub(crate) mod relief;
 mod serve;
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -32,6 +34,7 @@ use voxfleet_store::{
 
 use self::{
     holdings::Holdings,
+    relief::{Follow, Relief},
     serve::{Reasons, Served},
 };
 use crate::{
@@ -86,6 +89,7 @@ pub(crate) struct Supervisor {
     stock: Stock,
     gpu_id: voxfleet_schema::id::GpuId,
     holdings: Arc<Holdings>,
+    relief: Arc<Relief>,
     engine: Engine,
     shared: Shared,
     means: Means,
@@ -174,17 +178,30 @@ pub async fn run(
         let (engine, stop) = (engine.clone(), stop_engine.clone());
         async move { engine.run(stop).await }
     });
+    let relief = Arc::new(Relief::default());
+    let config = Arc::new(config);
+    let follow = Follow {
+        relief: Arc::clone(&relief),
+        config: Arc::clone(&config),
+        default_model: Arc::clone(&default_model),
+        engine: engine.clone(),
+        holdings: Arc::clone(&holdings),
+        device: device.clone(),
+        news: Arc::clone(&news),
+    };
     let sources = Sources {
         identity: identity.clone(),
         name: current.clone(),
         device: device.clone(),
         engine: engine.clone(),
         holdings: Arc::clone(&holdings),
+        relief: Arc::clone(&relief),
         stock: stock.clone(),
         news,
         every: config.heartbeat(),
     };
     tasks.spawn(needed(shutdown.clone(), heartbeat::run(own.clone(), nats.clone(), sources, stop_tasks.clone())));
+    tasks.spawn(needed(shutdown.clone(), follow.run(stop_tasks.clone())));
     tasks.spawn(needed(shutdown.clone(), heartbeat::sample_device(probe, engine.clone(), figures, stop_tasks.clone())));
     if let Some(store) = store {
         let (stock, stop) = (stock.clone(), stop_tasks.clone());
@@ -240,6 +257,7 @@ pub async fn run(
         stock,
         gpu_id: identity.gpu_id.clone(),
         holdings,
+        relief,
         means: Means {
             shared: shared.clone(),
             fetcher: Fetcher::new(config.fetch.clone(), media.clone())?,
@@ -252,7 +270,7 @@ pub async fn run(
         shared,
         engine,
         hints: HintPool::new(hint_bytes, max_entry),
-        config: Arc::new(config),
+        config,
     };
     let ended = supervisor.serve_all(name, Reasons::new(&shutdown, preemptions)).await;
     let ending = ended.budget;
