@@ -18,6 +18,7 @@ use voxfleet_schema::{
 use crate::{
     device::{self, Ours, Probe},
     lifecycle::Engine,
+    measures::Measures,
     session::unix_ms,
     stock::Stock,
     supervisor::{
@@ -69,6 +70,7 @@ pub(crate) struct Sources {
     pub(crate) holdings: Arc<Holdings>,
     pub(crate) relief: Arc<Relief>,
     pub(crate) stock: Stock,
+    pub(crate) measures: Measures,
     pub(crate) news: Arc<Notify>,
     pub(crate) every: Duration,
 }
@@ -83,6 +85,7 @@ impl Sources {
             held.elsewhere = known.elsewhere || self.relief.asks_elsewhere(held.kind, &held.id);
         }
         let (engine, mut models) = self.engine.heartbeat_state(now);
+        self.measures.overlay(&mut models);
         self.stock.overlay(&mut models);
         let identity = &self.identity;
         Heartbeat {

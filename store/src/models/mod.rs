@@ -36,6 +36,7 @@ pub use self::{
     config::ModelsConfig,
     error::{ModelError, SourceFailure},
     files::InUse,
+    measured::{DeviceKey, Figures, Measured, ModelKey},
     pull::{Pulled, Step},
     room::Removed,
 };

@@ -45,6 +45,7 @@ use crate::{
     ipc::{EngineConfig, EngineKind},
     job::Means,
     lifecycle::{Engine, EngineTerms, Program},
+    measures::Measures,
     memory::Memory,
     preempt,
     session::Shared,
@@ -153,6 +154,11 @@ pub async fn run(
     let news = Arc::new(Notify::new());
     let stock = Stock::new(Arc::clone(&news));
     let wanted = engine_config.models.iter().filter(|m| config.prefetch.contains(&m.name)).cloned().collect();
+    let measures = {
+        let (config, device, models) = (config.clone(), first_figures.clone(), engine_config.models.clone());
+        let open = move || Measures::open(config.cache_dir.as_deref(), &device, &models, config.decode_states);
+        tokio::task::spawn_blocking(open).await?
+    };
     let first_uuid = first_figures.uuid.clone();
     let (figures, device) = watch::channel(first_figures.clone());
     let engine = Engine::new(engine_config, program, terms(&config), budget.clone(), device.clone(), Arc::clone(&news));
@@ -197,6 +203,7 @@ pub async fn run(
         holdings: Arc::clone(&holdings),
         relief: Arc::clone(&relief),
         stock: stock.clone(),
+        measures: measures.clone(),
         news,
         every: config.heartbeat(),
     };
@@ -208,6 +215,7 @@ pub async fn run(
         tasks.spawn(async move { stock.fetch(store, wanted, stop).await });
     }
     let memory = Memory::new(device.clone());
+    tasks.spawn(measures.clone().run(engine.clone(), device.clone(), stop_tasks.clone()));
     tasks.spawn(needed(shutdown.clone(), memory.clone().run(engine.clone(), stop_tasks.clone())));
     tasks.spawn({
         let (nats, publisher) = (nats.clone(), publisher.clone());
