@@ -3,47 +3,67 @@
 //! Sessions see an [`Engine`]: they open an [`EngineSession`], feed it, and read its [`Outbox`]. When the child dies every
 //! outbox says so, and the sessions open again from their last final as soon as the next child is ready. Nothing here
 //! waits for a session, and no session waits here for another one's audio.
+//!
+//! | module | does |
+//! |---|---|
+//! | [`child`], [`link`], [`spawn`] | one child from fork to reaping, its socket and its words |
+//! | [`cause`] | why it ended, and the remedy; pure |
+//! | [`ladder`], [`fallback`], [`standing`] | what runs for whom when the device fails; the first two pure |
+//! | [`idle`] | when an engine that nobody needs ends; pure |
+//! | [`pressure`] | how far other tenants have grown; pure |
+//! | [`suspects`], [`progress`] | whose input kills it; whether it moves; pure |
+//! | [`session`], [`outbox`] | one session inside the engine |
 
+mod cause;
 mod child;
-mod death;
+mod fallback;
+mod idle;
+mod ladder;
 mod link;
 mod outbox;
 mod pressure;
 mod progress;
 mod session;
 mod spawn;
+mod standing;
 mod suspects;
 
 use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use tokio::{
     sync::{Notify, mpsc, watch},
-    time::{Instant, sleep},
+    time::{Instant, MissedTickBehavior, interval, sleep},
 };
 use tokio_util::sync::CancellationToken;
 use voxfleet_schema::{
-    fleet::{EngineRunState, EngineState, ModelState, Residency},
+    device::EngineEnd,
+    failure::FailureClass,
+    fleet::{Device, EngineRunState, EngineState, ModelState, Residency},
     id::{Kind, StreamId},
     transcript::VadKind,
 };
 
+pub use self::cause::remedy;
+use self::{
+    fallback::Fallback,
+    idle::{Idle, Terms},
+    progress::ProgressMeter,
+    suspects::{Death, Doing, Name, Suspects},
+};
 pub(crate) use self::{
+    ladder::{Ask, Footing},
     outbox::Outbox,
     pressure::{Gauge, Memory},
     session::{EngineSession, Opening},
     spawn::Program,
     suspects::{Known, Treatment},
-};
-use self::{
-    progress::ProgressMeter,
-    suspects::{Death, Doing, Name, Suspects},
 };
 use crate::{
     capacity::{Account, Budget, locked},
@@ -57,6 +77,8 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 const HEALTHY_AFTER: Duration = Duration::from_secs(30);
 /// Starts in a row that never became ready before the engine is said to be failed.
 const MAX_FAILED_STARTS: u32 = 5;
+/// How often is looked whether something may be tried again while there is no child.
+const RESTORE_EVERY: Duration = Duration::from_secs(1);
 /// How often a failed engine is tried again, in case a missing file came back.
 const RETRY_FAILED: Duration = Duration::from_secs(30);
 /// Bytes of audio a job may hold: the longest window at the highest rate, and what is read ahead. Apart from what live
@@ -85,19 +107,37 @@ pub(crate) enum EngineDown {
     Stopping,
 }
 
+/// How long an engine is kept, waited for and left alone.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct EngineTerms {
+    /// Sessions at most; each keeps room for its `Close` frame.
+    pub(crate) slots: usize,
+    /// Without a sign of life for so long, the child is ended.
+    pub(crate) stuck_after: Duration,
+    /// Without work for so long, it ends too; none = never.
+    pub(crate) idle_release: Option<Duration>,
+    /// It ends as soon as the last session or job has gone.
+    pub(crate) swap: bool,
+    /// What failed is tried again after so long.
+    pub(crate) restore_after: Duration,
+    /// Share of the device's memory that is left free.
+    pub(crate) reserve_percent: u8,
+}
+
 /// The way to one child.
 #[derive(Debug, Clone)]
 pub(crate) struct Link {
     frames: mpsc::Sender<ToEngine>,
     pub(crate) vad: VadKind,
+    /// It runs on the CPU.
+    pub(crate) on_cpu: bool,
 }
 
 #[derive(Debug)]
 struct Inner {
     config: EngineConfig,
     program: Program,
-    /// Sessions at most; each keeps room for its `Close` frame.
-    slots: usize,
+    terms: EngineTerms,
     budget: Budget,
     link: watch::Sender<Option<Link>>,
     status: watch::Sender<EngineStatus>,
@@ -107,10 +147,20 @@ struct Inner {
     /// Whose audio its loop looks at.
     stepping: Mutex<Option<Doing>>,
     suspects: Mutex<Suspects>,
-    /// Without a sign of life for so long, the child is ended.
-    stuck_after: Duration,
+    fallback: Mutex<Fallback>,
+    last_end: Mutex<Option<EngineEnd>>,
+    device: watch::Receiver<Device>,
     next_handle: AtomicU64,
+    /// Who waits for a child.
+    waiting: AtomicUsize,
     wanted: Notify,
+    idle: Mutex<Idle>,
+    /// Idle models are wanted back.
+    release: AtomicBool,
+    /// For the child's keeper: somebody came or went, or the engine is to run elsewhere.
+    activity: Notify,
+    /// Where the present child runs.
+    on_cpu: AtomicBool,
     pid: AtomicU32,
     progress: Mutex<ProgressMeter>,
     /// A change that the fleet should hear of at once.
@@ -119,6 +169,25 @@ struct Inner {
 
 #[derive(Debug, Clone)]
 pub(crate) struct Engine(Arc<Inner>);
+
+/// Somebody waits for a child.
+struct Waiting<'a>(&'a Inner);
+
+impl<'a> Waiting<'a> {
+    fn new(inner: &'a Inner) -> Self {
+        inner.waiting.fetch_add(1, Ordering::Relaxed);
+        inner.wanted.notify_one();
+        inner.activity.notify_one();
+        Self(inner)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.0.activity.notify_one();
+    }
+}
 
 /// Windows of one session that are being decoded.
 #[derive(Debug)]
@@ -134,6 +203,8 @@ struct Decoding {
 #[derive(Debug)]
 enum LifeEnd {
     Stopped,
+    /// Nobody needed it, or it is to run elsewhere: the next one comes when it is wanted.
+    Released,
     /// It never said `Ready`.
     NotReady,
     Died {
@@ -145,9 +216,9 @@ impl Engine {
     pub(crate) fn new(
         config: EngineConfig,
         program: Program,
-        slots: usize,
+        terms: EngineTerms,
         budget: Budget,
-        stuck_after: Duration,
+        device: watch::Receiver<Device>,
         news: Arc<Notify>,
     ) -> Self {
         let vad = if config.silero_model.is_some() { VadKind::Silero } else { VadKind::Energy };
@@ -163,10 +234,13 @@ impl Engine {
             restarts: 0,
             models: link::models_on_disk(&config),
         };
+        let rest = Terms { after: terms.idle_release, swap: terms.swap };
         Self(Arc::new(Inner {
+            fallback: Mutex::new(Fallback::new(config.use_gpu, terms.restore_after)),
+            on_cpu: AtomicBool::new(!config.use_gpu),
             config,
             program,
-            slots,
+            terms,
             budget,
             link: watch::Sender::new(None),
             status: watch::Sender::new(status),
@@ -174,9 +248,14 @@ impl Engine {
             decoding: Mutex::default(),
             stepping: Mutex::default(),
             suspects: Mutex::default(),
-            stuck_after,
+            last_end: Mutex::default(),
+            device,
             next_handle: AtomicU64::new(1),
+            waiting: AtomicUsize::new(0),
             wanted: Notify::new(),
+            idle: Mutex::new(Idle::new(rest)),
+            release: AtomicBool::new(false),
+            activity: Notify::new(),
             pid: AtomicU32::new(0),
             progress: Mutex::default(),
             news,
@@ -206,9 +285,15 @@ impl Engine {
             crashes: locked(&self.0.suspects).crashes(now),
             decode_rate: progress.decode_rate,
             decode_rate_age_ms: progress.decode_rate_age_ms,
-            ..EngineState::default()
+            idle_timeout_s: self.0.terms.idle_release.map_or(0, |after| after.as_millis().div_ceil(1_000) as u64),
+            ms_since_activity: (status.state == EngineRunState::Ready)
+                .then(|| locked(&self.0.idle).for_how_long(now))
+                .flatten()
+                .map(|rest| rest.as_millis() as u64),
+            last_end: locked(&self.0.last_end).clone(),
+            standbys: self.standbys(),
         };
-        (state, status.models)
+        (state, self.told_models(status.models, now))
     }
 
     pub(crate) fn pid(&self) -> Option<u32> {
@@ -221,14 +306,9 @@ impl Engine {
         self.status().models.iter().filter(there).map(|model| model.expected_mb).sum()
     }
 
-    /// Starts the child if it is not running.
-    pub(crate) fn want(&self) {
-        self.0.wanted.notify_one();
-    }
-
-    /// Waits until a child is ready.
+    /// Starts the child if it is not running, and waits until it is ready. However many wait, there is one child.
     pub(crate) async fn ready(&self) -> Result<Link, EngineDown> {
-        self.want();
+        let _waiting = Waiting::new(&self.0);
         let mut link = self.0.link.subscribe();
         let mut status = self.0.status.subscribe();
         loop {
@@ -248,9 +328,26 @@ impl Engine {
     /// Loads a model before its first use.
     pub(crate) async fn load(&self, model: String) -> Result<(), EngineDown> {
         let link = self.ready().await?;
+        if locked(&self.0.fallback).no_room(&model).is_some() {
+            tracing::info!(model, "not loaded ahead, it had no room a moment ago");
+            return Ok(());
+        }
+        // Nobody uses it yet: its time begins when it is there.
+        locked(&self.0.idle).stirred();
         // A child that dies meanwhile loads at first use.
         let _ = link.frames.send(ToEngine::Load { model }).await;
         Ok(())
+    }
+
+    /// Gives back what nobody here uses: the whole engine, or models of it.
+    pub(crate) fn release_idle(&self) {
+        self.0.release.store(true, Ordering::Relaxed);
+        self.0.activity.notify_one();
+    }
+
+    /// Sessions and jobs in it, and who waits for it.
+    fn open_now(&self) -> usize {
+        locked(&self.0.outboxes).len() + self.0.waiting.load(Ordering::Relaxed)
     }
 
     fn next_handle(&self) -> u64 {
@@ -273,6 +370,7 @@ impl Engine {
     /// It is no longer here.
     pub(crate) fn forget(&self, names: &Names) {
         locked(&self.0.suspects).forget(&names.name());
+        self.leaves(names);
     }
 
     /// How an input that goes on at sample `from` is to be decoded.
@@ -303,26 +401,34 @@ impl Engine {
     /// It has work and does not move, for half of the time after which it is ended: whoever comes now would only wait.
     pub(crate) fn stalls(&self, now: Instant) -> bool {
         let silent_ms = locked(&self.0.progress).reading(now).ms_since_progress;
-        u128::from(silent_ms) >= self.0.stuck_after.as_millis() / 2
+        u128::from(silent_ms) >= self.0.terms.stuck_after.as_millis() / 2
     }
 
-    /// Keeps the child alive until `stop`; then ends it and returns when it is reaped.
+    /// Keeps the child alive while it is wanted, until `stop`; then ends it and returns when it is reaped.
     pub(crate) async fn run(&self, stop: CancellationToken) {
         let mut failed_starts = 0u32;
         let mut backoff = FIRST_BACKOFF;
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = self.0.wanted.notified() => {}
-        }
-        loop {
+        let mut again = false;
+        while again || self.is_wanted(&stop).await {
             let end = self.live(&stop).await;
+            again = true;
             let wait = match end {
                 LifeEnd::Stopped => break,
+                LifeEnd::Released => {
+                    (failed_starts, backoff, again) = (0, FIRST_BACKOFF, false);
+                    self.set_state(EngineRunState::Down, false);
+                    continue;
+                }
                 LifeEnd::Died { lived } => {
                     failed_starts = 0;
                     if lived >= HEALTHY_AFTER {
                         backoff = FIRST_BACKOFF;
                     }
+                    self.set_state(EngineRunState::Restarting, true);
+                    backoff
+                }
+                // What came of it is another engine to start.
+                LifeEnd::NotReady if !self.is_on_side(self.0.on_cpu.load(Ordering::Relaxed)) => {
                     self.set_state(EngineRunState::Restarting, true);
                     backoff
                 }
@@ -345,6 +451,20 @@ impl Engine {
             }
         }
         self.set_state(EngineRunState::Down, false);
+    }
+
+    /// Waits until somebody waits for a child; false: it is to stop.
+    async fn is_wanted(&self, stop: &CancellationToken) -> bool {
+        let mut looks = interval(RESTORE_EVERY);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while self.0.waiting.load(Ordering::Relaxed) == 0 {
+            tokio::select! {
+                () = stop.cancelled() => return false,
+                () = self.0.wanted.notified() => {}
+                _ = looks.tick() => self.restore(None),
+            }
+        }
+        !stop.is_cancelled()
     }
 
     fn set_state(&self, state: EngineRunState, restarted: bool) {
@@ -393,8 +513,9 @@ impl Engine {
             FromEngine::Ready { .. } => tracing::warn!("engine said ready twice"),
             FromEngine::Loaded { model, took_ms, resident_mb } => {
                 tracing::info!(model, took_ms, resident_mb, "model loaded");
+                self.has_loaded(&model);
             }
-            FromEngine::Models(models) => self.0.status.send_modify(|status| status.models = models),
+            FromEngine::Models(models) => self.models_are(models),
             FromEngine::Consumed { handle, bytes } => {
                 if let Some(outbox) = outbox(handle) {
                     outbox.account.consumed(bytes);
@@ -422,12 +543,46 @@ impl Engine {
             }
             FromEngine::Failed { handle, failure } => {
                 if let Some(outbox) = outbox(handle) {
+                    if failure.class == FailureClass::OutOfMemory {
+                        self.has_no_room(&outbox.model);
+                    }
                     outbox.failed(failure);
                 }
             }
             FromEngine::Progress { decodes, audio_ms, busy_ms, working } => {
                 locked(&self.0.progress).progress(Instant::now(), decodes, audio_ms, busy_ms, working);
+                self.0.activity.notify_one();
             }
         }
+    }
+
+    /// The child's models, and what is new about them.
+    fn models_are(&self, models: Vec<ModelState>) {
+        let mut was = Vec::new();
+        self.0.status.send_modify(|status| was = std::mem::replace(&mut status.models, models.clone()));
+        for model in &models {
+            let before = was.iter().find(|before| before.name == model.name).map(|before| before.state);
+            match (before, model.state) {
+                (Some(before), now) if before == now => {}
+                (_, Residency::Loading) => {
+                    tracing::info!(model = model.name, expected_mb = model.expected_mb, "model load begins");
+                }
+                (_, Residency::NoRoom) => {
+                    tracing::warn!(model = model.name, expected_mb = model.expected_mb, "no memory for a model");
+                    self.has_no_room(&model.name);
+                }
+                (Some(Residency::Loaded), Residency::Available) => {
+                    let freed_mb = was.iter().find(|before| before.name == model.name).map(|was| was.resident_mb);
+                    tracing::info!(model = model.name, freed_mb, "model released");
+                }
+                _ => {}
+            }
+        }
+        self.0.activity.notify_one();
+    }
+
+    fn standbys(&self) -> Vec<voxfleet_schema::device::Standby> {
+        let models: Vec<String> = self.0.status.borrow().models.iter().map(|model| model.name.clone()).collect();
+        locked(&self.0.fallback).standbys(&models)
     }
 }

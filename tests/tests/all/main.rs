@@ -19,6 +19,7 @@
 //! | [`fleet_routing`] | where sessions land on a whole fleet, who is refused, and a burst of opens |
 //! | [`standby`] | dispatchers that stop, die and come back |
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
+//! | [`device_ladder`], [`device_idle`] | a device that fails or is needed elsewhere: less runs meanwhile, and nothing where nobody needs it |
 //! | [`device_site`] | workers on GPUs behind a library of NVIDIA's interface: pinned, watched, lost, one for each card |
 //! | [`drain`] | leaving: begun finals, hand-over, one budget, preemption notices |
 //! | [`poison`] | inputs that kill or hang the engine are set aside and cost nobody else a word |
@@ -38,6 +39,8 @@ mod cli_jobs;
 mod cluster_r3;
 mod dead_letters;
 mod device_faults;
+mod device_idle;
+mod device_ladder;
 mod device_sharing;
 mod device_site;
 mod direct;

@@ -31,6 +31,7 @@ use self::{
     neighbour::{LockError, Neighbour, Turn},
 };
 use super::{
+    last_words::{self, LastWords, leave},
     pool::{Done, Loaded, Pool},
     simulated::{self, PoisonedVads, card},
     vad::{self, VadFactory},
@@ -126,6 +127,9 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
     let (events, inbox) = sync_channel(FRAMES);
     let pool = Pool::start(&config, &events).map_err(ChildError::Thread)?;
     let neighbour = config.turns.as_ref().map(|turns| Neighbour::start(turns, &events)).transpose()?;
+    if config.engine == EngineKind::WhisperCpp && config.use_gpu {
+        claim_gpu();
+    }
     let (vads, notes) = prepare(&config);
     let ready = FromEngine::Ready {
         vad: vads.kind(),
@@ -158,6 +162,20 @@ fn engine_name(kind: EngineKind) -> &'static str {
     }
 }
 
+/// A GPU that was asked for and is not there ends the process: whoever allows the CPU gets it from one that says so.
+fn claim_gpu() {
+    last_words::listen();
+    if whisper::device(true) != "cpu" {
+        return;
+    }
+    let (words, lines) = last_words::heard();
+    match (cfg!(feature = "cuda"), words) {
+        (false, _) => leave(LastWords::MissingLibrary, "a GPU was asked for, and this build has no CUDA"),
+        (true, Some(words)) => leave(words, &lines),
+        (true, None) => leave(LastWords::DeviceLost, "a GPU was asked for, and CUDA shows none"),
+    }
+}
+
 fn prepare(config: &EngineConfig) -> (Arc<dyn VadFactory>, Vec<String>) {
     let (mut vads, note) = vad::best_available(config.silero_model.as_deref(), config.onnxruntime.as_deref());
     if config.engine == EngineKind::Simulated
@@ -165,11 +183,7 @@ fn prepare(config: &EngineConfig) -> (Arc<dyn VadFactory>, Vec<String>) {
     {
         vads = Arc::new(PoisonedVads { inner: vads, poison });
     }
-    let mut notes: Vec<String> = note.into_iter().collect();
-    if config.engine == EngineKind::WhisperCpp && config.use_gpu && whisper::device(true) == "cpu" {
-        let why = if cfg!(feature = "cuda") { "no usable device was found" } else { "this build has no CUDA" };
-        notes.push(format!("decoding on the CPU: a GPU was asked for, but {why}"));
-    }
+    let notes: Vec<String> = note.into_iter().collect();
     for note in &notes {
         tracing::warn!(%note, "engine runs differently from its configuration");
     }

@@ -1,6 +1,17 @@
-//! How an engine process that cannot go on says why: the reason is its exit code, and its last line the words.
+//! How an engine process that cannot go on says why: its exit code is the reason, and its last line the words.
+//!
+//! ggml ends the process where CUDA fails: it logs what CUDA said and aborts. [`listen`] takes its log, and puts itself in
+//! the way of the abort, so that the supervisor is told of memory or of a lost device instead of a mere signal.
 
-use std::io::Write as _;
+use std::{
+    collections::VecDeque,
+    ffi::{CStr, c_char, c_void},
+    io::Write as _,
+    sync::{Mutex, Once, PoisonError},
+};
+
+use voxfleet_schema::failure::FailureClass;
+use whisper_rs::whisper_rs_sys as sys;
 
 /// Exit codes of an engine that had to end. Others are crashes without a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,8 +24,162 @@ pub enum LastWords {
     MissingLibrary = 85,
 }
 
-/// Ends the process.
+/// What CUDA, ggml and the dynamic loader say, in lower case, and what it means. The first one that fits counts: what is
+/// said of memory comes before what follows from the want of it.
+const SAYINGS: [(&str, LastWords); 17] = [
+    ("out of memory", LastWords::OutOfMemory),
+    ("cudamalloc", LastWords::OutOfMemory),
+    ("failed to allocate", LastWords::OutOfMemory),
+    ("cublas_status_alloc_failed", LastWords::OutOfMemory),
+    ("driver version is insufficient", LastWords::DriverMismatch),
+    ("no kernel image", LastWords::DriverMismatch),
+    ("unsupported toolchain", LastWords::DriverMismatch),
+    ("system has unsupported display driver", LastWords::DriverMismatch),
+    ("device lost", LastWords::DeviceLost),
+    ("gpu is lost", LastWords::DeviceLost),
+    ("unspecified launch failure", LastWords::DeviceLost),
+    ("no cuda-capable device", LastWords::DeviceLost),
+    ("device is unavailable", LastWords::DeviceLost),
+    ("uncorrectable ecc", LastWords::DeviceLost),
+    ("hardware stack error", LastWords::DeviceLost),
+    ("cannot open shared object file", LastWords::MissingLibrary),
+    ("has no cuda", LastWords::MissingLibrary),
+];
+
+impl LastWords {
+    const ALL: [Self; 5] =
+        [Self::OutOfMemory, Self::DeviceLost, Self::DriverMismatch, Self::Assertion, Self::MissingLibrary];
+
+    /// Of an exit code.
+    pub fn of_code(code: i32) -> Option<Self> {
+        Self::ALL.into_iter().find(|words| *words as i32 == code)
+    }
+
+    /// What a library's text says, where it says anything known.
+    pub fn in_text(text: &str) -> Option<Self> {
+        let text = text.to_lowercase();
+        SAYINGS.iter().find(|(saying, _)| text.contains(saying)).map(|(_, words)| *words)
+    }
+
+    pub fn class(self) -> FailureClass {
+        match self {
+            Self::OutOfMemory => FailureClass::OutOfMemory,
+            Self::DeviceLost => FailureClass::DeviceLost,
+            Self::DriverMismatch => FailureClass::DriverMismatch,
+            Self::Assertion => FailureClass::EngineCrash,
+            Self::MissingLibrary => FailureClass::MissingLibrary,
+        }
+    }
+}
+
+unsafe extern "C" {
+    /// Ends the process at once.
+    safe fn _exit(code: i32) -> !;
+}
+
+/// Ends the process. No destructors: a library whose device has gone may wait in them for ever.
 pub fn leave(words: LastWords, text: &str) -> ! {
+    // Where nobody reads it the exit code says enough.
     let _ = writeln!(std::io::stderr(), "{text}");
-    std::process::exit(words as i32)
+    _exit(words as i32)
+}
+
+/// Lines of the libraries' log that are kept for the moment of an abort.
+const KEPT_LINES: usize = 8;
+
+static HEARD: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
+
+/// From now on errors of whisper.cpp and ggml are kept, and an abort says why. Replaces whatever took their logs before.
+pub fn listen() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the callbacks are functions of this program, live as long as it, and use no user data.
+        unsafe {
+            sys::whisper_log_set(Some(hear), std::ptr::null_mut());
+            sys::ggml_log_set(Some(hear), std::ptr::null_mut());
+            sys::ggml_set_abort_callback(Some(aborted));
+        }
+    });
+}
+
+/// What the libraries' last errors say of a device that did not come up, and their text.
+pub fn heard() -> (Option<LastWords>, String) {
+    let lines = HEARD.lock().unwrap_or_else(PoisonError::into_inner);
+    // The newest that says something known.
+    let words = lines.iter().rev().find_map(|line| LastWords::in_text(line));
+    (words, lines.iter().map(String::as_str).collect::<Vec<_>>().join("; "))
+}
+
+unsafe extern "C" fn hear(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {
+    if text.is_null() || level < sys::ggml_log_level_GGML_LOG_LEVEL_WARN {
+        return;
+    }
+    // SAFETY: a C string that lives during this call.
+    let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+    let text = text.trim();
+    if text.is_empty() {
+        return;
+    }
+    let mut lines = HEARD.lock().unwrap_or_else(PoisonError::into_inner);
+    if lines.len() == KEPT_LINES {
+        lines.pop_front();
+    }
+    lines.push_back(text.to_owned());
+    // The worker's log has it too.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+unsafe extern "C" fn aborted(message: *const c_char) {
+    let message = if message.is_null() {
+        "aborted".into()
+    } else {
+        // SAFETY: a C string that lives during this call.
+        unsafe { CStr::from_ptr(message) }.to_string_lossy()
+    };
+    let (before, lines) = heard();
+    let words = LastWords::in_text(&message).or(before).unwrap_or(LastWords::Assertion);
+    let text = if lines.is_empty() { message.into_owned() } else { format!("{lines}; {message}") };
+    leave(words, &text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_s_words_name_the_cause() {
+        use LastWords::*;
+        for (text, expected) in [
+            ("CUDA error: out of memory", Some(OutOfMemory)),
+            (
+                "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 147.37 MiB on device 0: cudaMalloc failed",
+                Some(OutOfMemory),
+            ),
+            ("CUDA error: the resource allocation failed (CUBLAS_STATUS_ALLOC_FAILED)", Some(OutOfMemory)),
+            ("CUDA error: unspecified launch failure", Some(DeviceLost)),
+            ("NVML: GPU is lost", Some(DeviceLost)),
+            ("ggml_cuda_init: failed to initialize CUDA: no CUDA-capable device is detected", Some(DeviceLost)),
+            (
+                "ggml_cuda_init: failed to initialize CUDA: CUDA driver version is insufficient for CUDA runtime version",
+                Some(DriverMismatch),
+            ),
+            ("CUDA error: no kernel image is available for execution on the device", Some(DriverMismatch)),
+            ("libcublas.so.13: cannot open shared object file: No such file or directory", Some(MissingLibrary)),
+            ("ggml.c:4312: GGML_ASSERT(ggml_can_mul_mat(a, b)) failed", None),
+            ("", None),
+        ] {
+            assert_eq!(LastWords::in_text(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn codes_are_told_apart_from_others() {
+        for words in LastWords::ALL {
+            assert_eq!(LastWords::of_code(words as i32), Some(words));
+        }
+        for code in [0, 1, 80, 86, 101, 134] {
+            assert_eq!(LastWords::of_code(code), None);
+        }
+        assert_eq!(LastWords::Assertion.class(), FailureClass::EngineCrash);
+    }
 }

@@ -137,15 +137,30 @@ pub struct Loaded {
     pub took: Duration,
 }
 
+/// For a decode thread.
+enum Order {
+    Decode(Box<Job>),
+    /// Drops its state of this model, and says so by dropping the sender.
+    Forget(String, SyncSender<()>),
+}
+
+/// For the loader: a file, and what has to be over before, so that the memory is there.
+type Load = (ModelFile, Vec<Receiver<()>>);
+
+/// How long a load waits for memory that is being given back: for a decode that was cancelled.
+const GIVEN_BACK: Duration = Duration::from_secs(5);
+
 /// The decode threads and the loader. Dropping it tells them to end; [`Pool::end`] also waits for those that are idle.
 pub struct Pool {
     threads: Vec<DecodeThread>,
-    loads: SyncSender<ModelFile>,
+    loads: SyncSender<Load>,
     loader: JoinHandle<()>,
+    /// States that are being dropped.
+    forgetting: Vec<Receiver<()>>,
 }
 
 struct DecodeThread {
-    jobs: SyncSender<Box<Job>>,
+    orders: SyncSender<Order>,
     thread: JoinHandle<()>,
     idle: bool,
     /// Models it has a state for already.
@@ -160,19 +175,20 @@ impl Pool {
     {
         let mut threads = Vec::new();
         for number in 0..config.decode_states.max(1) {
-            let (jobs, queue) = sync_channel(1);
+            // One job, and each model forgotten once.
+            let (orders, queue) = sync_channel(1 + config.models.len());
             let events = events.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("decode-{number}"))
                 .spawn(move || decode_loop(number, &queue, &events))?;
-            threads.push(DecodeThread { jobs, thread, idle: true, warm: Vec::new() });
+            threads.push(DecodeThread { orders, thread, idle: true, warm: Vec::new() });
         }
         let (loads, queue) = sync_channel(config.models.len().max(1));
         let (config, events) = (config.clone(), events.clone());
         let loader = std::thread::Builder::new()
             .name("model-loader".to_owned())
             .spawn(move || load_loop(&config, &queue, &events))?;
-        Ok(Self { threads, loads, loader })
+        Ok(Self { threads, loads, loader, forgetting: Vec::new() })
     }
 
     pub fn idle(&self) -> bool {
@@ -193,9 +209,14 @@ impl Pool {
         };
         let thread = &mut self.threads[thread];
         let name = name.clone();
-        thread.jobs.try_send(job).map_err(|e| match e {
-            TrySendError::Full(job) | TrySendError::Disconnected(job) => job,
-        })?;
+        if let Err(TrySendError::Full(order) | TrySendError::Disconnected(order)) =
+            thread.orders.try_send(Order::Decode(job))
+        {
+            return match order {
+                Order::Decode(job) => Err(job),
+                Order::Forget(..) => Ok(()),
+            };
+        }
         thread.idle = false;
         if !thread.warm.contains(&name) {
             thread.warm.push(name);
@@ -211,13 +232,26 @@ impl Pool {
     }
 
     /// Asks for a model; says false when the loader is gone or has more to do than there are models.
-    pub fn load(&self, file: &ModelFile) -> bool {
-        self.loads.try_send(file.clone()).is_ok()
+    pub fn load(&mut self, file: &ModelFile) -> bool {
+        let before = std::mem::take(&mut self.forgetting);
+        self.loads.try_send((file.clone(), before)).is_ok()
+    }
+
+    /// Has all threads drop their states of a model; loads asked for later wait until they have.
+    pub fn forget(&mut self, model: &str) {
+        for thread in &mut self.threads {
+            let Some(known) = thread.warm.iter().position(|name| name == model) else { continue };
+            let (dropping, dropped) = sync_channel(0);
+            if thread.orders.try_send(Order::Forget(model.to_owned(), dropping)).is_ok() {
+                thread.warm.swap_remove(known);
+                self.forgetting.push(dropped);
+            }
+        }
     }
 
     /// Ends threads that have nothing to do, and says whether all did; others are left to the process's end.
     pub fn end(self) -> bool {
-        let Self { threads, loads, loader } = self;
+        let Self { threads, loads, loader, .. } = self;
         drop(loads);
         let mut all = true;
         let handles: Vec<(bool, JoinHandle<()>)> = threads.into_iter().map(|t| (t.idle, t.thread)).collect();
@@ -229,9 +263,17 @@ impl Pool {
     }
 }
 
-fn decode_loop<E: From<Done>>(number: usize, jobs: &Receiver<Box<Job>>, events: &SyncSender<E>) {
+fn decode_loop<E: From<Done>>(number: usize, orders: &Receiver<Order>, events: &SyncSender<E>) {
     let mut states: HashMap<String, Box<dyn Recognizer>> = HashMap::new();
-    while let Ok(job) = jobs.recv() {
+    while let Ok(order) = orders.recv() {
+        let job = match order {
+            Order::Decode(job) => job,
+            Order::Forget(model, dropping) => {
+                states.remove(&model);
+                drop(dropping);
+                continue;
+            }
+        };
         let begin = Instant::now();
         let info = job.model.info().clone();
         let queued = begin.duration_since(job.ready_at);
@@ -262,8 +304,13 @@ fn decode_loop<E: From<Done>>(number: usize, jobs: &Receiver<Box<Job>>, events: 
     }
 }
 
-fn load_loop<E: From<Loaded>>(config: &EngineConfig, loads: &Receiver<ModelFile>, events: &SyncSender<E>) {
-    while let Ok(file) = loads.recv() {
+fn load_loop<E: From<Loaded>>(config: &EngineConfig, loads: &Receiver<Load>, events: &SyncSender<E>) {
+    while let Ok((file, before)) = loads.recv() {
+        let patience = Instant::now() + GIVEN_BACK;
+        for dropped in before {
+            // Dropped or too late: either way the load shows whether there is room.
+            let _ = dropped.recv_timeout(patience.saturating_duration_since(Instant::now()));
+        }
         let (begin, before) = (Instant::now(), resident_mb());
         let model = Model::load(config, &file);
         let on_card = model.as_ref().ok().and_then(Model::on_card_mb);

@@ -21,7 +21,7 @@ use whisper_rs::{
 use self::context::{Context, MIN_SAMPLES};
 use super::{
     Cancel, EngineError, HeardSegment, HeardWord, Hypothesis, Purpose, Recognizer, RecognizerInfo, Window, checksum,
-    guards, models,
+    guards, last_words, models,
 };
 
 /// Prompt tokens that Whisper takes: half its text context, less the token in front.
@@ -43,8 +43,7 @@ pub struct WhisperModel {
 impl WhisperModel {
     /// Checks the file, then loads its weights onto device 0 (what `CUDA_VISIBLE_DEVICES` shows) or the CPU.
     pub fn load(name: &str, path: &Path, use_gpu: bool, threads: usize) -> Result<Self, EngineError> {
-        // Silences its prints; without a backend compiled in they go nowhere.
-        whisper_rs::install_logging_hooks();
+        last_words::listen();
         let facts = models::check(name, path)?;
         if !checksum::verify(name, path)? {
             tracing::debug!(model = name, "no checksum beside the model");

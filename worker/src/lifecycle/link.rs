@@ -1,5 +1,10 @@
 //! The tasks at one child's socket and stderr.
 
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+};
+
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
     net::unix::{OwnedReadHalf, OwnedWriteHalf},
@@ -12,13 +17,38 @@ use voxfleet_schema::{
 };
 
 use super::Engine;
-use crate::ipc::{
-    EngineConfig, FromEngine, ToEngine,
-    transport::{AsyncReader, AsyncWriter, TransportError},
+use crate::{
+    capacity::locked,
+    ipc::{
+        EngineConfig, FromEngine, ToEngine,
+        transport::{AsyncReader, AsyncWriter, TransportError},
+    },
 };
 
 /// Longest line of the child's stderr passed on in one piece.
 const MAX_LINE_BYTES: u64 = 8 * 1024;
+/// Lines that are kept to explain an end.
+const LAST_LINES: usize = 5;
+/// Of each, so many characters.
+const MAX_KEPT: usize = 300;
+
+/// A child's last lines.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LastLines(Arc<Mutex<VecDeque<String>>>);
+
+impl LastLines {
+    fn heard(&self, text: &str) {
+        let mut lines = locked(&self.0);
+        if lines.len() == LAST_LINES {
+            lines.pop_front();
+        }
+        lines.push_back(text.chars().take(MAX_KEPT).collect());
+    }
+
+    pub(super) fn take(&self) -> Vec<String> {
+        std::mem::take(&mut *locked(&self.0)).into()
+    }
+}
 
 /// Writes the configuration, then every frame in order. Returns why it ended.
 pub(super) async fn write_frames(
@@ -71,7 +101,7 @@ pub(super) async fn read_frames(socket: OwnedReadHalf, engine: Engine, ready: mp
 }
 
 /// The child's log lines, and what its libraries print.
-pub(super) async fn forward_stderr(pipe: ChildStderr) {
+pub(super) async fn forward_stderr(pipe: ChildStderr, last: LastLines) {
     let mut lines = BufReader::new(pipe);
     let mut line = Vec::new();
     loop {
@@ -80,7 +110,11 @@ pub(super) async fn forward_stderr(pipe: ChildStderr) {
             Ok(0) => break,
             Ok(_) => {
                 let text = String::from_utf8_lossy(&line);
-                tracing::info!(engine = true, "{}", text.trim_end());
+                let text = text.trim_end();
+                tracing::info!(engine = true, "{text}");
+                if !text.is_empty() {
+                    last.heard(text);
+                }
             }
             Err(error) => {
                 tracing::warn!(%error, "engine stderr cannot be read");

@@ -48,6 +48,8 @@ pub(crate) struct Taken {
 pub(crate) struct Outbox {
     /// Whose it is.
     pub(super) name: Name,
+    /// What it is decoded with.
+    pub(super) model: String,
     waiting: Mutex<Waiting>,
     changed: Notify,
     /// Bytes the engine holds for this session.
@@ -55,8 +57,8 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    pub(super) fn new(name: Name, account: Account) -> Self {
-        Self { name, waiting: Mutex::default(), changed: Notify::new(), account }
+    pub(super) fn new(name: Name, model: String, account: Account) -> Self {
+        Self { name, model, waiting: Mutex::default(), changed: Notify::new(), account }
     }
 
     pub(crate) fn final_draft(&self, draft: FinalDraft) {
@@ -127,7 +129,7 @@ mod tests {
 
     fn outbox() -> Outbox {
         let id = voxfleet_schema::id::StreamId::new("a").expect("id");
-        Outbox::new((voxfleet_schema::id::Kind::Session, id), Budget::new(10, 10).account())
+        Outbox::new((voxfleet_schema::id::Kind::Session, id), "small".to_owned(), Budget::new(10, 10).account())
     }
 
     fn partial(text: &str) -> PartialDraft {

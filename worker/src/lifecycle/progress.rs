@@ -69,6 +69,10 @@ impl ProgressMeter {
         (self.audio_ms, self.busy_ms) = (0, 0);
     }
 
+    pub(super) fn is_working(&self) -> bool {
+        self.working
+    }
+
     pub(super) fn reading(&self, now: Instant) -> Reading {
         let age = |at: Instant| now.saturating_duration_since(at).min(Duration::from_secs(86_400)).as_millis() as u64;
         Reading {

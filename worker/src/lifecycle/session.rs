@@ -79,6 +79,7 @@ impl FeedPermit<'_> {
 impl Drop for EngineSession {
     fn drop(&mut self) {
         locked(&self.engine.0.outboxes).remove(&self.handle);
+        self.engine.0.activity.notify_one();
         self.outbox.account.close();
         if let Some(close) = self.close.take() {
             close.send(ToEngine::Close { handle: self.handle });
@@ -95,9 +96,14 @@ impl Engine {
         let handle = self.next_handle();
         let account = self.account(opening.background);
         let name = (opening.names.kind, opening.names.id.clone());
-        let outbox = Arc::new(Outbox::new(name, account));
+        let model = opening.options.model.clone().unwrap_or_else(|| self.default_model().to_owned());
+        let outbox = Arc::new(Outbox::new(name, model, account));
         self.register(handle, Arc::clone(&outbox));
         let session = EngineSession { handle, frames, close: Some(close), outbox, engine: self.clone() };
+        for model in self.to_unload() {
+            // Before what stands in for it is loaded into the same memory.
+            session.frames.send(ToEngine::Unload { model }).await.ok()?;
+        }
         let suspect = opening.suspect();
         let Opening { options, start, background, .. } = opening;
         let open = ToEngine::Open { handle, options: Box::new(options), start: Box::new(start), background, suspect };

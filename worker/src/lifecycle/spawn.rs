@@ -29,10 +29,12 @@ pub(crate) struct Spawned {
     pub(crate) socket: UnixStream,
 }
 
-pub(crate) async fn spawn(program: &Program) -> Result<Spawned, SpawnError> {
+/// `on_cpu`: it sees no device at all.
+pub(crate) async fn spawn(program: &Program, on_cpu: bool) -> Result<Spawned, SpawnError> {
     let (socket, theirs) = socketpair()?;
     let args = program.args.iter().map(Into::into).chain(["--fd".into(), number(&theirs)]).collect();
-    let environment = Environment::With("CUDA_VISIBLE_DEVICES", program.visible_device.clone().into());
+    let visible = if on_cpu { "" } else { &program.visible_device };
+    let environment = Environment::With("CUDA_VISIBLE_DEVICES", visible.into());
     let mut child = launch(Launch { exe: program.exe.clone(), args, environment, inherited: vec![theirs] }).await?;
     let stderr = child.stderr.take();
     Ok(Spawned { child, stderr, socket })

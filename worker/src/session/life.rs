@@ -21,6 +21,7 @@ use voxfleet_schema::{
 use super::{
     Desired, End, Session,
     feed::{Feed, HintVerdict},
+    footing::Standing,
     outputs::LagAlarm,
     park,
     store::{Kept, StoreFailed, store},
@@ -68,6 +69,7 @@ pub(super) enum Next {
 pub(super) struct Life<'a> {
     session: &'a Session,
     engine: Arc<EngineSession>,
+    standing: Standing,
     desired: watch::Receiver<Desired>,
     epoch: u64,
     last: Option<StoredFinal>,
@@ -96,6 +98,7 @@ impl<'a> Life<'a> {
     pub(super) fn new(
         session: &'a Session,
         engine: EngineSession,
+        standing: Standing,
         epoch: u64,
         last: Option<StoredFinal>,
         start: &StartPoint,
@@ -106,6 +109,7 @@ impl<'a> Life<'a> {
         Self {
             session,
             engine: Arc::new(engine),
+            standing,
             desired: session.desired.clone(),
             epoch,
             last,
@@ -220,7 +224,13 @@ impl<'a> Life<'a> {
                 () = session.hints.arrived() => {}
                 () = sleep_until(self.feed.next_look()), if may_read && reading.is_none() => {}
                 () = &mut room_again, if !has_room => {}
-                () = sleep_until(self.next_lag_look) => self.observe_lag(),
+                () = sleep_until(self.next_lag_look) => {
+                    self.observe_lag();
+                    // Nothing was fed that a final has to come of.
+                    if self.feed.last_fed().is_none() && self.pending.is_none() && self.stands_elsewhere() {
+                        return Next::Reopen(None);
+                    }
+                }
             }
         }
     }
@@ -267,6 +277,12 @@ impl<'a> Life<'a> {
             self.pending = None;
         }
         self.finished |= taken.finished;
+        if let Some(failure) = taken.failed.as_ref().filter(|failure| failure.class == FailureClass::OutOfMemory) {
+            // The engine lives on without that model: what runs instead is found at the next opening.
+            tracing::warn!(id = %names.id, epoch = self.epoch, %failure, "no memory, session goes on from its last final");
+            (self.gone, self.pending) = (true, None);
+            return None;
+        }
         if self.session.work.is_none()
             && let Some(failure) = taken.failed.as_ref().filter(|failure| failure.class == FailureClass::Internal)
         {
@@ -376,6 +392,11 @@ impl<'a> Life<'a> {
         })
     }
 
+    /// Something else is to run for it now.
+    fn stands_elsewhere(&self) -> bool {
+        !self.session.shared.engine.stands(&self.standing.ask, &self.standing.footing)
+    }
+
     /// What became of a final.
     fn kept(&mut self, kept: Result<Kept, StoreFailed>) -> Option<Next> {
         let session = self.session;
@@ -407,6 +428,9 @@ impl<'a> Life<'a> {
                 let end = value.end;
                 if parked && !end {
                     // The engine was told to treat it differently, which is over.
+                    return Some(Next::Reopen(Some(Box::new(StoredFinal { seq, value }))));
+                }
+                if !end && self.drafts.is_empty() && self.stands_elsewhere() {
                     return Some(Next::Reopen(Some(Box::new(StoredFinal { seq, value }))));
                 }
                 self.last = Some(StoredFinal { seq, value });

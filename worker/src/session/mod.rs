@@ -9,6 +9,7 @@
 //! job's aggregate.
 
 mod feed;
+mod footing;
 mod hints;
 mod life;
 mod open;
@@ -20,7 +21,7 @@ use std::{
     future::Future,
     panic::AssertUnwindSafe,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU8, AtomicU64, Ordering},
     },
     time::Duration,
@@ -48,17 +49,20 @@ use voxfleet_schema::{
     transcript::Final,
 };
 
-use self::life::{Life, Next};
+use self::{
+    footing::{Standing, Told},
+    life::{Life, Next},
+};
 pub(crate) use self::{
     hints::{HintQueue, WaitingHint},
     open::last_final,
     outputs::{Names, unix_ms},
 };
 use crate::{
-    capacity::Budget,
+    capacity::{Budget, locked},
     heartbeat::Named,
     job::Work,
-    lifecycle::{Engine, EngineDown, Opening, Treatment},
+    lifecycle::{Ask, Engine, EngineDown, Opening, Treatment},
 };
 
 /// How long a session that changes hands waits before it looks at the chain again.
@@ -233,6 +237,7 @@ impl Handle {
             desired: self.desired.subscribe(),
             hints: Arc::clone(&self.hints),
             figures: Arc::clone(&self.figures),
+            told: Mutex::default(),
         }
     }
 }
@@ -269,6 +274,8 @@ pub(crate) struct Session {
     desired: watch::Receiver<Desired>,
     hints: Arc<HintQueue>,
     figures: Arc<Figures>,
+    /// What was said about its model and device.
+    told: Mutex<Told>,
 }
 
 impl Session {
@@ -361,7 +368,12 @@ impl Session {
             .await
             .map_err(|error| self.chain_failed(epoch, &error))?;
         start.taken_over |= epoch > 1;
-        let link = match self.shared.engine.ready().await {
+        let engine = &self.shared.engine;
+        let model = desired.options.model.as_deref().unwrap_or_else(|| engine.default_model());
+        let ask = Ask { model: model.to_owned(), policy: desired.options.policy };
+        // Before a child is waited for: it may have to be another one.
+        let footing = engine.footing(&self.names, &ask).map_err(|failure| self.failed(epoch, failure))?;
+        let link = match engine.ready().await {
             Ok(link) => link,
             Err(EngineDown::Stopping) => return Err(End::Finished),
             Err(error @ EngineDown::Failed) => {
@@ -370,6 +382,10 @@ impl Session {
                 );
             }
         };
+        if link.on_cpu != footing.on_cpu || !engine.stands(&ask, &footing) {
+            return Ok(Opened::EngineGone);
+        }
+        let standing = Standing { ask, footing };
         if let Some(last) = &last
             && last.value.vad != link.vad
         {
@@ -403,19 +419,36 @@ impl Session {
             after_index = last.as_ref().map(|l| l.value.index),
             first_seq = start.first_seq(),
             expired = start.expired,
+            model = standing.footing.model,
+            on_cpu = standing.footing.on_cpu,
             "session opened"
         );
         let opening = Opening {
             names: &self.names,
-            options: (*desired.options).clone(),
+            options: SessionOptions { model: Some(standing.footing.model.clone()), ..(*desired.options).clone() },
             start: start.clone(),
             background: self.work.is_some(),
             treatment: &treatment,
         };
         match self.shared.engine.open(&link, opening).await {
             None => Ok(Opened::EngineGone),
-            Some(engine) => Ok(Opened::Life(Box::new(Life::new(self, engine, epoch, last, &start)))),
+            Some(engine) => {
+                self.tell(epoch, &standing);
+                Ok(Opened::Life(Box::new(Life::new(self, engine, standing, epoch, last, &start))))
+            }
         }
+    }
+
+    /// Says when it runs on something else than was asked for, or no longer does.
+    fn tell(&self, epoch: u64, standing: &Standing) {
+        let Some(change) = locked(&self.told).opened(standing) else { return };
+        let id = &self.names.id;
+        tracing::warn!(%id, epoch, detail = %change.detail, "session {}", change.what.as_str());
+        let mut event = self.names.event(change.what, epoch);
+        event.detail = change.detail;
+        let incarnation = self.shared.name.borrow().incarnation.clone();
+        let msg_id = format!("{id}-{epoch}-{}-{incarnation}-{}", change.what.as_str(), change.number);
+        self.shared.events.tell(event, Some(msg_id));
     }
 }
 

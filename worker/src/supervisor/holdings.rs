@@ -38,6 +38,16 @@ pub(super) struct Situation<'a> {
     pub(super) model_known: bool,
     /// It failed here a moment ago.
     pub(super) failure: Option<&'a Failure>,
+    /// Why nothing that its policy allows can be run for it here.
+    pub(super) no_footing: Option<&'a Failure>,
+}
+
+/// What the caller knows.
+#[derive(Debug)]
+pub(super) struct Offer {
+    pub(super) engine: EngineIs,
+    pub(super) model_known: bool,
+    pub(super) no_footing: Option<Failure>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -78,6 +88,9 @@ pub(super) fn decide(epoch: u64, situation: Situation<'_>) -> Decision {
     }
     if situation.engine == EngineIs::Failed {
         return refuse(FailureClass::EngineCrash, "the engine cannot be started");
+    }
+    if let Some(failure) = situation.no_footing {
+        return Decision::Refuse(failure.clone());
     }
     if situation.draining {
         return refuse(FailureClass::NoCapacity, "the worker is draining");
@@ -182,16 +195,8 @@ impl Holdings {
         locked(&self.inner).sessions.is_empty()
     }
 
-    /// Decides; `engine` and `model_known` are the caller's knowledge.
-    pub(super) fn consider(
-        &self,
-        kind: Kind,
-        id: &StreamId,
-        epoch: u64,
-        engine: EngineIs,
-        model_known: bool,
-        now: Instant,
-    ) -> Decision {
+    /// Decides.
+    pub(super) fn consider(&self, kind: Kind, id: &StreamId, epoch: u64, offer: &Offer, now: Instant) -> Decision {
         let mut inner = locked(&self.inner);
         inner.failures.retain(|_, (at, _)| now.saturating_duration_since(*at) < REFUSE_AFTER_FAILURE);
         let key = (kind, id.clone());
@@ -199,8 +204,9 @@ impl Holdings {
             held_epoch: inner.sessions.get(&key).map(|handle| handle.epoch()),
             free_slots: self.slots(kind).saturating_sub(inner.used(kind)),
             draining: inner.drain.is_some(),
-            engine,
-            model_known,
+            engine: offer.engine,
+            model_known: offer.model_known,
+            no_footing: offer.no_footing.as_ref(),
             failure: inner.failures.get(&key).map(|(_, failure)| failure),
         };
         decide(epoch, situation)
@@ -266,6 +272,7 @@ mod tests {
         engine: EngineIs::Able,
         model_known: true,
         failure: None,
+        no_footing: None,
     };
 
     #[test]
@@ -290,6 +297,8 @@ mod tests {
         assert_eq!(decide(5, Situation { engine: EngineIs::Stalled, ..held(4) }), Decision::Raise, "it has it already");
         assert_eq!(class(Situation { model_known: false, ..FREE }), FailureClass::ModelMissing);
         assert_eq!(class(Situation { failure: Some(&failed), ..FREE }), FailureClass::OutOfMemory);
+        assert_eq!(class(Situation { no_footing: Some(&failed), ..FREE }), FailureClass::OutOfMemory);
+        assert_eq!(class(Situation { no_footing: Some(&failed), ..held(4) }), FailureClass::OutOfMemory);
         assert_eq!(decide(5, Situation { draining: true, ..held(5) }), Decision::Held);
     }
 
@@ -306,8 +315,8 @@ mod tests {
     fn jobs_and_sessions_take_no_slots_from_each_other() {
         let holdings = Holdings::new(1, 1, Arc::default());
         let now = Instant::now();
-        let consider =
-            |kind, id: &str| holdings.consider(kind, &StreamId::new(id).expect("id"), 1, EngineIs::Able, true, now);
+        let offer = Offer { engine: EngineIs::Able, model_known: true, no_footing: None };
+        let consider = |kind, id: &str| holdings.consider(kind, &StreamId::new(id).expect("id"), 1, &offer, now);
         holdings.put(handle(Kind::Session, "a"));
         assert_eq!(consider(Kind::Job, "j"), Decision::Start);
         assert!(matches!(consider(Kind::Session, "b"), Decision::Refuse(_)));

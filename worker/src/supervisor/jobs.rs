@@ -9,15 +9,12 @@ use tokio::{
 use voxfleet_nats::jobs::{Work, WorkAck};
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
-    fleet::{EngineRunState, GivenUp},
+    fleet::GivenUp,
     id::Kind,
     job::WorkItem,
 };
 
-use super::{
-    Supervisor, WorkerError,
-    holdings::{Decision, EngineIs},
-};
+use super::{Supervisor, WorkerError, holdings::Decision};
 use crate::{
     job::{Job, JobEnd, job_options},
     lifecycle::Known,
@@ -45,15 +42,8 @@ impl Supervisor {
                 return;
             }
         };
-        let model_known = self.knows(item.options.model.as_deref().unwrap_or(&self.default_model));
-        let now = Instant::now();
-        let engine = match self.engine.status().state {
-            EngineRunState::Failed => EngineIs::Failed,
-            _ if self.engine.stalls(now) => EngineIs::Stalled,
-            _ => EngineIs::Able,
-        };
         let (id, epoch) = (&item.job, item.epoch);
-        let decision = self.holdings.consider(Kind::Job, id, epoch, engine, model_known, now);
+        let decision = self.holdings.consider(Kind::Job, id, epoch, &self.offer(&item.options), Instant::now());
         match self.spared(self.in_stock(decision, item.options.model.as_deref())) {
             // Delivered again while it runs here: its progress acks count for this delivery too.
             Decision::Held => tracing::debug!(job = %id, epoch, "work item delivered again"),

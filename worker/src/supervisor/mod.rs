@@ -39,12 +39,12 @@ use self::{
 };
 use crate::{
     capacity::{Budget, HintPool},
-    config::WorkerConfig,
+    config::{Sharing, WorkerConfig},
     device::{DeviceError, Probe, Sharers},
     heartbeat::{self, Identity, Named, Sources},
     ipc::{EngineConfig, EngineKind},
     job::Means,
-    lifecycle::{Engine, Program},
+    lifecycle::{Engine, EngineTerms, Program},
     memory::Memory,
     preempt,
     session::Shared,
@@ -153,14 +153,9 @@ pub async fn run(
     let news = Arc::new(Notify::new());
     let stock = Stock::new(Arc::clone(&news));
     let wanted = engine_config.models.iter().filter(|m| config.prefetch.contains(&m.name)).cloned().collect();
-    let engine = Engine::new(
-        engine_config,
-        program,
-        (config.slots + config.job_slots) as usize,
-        budget.clone(),
-        Duration::from_millis(config.engine_stuck_ms),
-        Arc::clone(&news),
-    );
+    let first_uuid = first_figures.uuid.clone();
+    let (figures, device) = watch::channel(first_figures.clone());
+    let engine = Engine::new(engine_config, program, terms(&config), budget.clone(), device.clone(), Arc::clone(&news));
     let holdings = Arc::new(Holdings::new(config.slots, config.job_slots, Arc::clone(&news)));
     let publisher = Publisher::new(&nats);
     let (events, event_queue) = Events::new();
@@ -179,8 +174,6 @@ pub async fn run(
     let stop_tasks = CancellationToken::new();
     let (name, current) = watch::channel(Named::now(new_incarnation()?));
     let (preempted, preemptions) = watch::channel(None);
-    let first_uuid = first_figures.uuid.clone();
-    let (figures, device) = watch::channel(first_figures);
     engine_tasks.spawn({
         let (engine, stop) = (engine.clone(), stop_engine.clone());
         async move { engine.run(stop).await }
@@ -342,6 +335,17 @@ fn new_incarnation() -> Result<Incarnation, IdError> {
     // Half a random UUID: short in subjects, and still never the same twice.
     let random = uuid::Uuid::new_v4().simple().to_string();
     Incarnation::new(&random[..16])
+}
+
+fn terms(config: &WorkerConfig) -> EngineTerms {
+    EngineTerms {
+        slots: (config.slots + config.job_slots) as usize,
+        stuck_after: Duration::from_millis(config.engine_stuck_ms),
+        idle_release: Some(Duration::from_millis(config.idle_release_ms)).filter(|after| !after.is_zero()),
+        swap: config.sharing == Sharing::Swap,
+        restore_after: Duration::from_millis(config.restore_after_ms),
+        reserve_percent: config.memory_reserve_percent,
+    }
 }
 
 fn engine_config(config: &WorkerConfig, probe: &Probe, total_mb: u64) -> EngineConfig {

@@ -24,15 +24,16 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     fleet::{Assignment, ControlReply, ControlRequest, DrainNotice, EngineRunState},
     id::{Kind, StreamId, WorkerName},
+    session::SessionOptions,
 };
 
 use super::{
     Supervisor, WorkerError,
-    holdings::{Decision, EngineIs},
+    holdings::{Decision, EngineIs, Offer},
     jobs::JobFinished,
 };
 use crate::{
-    lifecycle::Known,
+    lifecycle::{Ask, Known},
     pull,
     session::{End, Handle, Names, contained, unix_ms},
     shutdown::{ShutdownBudget, Stage},
@@ -348,20 +349,28 @@ impl Supervisor {
         }
     }
 
+    /// What somebody with these options would find here.
+    pub(super) fn offer(&self, options: &SessionOptions) -> Offer {
+        let model = options.model.as_deref().unwrap_or(&self.default_model);
+        let ask = Ask { model: model.to_owned(), policy: options.policy };
+        Offer {
+            engine: match self.engine.status().state {
+                EngineRunState::Failed => EngineIs::Failed,
+                _ if self.engine.stalls(Instant::now()) => EngineIs::Stalled,
+                _ => EngineIs::Able,
+            },
+            model_known: self.knows(model),
+            no_footing: self.engine.would(&ask).err(),
+        }
+    }
+
     fn assign(&self, assignment: Assignment, sessions: &mut JoinSet<Finished>) -> ControlReply {
         let Assignment { kind, id, epoch, options, suspect, crashes, suspect_from, .. } = assignment;
         if kind != Kind::Session {
             let failure = Failure::new(FailureClass::BadRequest, "jobs come as work items, not by request");
             return ControlReply::Refused(failure);
         }
-        let model_known = self.knows(options.model.as_deref().unwrap_or(&self.default_model));
-        let now = Instant::now();
-        let engine = match self.engine.status().state {
-            EngineRunState::Failed => EngineIs::Failed,
-            _ if self.engine.stalls(now) => EngineIs::Stalled,
-            _ => EngineIs::Able,
-        };
-        let decision = self.holdings.consider(kind, &id, epoch, engine, model_known, now);
+        let decision = self.holdings.consider(kind, &id, epoch, &self.offer(&options), Instant::now());
         let decision = self.spared(self.in_stock(decision, options.model.as_deref()));
         match decision {
             Decision::Held => {}

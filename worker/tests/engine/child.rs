@@ -205,7 +205,36 @@ fn a_model_that_does_not_fit_is_out_of_memory() {
     let mut child = Child::start(simulated_config(SimulatedConfig { weights_mb: 1 << 40, ..instant() }));
     child.open(1, SessionOptions::default());
     assert_eq!(child.failure_of(1).class, FailureClass::OutOfMemory);
-    assert_eq!(state_of(&child.seen, "simulated").expect("models").0, Residency::Failed);
+    assert_eq!(state_of(&child.seen, "simulated").expect("models").0, Residency::NoRoom);
+    child.end().expect("end");
+}
+
+#[test]
+fn a_model_leaves_when_nobody_uses_it_and_comes_back_at_the_next_use() {
+    let loads = |seen: &[FromEngine]| seen.iter().filter(|m| matches!(m, FromEngine::Loaded { .. })).count();
+    let mut child = Child::start(simulated_config(instant()));
+    let log = log_16k(&first_seconds(1, 4), 200);
+    for handle in 1..4 {
+        child.open(handle, SessionOptions::default());
+    }
+    child.feed(1, &log);
+    let first = child.finals_of(1);
+    assert_eq!(loads(&child.seen), 1, "however many want it");
+    child.send(ToEngine::Unload { model: "simulated".to_owned() });
+    child.feed(2, &log);
+    assert_eq!(timeless(&child.finals_of(2)), timeless(&first), "it is in use");
+    assert_eq!(loads(&child.seen), 1);
+    for handle in 1..4 {
+        child.send(ToEngine::Close { handle });
+    }
+    child.send(ToEngine::Unload { model: "simulated".to_owned() });
+    child.until("its release", |seen| {
+        (state_of(seen, "simulated").is_some_and(|state| state.0 == Residency::Available)).then_some(())
+    });
+    child.open(4, SessionOptions::default());
+    child.feed(4, &log);
+    assert_eq!(timeless(&child.finals_of(4)), timeless(&first));
+    assert_eq!(loads(&child.seen), 2);
     child.end().expect("end");
 }
 

@@ -145,7 +145,7 @@ impl Desk {
                 }
                 return self.say_models();
             }
-            ToEngine::Unload { model } => tracing::debug!(%model, "kept: models are released with the process"),
+            ToEngine::Unload { model } => return self.unload(&model),
             ToEngine::Open { handle, options, start, background, suspect } => {
                 return self.open(handle, &options, *start, background, suspect);
             }

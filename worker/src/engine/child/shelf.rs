@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use voxfleet_schema::fleet::{ModelState, Residency};
+use voxfleet_schema::{
+    failure::Failure,
+    fleet::{ModelState, Residency},
+};
 
 use super::desk::{Desk, Said};
 use crate::{
@@ -22,21 +25,29 @@ pub(super) struct Shelved {
     pub(super) model: Option<Model>,
     pub(super) resident_mb: u64,
     expected_mb: u64,
+    /// Why it is not there.
+    failure: Option<Failure>,
     /// Asked for, and neither there nor failed yet.
     loading_since: Option<Instant>,
 }
 
 pub(super) fn shelve(config: &EngineConfig, file: &ModelFile) -> Shelved {
-    let (state, expected_mb) = match expected_mb(config, file) {
+    let (state, expected_mb, failure) = match expected_mb(config, file) {
         // It may still come: it is looked at again when somebody wants it.
-        Err(_) if config.engine == EngineKind::WhisperCpp && !file.path.exists() => (Residency::Missing, 0),
-        Ok(mb) => (Residency::Available, mb),
+        Err(error) if config.engine == EngineKind::WhisperCpp && !file.path.exists() => {
+            (Residency::Missing, 0, Some(failure_of(&error)))
+        }
+        Ok(mb) => (Residency::Available, mb, None),
         Err(error) => {
             tracing::warn!(model = %file.name, %error, "model file is not usable");
-            (Residency::Failed, 0)
+            (Residency::Failed, 0, Some(failure_of(&error)))
         }
     };
-    Shelved { file: file.clone(), state, model: None, resident_mb: 0, expected_mb, loading_since: None }
+    Shelved { file: file.clone(), state, model: None, resident_mb: 0, expected_mb, failure, loading_since: None }
+}
+
+fn failure_of(error: &EngineError) -> Failure {
+    Failure::new(error.class(), error.to_string())
 }
 
 impl Desk {
@@ -56,6 +67,7 @@ impl Desk {
             state: m.state,
             resident_mb: m.resident_mb,
             expected_mb: m.expected_mb,
+            failure: m.failure.clone(),
             ..ModelState::default()
         });
         let states = states.collect();
@@ -78,9 +90,21 @@ impl Desk {
             let why = "the loader does not answer".to_owned();
             return Err(EngineError::Model { name: name.to_owned(), why });
         }
-        shelved.state = Residency::Loading;
+        (shelved.state, shelved.failure) = (Residency::Loading, None);
         shelved.loading_since = Some(Instant::now());
         Ok(())
+    }
+
+    /// Gives a model's memory back, unless somebody here uses it.
+    pub(super) fn unload(&mut self, name: &str) -> Said {
+        let used = self.sessions.values().any(|session| session.model == name);
+        let Some(shelved) = self.models.get_mut(name).filter(|shelved| shelved.model.is_some() && !used) else {
+            tracing::debug!(model = name, used, "not released");
+            return Ok(());
+        };
+        (shelved.model, shelved.resident_mb, shelved.state) = (None, 0, Residency::Available);
+        self.pool.forget(name);
+        self.say_models()
     }
 
     pub(super) fn loaded(&mut self, loaded: Loaded) -> Said {
@@ -98,7 +122,9 @@ impl Desk {
             }
             Err(error) => {
                 tracing::error!(model = %name, %error, "model not loaded");
-                shelved.state = Residency::Failed;
+                let no_room = matches!(error, EngineError::OutOfMemory(_));
+                shelved.state = if no_room { Residency::NoRoom } else { Residency::Failed };
+                shelved.failure = Some(failure_of(&error));
                 let waiting: Vec<u64> =
                     self.sessions.iter().filter(|(_, s)| s.model == name).map(|(handle, _)| *handle).collect();
                 self.say_models()?;

@@ -13,7 +13,7 @@ use std::{
 
 use whisper_rs::whisper_rs_sys as sys;
 
-use crate::engine::{EngineError, models};
+use crate::engine::{EngineError, last_words, models};
 
 /// A model with a decode state of its own.
 pub struct WholeWhisper {
@@ -35,7 +35,7 @@ pub struct WholeOptions {
 impl WholeWhisper {
     /// On the CPU. `flash` is whisper.cpp's own default; our engine has it off.
     pub fn load(name: &str, path: &Path, threads: usize, flash: bool) -> Result<Self, EngineError> {
-        whisper_rs::install_logging_hooks();
+        last_words::listen();
         models::check(name, path)?;
         let refused = |why: &str| EngineError::Model { name: name.to_owned(), why: why.to_owned() };
         let file = c_path(path).ok_or_else(|| refused("its path holds a zero byte"))?;

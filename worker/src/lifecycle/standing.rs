@@ -1,0 +1,220 @@
+//! What runs for whom: the engine's knowledge of its device, asked by sessions and changed by what happens to children.
+
+use std::sync::atomic::Ordering;
+
+use tokio::{sync::mpsc, time::Instant};
+use voxfleet_schema::{
+    device::{Device, EngineEnd},
+    failure::{Failure, FailureClass},
+    fleet::{ModelState, Residency},
+};
+
+use super::{
+    Engine,
+    cause::{Cause, is_of_the_device},
+    fallback::{Ended, Moment, Place},
+    ladder::{Ask, Footing},
+};
+use crate::{
+    capacity::locked,
+    ipc::ToEngine,
+    session::{Names, unix_ms},
+};
+
+fn moment() -> Moment {
+    Moment { mono: Instant::now(), wall_ms: unix_ms() }
+}
+
+/// Whether its file can be used.
+fn is_here(model: &ModelState) -> bool {
+    !matches!(model.state, Residency::Failed | Residency::Missing | Residency::Fetching | Residency::Unknown)
+}
+
+/// What loading it takes, as far as that is known.
+fn size(model: &ModelState) -> u64 {
+    model.resident_mb.max(model.expected_mb)
+}
+
+impl Engine {
+    fn models_here(&self) -> Vec<String> {
+        self.0.status.borrow().models.iter().filter(|model| is_here(model)).map(|model| model.name.clone()).collect()
+    }
+
+    /// The model of those that name none.
+    pub(crate) fn default_model(&self) -> &str {
+        &self.0.config.default_model
+    }
+
+    /// What runs for somebody who is here from now on, until [`Engine::forget`].
+    pub(crate) fn footing(&self, names: &Names, ask: &Ask) -> Result<Footing, Failure> {
+        let models = self.models_here();
+        let mut fallback = locked(&self.0.fallback);
+        let before = fallback.on_cpu();
+        fallback.begins(names.name(), ask.clone(), &models);
+        if fallback.on_cpu() != before {
+            self.0.activity.notify_one();
+        }
+        fallback.footing(Instant::now(), ask, &models)
+    }
+
+    /// What would run for somebody who is not here yet.
+    pub(crate) fn would(&self, ask: &Ask) -> Result<Footing, Failure> {
+        let models = self.models_here();
+        locked(&self.0.fallback).would(Instant::now(), ask, &models)
+    }
+
+    /// Whether that is still what runs for it.
+    pub(crate) fn stands(&self, ask: &Ask, footing: &Footing) -> bool {
+        let models = self.models_here();
+        // A refusal comes when it is opened again.
+        locked(&self.0.fallback).footing(Instant::now(), ask, &models).is_ok_and(|now| now == *footing)
+    }
+
+    /// Whether the next child is to run on the CPU.
+    pub(super) fn wants_cpu(&self) -> bool {
+        let trouble = self.0.device.borrow().trouble.as_ref().map(|trouble| trouble.class);
+        let models = self.models_here();
+        let mut fallback = locked(&self.0.fallback);
+        if let Some(class) = trouble.filter(|class| is_of_the_device(*class)) {
+            // Known before a child has died of it.
+            let end = Ended { class, on_cpu: fallback.on_cpu(), culprit: None };
+            fallback.ended(moment(), end, &models);
+        }
+        fallback.on_cpu()
+    }
+
+    pub(super) fn is_on_side(&self, on_cpu: bool) -> bool {
+        locked(&self.0.fallback).on_cpu() == on_cpu
+    }
+
+    /// Nobody is here any more under this name.
+    pub(super) fn leaves(&self, names: &Names) {
+        let models = self.models_here();
+        locked(&self.0.fallback).forget(&names.name(), &models);
+        self.0.activity.notify_one();
+    }
+
+    /// A child ended unasked. Before its sessions hear of it.
+    pub(super) fn learn(&self, cause: &Cause, on_cpu: bool) {
+        let failure = cause.failure();
+        let culprit = self.culprit();
+        let (at, models) = (moment(), self.models_here());
+        let marked = {
+            let mut fallback = locked(&self.0.fallback);
+            let end = Ended { class: cause.class, on_cpu, culprit: culprit.as_deref() };
+            let marked = fallback.ended(at, end, &models);
+            fallback.gave_up_trying();
+            marked
+        };
+        match marked {
+            Some(Place::Model { name, .. }) => {
+                tracing::error!(class = %cause.class, model = name, on_cpu, "engine ended, {}", failure.message);
+            }
+            Some(Place::Device) => {
+                tracing::error!(class = %cause.class, "engine ended, its GPU is left alone, {}", failure.message);
+            }
+            None => tracing::error!(class = %cause.class, on_cpu, "engine ended, {}", failure.message),
+        }
+        *locked(&self.0.last_end) =
+            Some(EngineEnd { class: failure.class, message: failure.message, at_ms: at.wall_ms });
+    }
+
+    /// The model that took the last memory: one that was being loaded, else the largest that was decoded with, else the
+    /// largest that was there.
+    fn culprit(&self) -> Option<String> {
+        let models = self.0.status.borrow().models.clone();
+        let largest = |of: &dyn Fn(&ModelState) -> bool| {
+            models.iter().filter(|model| of(model)).max_by_key(|model| size(model)).map(|model| model.name.clone())
+        };
+        let decoded: Vec<String> = {
+            let outboxes = locked(&self.0.outboxes);
+            let decoding = locked(&self.0.decoding);
+            decoding.keys().filter_map(|handle| outboxes.get(handle)).map(|outbox| outbox.model.clone()).collect()
+        };
+        largest(&|model| model.state == Residency::Loading)
+            .or_else(|| largest(&|model| decoded.contains(&model.name)))
+            .or_else(|| largest(&|model| model.state == Residency::Loaded))
+    }
+
+    /// A child that lives on says that it has no memory for a model.
+    pub(super) fn has_no_room(&self, model: &str) {
+        let models = self.models_here();
+        let on_cpu = self.0.on_cpu.load(Ordering::Relaxed);
+        let place = Place::Model { name: model.to_owned(), on_cpu };
+        locked(&self.0.fallback).failed(moment(), place, FailureClass::OutOfMemory, &models);
+        self.0.activity.notify_one();
+        self.0.news.notify_one();
+    }
+
+    pub(super) fn has_loaded(&self, model: &str) {
+        let models = self.models_here();
+        let on_cpu = self.0.on_cpu.load(Ordering::Relaxed);
+        let place = Place::Model { name: model.to_owned(), on_cpu };
+        locked(&self.0.fallback).restored(Instant::now(), &place, &models);
+    }
+
+    /// Tries again what may be tried again, through the child that runs, if one does.
+    pub(super) fn restore(&self, child: Option<&mpsc::Sender<ToEngine>>) {
+        let (now, device, models) = (Instant::now(), self.0.device.borrow().clone(), self.models_here());
+        let (states, on_cpu) = (self.0.status.borrow().models.clone(), self.0.on_cpu.load(Ordering::Relaxed));
+        let free_mb = self.free_mb(&device);
+        let needs = |name: &str| states.iter().find(|model| model.name == name).map_or(0, |model| model.expected_mb);
+        let smallest = states.iter().filter(|model| is_here(model)).map(|model| model.expected_mb).min().unwrap_or(0);
+        let room = |place: &Place| match place {
+            Place::Device => device.trouble.is_none() && free_mb.is_none_or(|free| free >= smallest),
+            // The figures are the GPU's; what the host has shows when it is tried.
+            Place::Model { on_cpu: true, .. } if self.0.config.use_gpu => true,
+            Place::Model { name, .. } => free_mb.is_none_or(|free| free >= needs(name)),
+        };
+        let mut fallback = locked(&self.0.fallback);
+        let before = fallback.on_cpu();
+        for place in fallback.due(now, room) {
+            let loaded = |name: &String| states.iter().any(|m| m.name == *name && m.state == Residency::Loaded);
+            let tried = match (&place, child) {
+                (Place::Model { name, on_cpu: side }, Some(frames)) if *side == on_cpu && !loaded(name) => {
+                    // Whoever waits for it goes on as he is until it is there.
+                    tracing::info!(model = name, "trying again to load a model that had no room");
+                    frames.try_send(ToEngine::Load { model: name.clone() }).is_ok()
+                }
+                _ => false,
+            };
+            if !tried {
+                tracing::info!(?place, "may be used again");
+                fallback.restored(now, &place, &models);
+            }
+        }
+        if fallback.on_cpu() != before {
+            self.0.activity.notify_one();
+        }
+    }
+
+    /// What of the device's memory we may still take; none where it gives no figures.
+    fn free_mb(&self, device: &Device) -> Option<u64> {
+        let reserve_mb = device.total_mb * u64::from(self.0.terms.reserve_percent) / 100;
+        (device.total_mb > 0).then(|| device.free_mb.saturating_sub(reserve_mb))
+    }
+
+    /// Loaded models that are not to be used: they take the room of those that stand in for them.
+    pub(super) fn to_unload(&self) -> Vec<String> {
+        let states = self.0.status.borrow().models.clone();
+        let fallback = locked(&self.0.fallback);
+        let loaded = states.into_iter().filter(|model| model.state == Residency::Loaded);
+        loaded.map(|model| model.name).filter(|name| fallback.no_room(name).is_some()).collect()
+    }
+
+    /// Models as the fleet should see them.
+    pub(super) fn told_models(&self, mut models: Vec<ModelState>, now: Instant) -> Vec<ModelState> {
+        let fallback = locked(&self.0.fallback);
+        for model in &mut models {
+            let has_room = matches!(model.state, Residency::Loaded | Residency::Loading);
+            let failure = fallback.failure_of(now, &model.name);
+            match (model.state, failure) {
+                (_, Some(failure)) if !has_room => (model.state, model.failure) = (Residency::NoRoom, Some(failure)),
+                // The child has not heard that it may be tried again.
+                (Residency::NoRoom, None) => (model.state, model.failure) = (Residency::Available, None),
+                _ => {}
+            }
+        }
+        models
+    }
+}
