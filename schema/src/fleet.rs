@@ -103,6 +103,9 @@ pub struct ModelState {
     /// `expected_mb` was measured here.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub measured: bool,
+    /// How long its load took, or has taken so far, in ms; none when it is not loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load_ms: Option<u64>,
     /// Why it cannot be used now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,

@@ -150,6 +150,8 @@ struct Inner {
     fallback: Mutex<Fallback>,
     last_end: Mutex<Option<EngineEnd>>,
     device: watch::Receiver<Device>,
+    /// When each load began, and how long it took.
+    loads: Mutex<HashMap<String, Load>>,
     next_handle: AtomicU64,
     /// Who waits for a child.
     waiting: AtomicUsize,
@@ -197,6 +199,13 @@ struct Decoding {
     /// First sample of the stretch begun last.
     at: u64,
     windows: u32,
+}
+
+/// One model's load.
+#[derive(Debug, Clone, Copy)]
+enum Load {
+    Since(Instant),
+    Took { ms: u64 },
 }
 
 /// How one child's life ended.
@@ -250,6 +259,7 @@ impl Engine {
             suspects: Mutex::default(),
             last_end: Mutex::default(),
             device,
+            loads: Mutex::default(),
             next_handle: AtomicU64::new(1),
             waiting: AtomicUsize::new(0),
             wanted: Notify::new(),
@@ -513,6 +523,7 @@ impl Engine {
             FromEngine::Ready { .. } => tracing::warn!("engine said ready twice"),
             FromEngine::Loaded { model, took_ms, resident_mb } => {
                 tracing::info!(model, took_ms, resident_mb, "model loaded");
+                locked(&self.0.loads).insert(model.clone(), Load::Took { ms: took_ms });
                 self.has_loaded(&model);
             }
             FromEngine::Models(models) => self.models_are(models),
@@ -566,6 +577,7 @@ impl Engine {
                 (Some(before), now) if before == now => {}
                 (_, Residency::Loading) => {
                     tracing::info!(model = model.name, expected_mb = model.expected_mb, "model load begins");
+                    locked(&self.0.loads).insert(model.name.clone(), Load::Since(Instant::now()));
                 }
                 (_, Residency::NoRoom) => {
                     tracing::warn!(model = model.name, expected_mb = model.expected_mb, "no memory for a model");

@@ -157,6 +157,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
             resident_mb: 12,
             expected_mb: 10,
             measured: true,
+            load_ms: None,
             failure: Some(Failure::new(FailureClass::OutOfMemory, "no room")),
         }],
         engine: EngineState {

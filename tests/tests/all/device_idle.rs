@@ -54,7 +54,10 @@ async fn loaded_at_the_first_use_released_after_a_while_and_loaded_again() -> Re
     let pcm = audio::bursts(31, 6.0);
     let sessions = ["a", "b", "c", "d"];
     try_join_all(sessions.map(|session| on.alone.take(&name, session, 1))).await?;
-    on.alone.beat("a load", |b| b.models.iter().any(|m| m.state == Residency::Loaded)).await?;
+    let load = |b: &Heartbeat| b.models.iter().find(|m| m.state == Residency::Loaded).cloned();
+    let beat = on.alone.beat("a load", |b| load(b).is_some()).await?;
+    let loaded = load(&beat).context("the model")?;
+    ensure!(loaded.name == "small" && loaded.load_ms.is_some_and(|ms| ms >= 300), "{loaded:?}");
     let first = on.alone.worker.engine_pid().context("an engine")?;
     try_join_all(sessions.map(|session| speak(&on, session, &pcm))).await?;
     let text = direct::simulated_text(&pcm)?;

@@ -10,7 +10,7 @@ use voxfleet_schema::{
 };
 
 use super::{
-    Engine,
+    Engine, Load,
     cause::{Cause, is_of_the_device},
     fallback::{Ended, Moment, Place},
     ladder::{Ask, Footing},
@@ -204,8 +204,15 @@ impl Engine {
 
     /// Models as the fleet should see them.
     pub(super) fn told_models(&self, mut models: Vec<ModelState>, now: Instant) -> Vec<ModelState> {
-        let fallback = locked(&self.0.fallback);
+        let (fallback, loads) = (locked(&self.0.fallback), locked(&self.0.loads));
         for model in &mut models {
+            model.load_ms = match (model.state, loads.get(&model.name)) {
+                (Residency::Loading, Some(Load::Since(since))) => {
+                    Some(now.saturating_duration_since(*since).as_millis() as u64)
+                }
+                (Residency::Loaded, Some(Load::Took { ms })) => Some(*ms),
+                _ => None,
+            };
             let has_room = matches!(model.state, Residency::Loaded | Residency::Loading);
             let failure = fallback.failure_of(now, &model.name);
             match (model.state, failure) {
