@@ -10,6 +10,7 @@
 //! | [`cause`] | why it ended, and the remedy; pure |
 //! | [`ladder`], [`fallback`], [`standing`] | what runs for whom when the device fails; the first two pure |
 //! | [`idle`] | when an engine that nobody needs ends; pure |
+//! | [`pressure`] | how far other tenants have grown; pure |
 //! | [`suspects`], [`progress`] | whose input kills it; whether it moves; pure |
 //! | [`session`], [`outbox`] | one session inside the engine |
 

@@ -115,7 +115,9 @@ mod tests {
     fn each_step_follows_the_one_before() {
         use Pressure::*;
         let (none, no_new, release, away) = (None, Some(NoNewWork), Some(ReleaseIdle), Some(MoveAway));
-        let cases: [(&str, &[(u64, u64)], &[Option<Pressure>]); 8] = [
+        /// What it is about, memory of ours and of others at each sample, and what is said then.
+        type Case<'a> = (&'a str, &'a [(u64, u64)], &'a [Option<Pressure>]);
+        let cases: [Case<'_>; 8] = [
             ("room for all", &[(4_000, 9_600); 4], &[none; 4]),
             ("nobody else is there", &[(15_900, 40); 4], &[none; 4]),
             (

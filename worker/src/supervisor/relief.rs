@@ -114,7 +114,7 @@ impl Follow {
             }
         }
         if level >= Some(Pressure::ReleaseIdle) {
-            // A: self.engine.release_idle();
+            self.engine.release_idle();
         }
         let leaves = (level == Some(Pressure::MoveAway)).then(|| self.next_to_leave()).flatten();
         if self.relief.set(Inner { level, others_mb, free_mb, leaves }) {
