@@ -256,7 +256,9 @@ impl Core {
     pub(super) fn model_of(&self, options: &SessionOptions) -> Model {
         match &options.model {
             None => Model::Default,
-            Some(model) => self.roster.model_number(model).map_or_else(|| Model::Nobodys(Size::of(model)), Model::Known),
+            Some(model) => {
+                self.roster.model_number(model).map_or_else(|| Model::Nobodys(Size::of(model)), Model::Known)
+            }
         }
     }
 

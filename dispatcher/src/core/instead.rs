@@ -64,7 +64,8 @@ mod tests {
 
     #[test]
     fn each_change_is_told_once() {
-        let instead = |model: Option<&str>, cpu, class| Instead { asked: None, model: model.map(str::to_owned), cpu, class };
+        let instead =
+            |model: Option<&str>, cpu, class| Instead { asked: None, model: model.map(str::to_owned), cpu, class };
         let small = instead(Some("small"), false, FailureClass::OutOfMemory);
         let again = instead(Some("small"), false, FailureClass::ModelMissing);
         let cpu = instead(Some("small"), true, FailureClass::NoCapacity);

@@ -369,7 +369,12 @@ mod tests {
     fn a_work_item_is_made_from_the_record_alone() {
         let mut record = job("a");
         (record.epoch, record.attempts) = (3, 2);
-        let instead = Instead { asked: Some("small".to_owned()), model: Some("tiny".to_owned()), cpu: false, class: FailureClass::ModelMissing };
+        let instead = Instead {
+            asked: Some("small".to_owned()),
+            model: Some("tiny".to_owned()),
+            cpu: false,
+            class: FailureClass::ModelMissing,
+        };
         let item = work_item(&JobRecord { instead: Some(instead.clone()), ..record.clone() });
         assert_eq!((item.epoch, item.attempt), (3, 2));
         assert_eq!((item.options.model.as_deref(), item.model_asked.as_deref()), (Some("tiny"), Some("small")));

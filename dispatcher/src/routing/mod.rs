@@ -497,7 +497,8 @@ impl Roster {
         }
         if !met.any(Refusal::comes_after_model) && !self.rows.iter().any(|row| row.shelf.lists_any(terms.wanted)) {
             let model = terms.request.options.model.as_ref();
-            let what = model.map_or_else(|| "the model that it is to use".to_owned(), |model| format!("model {model:?}"));
+            let what =
+                model.map_or_else(|| "the model that it is to use".to_owned(), |model| format!("model {model:?}"));
             return Failure::new(FailureClass::ModelMissing, format!("no worker has {what}"));
         }
         if !met.any(|refusal| !refusal.is_absence() && !refusal.is_for_good()) {

@@ -216,7 +216,9 @@ impl Core {
             Action::MoveIfRoom => {
                 job.taken = true;
                 let from = job.record.worker.clone();
-                if from.as_ref().is_some_and(|from| self.fleet.health(from, now.mono, &self.config) == WorkerHealth::Alive)
+                if from
+                    .as_ref()
+                    .is_some_and(|from| self.fleet.health(from, now.mono, &self.config) == WorkerHealth::Alive)
                 {
                     // It is fit, and asks itself that it be somebody else.
                     self.leave_out(id);

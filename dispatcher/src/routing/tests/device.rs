@@ -117,7 +117,9 @@ fn workers_on_one_card_share_its_memory_and_not_their_slots() {
     let config = DispatcherConfig::default();
     let promised = [Some("a")];
     let mut all = roster(&fleet);
-    let fits = |all: &Roster, options, name: &WorkerName| all.could_as_asked(&Request::new(options, true), name, Duration::ZERO);
+    let fits = |all: &Roster, options, name: &WorkerName| {
+        all.could_as_asked(&Request::new(options, true), name, Duration::ZERO)
+    };
     assert!(fits(&all, &a, &fleet[1].name));
     all.put(Seen { promised: &promised, sessions: 1, ..seen(&fleet[0]) }, &config);
     assert!(!fits(&all, &a, &fleet[1].name), "17,600 MB of the card, 10,000 of them promised to its neighbour");
@@ -168,7 +170,8 @@ fn who_fell_back_is_a_cpu() {
         assert_eq!(pick(&fleet, &wants("small", Policy::ForceCpu)), Ok(0));
         fleet[1].used = 4;
         assert_eq!(class(&fleet, &wants("small", Policy::ExactModel)), FailureClass::NoCapacity);
-        let cpu = Some(Instead { asked: Some("small".into()), model: None, cpu: true, class: FailureClass::NoCapacity });
+        let cpu =
+            Some(Instead { asked: Some("small".into()), model: None, cpu: true, class: FailureClass::NoCapacity });
         assert_eq!(picked(&fleet, &wants("small", Policy::AllowCpu)), cpu, "{state:?}");
         assert_eq!(picked(&fleet, &wants("small", Policy::ForceCpu)), None, "as asked");
         let alone = Some(Instead { class: FailureClass::NoWorkers, ..cpu.expect("cpu") });
@@ -211,7 +214,11 @@ fn a_cpu_that_cannot_keep_up_gets_no_live_session() {
         let options = wants("small", policy);
         let rate = |rate, sessions, jobs, has_fallen| {
             let mut fleet = gpus(1);
-            if has_fallen { fallen(&mut fleet[0], EngineRunState::Ready) } else { fleet[0].beat.device.index = None }
+            if has_fallen {
+                fallen(&mut fleet[0], EngineRunState::Ready)
+            } else {
+                fleet[0].beat.device.index = None
+            }
             (fleet[0].beat.engine.decode_rate, fleet[0].beat.engine.decode_rate_age_ms) = (Some(rate), Some(100));
             fleet[0].beat.job_slots.total = 2;
             let all = roster_of([Seen { sessions, jobs, ..seen(&fleet[0]) }]);
@@ -253,18 +260,20 @@ fn a_plan_says_what_fits_where() {
     let all = roster(&fleet);
     let plan = all.plan(&PlanRequest::default(), Duration::ZERO);
     let rows: Vec<_> = plan.options.iter().map(|o| (o.model.as_str(), o.sessions, o.used_mb, o.risk)).collect();
-    assert_eq!(rows, [
-        ("large-v3", 0, 0, Risk::Refuse),
-        ("medium", 3, 9_000, Risk::Safe),
-        ("small", 3, 852, Risk::Safe),
-    ]);
+    assert_eq!(
+        rows,
+        [("large-v3", 0, 0, Risk::Refuse), ("medium", 3, 9_000, Risk::Safe), ("small", 3, 852, Risk::Safe),]
+    );
     assert!((plan.options[1].utilization - 0.542).abs() < 1e-9, "4,000 used and 9,000 of 24,000");
     let standings: Vec<_> = plan.workers[1].models.iter().map(|m| (m.standing.as_str(), m.option.risk)).collect();
-    assert_eq!(standings, [
-        ("model does not fit in free memory", Risk::Refuse),
-        ("model missing", Risk::Refuse),
-        ("model larger than the device", Risk::Refuse),
-    ]);
+    assert_eq!(
+        standings,
+        [
+            ("model does not fit in free memory", Risk::Refuse),
+            ("model missing", Risk::Refuse),
+            ("model larger than the device", Risk::Refuse),
+        ]
+    );
     assert!(plan.workers[1].models[0].measured && !plan.workers[0].models[0].measured);
     assert_eq!(plan.workers[2].refused.as_deref(), Some("another tenant presses on the card"));
     assert_eq!((plan.workers[0].slots_free, plan.workers[0].reserve_mb), (3, 2_400));
