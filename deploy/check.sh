@@ -61,9 +61,9 @@ fi
 
 mkdir "$WORK/live"
 chmod 755 "$WORK" "$WORK/live"
-# Mounts in a namespace of their own: this machine's are never touched, and they go with the last process in them.
+# Mounts and processes in namespaces of their own: this machine's mounts are never touched, and nothing outlives the check.
 PRIVATE=
-if unshare -m true 2>/dev/null; then PRIVATE='unshare -m'; fi
+if unshare -m -p -f --mount-proc --kill-child true 2>/dev/null; then PRIVATE='unshare -m -p -f --mount-proc --kill-child'; fi
 # shellcheck disable=SC2086 # a command with its option
 CHECK_ROOT=$ROOT CHECK_WORK=$WORK/live CHECK_BINARY=$BINARY CHECK_PRIVATE=$PRIVATE $PRIVATE sh deploy/check/live.sh \
     >"$WORK/live.out" 2>"$WORK/live.err" &
@@ -137,7 +137,8 @@ elif [ "$(id -u)" != 0 ] || ! have buildah || ! have debootstrap || [ -z "$BINAR
     say "skip images: root, buildah, debootstrap and a built voxfleet are needed"
 else
     mkdir "$WORK/image"
-    CHECK_ROOT=$ROOT CHECK_WORK=$WORK/image CHECK_BINARY=$BINARY sh deploy/check/image.sh 2>"$WORK/image.err" >"$WORK/image.out" ||
+    # shellcheck disable=SC2086 # a command with its option
+    CHECK_ROOT=$ROOT CHECK_WORK=$WORK/image CHECK_BINARY=$BINARY $PRIVATE sh deploy/check/image.sh 2>"$WORK/image.err" >"$WORK/image.out" ||
         echo "FAIL image.sh: it broke: $(tail -n 2 "$WORK/image.err")" >>"$WORK/image.out"
     report <"$WORK/image.out"
 fi

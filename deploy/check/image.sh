@@ -10,17 +10,28 @@
 set -eu
 
 ROOT=$CHECK_ROOT WORK=$CHECK_WORK
-export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs
-STORE="--root $WORK/store --runroot $WORK/runroot"
+export BUILDAH_ISOLATION=chroot
+STORE="--storage-driver vfs --root $WORK/store --runroot $WORK/runroot"
 PIDS=
 
 ok() { echo "ok $*"; }
 fail() { echo "FAIL $*"; }
 # shellcheck disable=SC2086 # a list of options
 b() { buildah $STORE "$@"; }
+# inside PID: the container's own process below it; buildah passes no signal on.
+inside() {
+    case $(cat "/proc/$1/comm" 2>/dev/null) in
+        voxfleet | nats-server) echo "$1" ;;
+        *) for kid_ in $(cat "/proc/$1"/task/*/children 2>/dev/null || :); do inside "$kid_"; done ;;
+    esac
+}
 tidy() {
-    for pid_ in $PIDS; do kill "$pid_" 2>/dev/null || :; done
+    for pid_ in $PIDS; do
+        # shellcheck disable=SC2046 # a list of numbers
+        kill $(inside "$pid_") 2>/dev/null || :
+    done
     for pid_ in $PIDS; do wait "$pid_" 2>/dev/null || :; done
+    b umount -a >/dev/null 2>&1 || :
     b rm -a >/dev/null 2>&1 || :
 }
 trap tidy EXIT

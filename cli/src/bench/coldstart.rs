@@ -22,6 +22,7 @@ use voxfleet_harness::{
     fleet::{Engine, Fleet, FleetBuilder},
     probe_api,
     producer::{Pace, Producer},
+    wait::eventually,
 };
 use voxfleet_worker::ipc::ModelFile;
 
@@ -173,7 +174,9 @@ async fn one(args: &ColdstartArgs, file: &ModelFile, start: Start, speech: &Pcm)
             fleet.add_worker(GPU)?;
             fleet.wait_ready().await?;
             let mut beats = probe_api::heartbeats(&client, GPU).await?;
-            probe_api::open(&client, &session, 60).await?;
+            // A worker that was heard a moment ago may not be one for new sessions yet.
+            let open = || async { probe_api::open(&client, &session, 60).await.ok() };
+            eventually("the session is opened", DEADLINE, open).await?;
             let loaded = async {
                 while let Some(beat) = beats.next().await {
                     let beat: Value = serde_json::from_slice(&beat.payload)?;

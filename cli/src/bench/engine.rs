@@ -207,6 +207,8 @@ fn accuracy(file: &ModelFile, use_gpu: bool) -> Result<Vec<Value>> {
                 "wer": rounded(edits as f64 / words.max(1) as f64),
                 "word_errors": edits,
                 "words": words,
+                "windows": heard.windows,
+                "windows_at_the_least": heard.at_the_least,
                 "decode_realtime_factor": rounded(heard.audio_s / heard.took_s.max(1e-6)),
             }))
         })
@@ -218,6 +220,9 @@ struct Plain {
     state: TrialState,
     context: Encoder,
     info: RecognizerInfo,
+    windows: usize,
+    /// Those that needed no more than the least positions: only they differ from a context with another least.
+    at_the_least: usize,
     audio_s: f64,
     took_s: f64,
 }
@@ -230,7 +235,7 @@ impl Plain {
             device: model.device().to_owned(),
             multilingual: false,
         };
-        Ok(Self { state: model.state()?, context, info, audio_s: 0.0, took_s: 0.0 })
+        Ok(Self { state: model.state()?, context, info, windows: 0, at_the_least: 0, audio_s: 0.0, took_s: 0.0 })
     }
 
     fn hear(&mut self, window: &Window) -> Result<Hypothesis, EngineError> {
@@ -238,6 +243,9 @@ impl Plain {
         let settings = Settings { threads: 1, context: self.context, max_tokens: 0 };
         let text = self.state.decode(&window.samples, settings)?;
         self.took_s += begin.elapsed().as_secs_f64();
+        self.windows += 1;
+        let positions = self.context.positions(window.samples.len());
+        self.at_the_least += usize::from(self.context == Encoder::Fitted { least: positions });
         self.audio_s += window.samples.len() as f64 / 16_000.0;
         let segment = HeardSegment {
             end_ms: window.samples.len() as u64 / 16,

@@ -101,22 +101,28 @@ pub(super) async fn run(args: MemoryArgs) -> Result<Value> {
             "seconds": rounded(begin.elapsed().as_secs_f64()),
         }));
     }
+    let mut found = answer(&weighed, loaded.total_mb(), one_state.total_mb(), rows);
+    found["model"] = file.name.into();
+    found["weights"] = args.stubs.weights(args.model).into();
+    found["decode_states"] = args.states.into();
+    found["speed"] = args.speed.into();
+    Ok(found)
+}
+
+/// What was weighed alone, then the rows and how much more the last takes than the first.
+fn answer(weighed: &Value, loaded_mb: f64, one_state_mb: f64, rows: Vec<Value>) -> Value {
     let total = |row: Option<&Value>| row.and_then(|row| row["total_mb"].as_f64());
     let ratio = total(rows.last()).zip(total(rows.first())).map(|(most, fewest)| most / fewest.max(1e-3));
-    Ok(json!({
+    json!({
         "weights_mb": weighed["weights_mb"],
         "state_mb": weighed["state_mb"],
-        "loaded_mb": rounded(loaded.total_mb()),
-        "one_state_mb": rounded(one_state.total_mb()),
+        "device": weighed["device"],
+        "loaded_mb": rounded(loaded_mb),
+        "one_state_mb": rounded(one_state_mb),
         "rows": rows,
         "most_sessions_to_fewest": ratio.map(rounded),
         "within_10_percent": ratio.map(|ratio| ratio <= BAR),
-        "model": file.name,
-        "weights": args.stubs.weights(args.model),
-        "decode_states": args.states,
-        "speed": args.speed,
-        "device": weighed["device"],
-    }))
+    })
 }
 
 /// In a process of its own, so that nothing else was ever loaded there and a GPU is free of it afterwards.
@@ -279,4 +285,23 @@ impl Bench {
 async fn next(messages: &mut Subscriber) -> Result<Option<Value>> {
     let Some(message) = messages.next().await else { return Ok(None) };
     Ok(Some(serde_json::from_slice(&message.payload)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_most_sessions_are_held_against_the_fewest() {
+        let weighed = json!({ "weights_mb": 28, "state_mb": 65.5, "device": "cpu" });
+        let row = |sessions: u32, total_mb: f64| json!({ "sessions": sessions, "total_mb": total_mb });
+        let found = answer(&weighed, 85.0, 150.0, vec![row(1, 200.0), row(4, 230.0), row(16, 220.0)]);
+        assert_eq!((found["weights_mb"].as_u64(), found["state_mb"].as_f64()), (Some(28), Some(65.5)));
+        assert_eq!(
+            (found["rows"][0]["sessions"].as_u64(), found["rows"][2]["total_mb"].as_f64()),
+            (Some(1), Some(220.0))
+        );
+        assert_eq!(found["within_10_percent"], true);
+        assert_eq!(answer(&weighed, 85.0, 150.0, vec![row(1, 200.0), row(16, 221.0)])["within_10_percent"], false);
+    }
 }
