@@ -32,8 +32,6 @@ use voxfleet_harness::{
 };
 use voxfleet_schema::job::JobState;
 
-use voxfleet_schema::job::JobState;
-
 use crate::{direct, jobs_fleet};
 
 const SOON: Duration = Duration::from_secs(30);
