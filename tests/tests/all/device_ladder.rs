@@ -137,7 +137,8 @@ async fn a_card_that_somebody_fills_costs_a_size_and_no_word_until_it_is_free_ag
     assert_eq!(on.alone.end_text("fills").await?, direct::simulated_text(&pcm)?);
     checker::check(&on.alone.js, "fills").await?.clean()?;
     let finals = checker::finals(&on.alone.js, "fills").await?;
-    let mut models: Vec<&str> = finals.iter().filter_map(|f| f.json["model"].as_str()).filter(|m| *m != "none").collect();
+    let mut models: Vec<&str> =
+        finals.iter().filter_map(|f| f.json["model"].as_str()).filter(|m| *m != "none").collect();
     models.dedup();
     assert_eq!(models, ["small", "base", "small"]);
     let changes = on.changes("fills", 2).await?;
