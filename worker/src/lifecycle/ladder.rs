@@ -137,7 +137,9 @@ fn refusal(ask: &Ask, class: FailureClass, on_cpu: Option<FailureClass>) -> Fail
         Policy::AllowCpu | Policy::Unknown => "no smaller model is here that fits",
     };
     if class == FailureClass::NoCapacity {
-        return Failure::new(class, "force_cpu was asked for, and the engine of this worker runs on its GPU");
+        let text = "force_cpu was asked for, and the engine of this worker runs on its GPU; a worker with worker.gpu = \
+                    \"none\" takes it";
+        return Failure::new(class, text);
     }
     let text = match (class, on_cpu) {
         (FailureClass::OutOfMemory, None) => format!("no memory for model {model}"),
@@ -293,8 +295,9 @@ mod tests {
 
     #[test]
     fn what_stands_in_loses_no_language_and_as_little_as_can_be() {
-        let full =
-            |name: &'static str| move |model: &str, _: bool| (model == name).then_some(FailureClass::OutOfMemory);
+        let full = |name: &'static str| {
+            move |model: &str, on_cpu: bool| (model == name && !on_cpu).then_some(FailureClass::OutOfMemory)
+        };
         for (here, asked, expected) in [
             (&["medium", "small.en", "small-q5_1", "small", "base"][..], "medium", "small"),
             (&["medium", "small.en", "base"], "medium", "base"),
