@@ -319,7 +319,8 @@ async fn a_neighbour_and_we_take_turns_by_flock() -> Result<()> {
         }
     }
     // The rest is for processes that start on a busy machine.
-    let bound = Duration::from_millis(HOLD_MS) + Duration::from_secs_f64(longest_s / SPEED) + Duration::from_millis(700);
+    let bound =
+        Duration::from_millis(HOLD_MS) + Duration::from_secs_f64(longest_s / SPEED) + Duration::from_millis(700);
     ensure!(waits.iter().all(|wait| *wait < bound), "the neighbour waited for {waits:?}, allowed are {bound:?}");
     nothing_died(&mut fleet).await?;
     println!("the neighbour waited for {waits:?}, bound {bound:?}");

@@ -185,12 +185,8 @@ mod tests {
     async fn the_refusal_names_what_the_others_have() {
         let relief = Relief::default();
         assert_eq!(relief.refusal(), None);
-        let pressed = || Inner {
-            level: Some(Pressure::MoveAway),
-            others_mb: 15_500,
-            free_mb: 300,
-            leaves: Some(id("s")),
-        };
+        let pressed =
+            || Inner { level: Some(Pressure::MoveAway), others_mb: 15_500, free_mb: 300, leaves: Some(id("s")) };
         assert!(relief.set(pressed()) && !relief.set(pressed()), "told once");
         relief.changed().await;
         let refusal = relief.refusal().expect("refused");
