@@ -216,8 +216,11 @@ mod tests {
                 prop_assert_eq!(now.is_short() && level.is_none(), false, "admission goes on");
                 prop_assert!(now.is_short() || level <= Some(Pressure::NoNewWork), "work goes although there is room");
                 // No step is passed over.
-                prop_assert!(level <= before.max(Some(Pressure::NoNewWork)) || level == Some(Pressure::ReleaseIdle)
-                    || (level == Some(Pressure::MoveAway) && before == Some(Pressure::ReleaseIdle)));
+                let step = |to, from| level == Some(to) && before >= Some(from);
+                let allowed = level <= before.max(Some(Pressure::NoNewWork))
+                    || step(Pressure::ReleaseIdle, Pressure::NoNewWork)
+                    || step(Pressure::MoveAway, Pressure::ReleaseIdle);
+                prop_assert!(allowed, "from {before:?} to {level:?}");
                 before = level;
             }
             let last = (0..CALM).map(|_| gauge.sample(memory(1_000, 1_000))).last();
