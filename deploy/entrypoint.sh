@@ -1,7 +1,7 @@
 #!/bin/sh
 # What the images start, and what rented machines start by hand (as /usr/local/bin/voxfleet-entry):
 #
-#   voxfleet-entry worker [--all-gpus | --gpu N] [flags]    brings the models, then becomes the worker
+#   voxfleet-entry worker [--all-gpus | --gpu N] [flags]    becomes the worker
 #   voxfleet-entry dispatcher [flags]                       becomes the dispatcher
 #   voxfleet-entry health                                   exit code 0 while `voxfleet doctor` finds nothing broken
 #   voxfleet-entry /a/script [arguments]                    becomes that script: what a provider gives as start command
@@ -11,15 +11,15 @@
 # over nothing but environment variables:
 #
 #   VOXFLEET_MODELS             names, separated by spaces or commas. The first is what sessions get that name none, unless
-#                               VOXFLEET__WORKER__DEFAULT_MODEL says otherwise; the worker waits for it only. The others are
-#                               fetched beside it, and a worker that is already up serves them from its next start
+#                               VOXFLEET__WORKER__DEFAULT_MODEL says otherwise. What is not here yet the worker fetches beside
+#                               its work (worker.prefetch), says so in its heartbeats, and serves as soon as it is there
 #   VOXFLEET_CREDS_BASE64       a NATS credentials file; VOXFLEET_CREDS is the same as it is
 #   VOXFLEET_NKEY_SEED          an nkey seed
 #   VOXFLEET_TLS_CA_BASE64      the certificate of a private authority; VOXFLEET_TLS_CA is the same as it is
 #
-# Invariants: what it starts replaces it, so signals arrive and exit codes come back. A model that cannot be had now is
-# tried again ever more slowly instead of ending the container over and over. As root it hands itself to the user voxfleet
-# where there is one (VOXFLEET_KEEP_ROOT=1 keeps root). Secrets leave the environment before voxfleet starts.
+# Invariants: what it starts replaces it, so signals arrive and exit codes come back; no network is asked before. As root it
+# hands itself to the user voxfleet where there is one (VOXFLEET_KEEP_ROOT=1 keeps root). Secrets leave the environment before
+# voxfleet starts.
 set -eu
 
 say() { printf 'voxfleet-entry: %s\n' "$*" >&2; }
@@ -89,61 +89,19 @@ secrets() {
 
 # ---------------------------------------------------------------------------------------------- models
 
-CHILD=
-
-# A shell that is process 1 hears no signal it has no trap for; while it waits for a child, a trap runs at once.
-waited() {
-    "$@" &
-    CHILD=$!
-    code_=0
-    wait "$CHILD" || code_=$?
-    CHILD=
-    return "$code_"
-}
-
-stop() {
-    [ -z "$CHILD" ] || kill "$CHILD" 2>/dev/null || :
-    exit "$1"
-}
-
-# Until it is here, or nobody knows it. Present ones cost a glance, with or without a network.
-bring() {
-    folder_=${VOXFLEET__WORKER__MODELS_DIR:-${VOXFLEET__MODELS__DIR:-${VOXFLEET_CACHE:-}/models}}
-    # A folder mounted read-only needs nobody to bring what it holds.
-    if [ -r "$folder_/$1.bin" ] && ! [ -w "$folder_" ]; then return 0; fi
-    pause_=${VOXFLEET_MODEL_RETRY_S:-5}
-    while :; do
-        code_=0
-        waited voxfleet models pull "$1" || code_=$?
-        case $code_ in
-            0) return 0 ;;
-            2 | 64 | 66) die "$code_" "model $1: not one that can be had, see above" ;;
-        esac
-        say "model $1 could not be had (exit code $code_), again in $pause_ s"
-        waited sleep "$pause_" || :
-        pause_=$((pause_ * 2))
-        [ "$pause_" -le 300 ] || pause_=300
-    done
-}
-
 models() {
     # shellcheck disable=SC2046 # names hold no spaces
     set -- $(printf '%s' "${VOXFLEET_MODELS:-}" | tr ',' ' ')
     [ $# -gt 0 ] || return 0
-    first_=${VOXFLEET__WORKER__DEFAULT_MODEL:-$1}
-    export VOXFLEET__WORKER__DEFAULT_MODEL="$first_"
-    trap 'stop 143' TERM
-    trap 'stop 130' INT
-    bring "$first_"
-    trap - TERM INT
-    rest_=
+    export VOXFLEET__WORKER__DEFAULT_MODEL="${VOXFLEET__WORKER__DEFAULT_MODEL:-$1}"
+    cache_=${VOXFLEET_CACHE:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/voxfleet}
+    folder_=${VOXFLEET__WORKER__MODELS_DIR:-${VOXFLEET__MODELS__DIR:-$cache_/models}}
+    list_=${VOXFLEET__WORKER__PREFETCH:-}
     for name_ in "$@"; do
-        [ "$name_" = "$first_" ] || rest_="$rest_ $name_"
+        # One that lies in the folder needs nobody to bring it, and may be in no catalog.
+        [ -r "$folder_/$name_.bin" ] || list_="$list_${list_:+,}$name_"
     done
-    [ -n "$rest_" ] || return 0
-    # Quietly beside the worker: what fails here is tried again at the next start.
-    # shellcheck disable=SC2086 # names again
-    nice -n 10 voxfleet models pull $rest_ >/dev/null &
+    [ -z "$list_" ] || export VOXFLEET__WORKER__PREFETCH="$list_"
 }
 
 # ---------------------------------------------------------------------------------------------- verbs
