@@ -56,8 +56,9 @@ pub struct Held {
     /// First sample of that window: once a final has gone beyond it, nothing is left of the suspicion.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspect_from: Option<u64>,
-    /// One more crash would set the window aside, and only this worker has tried it. It waits some seconds before it does so
-    /// again: the last try is to be another worker's, if there is one with room.
+    /// It had better be on another worker, if one has room. Either one more crash would set the window aside, and only this
+    /// worker has tried it: it waits some seconds before it does so again, for the last try is to be another's. Or other tenants
+    /// have grown on the device ([`crate::device::Pressure::MoveAway`]): then one session at a time, which goes on meanwhile.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub elsewhere: bool,
 }
