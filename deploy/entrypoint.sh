@@ -4,6 +4,7 @@
 #   voxfleet-entry worker [--all-gpus | --gpu N] [flags]    brings the models, then becomes the worker
 #   voxfleet-entry dispatcher [flags]                       becomes the dispatcher
 #   voxfleet-entry health                                   exit code 0 while `voxfleet doctor` finds nothing broken
+#   voxfleet-entry /a/script [arguments]                    becomes that script: what a provider gives as start command
 #   voxfleet-entry anything else                            becomes `voxfleet anything else`
 #
 # Settings are voxfleet's own (VOXFLEET__NATS__URLS, VOXFLEET__WORKER__SLOTS, ...). Beyond them, for templates that can hand
@@ -149,6 +150,7 @@ models() {
 
 [ $# -gt 0 ] || set -- worker
 case $1 in
+    /*) exec "$@" ;;
     health)
         # Not waited for in the log: a health check says yes or no.
         secrets

@@ -3,8 +3,8 @@
 # node; then dispatcher, worker and on-start scripts in a clean root, against that server, with nothing but the environment
 # that a rented machine gives. Everything listens on 127.0.0.1 and ends with this script.
 #
-# Called by deploy/check.sh with CHECK_ROOT, CHECK_WORK (an empty folder), CHECK_BINARY (or empty). Prints lines `ok WHAT`,
-# `FAIL WHAT: WHY`, `skip WHAT: WHY`.
+# Called by deploy/check.sh with CHECK_ROOT, CHECK_WORK (an empty folder), CHECK_BINARY (or empty), CHECK_PRIVATE (not empty in
+# a mount namespace of its own: only then anything is mounted). Prints lines `ok WHAT`, `FAIL WHAT: WHY`, `skip WHAT: WHY`.
 set -eu
 
 ROOT=$CHECK_ROOT WORK=$CHECK_WORK BINARY=${CHECK_BINARY:-}
@@ -23,7 +23,7 @@ tidy() {
         while runs "$pid_" && [ $n_ -lt 40 ]; do sleep 0.1; n_=$((n_ + 1)); done
         kill -9 "$pid_" 2>/dev/null || :
     done
-    [ -z "$MOUNTED" ] || umount -R "$MOUNTED" 2>/dev/null || umount -l "$MOUNTED" 2>/dev/null || :
+    [ -z "$MOUNTED" ] || umount -l "$MOUNTED" 2>/dev/null || :
 }
 trap tidy EXIT
 trap 'exit 130' INT
@@ -173,6 +173,10 @@ nats_three() {
             "$WORK/nats/hub-three.conf" >"$WORK/nats/hub-$n_.conf"
         VOXFLEET_NATS_NAME=n$n_ VOXFLEET_NATS_STORE="$WORK/js/n$n_" start "$WORK/n$n_.log" nats-server -c "$WORK/nats/hub-$n_.conf"
     done
+}
+
+# Elections take seconds: begun first, asked last.
+nats_three_agree() {
     P_HUB_=$P_HUB
     P_HUB=$P_A
     if until_ok 20 as OPERATOR stream add CHECK --subjects check --storage file --replicas 3 --defaults; then
@@ -193,7 +197,7 @@ clean_root() {
     MOUNTED=$R
     mkdir -p "$R/usr" "$R/dev" "$R/proc" "$R/tmp" "$R/etc" "$R/run" "$R/var/log" "$R/var/lib/voxfleet" "$R/opt/voxfleet" "$R/workspace" \
         "$R/var/cache/voxfleet/models"
-    mount --rbind /usr "$R/usr" && mount -o remount,bind,ro "$R/usr" || return 1
+    mount --bind /usr "$R/usr" && mount -o remount,bind,ro "$R/usr" || return 1
     mount -t proc proc "$R/proc" || return 1
     for link_ in bin sbin lib lib64; do
         if [ -L "/$link_" ]; then cp -P "/$link_" "$R/"; else mkdir "$R/$link_" && mount --bind "/$link_" "$R/$link_"; fi
@@ -212,7 +216,9 @@ clean_root() {
     cp "$ROOT"/tests/models/micro.en-q8_0.bin "$R/var/cache/voxfleet/models/"
     chown -R 10001:10001 "$R/var/cache/voxfleet"
     chmod 755 "$R"/app/* "$R"/opt/voxfleet/*.sh
-    if sh "$ROOT/deploy/docker/runtime-parts.sh" "$R/opt/voxfleet" >"$WORK/parts.log" 2>&1; then
+    ended "$PARTS_PID" 60
+    if [ "$CODE" = 0 ]; then
+        cp -R "$WORK/parts/." "$R/opt/voxfleet/"
         ok "runtime-parts.sh: detector and ONNX Runtime, by checksum"
         PARTS="ORT_DYLIB_PATH=/opt/voxfleet/lib/libonnxruntime.so VOXFLEET__WORKER__SILERO_MODEL=/opt/voxfleet/silero_vad.onnx"
     else
@@ -268,7 +274,7 @@ run_entry() {
     else
         ok "entrypoint.sh health: not well without a server"
     fi
-    if operator stream "$ROOT/tests/audio/call-01.flac" --speed 4 --wait --session check >"$WORK/stream.log" 2>&1; then
+    if operator stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session check >"$WORK/stream.log" 2>&1; then
         ok "a call through it: $(tail -n 1 "$WORK/stream.log")"
     else
         fail "a call through it: $(tail -n 2 "$WORK/stream.log")"
@@ -298,12 +304,12 @@ run_onstart() {
     start "$WORK/vast.log" in_root "$seed_" VOXFLEET_MODELS=micro.en-q8_0 VOXFLEET_STATE=/run/onstart \
         "VOXFLEET_WORKER_ARGS=--gpu none --gpu-id vast-0" sh /opt/voxfleet/onstart.sh
     ended "$PID" 10
+    keeper=$(cat "$R/run/onstart" 2>/dev/null || echo 0)
+    [ "$keeper" = 0 ] || PIDS="$keeper $PIDS"
     if [ "$CODE" != 0 ] || ! until_ok 15 seen vast-0; then
         fail "vast/onstart.sh ($CODE): $(tail -n 2 "$WORK/vast.log" "$R/var/log/voxfleet.log" 2>/dev/null | tr '\n' ' ')"
         return
     fi
-    keeper=$(cat "$R/run/onstart")
-    PIDS="$keeper $PIDS"
     ok "vast/onstart.sh: comes back at once and leaves a worker"
     worker=$(cat "/proc/$keeper/task/$keeper/children" | tr -d ' ')
     kill -9 "$worker"
@@ -324,7 +330,7 @@ run_onstart() {
     mkdir -p "$R/workspace/voxfleet/models"
     cp "$R/var/cache/voxfleet/models/micro.en-q8_0.bin" "$R/workspace/voxfleet/models/"
     start "$WORK/runpod.log" in_root "$seed_" RUNPOD_POD_ID=check VOXFLEET_MODELS=micro.en-q8_0 \
-        /opt/voxfleet/start.sh worker --gpu none --gpu-id runpod-0
+        voxfleet-entry /opt/voxfleet/start.sh worker --gpu none --gpu-id runpod-0
     worker=$PID
     if until_ok 15 seen runpod-0 && [ "$(stat -c %u "$R/workspace/voxfleet/models/micro.en-q8_0.bin")" = 10001 ]; then
         ok "runpod/start.sh: models on the volume, which becomes ours"
@@ -345,14 +351,17 @@ if ! nats_files; then
     fail "keys and certificates for the check: $(tail -n 2 "$WORK/openssl.log")"
     exit 0
 fi
+nats_three
+start "$WORK/parts.log" sh "$ROOT/deploy/docker/runtime-parts.sh" "$WORK/parts"
+PARTS_PID=$PID
 nats_syntax
 nats_hub || exit 0
-nats_three
 if [ -z "$BINARY" ]; then
     skip "clean root: no voxfleet was built here (cargo build -p voxfleet, or VOXFLEET_BIN)"
-elif [ "$(id -u)" != 0 ] || ! have setpriv || ! clean_root; then
-    skip "clean root: mounts and chroot need root and CAP_SYS_ADMIN"
+elif [ -z "${CHECK_PRIVATE:-}" ] || ! have setpriv || ! clean_root; then
+    skip "clean root: mounts and chroot need root and a mount namespace"
 else
     run_entry
     run_onstart
 fi
+nats_three_agree

@@ -84,6 +84,8 @@ struct Dead {
     left_ms: Option<u64>,
     /// Its incarnation was heard again and told to renew.
     back: bool,
+    /// It went in good order.
+    left: bool,
 }
 
 #[derive(Debug, Default)]
@@ -244,7 +246,8 @@ impl Fleet {
     /// Takes a worker out for good: its heartbeats are answered with `renew` from now on.
     pub fn bury(&mut self, name: &WorkerName, now: Duration) -> Option<Worker> {
         self.touched.insert(name.clone());
-        self.dead.entry(name.clone()).or_insert(Dead { at: now, left_ms: None, back: false });
+        let left = self.workers.get(name).is_some_and(Worker::has_left);
+        self.dead.entry(name.clone()).or_insert(Dead { at: now, left_ms: None, back: false, left });
         self.missed.remove(name);
         let worker = self.workers.remove(name);
         self.find_newest(&name.gpu_id);
@@ -263,11 +266,11 @@ impl Fleet {
         self.dead.contains_key(name)
     }
 
-    /// Workers declared dead that have not been heard again, newest first. Of what a predecessor left not those whose GPU
+    /// Workers that died and have not been heard again, newest first. Of what a predecessor left not those whose GPU
     /// has a worker: they may have taken a new name long ago.
     pub fn dead(&self) -> Vec<WorkerName> {
         let counts = |name: &WorkerName, dead: &Dead| {
-            !dead.back && (dead.left_ms.is_none() || !self.newest.contains_key(&name.gpu_id))
+            !dead.back && !dead.left && (dead.left_ms.is_none() || !self.newest.contains_key(&name.gpu_id))
         };
         let dead = self.dead.iter().filter(|(name, dead)| counts(name, dead));
         let mut dead: Vec<_> = dead.map(|(name, d)| (d.left_ms.is_none(), d.at, d.left_ms, name)).collect();
@@ -333,7 +336,10 @@ impl Fleet {
             let heard = self.workers.iter().map(|(name, w)| (name, w.heard.max(w.elsewhere), w.patience(config)));
             heard.chain(self.missed.iter().map(|(name, m)| (name, m.since, usual)))
         };
-        let silent = signs().filter(|(_, sign, patience)| now.saturating_sub(*sign) >= patience.suspect_after).count();
+        // Whoever said that it goes says nothing about the link by going.
+        let gone = |name: &WorkerName| self.workers.get(name).is_some_and(Worker::has_left);
+        let quiet = signs().filter(|(_, sign, patience)| now.saturating_sub(*sign) >= patience.suspect_after);
+        let silent = quiet.filter(|(name, ..)| !gone(name)).count();
         let all = self.workers.len() + self.missed.len();
         self.link.silent(silent, all, now, config);
         if self.link.in_doubt(now) {

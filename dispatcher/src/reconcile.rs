@@ -206,14 +206,20 @@ mod tests {
             settled_since: Some(LONG),
             final_index: None,
         };
-        let run = |health, age: Duration| {
-            let holder = Holder { worker: &other, held: &held, heard: LONG + age, health };
+        let run_with = |held: &Held, health, age: Duration| {
+            let holder = Holder { worker: &other, held, heard: LONG + age, health };
             compare(desired, None, &[holder])
         };
+        let run = |health, age| run_with(&held, health, age);
         let release = |finish| vec![Action::Release { worker: other.clone(), epoch: 1, finish }];
         assert_eq!(run(WorkerHealth::Alive, PICTURE_AGE), release(false));
         assert_eq!(run(WorkerHealth::Draining, PICTURE_AGE), [], "it was told, and has time");
         assert_eq!(run(WorkerHealth::Draining, PICTURE_AGE + FINISH_WITHIN), release(true));
+        let asked = Held { elsewhere: true, ..held.clone() };
+        assert_eq!(run_with(&asked, WorkerHealth::Alive, PICTURE_AGE), [], "it asked for want of room");
+        assert_eq!(run_with(&asked, WorkerHealth::Alive, PICTURE_AGE + FINISH_WITHIN), release(true));
+        let kills = Held { suspect: true, ..asked };
+        assert_eq!(run_with(&kills, WorkerHealth::Alive, PICTURE_AGE), release(false), "not what kills engines");
     }
 
     #[test]
@@ -251,8 +257,8 @@ mod tests {
     #[test]
     fn what_asks_for_another_worker_is_moved_if_there_is_room() {
         let me = worker("g0", "i");
-        let acted = |elsewhere, epoch| {
-            let held = Held { suspect: true, crashes: 2, elsewhere, ..testing::held("s", epoch) };
+        let acted = |elsewhere, epoch, suspect| {
+            let held = Held { suspect, elsewhere, ..testing::held("s", epoch) };
             let holder = Holder { worker: &me, held: &held, heard: LONG, health: WorkerHealth::Alive };
             let desired = Desired {
                 state: SessionState::Assigned,
@@ -263,9 +269,11 @@ mod tests {
             };
             compare(desired, Some(Owner { health: WorkerHealth::Alive, heard: LONG, drains: false }), &[holder])
         };
-        assert_eq!(acted(true, 1), [Action::MoveIfRoom]);
-        assert_eq!(acted(false, 1), []);
-        assert_eq!(acted(true, 2), [Action::Raise { above: 2 }], "said under another epoch");
+        for suspect in [false, true] {
+            assert_eq!(acted(true, 1, suspect), [Action::MoveIfRoom]);
+            assert_eq!(acted(false, 1, suspect), []);
+            assert_eq!(acted(true, 2, suspect), [Action::Raise { above: 2 }], "said under another epoch");
+        }
     }
 
     proptest! {

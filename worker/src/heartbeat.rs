@@ -16,11 +16,15 @@ use voxfleet_schema::{
 };
 
 use crate::{
-    device::{self, Probe},
+    device::{self, Ours, Probe},
     lifecycle::Engine,
+    measures::Measures,
     session::unix_ms,
     stock::Stock,
-    supervisor::holdings::{Holdings, Snapshot},
+    supervisor::{
+        holdings::{Holdings, Snapshot},
+        relief::Relief,
+    },
 };
 
 /// How often the device is sampled.
@@ -64,7 +68,9 @@ pub(crate) struct Sources {
     pub(crate) device: watch::Receiver<Device>,
     pub(crate) engine: Engine,
     pub(crate) holdings: Arc<Holdings>,
+    pub(crate) relief: Arc<Relief>,
     pub(crate) stock: Stock,
+    pub(crate) measures: Measures,
     pub(crate) news: Arc<Notify>,
     pub(crate) every: Duration,
 }
@@ -75,9 +81,11 @@ impl Sources {
         for held in &mut held {
             let known = self.engine.suspected(held.kind, &held.id);
             (held.suspect, held.crashes) = (known.suspect, known.crashes);
-            (held.suspect_from, held.elsewhere) = (known.from, known.elsewhere);
+            held.suspect_from = known.from;
+            held.elsewhere = known.elsewhere || self.relief.asks_elsewhere(held.kind, &held.id);
         }
         let (engine, mut models) = self.engine.heartbeat_state(now);
+        self.measures.overlay(&mut models);
         self.stock.overlay(&mut models);
         let identity = &self.identity;
         Heartbeat {
@@ -90,7 +98,7 @@ impl Sources {
             host: identity.host.clone(),
             pid: std::process::id(),
             provider: identity.provider,
-            device: self.device.borrow().clone(),
+            device: Device { pressure: self.relief.level(), ..self.device.borrow().clone() },
             slots,
             job_slots,
             held,
@@ -167,9 +175,9 @@ pub(crate) async fn sample_device(
             () = stop.cancelled() => break,
             _ = ticks.tick() => {}
         }
-        let pid = engine.pid();
+        let ours = engine.pid().map(|pid| Ours { pid, expected_mb: engine.expected_mb() });
         let mut sampling = tokio::task::spawn_blocking(move || {
-            let device = probe.sample(pid);
+            let device = probe.sample(ours);
             (probe, device)
         });
         let begun = Instant::now();

@@ -14,6 +14,7 @@ mod heartbeat;
 pub mod ipc;
 mod job;
 mod lifecycle;
+mod measures;
 mod memory;
 pub mod metrics;
 mod preempt;

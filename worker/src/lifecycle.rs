@@ -10,6 +10,7 @@
 //! | [`cause`] | why it ended, and the remedy; pure |
 //! | [`ladder`], [`fallback`], [`standing`] | what runs for whom when the device fails; the first two pure |
 //! | [`idle`] | when an engine that nobody needs ends; pure |
+//! | [`pressure`] | how far other tenants have grown; pure |
 //! | [`suspects`], [`progress`] | whose input kills it; whether it moves; pure |
 //! | [`session`], [`outbox`] | one session inside the engine |
 
@@ -21,6 +22,7 @@ mod idle;
 mod ladder;
 mod link;
 mod outbox;
+mod pressure;
 mod progress;
 mod session;
 mod spawn;
@@ -58,6 +60,7 @@ use self::{
 pub(crate) use self::{
     ladder::{Ask, Footing},
     outbox::Outbox,
+    pressure::{Gauge, Memory},
     session::{EngineSession, Opening},
     spawn::Program,
     suspects::{Known, Treatment},
@@ -305,6 +308,12 @@ impl Engine {
 
     pub(crate) fn pid(&self) -> Option<u32> {
         Some(self.0.pid.load(Ordering::Relaxed)).filter(|pid| *pid != 0)
+    }
+
+    /// What the models that are loaded, or being loaded, are expected to take.
+    pub(crate) fn expected_mb(&self) -> u64 {
+        let there = |model: &&ModelState| matches!(model.state, Residency::Loaded | Residency::Loading);
+        self.status().models.iter().filter(there).map(|model| model.expected_mb).sum()
     }
 
     /// Starts the child if it is not running, and waits until it is ready. However many wait, there is one child.

@@ -26,9 +26,10 @@ use voxfleet_schema::{job::JobResult, session::SessionOptions, transcript::join_
 use voxfleet_worker::{engine::direct::transcribe_log, ipc::StartPoint};
 
 use super::{
-    memory::{Processes, Sampled},
     pipeline::Kind,
-    processes, progress, recording, rounded, usage,
+    processes, progress, recording, rounded,
+    sampled::{Processes, Sampled},
+    usage,
 };
 
 /// Beyond the time the direct call took, or for the first job of a worker.

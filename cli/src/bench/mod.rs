@@ -5,9 +5,12 @@
 //! | [`accuracy`] | word error rate of live calls beside the same engine offline, and how late finals come |
 //! | [`chaos`] | random faults over many sessions and jobs: nothing lost, nothing twice |
 //! | [`allocate`] | one routing decision, on fleets of 4 to 1,000 GPUs |
+//! | [`coldstart`] | from the start of a worker, or of a session, to its first words: cold, preloaded, prewarmed, warm |
 //! | [`detection`] | shorter and shorter heartbeats on a busy machine: where false verdicts begin |
+//! | [`engine`] | speed of the bare engine by model shape, threads, encoder context, flash attention and states |
 //! | [`failover`] | workers killed in mid-word: time to the verdict and to the next words, nothing lost, nothing twice |
 //! | [`latency`] | from the end of a word to its first partial and to its final, and how many sessions this CPU carries |
+//! | [`memory`] | memory of one engine with 1 to 16 live sessions |
 //! | [`peers`] | text and speed of our engine beside whisper.cpp by itself |
 //! | [`pipeline`] | audio through NATS and the fleet against the same engine called directly, live and ([`jobs`]) as a file |
 //! | [`rebalance`] | half of the workers killed at once: events, moves, time until all sessions produce again |
@@ -15,18 +18,22 @@
 //! | [`scale`] | sessions over more and more workers: what one dispatcher carries, and where its wall is |
 //! | [`startup`] | start-up time of each process, and memory with idle sessions |
 //! | [`probe`] | the engine's door: where latency is measured |
-//! | [`recording`], [`memory`], [`processes`] | long recordings; memory and CPU of every process |
+//! | [`models`] | model files with random weights in the official shapes |
+//! | [`recording`], [`sampled`], [`processes`] | long recordings; memory and CPU of every process |
 //!
 //! Each prints a table, or with `--json` one object with fixed field names.
 
 mod accuracy;
 mod allocate;
 mod chaos;
+mod coldstart;
 mod detection;
+mod engine;
 mod failover;
 mod jobs;
 mod latency;
 mod memory;
+mod models;
 mod peers;
 mod pipeline;
 mod probe;
@@ -34,6 +41,7 @@ mod processes;
 mod rebalance;
 mod recording;
 mod route;
+mod sampled;
 mod scale;
 mod startup;
 
@@ -56,9 +64,12 @@ Examples:
   voxfleet bench accuracy
   voxfleet bench allocate
   voxfleet bench chaos --minutes 3 --seed 1
+  voxfleet bench coldstart
   voxfleet bench detection
+  voxfleet bench engine --models micro
   voxfleet bench failover --kills 20
   voxfleet bench latency --quick
+  voxfleet bench memory --model base --format q8_0
   voxfleet bench peers
   voxfleet bench pipeline --jobs
   voxfleet bench rebalance
@@ -81,12 +92,18 @@ enum Bench {
     Chaos(chaos::ChaosArgs),
     /// How long one routing decision takes, on fleets of 4 to 1,000 GPUs
     Allocate(allocate::AllocateArgs),
+    /// From process start, or from a session's first chunk, to its first words
+    Coldstart(coldstart::ColdstartArgs),
     /// How soon a death can be known on a busy machine, and where false verdicts begin
     Detection(detection::DetectionArgs),
+    /// Speed of the bare engine by model shape, threads, context, flash attention and decode states
+    Engine(engine::EngineArgs),
     /// Workers killed in mid-word: time to the verdict and to the next words
     Failover(failover::FailoverArgs),
     /// From the end of a word to its first partial and its final, with one session and with the most this CPU carries
     Latency(latency::LatencyArgs),
+    /// Memory of one worker's engine with 1 to 16 live sessions on one loaded model
+    Memory(memory::MemoryArgs),
     /// Our engine beside whisper.cpp by itself: text and speed
     Peers(peers::PeersArgs),
     /// Audio per second through NATS and the fleet, against the same engine called directly
@@ -99,6 +116,12 @@ enum Bench {
     Scale(scale::ScaleArgs),
     /// Start-up time of each process, memory with idle sessions
     Startup(startup::StartupArgs),
+    /// Write the models with random weights that other benches use
+    #[command(hide = true)]
+    Stubs(models::StubsArgs),
+    /// What a model's weights and states take of a process
+    #[command(hide = true)]
+    Weigh(models::WeighArgs),
     /// An engine child that notes when each chunk reaches it
     #[command(hide = true)]
     Probe(probe::ProbeArgs),
@@ -113,15 +136,20 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Accuracy(args) => accuracy::run(args).await,
             Bench::Chaos(args) => chaos::run(args).await,
             Bench::Allocate(args) => tokio::task::spawn_blocking(move || allocate::run(&args)).await?,
+            Bench::Coldstart(args) => coldstart::run(args).await,
             Bench::Detection(args) => detection::run(args).await,
+            Bench::Engine(args) => tokio::task::spawn_blocking(move || engine::run(&args)).await?,
             Bench::Failover(args) => failover::run(args).await,
             Bench::Latency(args) => latency::run(args).await,
+            Bench::Memory(args) => memory::run(args).await,
             Bench::Peers(args) => peers::run(args).await,
             Bench::Pipeline(args) => pipeline::run(args).await,
             Bench::Rebalance(args) => rebalance::run(args).await,
             Bench::Route(args) => route::run(args).await,
             Bench::Scale(args) => scale::run(args).await,
             Bench::Startup(args) => startup::run(args).await,
+            Bench::Stubs(args) => tokio::task::spawn_blocking(move || models::write_stubs(&args)).await?,
+            Bench::Weigh(args) => tokio::task::spawn_blocking(move || models::weigh(&args)).await?,
             Bench::Probe(args) => {
                 tokio::task::spawn_blocking(move || probe::run(&args)).await??;
                 Ok(Value::Null)
@@ -198,7 +226,8 @@ fn cell(value: &Value) -> String {
     }
 }
 
-/// One line a field and one column a row, so that many fields fit: the first field heads the columns.
+/// One line a field and one column a row, so that many fields fit: the first field heads the columns. Where there are more
+/// rows than fields, one line a row.
 fn grid(rows: &[Value]) -> Vec<String> {
     let mut names: Vec<&String> = Vec::new();
     for name in rows.iter().filter_map(Value::as_object).flatten().map(|(name, _)| name) {
@@ -208,19 +237,26 @@ fn grid(rows: &[Value]) -> Vec<String> {
     }
     // What tells rows apart comes first, wherever its name is in the alphabet.
     names.sort_by_key(|name| !HEADS.contains(&name.as_str()));
-    let cells = |name: &str| rows.iter().map(|row| row.get(name).map(cell).unwrap_or_default()).collect::<Vec<_>>();
-    let widths: Vec<usize> =
-        (0..rows.len()).map(|n| names.iter().map(|name| cells(name)[n].chars().count()).max().unwrap_or(0)).collect();
-    let line = |name: &&String| {
-        let cells = cells(name);
-        let columns = cells.iter().zip(&widths).map(|(cell, width)| format!("  {cell:>width$}"));
-        format!("{name:<24}{}", columns.collect::<String>())
+    let of_field = |name: &&String| {
+        let cells = rows.iter().map(|row| row.get(name.as_str()).map(cell).unwrap_or_default());
+        std::iter::once((*name).clone()).chain(cells).collect::<Vec<String>>()
     };
-    names.iter().map(line).collect()
+    let mut lines: Vec<Vec<String>> = names.iter().map(of_field).collect();
+    if rows.len() > names.len() {
+        lines = (0..=rows.len()).map(|n| lines.iter().map(|field| field[n].clone()).collect()).collect();
+    }
+    let columns = lines.first().map_or(0, Vec::len);
+    let width = |n: usize| lines.iter().map(|line| line[n].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let line = |cells: &Vec<String>| {
+        let rest = cells.iter().zip(&widths).skip(1).map(|(cell, width)| format!("  {cell:>width$}"));
+        format!("{:<24}{}", cells.first().map_or("", String::as_str), rest.collect::<String>())
+    };
+    lines.iter().map(line).collect()
 }
 
 /// Fields that name a row.
-const HEADS: [&str; 6] = ["engine", "gpus", "sessions", "workers", "process", "call"];
+const HEADS: [&str; 8] = ["engine", "gpus", "sessions", "workers", "process", "call", "model", "start"];
 
 /// Three digits behind the point are more than these measurements are good for.
 fn rounded(value: f64) -> f64 {
@@ -246,5 +282,13 @@ mod tests {
             grid(&rows).iter().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
         assert_eq!(lines, ["sessions 12 1", "a_ms 1", "wer 0.500", "trouble -"]);
         assert!(grid(&[]).is_empty());
+    }
+
+    #[test]
+    fn many_rows_of_few_fields_are_lines() {
+        let row = |model: &str, factor: f64| serde_json::json!({"factor": factor, "model": model});
+        let lines = grid(&[row("a", 1.0), row("b", 2.0), row("c", 12.5)]);
+        let lines: Vec<String> = lines.iter().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        assert_eq!(lines, ["model factor", "a 1.000", "b 2.000", "c 12.500"]);
     }
 }

@@ -9,12 +9,12 @@ use serde_json::json;
 use voxfleet_nats::{
     Nats, ServerError,
     api::{self, ApiError, Endpoint},
-    fleet::{self, FleetError},
+    fleet::{self, FleetError, Heartbeats},
 };
 use voxfleet_schema::{
     failure::FailureClass,
     fleet::{ControlRequest, DrainRequest, Drained, Heartbeat},
-    id::{Kind, WorkerName},
+    id::{GpuId, Kind, WorkerName},
 };
 
 use super::close;
@@ -51,7 +51,7 @@ async fn drain(args: &DrainArgs, nats: &Nats, context: &Context) -> anyhow::Resu
     let mut beats = fleet::heartbeats(nats).await.or_exit(Exit::Unavailable)?;
     let deadline_ms = args.deadline.map(|s| u64::from(s) * 1000);
     let request = DrainRequest { gpu_id: args.gpu.clone(), deadline_ms };
-    let Some(drained) = ask(args, &request, nats, context).await? else {
+    let Some(drained) = ask(args, &request, nats, &mut beats, context).await? else {
         return gone(args, None);
     };
     if !args.wait {
@@ -113,6 +113,7 @@ async fn ask(
     args: &DrainArgs,
     request: &DrainRequest,
     nats: &Nats,
+    beats: &mut Heartbeats,
     context: &Context,
 ) -> anyhow::Result<Option<Drained>> {
     let patience = args.deadline.map_or(DEFAULT_DEADLINE, |s| Duration::from_secs(s.into())) + GRACE;
@@ -124,7 +125,19 @@ async fn ask(
             Err(error) => error,
         };
         match &error {
-            ApiError::Refused(failure) if failure.class == FailureClass::NotFound && asked_before => return Ok(None),
+            ApiError::Refused(failure) if failure.class == FailureClass::NotFound && (asked_before || args.wait) => {
+                // A dispatcher that has just taken over may not have heard it yet: its own silence says more.
+                let beats = Instant::now() < until && beats_still(beats, &args.gpu).await?;
+                if !beats && asked_before {
+                    return Ok(None);
+                }
+                if !beats {
+                    return Err(coded(
+                        Exit::of_api(&error),
+                        anyhow::Error::new(error).context(format!("drain {}", args.gpu)),
+                    ));
+                }
+            }
             ApiError::Refused(failure)
                 if failure.class == FailureClass::Timeout && args.wait && Instant::now() < until =>
             {
@@ -142,6 +155,23 @@ async fn ask(
         if again.is_none() {
             return Err(anyhow::anyhow!("interrupted")).or_exit(Exit::Interrupted);
         }
+    }
+}
+
+/// Whether it is heard before its silence says that it is gone.
+async fn beats_still(beats: &mut Heartbeats, gpu: &GpuId) -> anyhow::Result<bool> {
+    let heard = async {
+        loop {
+            match beats.next().await {
+                Ok(beat) if beat.gpu_id == *gpu => return Ok(()),
+                Err(FleetError::Server(error)) => return Err(error),
+                Ok(_) | Err(_) => {}
+            }
+        }
+    };
+    match tokio::time::timeout(SILENT, heard).await {
+        Ok(heard) => heard.map(|()| true).or_exit(Exit::Unavailable),
+        Err(_) => Ok(false),
     }
 }
 

@@ -4,7 +4,7 @@
 //! Only so many move as there is room, one at a time from each worker, and each by the way that every move takes.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     time::Duration,
 };
 
@@ -45,7 +45,11 @@ impl Core {
         let mut found: HashMap<Needs, Option<Served>> = HashMap::new();
         let mut looked: Vec<(StreamId, bool)> = Vec::new();
         let mut due: BTreeMap<WorkerName, Vec<(Priority, StreamId)>> = BTreeMap::new();
+        let mut moving: HashSet<WorkerName> = HashSet::new();
         for (id, session) in self.book.sessions() {
+            if !session.settled() {
+                moving.extend(session.record.worker.clone());
+            }
             let Some((owner, served)) = self.served(session, now) else {
                 if session.better_since.is_some() && session.settled() {
                     looked.push((id.clone(), false));
@@ -70,10 +74,7 @@ impl Core {
             }
         }
         for (owner, mut sessions) in due {
-            let moving = |core: &Self| {
-                core.book.sessions().any(|(_, s)| !s.settled() && s.record.worker.as_ref() == Some(&owner))
-            };
-            if moving(self) {
+            if moving.contains(&owner) {
                 continue;
             }
             sessions.sort();

@@ -1,5 +1,6 @@
 mod crash_points;
 mod crowds;
+mod device;
 mod drains;
 mod interleavings;
 mod links;

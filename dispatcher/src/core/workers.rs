@@ -194,11 +194,24 @@ impl Core {
             }
         }
         let silent_ms = self.fleet.get(worker).map(|w| w.silent(now.mono).as_millis() as u64);
-        tracing::warn!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, silent_ms, "worker is dead");
+        let left = self.fleet.get(worker).filter(|w| w.has_left());
+        let why =
+            left.map(|w| w.heartbeat.drain.as_ref().map_or_else(|| "asked".to_owned(), |notice| notice.why.clone()));
+        match &why {
+            Some(why) => {
+                tracing::info!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, why, "worker has left");
+            }
+            None => {
+                tracing::warn!(gpu = %worker.gpu_id, incarnation = %worker.incarnation, silent_ms, "worker is dead");
+            }
+        }
         self.fleet.bury(worker, now.mono);
         self.forget_asking(worker);
         if burial == Burial::Written {
-            self.fleet_event(worker, What::Dead, now, serde_json::json!({ "silent_ms": silent_ms }));
+            match why {
+                Some(why) => self.fleet_event(worker, What::Ended, now, serde_json::json!({ "why": why })),
+                None => self.fleet_event(worker, What::Dead, now, serde_json::json!({ "silent_ms": silent_ms })),
+            }
         }
         self.effect(Effect::RemoveConsumers { worker: worker.clone() });
         self.reconcile(now);

@@ -71,7 +71,7 @@ impl Worker {
     }
 
     pub fn health(&self, now: Duration, config: &DispatcherConfig) -> WorkerHealth {
-        if self.silent(now) >= self.patience(config).suspect_after {
+        if self.silent(now) >= self.patience(config).suspect_after && !self.has_left() {
             // Dead is a verdict, not a reading: until it is written, a silent worker is suspect however long.
             WorkerHealth::Suspect
         } else if !self.ready {
@@ -83,6 +83,12 @@ impl Worker {
         } else {
             WorkerHealth::Alive
         }
+    }
+
+    /// The last it said is that it drains and has nothing left, and nothing is on its way to it: its silence is no surprise.
+    pub fn has_left(&self) -> bool {
+        let done = self.heartbeat.held.is_empty() && self.load.used() == 0 && self.jobs.used() == 0;
+        self.heartbeat.draining && done
     }
 
     pub fn silent(&self, now: Duration) -> Duration {

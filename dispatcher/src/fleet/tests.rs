@@ -1,6 +1,6 @@
 mod properties;
 
-use voxfleet_schema::fleet::EngineRunState;
+use voxfleet_schema::{device::DeviceTrouble, failure::FailureClass, fleet::EngineRunState};
 
 use super::*;
 use crate::testing::{self, beat, worker};
@@ -49,6 +49,60 @@ fn a_heartbeat_with_a_number_far_too_high_does_not_make_those_that_follow_stale(
     fleet.heard(forged, 2 * MS);
     (heartbeat.seq, heartbeat.sent_ms) = (6, 6_000);
     assert_eq!(fleet.heard(heartbeat, 3 * MS), Heard::Known);
+}
+
+#[test]
+fn a_broken_device_is_unhealthy_until_its_engine_runs_on_the_cpu() {
+    use FailureClass::{DeviceLost, DriverMismatch, MissingLibrary, Unavailable};
+    for (class, device, index, health) in [
+        (DeviceLost, "cuda:test", Some(0), WorkerHealth::Unhealthy),
+        (DriverMismatch, "cuda:test", Some(0), WorkerHealth::Unhealthy),
+        (MissingLibrary, "cuda:test", Some(0), WorkerHealth::Unhealthy),
+        (Unavailable, "cuda:test", Some(0), WorkerHealth::Alive),
+        (DeviceLost, "cpu", Some(0), WorkerHealth::Alive),
+        (MissingLibrary, "cpu", None, WorkerHealth::Alive),
+    ] {
+        let mut fleet = Fleet::default();
+        let mut heartbeat = beat("g0", "i0");
+        (heartbeat.device.index, heartbeat.engine.effective_device) = (index, device.to_owned());
+        let name = heartbeat.worker();
+        fleet.heard(heartbeat.clone(), Duration::ZERO);
+        fleet.set_ready(&name, true);
+        fleet.news(MS, &config());
+        heartbeat.device.trouble = Some(DeviceTrouble { class, message: "gone".to_owned() });
+        assert_eq!(fleet.heard(heartbeat.clone(), 2 * MS), Heard::Changed, "no need to wait for a tick");
+        assert_eq!(fleet.health(&name, 2 * MS, &config()), health, "{class} {device}");
+        let told: Vec<_> = fleet.news(2 * MS, &config()).into_iter().map(|(_, what, why)| (what, why)).collect();
+        if health == WorkerHealth::Alive {
+            assert_eq!(told, []);
+            continue;
+        }
+        assert_eq!(told, [(What::Unhealthy, format!("{class}: gone"))]);
+        heartbeat.device.trouble = None;
+        fleet.heard(heartbeat, 3 * MS);
+        assert_eq!(fleet.news(3 * MS, &config())[0].1, What::Recovered);
+    }
+}
+
+#[test]
+fn who_said_that_it_goes_has_left_and_is_not_called_dead() {
+    for (draining, held, dead) in [(true, false, false), (true, true, true), (false, false, true)] {
+        let mut fleet = Fleet::default();
+        let mut heartbeat = beat("g0", "i0");
+        let name = heartbeat.worker();
+        heartbeat.draining = draining;
+        heartbeat.held = if held { vec![testing::held("s", 1)] } else { Vec::new() };
+        fleet.heard(heartbeat, Duration::ZERO);
+        fleet.set_ready(&name, true);
+        fleet.news(MS, &config());
+        let suspected = !fleet.news(2_000 * MS, &config()).is_empty();
+        assert_eq!(suspected, dead, "{draining} {held}");
+        assert!(look(&mut fleet, 2_999 * MS).is_empty());
+        assert_eq!(look(&mut fleet, 3_000 * MS), std::slice::from_ref(&name), "its name is used up all the same");
+        fleet.bury(&name, 3_000 * MS);
+        assert!(fleet.is_dead(&name));
+        assert_eq!(!fleet.dead().is_empty(), dead, "{draining} {held}");
+    }
 }
 
 #[test]

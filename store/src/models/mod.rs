@@ -12,12 +12,14 @@
 //! | `pull` | bringing a model here |
 //! | `room` | the quota, and who has to go for it |
 //! | `files` | locks, checksums beside files, free space |
-//! | [`plan`] | which models and how many sessions a device can hold; pure |
+//! | [`measured`] | what models were found to need of a device |
+//! | [`plan`] | which models and how many sessions a device, or a fleet of them, can hold; pure |
 
 pub mod catalog;
 pub mod config;
 mod error;
 mod files;
+pub mod measured;
 pub mod plan;
 mod pull;
 mod room;
@@ -34,6 +36,7 @@ pub use self::{
     config::ModelsConfig,
     error::{ModelError, SourceFailure},
     files::InUse,
+    measured::{DeviceKey, Figures, Measured, ModelKey},
     pull::{Pulled, Step},
     room::Removed,
 };

@@ -81,8 +81,11 @@ pub fn faketime() -> Result<PathBuf, Missing> {
     })
 }
 
-/// The project's root, for test data.
+/// The project's root, for test data: `VOXFLEET_ROOT`, or where this was built.
 pub fn root() -> PathBuf {
+    if let Some(root) = std::env::var_os("VOXFLEET_ROOT").filter(|v| !v.is_empty()) {
+        return PathBuf::from(root);
+    }
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.ancestors().nth(2).unwrap_or(here).to_owned()
 }

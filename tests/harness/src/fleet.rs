@@ -203,7 +203,11 @@ impl FleetBuilder {
 fn engine_settings(engine: &Engine, dir: &Path) -> Settings {
     // Without a cache the Silero detector is not found, so the energy-based one serves.
     let energy = |settings: Settings| settings.with("worker.cache_dir", dir.display());
-    let micro = || Settings::new().with("worker.models_dir", models_dir().display()).with("worker.decode_states", 1);
+    // One thread: workers that start together do not see each other, and each would take the cores for itself.
+    let micro = || {
+        let one = Settings::new().with("worker.decode_states", 1).with("worker.decode_threads", 1);
+        one.with("worker.models_dir", models_dir().display())
+    };
     match engine {
         Engine::Simulated { speed } => {
             energy(Settings::new().with("worker.engine", "simulated").with("worker.simulated.speed", speed))

@@ -142,13 +142,6 @@ async fn a_worker_is_its_card_and_its_engine_sees_no_other() -> Result<()> {
     ensure!((device.total_mb, device.temperature_c, trouble(&beat)) == (16_000, Some(40), None), "{device:?}");
     ensure!((beat.provider, beat.price_per_hour) == (Provider::Local, Some(0.5)), "{beat:?}");
 
-    site.wake(&beat).await?;
-    let pid = worker.pid();
-    let engine = || std::future::ready(children_of(pid).into_iter().next());
-    let engine = eventually("an engine", SOON, engine).await?;
-    let visible = || std::future::ready(environment(engine, "CUDA_VISIBLE_DEVICES").filter(|seen| *seen == uuid));
-    eventually("an engine that sees this card alone", SOON, visible).await?;
-
     site.cards.set(1, "used_mb", 9_600)?;
     site.cards.set(1, "temperature", 84)?;
     site.cards.set(1, "throttle", 64)?;
@@ -158,6 +151,13 @@ async fn a_worker_is_its_card_and_its_engine_sees_no_other() -> Result<()> {
         tenant && device.temperature_c == Some(84) && device.throttled == ["thermal"]
     })
     .await?;
+    site.wake(&beat).await?;
+    let pid = worker.pid();
+    let engine = || std::future::ready(children_of(pid).into_iter().next());
+    let engine = eventually("an engine", SOON, engine).await?;
+    let visible = || std::future::ready(environment(engine, "CUDA_VISIBLE_DEVICES").filter(|seen| *seen == uuid));
+    eventually("an engine that sees this card alone", SOON, visible).await?;
+
     let status = site.json(&["status", "--json"]).await?;
     let told = &status["workers"][0];
     ensure!(told["gpu_available"] == true && told["gpu_count"] == 2, "{told:#}");

@@ -1,5 +1,6 @@
 //! The dispatcher alone, on a real nats-server, with a worker that is nothing but NATS messages.
 
+mod device;
 mod limits;
 mod path;
 mod trouble;
@@ -53,8 +54,13 @@ impl Setup {
         let nats = Nats::connect(&config, name).await?;
         let stop = self.stop.child_token();
         let topology = self.topology.clone();
-        let config =
-            DispatcherConfig { name: name.to_owned(), lease_ms: 1_500, topology, ..DispatcherConfig::default() };
+        let config = DispatcherConfig {
+            name: name.to_owned(),
+            lease_ms: 1_500,
+            restore_after_ms: 2_000,
+            topology,
+            ..DispatcherConfig::default()
+        };
         let token = stop.clone();
         self.tasks.spawn(async move {
             let ended = voxfleet_dispatcher::run(nats, config, token).await;
@@ -164,6 +170,8 @@ struct Holding {
     requests: Vec<Value>,
     refuse: bool,
     silent: bool,
+    /// What its heartbeats say otherwise.
+    says: Value,
 }
 
 /// A worker: heartbeats, answers to control requests, and finals when the test says so.
@@ -304,7 +312,7 @@ fn heartbeat(gpu: &str, incarnation: &str, seq: u64, slots: u32, state: &Mutex<H
         .iter()
         .map(|(id, (epoch, index))| json!({ "kind": "session", "id": id, "epoch": epoch, "final_index": index }))
         .collect();
-    Some(json!({
+    let mut beat = json!({
         "gpu_id": gpu, "incarnation": incarnation, "seq": seq, "sent_ms": 0, "host": "test", "pid": 1,
         "provider": "local",
         "device": {
@@ -317,7 +325,19 @@ fn heartbeat(gpu: &str, incarnation: &str, seq: u64, slots: u32, state: &Mutex<H
             "ms_since_progress": 0, "restarts": 0,
         },
         "draining": false, "version": "test",
-    }))
+    });
+    put(&mut beat, &state.says);
+    Some(beat)
+}
+
+/// Objects into objects; anything else in place of what was there.
+fn put(into: &mut Value, from: &Value) {
+    for (key, value) in from.as_object().into_iter().flatten() {
+        match &mut into[key] {
+            inner @ Value::Object(_) if value.is_object() => put(inner, value),
+            other => *other = value.clone(),
+        }
+    }
 }
 
 fn answer(body: &[u8], state: &Mutex<Holding>) -> Value {

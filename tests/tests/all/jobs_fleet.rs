@@ -39,11 +39,11 @@ fn recording(path: &Path) -> Result<Vec<RawEntry>> {
     Ok(entries)
 }
 
-async fn connect(fleet: &Fleet) -> Result<Nats> {
+pub(crate) async fn connect(fleet: &Fleet) -> Result<Nats> {
     Ok(Nats::connect(&NatsConfig { urls: fleet.urls(), ..NatsConfig::default() }, "test").await?)
 }
 
-fn request(job: &str, data: Vec<u8>) -> Result<JobRequest> {
+pub(crate) fn request(job: &str, data: Vec<u8>) -> Result<JobRequest> {
     Ok(JobRequest {
         job: Some(StreamId::new(job)?),
         audio: None,
@@ -54,7 +54,7 @@ fn request(job: &str, data: Vec<u8>) -> Result<JobRequest> {
     })
 }
 
-async fn submit(nats: &Nats, request: &JobRequest) -> Result<Submitted> {
+pub(crate) async fn submit(nats: &Nats, request: &JobRequest) -> Result<Submitted> {
     Ok(api::request(nats, Endpoint::JobSubmit, request, ANSWER).await?)
 }
 
@@ -63,7 +63,7 @@ async fn status(nats: &Nats, job: &str) -> Result<JobStatus> {
 }
 
 /// Waits until the job has ended, whichever way.
-async fn ended(nats: &Nats, fleet: &Fleet, job: &str) -> Result<JobStatus> {
+pub(crate) async fn ended(nats: &Nats, fleet: &Fleet, job: &str) -> Result<JobStatus> {
     let done = eventually("the job's end", PATIENCE, || async {
         status(nats, job).await.ok().filter(|s| s.record.state.has_ended())
     })

@@ -27,6 +27,7 @@
 //! | [`audio_decoder`] | recordings are decoded by a confined process whose every death is a typed failure |
 //! | [`faults_r1`], [`faults_r3`] | what may break at any moment, on one server and on three ([`faults`]) |
 //! | [`mutants`] | the checker sees a broken fence and a broken resume position |
+//! | [`device_sharing`] | a card with a foreign tenant: what it grows by, turns, nothing left behind |
 //! | [`fetch`] | recordings come from allowed places only, whole or not at all |
 //! | [`direct`] | the engine without a fleet, for comparison |
 
@@ -37,8 +38,10 @@ mod cli;
 mod cli_jobs;
 mod cluster_r3;
 mod dead_letters;
+mod device_faults;
 mod device_idle;
 mod device_ladder;
+mod device_sharing;
 mod device_site;
 mod direct;
 mod dispatcher_jobs;

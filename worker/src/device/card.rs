@@ -5,10 +5,18 @@ use voxfleet_schema::{
     failure::FailureClass,
 };
 
+/// Our engine, as far as it matters for whose memory is whose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ours {
+    pub(crate) pid: u32,
+    /// What its models take, as planned or measured.
+    pub(crate) expected_mb: u64,
+}
+
 /// One device, asked again and again. Calls may block: a driver that resets a card takes seconds.
 pub(crate) trait Card: Send {
-    /// Its figures now, or why there are none. One that failed is tried again by later calls.
-    fn sample(&mut self, engine_pid: Option<u32>) -> Result<Device, DeviceTrouble>;
+    /// Its figures now, or why there are none. One that failed is tried again by later calls. `ours`: none without an engine.
+    fn sample(&mut self, ours: Option<Ours>) -> Result<Device, DeviceTrouble>;
 
     /// What is known of it although it does not answer: all figures that change are 0 or absent.
     fn identity(&self) -> Device;
@@ -65,13 +73,42 @@ impl Patience {
     }
 }
 
-/// Device memory of our engine: as the driver lists it, else what came on top since the engine started.
-pub(super) fn own_memory_mb(running: bool, listed: Option<u64>, used_by_all: u64, without_engine: Option<u64>) -> u64 {
-    match (running, listed) {
-        (false, _) => 0,
-        (true, Some(listed)) => listed,
-        (true, None) => used_by_all.saturating_sub(without_engine.unwrap_or(used_by_all)),
+/// What the driver says of processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Listing {
+    /// Our engine, with its MB.
+    Listed(u64),
+    /// Others at most: our engine has nothing on the device.
+    NotListed,
+    /// Nothing: it refuses, or numbers processes otherwise than we do (a container).
+    Unknown,
+}
+
+/// What a CUDA context and its allocator take beside models: about 530 MB on Hopper.
+const BESIDE_MODELS_MB: u64 = 600;
+
+/// Device memory of our engine: as the driver lists it, else what came on top since the engine started, as far as its models
+/// can explain it. The rest is a tenant's that has grown.
+pub(super) fn own_memory_mb(
+    ours: Option<Ours>,
+    listing: Listing,
+    used_by_all: u64,
+    without_engine: Option<u64>,
+) -> u64 {
+    match (ours, listing) {
+        (None, _) | (Some(_), Listing::NotListed) => 0,
+        (Some(_), Listing::Listed(mb)) => mb,
+        (Some(ours), Listing::Unknown) => {
+            let on_top = used_by_all.saturating_sub(without_engine.unwrap_or(used_by_all));
+            on_top.min(ours.expected_mb + BESIDE_MODELS_MB)
+        }
     }
+}
+
+/// Whether process ids here are those of the host, which drivers count in: the kernel's first namespace has this number.
+pub(super) fn pids_are_the_hosts() -> bool {
+    const FIRST: &str = "pid:[4026531836]";
+    std::fs::read_link("/proc/self/ns/pid").is_ok_and(|link| link.as_os_str() == FIRST)
 }
 
 #[cfg(test)]
@@ -80,14 +117,19 @@ mod tests {
 
     #[test]
     fn memory_of_the_engine_is_listed_or_what_came_on_top() {
-        for (running, listed, by_all, without, own) in [
-            (false, None, 5_000, Some(5_000), 0),
-            (true, Some(700), 5_700, Some(5_000), 700),
-            (true, None, 5_700, Some(5_000), 700),
-            (true, None, 4_000, Some(5_000), 0),
-            (true, None, 5_700, None, 0),
+        use Listing::{Listed, NotListed, Unknown};
+        let ours = Some(Ours { pid: 7, expected_mb: 1_000 });
+        for (ours, listing, by_all, without, own) in [
+            (None, Unknown, 5_000, Some(5_000), 0),
+            (ours, Listed(700), 5_700, Some(5_000), 700),
+            (ours, NotListed, 5_700, Some(5_000), 0),
+            (ours, Unknown, 5_700, Some(5_000), 700),
+            (ours, Unknown, 4_000, Some(5_000), 0),
+            (ours, Unknown, 5_700, None, 0),
+            // A tenant grew by 8 GB: our model cannot have.
+            (ours, Unknown, 14_700, Some(5_000), 1_600),
         ] {
-            assert_eq!(own_memory_mb(running, listed, by_all, without), own);
+            assert_eq!(own_memory_mb(ours, listing, by_all, without), own, "{listing:?} {by_all}");
         }
     }
 

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use voxfleet_schema::device::{Device, DeviceTrouble};
 
-use super::card::Card;
+use super::card::{Card, Ours};
 
 pub(super) struct Cpu {
     name: String,
@@ -18,10 +18,10 @@ impl Cpu {
 }
 
 impl Card for Cpu {
-    fn sample(&mut self, engine_pid: Option<u32>) -> Result<Device, DeviceTrouble> {
+    fn sample(&mut self, ours: Option<Ours>) -> Result<Device, DeviceTrouble> {
         let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let resident = |pid: u32| resident_kb(Path::new(&format!("/proc/{pid}/status")));
-        let used_kb = resident(std::process::id()) + engine_pid.map_or(0, resident);
+        let used_kb = resident(std::process::id()) + ours.map_or(0, |ours| resident(ours.pid));
         Ok(figures(self.identity(), &info, used_kb))
     }
 

@@ -30,7 +30,7 @@ use voxfleet_schema::{
     id::{GpuId, IdError, MAX_ID_LEN},
 };
 
-pub(crate) use self::threads::Sharers;
+pub(crate) use self::{card::Ours, threads::Sharers};
 pub use self::{
     card::remedy,
     nvml::{Listed, Versions},
@@ -167,13 +167,13 @@ impl Probe {
     }
 
     /// Blocks; call it on a blocking thread.
-    pub(crate) fn sample(&mut self, engine_pid: Option<u32>) -> Device {
+    pub(crate) fn sample(&mut self, ours: Option<Ours>) -> Device {
         self.look_around();
-        Device { shared_with: self.shared_with.clone(), ..self.figures(engine_pid) }
+        Device { shared_with: self.shared_with.clone(), ..self.figures(ours) }
     }
 
-    fn figures(&mut self, engine_pid: Option<u32>) -> Device {
-        match self.card.sample(engine_pid) {
+    fn figures(&mut self, ours: Option<Ours>) -> Device {
+        match self.card.sample(ours) {
             Ok(figures) => {
                 if let Some(was) = self.told.take() {
                     tracing::info!(uuid = self.uuid, was = %was.class, "device answers again");

@@ -16,7 +16,7 @@ use voxfleet_schema::{
     failure::FailureClass,
 };
 
-use super::card::{Card, Patience, own_memory_mb, trouble};
+use super::card::{Card, Listing, Ours, Patience, own_memory_mb, pids_are_the_hosts, trouble};
 
 const MB: u64 = 1 << 20;
 
@@ -148,6 +148,7 @@ pub(super) struct Gpu {
     /// Memory in use on the device while our engine was not running: what belongs to others, where the driver does not
     /// tell processes apart (as in containers with a process namespace of their own).
     used_without_engine_mb: Option<u64>,
+    pids_are_the_hosts: bool,
     patience: Patience,
     last: Option<DeviceTrouble>,
 }
@@ -161,6 +162,7 @@ impl Gpu {
             listed,
             gpus,
             used_without_engine_mb: None,
+            pids_are_the_hosts: pids_are_the_hosts(),
             patience: Patience::default(),
             last: None,
         }
@@ -170,32 +172,25 @@ impl Gpu {
         &self.listed.uuid
     }
 
-    fn ask(&mut self, engine_pid: Option<u32>) -> Result<Device, NvmlError> {
+    fn ask(&mut self, ours: Option<Ours>) -> Result<Device, NvmlError> {
         let nvml = match self.nvml.take() {
             Some(nvml) => nvml,
             None => load(self.library.as_deref())?,
         };
-        let figures = self.read(&nvml, engine_pid)?;
+        let figures = self.read(&nvml, ours)?;
         self.nvml = Some(nvml);
         Ok(figures)
     }
 
-    fn read(&mut self, nvml: &Nvml, engine_pid: Option<u32>) -> Result<Device, NvmlError> {
+    fn read(&mut self, nvml: &Nvml, ours: Option<Ours>) -> Result<Device, NvmlError> {
         let device = nvml.device_by_uuid(self.listed.uuid.as_str())?;
         let memory = device.memory_info()?;
         let used_by_all_mb = memory.used / MB;
-        let listed_mb = engine_pid.and_then(|pid| {
-            // A list that is refused tells us as little as one without our process.
-            let processes = device.running_compute_processes().unwrap_or_default();
-            processes.iter().find(|p| p.pid == pid).and_then(|p| match p.used_gpu_memory {
-                UsedGpuMemory::Used(bytes) => Some(bytes / MB),
-                UsedGpuMemory::Unavailable => None,
-            })
-        });
-        if engine_pid.is_none() {
+        let listing = ours.map_or(Listing::Unknown, |ours| self.listing(&device, ours.pid));
+        if ours.is_none() {
             self.used_without_engine_mb = Some(used_by_all_mb);
         }
-        let used_mb = own_memory_mb(engine_pid.is_some(), listed_mb, used_by_all_mb, self.used_without_engine_mb);
+        let used_mb = own_memory_mb(ours, listing, used_by_all_mb, self.used_without_engine_mb);
         // An instance has no sensors: heat and clocks are its card's.
         let card = parent(&device);
         let card = card.as_ref().unwrap_or(&device);
@@ -213,16 +208,25 @@ impl Gpu {
             ..self.identity()
         })
     }
+
+    fn listing(&self, device: &Handle<'_>, pid: u32) -> Listing {
+        let Ok(processes) = device.running_compute_processes() else { return Listing::Unknown };
+        match processes.iter().find(|process| process.pid == pid).map(|process| &process.used_gpu_memory) {
+            Some(UsedGpuMemory::Used(bytes)) => Listing::Listed(bytes / MB),
+            None if self.pids_are_the_hosts => Listing::NotListed,
+            Some(UsedGpuMemory::Unavailable) | None => Listing::Unknown,
+        }
+    }
 }
 
 impl Card for Gpu {
-    fn sample(&mut self, engine_pid: Option<u32>) -> Result<Device, DeviceTrouble> {
+    fn sample(&mut self, ours: Option<Ours>) -> Result<Device, DeviceTrouble> {
         if let Some(last) = &self.last
             && !self.patience.is_over()
         {
             return Err(last.clone());
         }
-        match self.ask(engine_pid) {
+        match self.ask(ours) {
             Ok(figures) => {
                 self.patience.reset();
                 self.last = None;

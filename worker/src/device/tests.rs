@@ -12,6 +12,10 @@ fn simulated(fake: &FakeNvml, gpu: GpuChoice) -> WorkerConfig {
     WorkerConfig { gpu, nvml_library, engine: EngineKind::Simulated, ..WorkerConfig::default() }
 }
 
+fn ours(pid: u32) -> Option<Ours> {
+    Some(Ours { pid, expected_mb: 500 })
+}
+
 fn class(figures: &Device) -> Option<FailureClass> {
     figures.trouble.as_ref().map(|trouble| trouble.class)
 }
@@ -62,7 +66,7 @@ fn a_machine_without_a_gpu_has_a_cpu() {
     assert_eq!(probe.gpu_id, name);
     probe.rename_cpu(7, &HashSet::from([name, cpu_id(&probe.host, 8).expect("id")])).expect("two are taken");
     assert!(probe.gpu_id.as_str().ends_with("-9"));
-    let figures = probe.sample(Some(std::process::id()));
+    let figures = probe.sample(ours(std::process::id()));
     assert!(figures.total_mb > 0 && figures.used_mb > 0 && figures.index.is_none());
     assert_eq!((probe.visible_device(), class(&figures)), ("", None));
     let named = WorkerConfig { gpu_id: Some("gpu-a".to_owned()), ..config };
@@ -81,15 +85,15 @@ fn two_cards_are_told_apart_and_their_tenants_seen() {
 
     fake.set(1, "used_mb", 9_600).expect("a tenant");
     fake.set(1, "processes", "77 900\n78 100").expect("processes");
-    let figures = first.sample(Some(77));
+    let figures = first.sample(ours(77));
     assert_eq!((figures.index, figures.gpus, figures.used_by_others_mb), (Some(0), Some(2), 0));
     assert_eq!((figures.temperature_c, figures.ecc_errors, figures.trouble), (Some(40), Some(0), None));
     assert_eq!((figures.power_w, figures.utilization), (Some(31.5), Some(0.0)));
-    let figures = second.sample(Some(77));
+    let figures = second.sample(ours(77));
     assert_eq!((figures.total_mb, figures.free_mb, figures.used_mb), (16_000, 5_400, 900));
     assert_eq!(figures.used_by_others_mb, 9_700);
     fake.set(1, "used_mb", 14_000).expect("it grows");
-    let figures = second.sample(Some(77));
+    let figures = second.sample(ours(77));
     assert_eq!((figures.free_mb, figures.used_mb, figures.used_by_others_mb), (1_000, 900, 14_100));
 }
 
@@ -119,8 +123,11 @@ fn a_list_of_processes_that_is_refused_leaves_what_came_on_top() {
     let mut probe = Probe::open(&simulated(&fake, GpuChoice::Auto)).expect("a card");
     assert_eq!(probe.sample(None).used_by_others_mb, 2_000);
     fake.set(0, "used_mb", 2_700).expect("ours");
-    let figures = probe.sample(Some(77));
+    let figures = probe.sample(ours(77));
     assert_eq!((figures.used_mb, figures.used_by_others_mb, figures.trouble), (700, 2_000, None));
+    fake.set(0, "used_mb", 9_700).expect("more than our models can explain");
+    let figures = probe.sample(ours(77));
+    assert_eq!((figures.used_mb, figures.used_by_others_mb), (1_100, 8_600));
 }
 
 #[test]
@@ -140,7 +147,7 @@ fn a_simulated_card_shows_who_lives_on_it() {
     }
     fake.set(0, "simulated_card", folder.path().display()).expect("link");
     let mut probe = Probe::open(&simulated(&fake, GpuChoice::Auto)).expect("a card");
-    let figures = probe.sample(Some(me));
+    let figures = probe.sample(ours(me));
     assert_eq!((figures.used_mb, figures.used_by_others_mb, figures.free_mb), (500, 9_600, 5_900));
 }
 

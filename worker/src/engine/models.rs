@@ -148,14 +148,24 @@ fn read_vocabulary(reader: &mut Reader, header: &Header) -> Result<(), String> {
     if tokens == 0 || tokens > header.vocab {
         return Err(format!("vocabulary of {tokens} tokens, the header says {}", header.vocab));
     }
+    let mut has_blank = false;
     for token in 0..tokens {
         let len = reader.u32("vocabulary")?;
         if len > MAX_TOKEN_BYTES {
             return Err(format!("token {token} of {len} bytes"));
         }
-        reader.skip(u64::from(len), "vocabulary")?;
+        if len == 1 {
+            has_blank |= reader.byte("vocabulary")? == b' ';
+        } else {
+            reader.skip(u64::from(len), "vocabulary")?;
+        }
     }
-    Ok(())
+    // whisper.cpp looks it up at the first token of each window, and throws through C where it is missing.
+    if !has_blank {
+        Err("its vocabulary has no token for a blank, without which whisper.cpp aborts".to_owned())
+    } else {
+        Ok(())
+    }
 }
 
 /// Walks all tensors to the end of the file; gives their bytes.
@@ -227,6 +237,13 @@ impl Reader {
         self.take(4, what)?;
         self.inner.read_exact(&mut bytes).map_err(|e| format!("reading {what}: {e}"))?;
         Ok(u32::from_le_bytes(bytes))
+    }
+
+    fn byte(&mut self, what: &str) -> Result<u8, String> {
+        let mut byte = [0u8];
+        self.take(1, what)?;
+        self.inner.read_exact(&mut byte).map_err(|e| format!("reading {what}: {e}"))?;
+        Ok(byte[0])
     }
 
     fn name(&mut self, len: u32, what: &str) -> Result<String, String> {
@@ -318,14 +335,25 @@ mod tests {
         // type of matrices, bytes of a block of 32
         for (tensor_type, ftype) in [(1u32, 1u32), (7, 2_009), (8, 2_007), (2, 2), (3, 2_003), (6, 2_008)] {
             let file = tempfile::NamedTempFile::new().expect("file");
-            write_model(file.path(), 51_866, 128, tensor_type, ftype);
+            write_model(file.path(), b' ', tensor_type, ftype);
             let facts = check("made", file.path()).expect("made as whisper.cpp's own tools make it");
             assert!(facts.multilingual);
         }
     }
 
-    /// A sparse file with the shape of a model: one layer each, no weights behind the names' sizes but holes.
-    fn write_model(path: &Path, vocab: u32, mels: u32, tensor_type: u32, ftype: u32) {
+    #[test]
+    fn a_vocabulary_without_a_blank_is_typed() {
+        let file = tempfile::NamedTempFile::new().expect("file");
+        write_model(file.path(), b'a', 1, 1);
+        match check("m", file.path()) {
+            Err(EngineError::Model { why, .. }) => assert!(why.contains("blank"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A file with the shape of a multilingual model: one layer each, all weights 0, and a vocabulary of nothing and `token`.
+    fn write_model(path: &Path, token: u8, tensor_type: u32, ftype: u32) {
+        let (vocab, mels) = (51_866, 128);
         let mut bytes: Vec<u8> = Vec::new();
         let mut put = |n: u32| bytes.extend_from_slice(&n.to_le_bytes());
         [MAGIC, vocab, 1_500, 64, 1, 1, 448, 64, 1, 1, mels, ftype, mels, 201].into_iter().for_each(&mut put);
@@ -333,7 +361,7 @@ mod tests {
         put(0x2);
         put(0);
         put(1);
-        bytes.push(b'a');
+        bytes.push(token);
         for number in 0..11 + 15 + 24u32 {
             let name = format!("tensor.{number}");
             let (kind, dims) = if number % 2 == 0 { (0, vec![64]) } else { (tensor_type, vec![64, 4]) };

@@ -6,6 +6,9 @@
 //! not masked, and it would switch off alignment by cross attention. Word times are whisper.cpp's own estimate from
 //! timestamp probabilities and energy, and say so ([`WordTiming::TokenEstimate`]).
 
+pub mod context;
+pub mod random;
+pub mod trial;
 pub mod whole;
 
 use std::{collections::HashMap, ffi::c_void, path::Path, sync::Arc};
@@ -15,21 +18,12 @@ use whisper_rs::{
     FullParams, SamplingStrategy, WhisperContext, WhisperContextParameters, WhisperError, WhisperSegment, WhisperState,
 };
 
+use self::context::{Context, MIN_SAMPLES};
 use super::{
     Cancel, EngineError, HeardSegment, HeardWord, Hypothesis, Purpose, Recognizer, RecognizerInfo, Window, checksum,
     guards, last_words, models,
 };
 
-/// Encoder positions per second of audio.
-const POSITIONS_PER_SECOND: usize = 50;
-/// Positions beyond the audio that a partial may look at; with fewer the last word suffers.
-const MARGIN_POSITIONS: usize = 64;
-/// Fewest positions a partial looks at; Whisper was not trained on less than 30 s and grows unreliable far below.
-const MIN_POSITIONS: usize = 512;
-const STEP_POSITIONS: usize = 64;
-const MAX_POSITIONS: usize = 1_500;
-/// Shorter windows are padded with silence: whisper.cpp ignores less than 100 ms and is unsure below a second.
-const MIN_SAMPLES: usize = 16_000;
 /// Prompt tokens that Whisper takes: half its text context, less the token in front.
 const MAX_PROMPT_TOKENS: usize = 223;
 /// whisper.cpp's times are in units of 10 ms.
@@ -179,7 +173,7 @@ impl WhisperRecognizer {
         }
         let full = match window.purpose {
             Purpose::Final => return self.pass(window, 0),
-            Purpose::Partial => fitted_context(window.samples.len()),
+            Purpose::Partial => Context::PARTIAL.positions(window.samples.len()),
         };
         let heard = self.pass(window, full)?;
         let judged = guards::judge(&heard);
@@ -396,12 +390,6 @@ fn ms(ticks: i64, window_ms: u64) -> u64 {
     u64::try_from(ticks.saturating_mul(MS_PER_TICK)).unwrap_or(0).min(window_ms)
 }
 
-/// Positions a partial of so many samples looks at.
-fn fitted_context(samples: usize) -> usize {
-    let needed = (samples.max(MIN_SAMPLES) * POSITIONS_PER_SECOND).div_ceil(16_000) + MARGIN_POSITIONS;
-    needed.next_multiple_of(STEP_POSITIONS).clamp(MIN_POSITIONS, MAX_POSITIONS)
-}
-
 fn decode_error(error: &WhisperError) -> EngineError {
     EngineError::Decode(error.to_string())
 }
@@ -415,15 +403,6 @@ unsafe extern "C" fn is_cancelled(flag: *mut c_void) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn partials_look_at_what_their_audio_needs() {
-        let table =
-            [(0, 512), (16_000, 512), (8 * 16_000, 512), (9 * 16_000, 576), (20 * 16_000, 1_088), (40 * 16_000, 1_500)];
-        for (samples, positions) in table {
-            assert_eq!(fitted_context(samples), positions, "{samples} samples");
-        }
-    }
 
     fn token(text: &[u8], start_ms: i64, end_ms: i64) -> Token {
         Token { bytes: text.to_vec(), probability: 0.5, log_probability: -0.7, start_ms, end_ms }

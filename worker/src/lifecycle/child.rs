@@ -82,7 +82,11 @@ impl Engine {
             stderr.spawn(link::forward_stderr(pipe, last_lines.clone()));
         }
         let (mut writing, mut reading) = (JoinSet::new(), JoinSet::new());
-        let config = EngineConfig { use_gpu: !on_cpu, ..self.0.config.clone() };
+        let mut config = EngineConfig { use_gpu: !on_cpu, ..self.0.config.clone() };
+        if on_cpu && self.0.config.use_gpu {
+            // The card that is shared by turns is not used.
+            config.turns = None;
+        }
         writing.spawn(link::write_frames(write, config, queue));
         let (ready, mut is_ready) = mpsc::channel(1);
         reading.spawn(link::read_frames(read, self.clone(), ready));

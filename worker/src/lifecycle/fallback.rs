@@ -367,7 +367,7 @@ mod tests {
         fallback.failed(clock.at(30), place.clone(), FailureClass::OutOfMemory, &models);
         assert_eq!(fallback.due(clock.at(59).mono, |_| true), []);
         assert_eq!(fallback.due(clock.at(60).mono, |_| false), [], "no room yet");
-        assert_eq!(fallback.due(clock.at(90).mono, |_| true), [place.clone()]);
+        assert_eq!(fallback.due(clock.at(90).mono, |_| true), std::slice::from_ref(&place));
         assert_eq!(fallback.due(clock.at(91).mono, |_| true), [], "it is being tried");
         assert!(fallback.footing(clock.at(91).mono, &asked, &models).expect("base").because.is_some(), "not yet");
         fallback.restored(clock.at(92).mono, &place, &models);
@@ -379,12 +379,12 @@ mod tests {
         for lasts in [120, 240, 480, 960, 1_800, 1_800] {
             assert_eq!(fallback.due(clock.at(at + lasts - 1).mono, |_| true), [], "{lasts}");
             at += lasts;
-            assert_eq!(fallback.due(clock.at(at).mono, |_| true), [place.clone()], "{lasts}");
+            assert_eq!(fallback.due(clock.at(at).mono, |_| true), std::slice::from_ref(&place), "{lasts}");
             fallback.failed(clock.at(at), place.clone(), FailureClass::OutOfMemory, &models);
         }
         // One that worked for long enough begins anew.
         at += 1_800;
-        assert_eq!(fallback.due(clock.at(at).mono, |_| true), [place.clone()]);
+        assert_eq!(fallback.due(clock.at(at).mono, |_| true), std::slice::from_ref(&place));
         fallback.restored(clock.at(at).mono, &place, &models);
         fallback.failed(clock.at(at + 1_801), place.clone(), FailureClass::OutOfMemory, &models);
         assert_eq!(fallback.due(clock.at(at + 1_801 + 60).mono, |_| true), [place]);

@@ -44,7 +44,7 @@ impl Supervisor {
         };
         let (id, epoch) = (&item.job, item.epoch);
         let decision = self.holdings.consider(Kind::Job, id, epoch, &self.offer(&item.options), Instant::now());
-        match self.in_stock(decision, item.options.model.as_deref()) {
+        match self.spared(self.in_stock(decision, item.options.model.as_deref())) {
             // Delivered again while it runs here: its progress acks count for this delivery too.
             Decision::Held => tracing::debug!(job = %id, epoch, "work item delivered again"),
             Decision::Refuse(mut failure) => {

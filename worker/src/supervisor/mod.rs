@@ -5,11 +5,13 @@
 //! | heartbeat | one each second, from shared figures; it and control requests have a connection of their own |
 //! | device | samples NVML or `/proc` |
 //! | engine | keeps the child alive ([`crate::lifecycle`]) |
+//! | relief | makes room where other tenants of the device grow ([`relief`]) |
 //! | serve | control requests, the sessions' tasks, the pull ([`serve`]), jobs ([`jobs`]) |
 
 pub(crate) mod holdings;
 mod jobs;
 mod neighbours;
+pub(crate) mod relief;
 mod serve;
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -32,6 +34,7 @@ use voxfleet_store::{
 
 use self::{
     holdings::Holdings,
+    relief::{Follow, Relief},
     serve::{Reasons, Served},
 };
 use crate::{
@@ -42,6 +45,7 @@ use crate::{
     ipc::{EngineConfig, EngineKind},
     job::Means,
     lifecycle::{Engine, EngineTerms, Program},
+    measures::Measures,
     memory::Memory,
     preempt,
     session::Shared,
@@ -86,6 +90,7 @@ pub(crate) struct Supervisor {
     stock: Stock,
     gpu_id: voxfleet_schema::id::GpuId,
     holdings: Arc<Holdings>,
+    relief: Arc<Relief>,
     engine: Engine,
     shared: Shared,
     means: Means,
@@ -149,6 +154,11 @@ pub async fn run(
     let news = Arc::new(Notify::new());
     let stock = Stock::new(Arc::clone(&news));
     let wanted = engine_config.models.iter().filter(|m| config.prefetch.contains(&m.name)).cloned().collect();
+    let measures = {
+        let (config, device, models) = (config.clone(), first_figures.clone(), engine_config.models.clone());
+        let open = move || Measures::open(config.cache_dir.as_deref(), &device, &models, config.decode_states);
+        tokio::task::spawn_blocking(open).await?
+    };
     let first_uuid = first_figures.uuid.clone();
     let (figures, device) = watch::channel(first_figures.clone());
     let engine = Engine::new(engine_config, program, terms(&config), budget.clone(), device.clone(), Arc::clone(&news));
@@ -174,23 +184,38 @@ pub async fn run(
         let (engine, stop) = (engine.clone(), stop_engine.clone());
         async move { engine.run(stop).await }
     });
+    let relief = Arc::new(Relief::default());
+    let config = Arc::new(config);
+    let follow = Follow {
+        relief: Arc::clone(&relief),
+        config: Arc::clone(&config),
+        default_model: Arc::clone(&default_model),
+        engine: engine.clone(),
+        holdings: Arc::clone(&holdings),
+        device: device.clone(),
+        news: Arc::clone(&news),
+    };
     let sources = Sources {
         identity: identity.clone(),
         name: current.clone(),
         device: device.clone(),
         engine: engine.clone(),
         holdings: Arc::clone(&holdings),
+        relief: Arc::clone(&relief),
         stock: stock.clone(),
+        measures: measures.clone(),
         news,
         every: config.heartbeat(),
     };
     tasks.spawn(needed(shutdown.clone(), heartbeat::run(own.clone(), nats.clone(), sources, stop_tasks.clone())));
+    tasks.spawn(needed(shutdown.clone(), follow.run(stop_tasks.clone())));
     tasks.spawn(needed(shutdown.clone(), heartbeat::sample_device(probe, engine.clone(), figures, stop_tasks.clone())));
     if let Some(store) = store {
         let (stock, stop) = (stock.clone(), stop_tasks.clone());
         tasks.spawn(async move { stock.fetch(store, wanted, stop).await });
     }
     let memory = Memory::new(device.clone());
+    tasks.spawn(measures.clone().run(engine.clone(), device.clone(), stop_tasks.clone()));
     tasks.spawn(needed(shutdown.clone(), memory.clone().run(engine.clone(), stop_tasks.clone())));
     tasks.spawn({
         let (nats, publisher) = (nats.clone(), publisher.clone());
@@ -240,6 +265,7 @@ pub async fn run(
         stock,
         gpu_id: identity.gpu_id.clone(),
         holdings,
+        relief,
         means: Means {
             shared: shared.clone(),
             fetcher: Fetcher::new(config.fetch.clone(), media.clone())?,
@@ -252,7 +278,7 @@ pub async fn run(
         shared,
         engine,
         hints: HintPool::new(hint_bytes, max_entry),
-        config: Arc::new(config),
+        config,
     };
     let ended = supervisor.serve_all(name, Reasons::new(&shutdown, preemptions)).await;
     let ending = ended.budget;

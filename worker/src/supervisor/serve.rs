@@ -170,7 +170,7 @@ impl Supervisor {
                 Phase::Finishing(budget) if time_over => break Served::Stopped(budget),
                 Phase::Serving | Phase::HandingOver(_) | Phase::Finishing(_) => {}
             }
-            let free_jobs = self.holdings.free_job_slots();
+            let free_jobs = if self.relief.refusal().is_some() { 0 } else { self.holdings.free_job_slots() };
             tokio::select! {
                 request = control.next() => {
                     let Some((request, responder)) = request else {
@@ -200,6 +200,8 @@ impl Supervisor {
                     }
                 },
                 Some(loaded) = loads.join_next() => loaded?,
+                // Jobs are asked for again, or no more.
+                () = self.relief.changed() => {}
                 error = &mut pulling, if !matches!(phase, Phase::Finishing(_)) => {
                     tracing::error!(error = &error as &dyn std::error::Error, "pull ended");
                     return Err(WorkerError::Disconnected);
@@ -277,11 +279,14 @@ impl Supervisor {
                 self.release(kind, &id, epoch, Duration::from_millis(finish_ms.into()));
                 ControlReply::Done
             }
-            ControlRequest::Prewarm { model } if self.knows(&model) => {
-                self.prewarm(loads, model);
-                ControlReply::Done
-            }
-            ControlRequest::Prewarm { .. } => refused(FailureClass::ModelMissing, "the model is not on this worker"),
+            ControlRequest::Prewarm { model } => match self.relief.refusal() {
+                Some(failure) => ControlReply::Refused(failure),
+                None if self.knows(&model) => {
+                    self.prewarm(loads, model);
+                    ControlReply::Done
+                }
+                None => refused(FailureClass::ModelMissing, "the model is not on this worker"),
+            },
             ControlRequest::Drain { deadline_ms } => {
                 let deadline_ms = if deadline_ms == 0 { self.config.drain_ms } else { deadline_ms };
                 return (ControlReply::Done, After::Drain(Duration::from_millis(deadline_ms)));
@@ -351,6 +356,14 @@ impl Supervisor {
         }
     }
 
+    /// Nothing is begun while other tenants need what it would take.
+    pub(super) fn spared(&self, decision: Decision) -> Decision {
+        match decision {
+            Decision::Start => self.relief.refusal().map_or(Decision::Start, Decision::Refuse),
+            other => other,
+        }
+    }
+
     fn assign(&self, assignment: Assignment, sessions: &mut JoinSet<Finished>) -> ControlReply {
         let Assignment { kind, id, epoch, options, suspect, crashes, suspect_from, .. } = assignment;
         if kind != Kind::Session {
@@ -358,7 +371,7 @@ impl Supervisor {
             return ControlReply::Refused(failure);
         }
         let decision = self.holdings.consider(kind, &id, epoch, &self.offer(&options), Instant::now());
-        let decision = self.in_stock(decision, options.model.as_deref());
+        let decision = self.spared(self.in_stock(decision, options.model.as_deref()));
         match decision {
             Decision::Held => {}
             Decision::Refuse(failure) => {

@@ -188,7 +188,8 @@ fn a_successor_goes_on_with_a_drain_that_was_asked_for() {
 fn changes_of_health_are_told_once_each() {
     let mut world = World::new(1);
     let told = |w: &World| {
-        let health = [What::Joined, What::Suspect, What::Unhealthy, What::Recovered, What::Draining, What::Dead];
+        use What::{Dead, Draining, Ended, Joined, Recovered, Suspect, Unhealthy};
+        let health = [Joined, Suspect, Unhealthy, Recovered, Draining, Dead, Ended];
         w.told.iter().map(|e| e.what).filter(|what| health.contains(what)).collect::<Vec<_>>()
     };
     world.seconds(2, |_| ());
@@ -198,8 +199,8 @@ fn changes_of_health_are_told_once_each() {
     world.seconds(3, |w| w.beat(0, |_| ()));
     world.seconds(3, |w| w.beat(0, |b| b.draining = true));
     world.seconds(8, |_| ());
-    use What::{Dead, Draining, Joined, Recovered, Suspect, Unhealthy};
-    assert_eq!(told(&world), [Joined, Suspect, Recovered, Unhealthy, Recovered, Draining, Suspect, Dead]);
+    use What::{Draining, Ended, Joined, Recovered, Suspect, Unhealthy};
+    assert_eq!(told(&world), [Joined, Suspect, Recovered, Unhealthy, Recovered, Draining, Ended]);
     for event in &world.told {
         assert_eq!((event.id.as_str(), &event.detail["incarnation"]), ("g0", &"i".into()));
     }

@@ -186,9 +186,10 @@ fn a_smaller_model_is_what_the_worker_is_told_and_the_record_keeps_what_was_aske
     world.core.asked(&id("s"), 1, &worker, AskReply::Taken, world.now);
     world.run();
     assert_eq!(world.record("s").options, options);
-    for what in [What::Assigned, What::Degraded] {
+    assert_eq!(assignment.model_asked.as_deref(), Some("medium"));
+    for (what, asked) in [(What::Assigned, "model_asked"), (What::Degraded, "asked")] {
         let event = world.told.iter().find(|e| e.what == what).expect("told");
-        assert_eq!((&event.detail["model"], &event.detail["model_asked"]), (&"base".into(), &"medium".into()));
+        assert_eq!((&event.detail["model"], &event.detail[asked]), (&"base".into(), &"medium".into()));
     }
     world.ask(2, "s", crate::sessions::Asked::Open(Box::new(options)));
     assert!(matches!(world.answers.last(), Some((CallId(2), Answer::Opened(_)))), "asking again says the same");

@@ -48,12 +48,9 @@ async fn a_smaller_model_is_given_to_the_worker_and_told() -> Result<()> {
     ensure!(asked[0]["options"]["model"] == "small", "{asked:?}");
     let record = setup.state("call", "assigned").await?;
     ensure!(record["options"]["model"] == "medium", "{record}");
-    for what in ["assigned", "degraded"] {
+    for (what, asked) in [("assigned", "model_asked"), ("degraded", "asked")] {
         let events = setup.event("call", what, 1).await?;
-        ensure!(
-            events[0]["detail"]["model"] == "small" && events[0]["detail"]["model_asked"] == "medium",
-            "{events:?}"
-        );
+        ensure!(events[0]["detail"]["model"] == "small" && events[0]["detail"][asked] == "medium", "{events:?}");
     }
     let exact = json!({ "session": "other", "options": { "model": "medium", "policy": "exact_model" } }).to_string();
     ensure!(class(&setup.ask("session.open", exact).await?) == "model_missing");

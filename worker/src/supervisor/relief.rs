@@ -1,0 +1,199 @@
+//! What this worker does when other tenants grow on its device: takes nothing new, gives back what it does not use, and asks
+//! that its sessions be moved, one at a time. The steps are those of [`crate::lifecycle::pressure`].
+
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+use voxfleet_schema::{
+    device::Pressure,
+    failure::{Failure, FailureClass},
+    fleet::{Device, ModelState},
+    id::{Kind, StreamId},
+};
+
+use super::holdings::Holdings;
+use crate::{
+    capacity::locked,
+    config::WorkerConfig,
+    lifecycle::{Engine, Gauge, Memory},
+};
+
+/// When a refused one may ask again: a tenant is looked at each second, and believed after some.
+const RETRY_AFTER_MS: u64 = 5_000;
+
+/// Who is to be moved: its name, and what it is decoded with.
+type Candidate = (StreamId, String);
+
+#[derive(Debug, Default)]
+struct Inner {
+    level: Option<Pressure>,
+    others_mb: u64,
+    free_mb: u64,
+    /// The one session that should be elsewhere.
+    leaves: Option<StreamId>,
+}
+
+/// The present step, for admission and heartbeats.
+#[derive(Debug, Default)]
+pub(crate) struct Relief {
+    inner: Mutex<Inner>,
+    changed: Notify,
+}
+
+impl Relief {
+    pub(crate) fn level(&self) -> Option<Pressure> {
+        locked(&self.inner).level
+    }
+
+    /// Why nothing new is taken, if so.
+    pub(super) fn refusal(&self) -> Option<Failure> {
+        let inner = locked(&self.inner);
+        inner.level?;
+        let Inner { others_mb, free_mb, .. } = *inner;
+        let why = format!("other tenants have {others_mb} MB of the device, {free_mb} MB are free and to stay so");
+        Some(Failure { retry_after_ms: Some(RETRY_AFTER_MS), ..Failure::new(FailureClass::NoCapacity, why) })
+    }
+
+    /// Whether this one should be moved.
+    pub(crate) fn asks_elsewhere(&self, kind: Kind, id: &StreamId) -> bool {
+        kind == Kind::Session && locked(&self.inner).leaves.as_ref() == Some(id)
+    }
+
+    /// Waits until something new may be taken that was not, or the other way round.
+    pub(super) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Says whether anything is new to the fleet.
+    fn set(&self, next: Inner) -> bool {
+        let mut inner = locked(&self.inner);
+        let news = (inner.level, &inner.leaves) != (next.level, &next.leaves);
+        if inner.level.is_some() != next.level.is_some() {
+            self.changed.notify_one();
+        }
+        *inner = next;
+        news
+    }
+}
+
+/// Follows the device's figures until `stop`.
+pub(super) struct Follow {
+    pub(super) relief: Arc<Relief>,
+    pub(super) config: Arc<WorkerConfig>,
+    pub(super) default_model: Arc<str>,
+    pub(super) engine: Engine,
+    pub(super) holdings: Arc<Holdings>,
+    pub(super) device: watch::Receiver<Device>,
+    pub(super) news: Arc<Notify>,
+}
+
+impl Follow {
+    pub(super) async fn run(mut self, stop: CancellationToken) {
+        let mut gauge = Gauge::default();
+        loop {
+            let device = self.device.borrow_and_update().clone();
+            if let Some(memory) = Memory::of(&device, self.config.reserve_mb(device.total_mb)) {
+                let level = gauge.sample(memory);
+                self.act(level, &device);
+            }
+            tokio::select! {
+                () = stop.cancelled() => break,
+                changed = self.device.changed() => if changed.is_err() { break },
+            }
+        }
+    }
+
+    fn act(&self, level: Option<Pressure>, device: &Device) {
+        let before = self.relief.level();
+        let (others_mb, free_mb) = (device.used_by_others_mb, device.free_mb);
+        if level != before {
+            match level {
+                Some(level) => tracing::warn!(?level, others_mb, free_mb, "other tenants need the device"),
+                None => tracing::info!(others_mb, free_mb, "there is room on the device again"),
+            }
+        }
+        if level >= Some(Pressure::ReleaseIdle) {
+            self.engine.release_idle();
+        }
+        let leaves = (level == Some(Pressure::MoveAway)).then(|| self.next_to_leave()).flatten();
+        if self.relief.set(Inner { level, others_mb, free_mb, leaves }) {
+            self.news.notify_one();
+        }
+    }
+
+    /// The one that was asked for stays the one until it has gone.
+    fn next_to_leave(&self) -> Option<StreamId> {
+        let held: Vec<Candidate> = self.sessions();
+        let asked = locked(&self.relief.inner).leaves.clone();
+        let next = next_to_leave(asked.as_ref(), &held, &self.engine.status().models);
+        if next != asked
+            && let Some(id) = &next
+        {
+            tracing::warn!(%id, "to be moved, other tenants need the device");
+        }
+        next
+    }
+
+    fn sessions(&self) -> Vec<Candidate> {
+        let sessions = self.holdings.all().into_iter().filter(|handle| handle.names.kind == Kind::Session);
+        let named = sessions.map(|handle| {
+            let model = handle.desired.borrow().options.model.clone();
+            (handle.names.id.clone(), model.unwrap_or_else(|| self.default_model.as_ref().to_owned()))
+        });
+        named.collect()
+    }
+}
+
+/// Of the model that takes the most memory for the fewest sessions: with the last of them it can go.
+fn next_to_leave(asked: Option<&StreamId>, held: &[Candidate], models: &[ModelState]) -> Option<StreamId> {
+    if let Some(asked) = asked.filter(|asked| held.iter().any(|(id, _)| id == *asked)) {
+        return Some(asked.clone());
+    }
+    let users = |model: &str| held.iter().filter(|(_, m)| m == model).count() as u64;
+    let size = |model: &str| models.iter().find(|m| m.name == model).map_or(0, |m| m.resident_mb.max(m.expected_mb));
+    let worth = |model: &str| size(model) / users(model).max(1);
+    held.iter().max_by_key(|(id, model)| (worth(model), std::cmp::Reverse(id.clone()))).map(|(id, _)| id.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(id: &str) -> StreamId {
+        StreamId::new(id).expect("id")
+    }
+
+    #[test]
+    fn one_leaves_at_a_time_and_first_those_whose_model_is_freed_soonest() {
+        let model = |name: &str, resident_mb| ModelState { name: name.to_owned(), resident_mb, ..Default::default() };
+        let models = [model("large", 4_000), model("base", 400)];
+        let held = |names: &[(&str, &str)]| -> Vec<Candidate> {
+            names.iter().map(|(name, model)| (id(name), (*model).to_owned())).collect()
+        };
+        let all = held(&[("a", "base"), ("b", "large"), ("c", "large"), ("d", "other")]);
+        assert_eq!(next_to_leave(None, &all, &models), Some(id("b")));
+        assert_eq!(next_to_leave(Some(&id("a")), &all, &models), Some(id("a")), "it was asked for");
+        assert_eq!(next_to_leave(Some(&id("gone")), &all, &models), Some(id("b")));
+        let many: Vec<Candidate> = (0..20).map(|n| (id(&format!("s{n}")), "large".to_owned())).collect();
+        let many = [many, held(&[("a", "base")])].concat();
+        assert_eq!(next_to_leave(None, &many, &models), Some(id("a")), "one move frees 400 MB, twenty the large one");
+        assert_eq!(next_to_leave(None, &[], &models), None);
+    }
+
+    #[tokio::test]
+    async fn the_refusal_names_what_the_others_have() {
+        let relief = Relief::default();
+        assert_eq!(relief.refusal(), None);
+        let pressed =
+            || Inner { level: Some(Pressure::MoveAway), others_mb: 15_500, free_mb: 300, leaves: Some(id("s")) };
+        assert!(relief.set(pressed()) && !relief.set(pressed()), "told once");
+        relief.changed().await;
+        let refusal = relief.refusal().expect("refused");
+        assert_eq!(refusal.class, FailureClass::NoCapacity);
+        assert!(refusal.message.contains("15500 MB") && refusal.message.contains("300 MB"), "{refusal}");
+        assert!(relief.asks_elsewhere(Kind::Session, &id("s")) && !relief.asks_elsewhere(Kind::Job, &id("s")));
+        assert!(relief.set(Inner::default()));
+        assert_eq!((relief.refusal(), relief.level()), (None, None));
+    }
+}
