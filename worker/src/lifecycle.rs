@@ -45,7 +45,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use voxfleet_schema::{
     device::EngineEnd,
-    fleet::{Device, EngineRunState, EngineState, ModelState},
+    fleet::{Device, EngineRunState, EngineState, ModelState, Residency},
     id::{Kind, StreamId},
     transcript::VadKind,
 };
