@@ -6,7 +6,7 @@
 //!
 //! | module | does |
 //! |---|---|
-//! | [`child`], [`link`], [`spawn`] | one child from fork to reaping, its socket and its words |
+//! | [`child`], [`link`], [`hear`], [`spawn`] | one child from fork to reaping, its socket and what it says there |
 //! | [`cause`] | why it ended, and the remedy; pure |
 //! | [`ladder`], [`fallback`], [`standing`] | what runs for whom when the device fails; the first two pure |
 //! | [`idle`] | when an engine that nobody needs ends; pure |
@@ -17,6 +17,7 @@
 mod cause;
 mod child;
 mod fallback;
+mod hear;
 mod idle;
 mod ladder;
 mod link;
@@ -44,7 +45,6 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use voxfleet_schema::{
     device::EngineEnd,
-    failure::FailureClass,
     fleet::{Device, EngineRunState, EngineState, ModelState, Residency},
     id::{Kind, StreamId},
     transcript::VadKind,
@@ -67,7 +67,7 @@ pub(crate) use self::{
 };
 use crate::{
     capacity::{Account, Budget, locked},
-    ipc::{EngineConfig, EngineKind, FromEngine, ToEngine},
+    ipc::{EngineConfig, EngineKind, ToEngine},
     session::Names,
 };
 
@@ -489,108 +489,6 @@ impl Engine {
         if matches!(state, EngineRunState::Restarting | EngineRunState::Failed) {
             self.0.news.notify_one();
         }
-    }
-
-    /// Takes one message from the child. Called by its reader only.
-    fn receive(&self, message: FromEngine) {
-        let outbox = |handle: u64| locked(&self.0.outboxes).get(&handle).cloned();
-        locked(&self.0.progress).heard();
-        match message {
-            FromEngine::Began { handle, at } => {
-                let name = outbox(handle).map(|outbox| outbox.name.clone());
-                let mut decoding = locked(&self.0.decoding);
-                let begun = decoding.entry(handle).or_insert(Decoding { name, at, windows: 0 });
-                begun.at = at;
-                begun.windows += 1;
-            }
-            FromEngine::Stepping { handle, at } => {
-                let name = outbox(handle).map(|outbox| outbox.name.clone());
-                *locked(&self.0.stepping) = Some(Doing { name, at, stepping: true });
-            }
-            FromEngine::Stepped => *locked(&self.0.stepping) = None,
-            FromEngine::Over { handle } => {
-                let mut decoding = locked(&self.0.decoding);
-                if let Some(begun) = decoding.get_mut(&handle) {
-                    begun.windows -= 1;
-                    if begun.windows == 0 {
-                        decoding.remove(&handle);
-                    }
-                }
-            }
-            // Hearing it was all.
-            FromEngine::Pong { .. } => {}
-            // Only the first one counts, and that one was taken by the reader.
-            FromEngine::Ready { .. } => tracing::warn!("engine said ready twice"),
-            FromEngine::Loaded { model, took_ms, resident_mb } => {
-                tracing::info!(model, took_ms, resident_mb, "model loaded");
-                locked(&self.0.loads).insert(model.clone(), Load::Took { ms: took_ms });
-                self.has_loaded(&model);
-            }
-            FromEngine::Models(models) => self.models_are(models),
-            FromEngine::Consumed { handle, bytes } => {
-                if let Some(outbox) = outbox(handle) {
-                    outbox.account.consumed(bytes);
-                }
-            }
-            FromEngine::Note { handle, note } => {
-                if let Some(outbox) = outbox(handle) {
-                    outbox.note(note);
-                }
-            }
-            FromEngine::Partial { handle, partial } => {
-                if let Some(outbox) = outbox(handle) {
-                    outbox.partial(*partial);
-                }
-            }
-            FromEngine::Final { handle, draft } => {
-                if let Some(outbox) = outbox(handle) {
-                    outbox.final_draft(*draft);
-                }
-            }
-            FromEngine::Finished { handle } => {
-                if let Some(outbox) = outbox(handle) {
-                    outbox.finished();
-                }
-            }
-            FromEngine::Failed { handle, failure } => {
-                if let Some(outbox) = outbox(handle) {
-                    if failure.class == FailureClass::OutOfMemory {
-                        self.has_no_room(&outbox.model);
-                    }
-                    outbox.failed(failure);
-                }
-            }
-            FromEngine::Progress { decodes, audio_ms, busy_ms, working } => {
-                locked(&self.0.progress).progress(Instant::now(), decodes, audio_ms, busy_ms, working);
-                self.0.activity.notify_one();
-            }
-        }
-    }
-
-    /// The child's models, and what is new about them.
-    fn models_are(&self, models: Vec<ModelState>) {
-        let mut was = Vec::new();
-        self.0.status.send_modify(|status| was = std::mem::replace(&mut status.models, models.clone()));
-        for model in &models {
-            let before = was.iter().find(|before| before.name == model.name).map(|before| before.state);
-            match (before, model.state) {
-                (Some(before), now) if before == now => {}
-                (_, Residency::Loading) => {
-                    tracing::info!(model = model.name, expected_mb = model.expected_mb, "model load begins");
-                    locked(&self.0.loads).insert(model.name.clone(), Load::Since(Instant::now()));
-                }
-                (_, Residency::NoRoom) => {
-                    tracing::warn!(model = model.name, expected_mb = model.expected_mb, "no memory for a model");
-                    self.has_no_room(&model.name);
-                }
-                (Some(Residency::Loaded), Residency::Available) => {
-                    let freed_mb = was.iter().find(|before| before.name == model.name).map(|was| was.resident_mb);
-                    tracing::info!(model = model.name, freed_mb, "model released");
-                }
-                _ => {}
-            }
-        }
-        self.0.activity.notify_one();
     }
 
     fn standbys(&self) -> Vec<voxfleet_schema::device::Standby> {
