@@ -129,7 +129,11 @@ impl Setup {
     }
 
     async fn events(&self, session: &str, what: &str) -> Result<Vec<Value>> {
-        let subject = format!("asr.v1.event.session.{session}.{what}");
+        self.events_on(&format!("asr.v1.event.session.{session}.{what}")).await
+    }
+
+    async fn events_on(&self, subject: &str) -> Result<Vec<Value>> {
+        let subject = subject.to_owned();
         let stream = self.js.get_stream("ASR_EVENT").await?;
         let config = jetstream::consumer::pull::OrderedConfig { filter_subject: subject, ..Default::default() };
         let consumer = stream.create_consumer(config).await?;

@@ -113,23 +113,22 @@ async fn a_lost_device_gives_its_work_away_and_a_drained_worker_is_not_called_de
     second.has("call", 2).await?;
     let fleet = |what: &str| format!("asr.v1.event.fleet.g0.{what}");
     let told = eventually("unhealthy", SOON, || async {
-        setup.read("ASR_EVENT", &fleet("unhealthy")).await.ok().filter(|found| !found.is_empty())
+        setup.events_on(&fleet("unhealthy")).await.ok().filter(|found| !found.is_empty())
     })
     .await?;
-    let event: Value = serde_json::from_slice(&told[0].payload)?;
-    ensure!(event["detail"]["why"] == "device_lost: off the bus", "{event}");
+    ensure!(told[0]["detail"]["why"] == "device_lost: off the bus", "{told:?}");
     first.let_go("call").await?;
     first.lock().says = json!({ "draining": true });
     eventually("it drains", SOON, || async {
-        setup.read("ASR_EVENT", &fleet("draining")).await.ok().filter(|found| !found.is_empty())
+        setup.events_on(&fleet("draining")).await.ok().filter(|found| !found.is_empty())
     })
     .await?;
     first.stop.cancel();
     eventually("its end", SOON, || async {
-        setup.read("ASR_EVENT", &fleet("ended")).await.ok().filter(|found| !found.is_empty())
+        setup.events_on(&fleet("ended")).await.ok().filter(|found| !found.is_empty())
     })
     .await?;
-    ensure!(setup.read("ASR_EVENT", &fleet("dead")).await?.is_empty());
+    ensure!(setup.events_on(&fleet("dead")).await?.is_empty());
     let status = setup.ask("fleet.status", "").await?;
     ensure!(status["ok"]["dead"].is_null(), "{status}");
     second.stop.cancel();

@@ -114,8 +114,10 @@ async fn hostile_requests_and_entries_get_their_answer_and_cost_nothing() -> Res
         let reply = setup.ask("session.open", body.to_owned()).await?;
         ensure!(class(&reply) == "bad_request", "{reply} to {}", &body[..body.len().min(40)]);
     }
-    let reply = setup.ask("plan", "{}").await?;
-    ensure!(reply["error"]["message"].as_str().is_some_and(|m| m.contains("not available")), "{reply}");
+    for body in ["{\"modell\":\"small\"}", "{\"sessions\":-1}", "[1]"] {
+        let reply = setup.ask("plan", body).await?;
+        ensure!(class(&reply) == "bad_request", "{reply} to {body}");
+    }
     for body in ["{}", "{\"gpu_id\":\"a b\"}", "{\"gpu_id\":\"g0\",\"force\":true}"] {
         let reply = setup.ask("fleet.drain", body).await?;
         ensure!(class(&reply) == "bad_request", "{reply} to {body}");
