@@ -63,8 +63,8 @@ impl Exit {
             NotFound | Forbidden => Exit::NotFound,
             Unavailable => Exit::Unavailable,
             NoCapacity | NoWorkers | Timeout => Exit::Refused,
-            BadRequest | ModelMissing | ModelDoesNotFit | OutOfMemory | EngineCrash | Cancelled | Internal
-            | Unknown => Exit::Failure,
+            BadRequest | ModelMissing | ModelDoesNotFit | OutOfMemory | EngineCrash | DeviceLost | DriverMismatch
+            | MissingLibrary | Cancelled | Internal | Unknown => Exit::Failure,
         }
     }
 
