@@ -7,6 +7,7 @@ mod drain;
 mod examples;
 mod job;
 mod models;
+mod plan;
 
 use std::path::PathBuf;
 
@@ -17,6 +18,7 @@ pub(crate) use dead::*;
 pub(crate) use drain::*;
 pub(crate) use job::*;
 pub(crate) use models::*;
+pub(crate) use plan::*;
 
 use crate::{exit::Exit, logging::LogFormat};
 
@@ -91,7 +93,7 @@ pub(crate) enum Command {
     Drain(DrainArgs),
     /// Models of this machine: list, pull, verify, remove
     Models(ModelsArgs),
-    /// Which models and how many sessions fit on this device
+    /// Which models and how many sessions fit on a card, or on a fleet of them
     Plan(PlanArgs),
     /// Check what can be wrong, and name the mend
     Doctor(DoctorArgs),

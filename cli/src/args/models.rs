@@ -1,4 +1,4 @@
-//! Arguments of `models` and `plan`.
+//! Arguments of `models`.
 
 use clap::{Args, Subcommand};
 
@@ -72,30 +72,4 @@ pub(crate) struct VerifyArgs {
 pub(crate) struct RemoveArgs {
     #[arg(value_name = "NAME")]
     pub(crate) name: String,
-}
-
-#[derive(Debug, Clone, Args)]
-#[command(after_help = "Examples:
-  voxfleet plan
-  voxfleet plan --device-mb 24576 --others-mb 2048
-  voxfleet plan --sessions 16 --json | jq -r '.options[] | select(.sessions == 16).model'
-
-Weights count once for each model, a decode state for each of the pool, and a session only buffers in the memory of the
-host. A tenth of the device stays free. Memory of models is published, not measured. Memory says what fits, not whether
-the device is fast enough for it.")]
-pub(crate) struct PlanArgs {
-    /// Plan for a GPU of this size instead of the device here
-    #[arg(long, value_name = "MB", value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) device_mb: Option<u64>,
-    /// Device memory that others use [default: what they use now; 0 with --device-mb]
-    #[arg(long, value_name = "MB")]
-    pub(crate) others_mb: Option<u64>,
-    /// Sessions to hold at once [default: the setting worker.slots]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) sessions: Option<u64>,
-    /// Decode states in the pool [default: the setting worker.decode_states]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=8))]
-    pub(crate) states: Option<u64>,
-    #[command(flatten)]
-    pub(crate) output: OutputArgs,
 }

@@ -1,13 +1,20 @@
-//! `voxfleet plan`: which models and how many sessions fit on this machine, or on one that is described.
+//! `voxfleet plan`: which models and how many sessions fit on the devices here, on a card that is described, or on a
+//! fleet of cards.
 
-use serde_json::json;
-use voxfleet_schema::fleet::Device;
+mod bar;
+mod figures;
+mod fleet;
+mod text;
+
+use serde_json::{Value, json};
+use voxfleet_schema::{fleet::Device, plan::Risk};
 use voxfleet_store::models::{
-    Catalog, ModelKind,
-    plan::{PlanOption, Room, Weight, Wish, plan},
+    Catalog, Model,
+    measured::{DeviceKey, Measured},
+    plan::{self, Card, Needs, Planned, Stance, Tenant, Wish, plan, quality},
 };
 
-use super::status::table;
+use self::figures::{Known, On, SESSION_MB};
 use crate::{
     Context,
     args::PlanArgs,
@@ -16,42 +23,61 @@ use crate::{
     transcript::screen::{object, out},
 };
 
-/// A CUDA context on a current GPU, published.
-const CONTEXT_MB: u64 = 530;
-/// What a session costs the host: four guaranteed MB of audio, and its window in the engine.
-const SESSION_MB: u64 = 6;
 /// Where no worker can be asked: what one of a small GPU has.
 #[cfg(not(feature = "worker"))]
 const DEFAULTS: (u64, u64) = (4, 2);
 
-/// The device planned for.
+/// A card planned for.
 struct Target {
-    name: String,
-    room: Room,
+    card: Card,
+    /// Under which figures of it are kept; none where nobody measured such a card.
+    key: Option<DeviceKey>,
+    on: On,
+    /// What the driver says against it.
+    trouble: Option<String>,
+}
+
+/// What was found for a card.
+struct Found {
+    card: Card,
+    options: Vec<Planned>,
+    /// Variants of models better than the recommended one that are safe too.
+    variants: Vec<Planned>,
+    trouble: Option<String>,
 }
 
 pub(crate) async fn run(args: &PlanArgs, context: &Context) -> anyhow::Result<Exit> {
     let settings = context.configure(&[Role::Models], "error")?.settings;
-    let catalog = Catalog::load(settings.models.catalog.as_deref()).or_exit(Exit::Config)?;
-    let target = target(args, &settings).await?;
+    let known = known(&settings)?;
     let (sessions, states) = defaults(&settings);
     let wish = Wish {
         sessions: args.sessions.unwrap_or(sessions),
         states: args.states.unwrap_or(states),
-        session_mb: SESSION_MB,
+        host_session_mb: SESSION_MB,
     };
-    let whisper = catalog.models().iter().filter(|m| m.kind == ModelKind::Whisper);
-    let weights: Vec<Weight> =
-        whisper.map(|m| Weight { model: m.name.clone(), weights_mb: m.weights_mb(), state_mb: m.state_mb }).collect();
-    let options = plan(target.room, &weights, wish);
+    if let Some(path) = &args.fleet {
+        return fleet::run(path, args, &known, wish);
+    }
+    let named = known.named(&args.models).or_exit(Exit::NotFound)?;
+    let found: Vec<Found> =
+        targets(args, &settings, &known).await?.into_iter().map(|t| find(t, &known, named.as_deref(), wish)).collect();
     if args.output.json {
-        object(&json!({
-            "device": target.name, "room": target.room, "sessions": wish.sessions, "states": wish.states, "options": options,
-        }))?;
+        object(&as_json(&found, wish))?;
     } else {
-        out(&text(&target, wish, &options))?;
+        let texts: Vec<String> = found.iter().map(|found| text::card(found, wish)).collect();
+        out(&texts.join("\n\n"))?;
     }
     Ok(Exit::Ok)
+}
+
+fn known(settings: &Settings) -> anyhow::Result<Known> {
+    let catalog = Catalog::load(settings.models.catalog.as_deref()).or_exit(Exit::Config)?;
+    #[cfg(feature = "worker")]
+    let measured = settings.worker.cache_dir.as_deref().map(Measured::in_cache);
+    // Only a worker measures; a build without one plans by what is published.
+    #[cfg(not(feature = "worker"))]
+    let measured: Option<Measured> = None;
+    Ok(Known { catalog, measured, dir: settings.models.dir.clone() })
 }
 
 fn defaults(settings: &Settings) -> (u64, u64) {
@@ -65,83 +91,139 @@ fn defaults(settings: &Settings) -> (u64, u64) {
     }
 }
 
-async fn target(args: &PlanArgs, settings: &Settings) -> anyhow::Result<Target> {
-    if let Some(total_mb) = args.device_mb {
-        let others_mb = args.others_mb.unwrap_or(0);
-        let host = look(settings, true).await.ok();
-        let room = Room { total_mb, others_mb, context_mb: CONTEXT_MB, host_mb: host.map(|h| h.free_mb) };
-        return Ok(Target { name: format!("a GPU of {total_mb} MB"), room });
-    }
-    let device = look(settings, false).await?;
-    let is_gpu = device.uuid.is_some();
-    let host_mb = if is_gpu { look(settings, true).await.ok().map(|host| host.free_mb) } else { None };
-    Ok(Target {
-        room: Room {
-            total_mb: device.total_mb,
-            others_mb: args.others_mb.unwrap_or(device.total_mb.saturating_sub(device.free_mb)),
-            context_mb: if is_gpu { CONTEXT_MB } else { 0 },
-            host_mb,
-        },
-        name: device.name,
-    })
+/// Up to which share of a card a plan is safe, and beyond which nothing is loaded: what dispatcher and worker leave free.
+fn lines(settings: &Settings) -> (u8, u8) {
+    #[cfg(feature = "dispatcher")]
+    let safe = 100_u8.saturating_sub(settings.dispatcher.reserve_percent);
+    #[cfg(not(feature = "dispatcher"))]
+    let safe = plan::SAFE_PERCENT;
+    #[cfg(feature = "worker")]
+    let most = 100_u8.saturating_sub(settings.worker.memory_reserve_percent);
+    #[cfg(not(feature = "worker"))]
+    let most = plan::MOST_PERCENT;
+    #[cfg(not(any(feature = "dispatcher", feature = "worker")))]
+    let _unread = settings;
+    (safe, most)
 }
 
-/// The device a worker here would use, or the memory of the host.
-#[cfg(feature = "worker")]
-async fn look(settings: &Settings, host: bool) -> anyhow::Result<Device> {
-    use voxfleet_worker::{config::GpuChoice, device};
-    let mut config = settings.worker.clone();
-    if host {
-        config.gpu = GpuChoice::None;
+async fn targets(args: &PlanArgs, settings: &Settings, known: &Known) -> anyhow::Result<Vec<Target>> {
+    let (safe_percent, most_percent) = lines(settings);
+    if let Some(gpu) = &args.gpu {
+        let card = Card {
+            name: gpu.name.clone(),
+            total_mb: gpu.total_mb,
+            tenants: args.tenants.clone(),
+            safe_percent,
+            most_percent,
+            // It is in some other machine.
+            host_mb: None,
+        };
+        let key = known.described(&gpu.name, gpu.total_mb);
+        return Ok(vec![Target { card, key, on: On::Gpu, trouble: None }]);
     }
-    let looked = tokio::task::spawn_blocking(move || device::look(&config)).await.or_exit(Exit::Internal)?;
-    looked.or_exit(Exit::Config)
+    let devices = look(settings).await?;
+    let host_mb = match devices.iter().any(|d| d.uuid.is_some()) {
+        true => look_at_host(settings).await?,
+        false => None,
+    };
+    let target = |device: Device| {
+        let on = if device.uuid.is_some() { On::Gpu } else { On::Cpu };
+        let others_mb = device.total_mb.saturating_sub(device.free_mb);
+        let now = (others_mb > 0).then(|| Tenant { name: "in use now".to_owned(), mb: others_mb });
+        let key = DeviceKey { name: device.name.clone(), total_mb: device.total_mb };
+        let tenants = now.into_iter().chain(args.tenants.iter().cloned()).collect();
+        let host_mb = host_mb.filter(|_| on == On::Gpu);
+        let trouble = device.trouble.map(|t| t.message);
+        let (name, total_mb) = (device.name, device.total_mb);
+        let card = Card { name, total_mb, tenants, safe_percent, most_percent, host_mb };
+        Target { card, key: Some(key), on, trouble }
+    };
+    Ok(devices.into_iter().map(target).collect())
+}
+
+/// The devices that workers here would use: each GPU, unless the settings name one, or the host.
+#[cfg(feature = "worker")]
+async fn look(settings: &Settings) -> anyhow::Result<Vec<Device>> {
+    use voxfleet_worker::config::GpuChoice;
+    let first = look_at(settings, settings.worker.gpu.clone()).await?;
+    let gpus = first.gpus.filter(|_| settings.worker.gpu == GpuChoice::Auto).unwrap_or(1);
+    let mut devices = vec![first];
+    for index in 0..gpus {
+        if devices[0].index.is_some_and(|first| first != index) {
+            devices.push(look_at(settings, GpuChoice::Index(index)).await?);
+        }
+    }
+    Ok(devices)
+}
+
+#[cfg(feature = "worker")]
+async fn look_at(settings: &Settings, gpu: voxfleet_worker::config::GpuChoice) -> anyhow::Result<Device> {
+    let config = voxfleet_worker::WorkerConfig { gpu, ..settings.worker.clone() };
+    let looked = tokio::task::spawn_blocking(move || voxfleet_worker::device::look(&config)).await;
+    looked.or_exit(Exit::Internal)?.or_exit(Exit::Config)
+}
+
+/// Free memory of the host, for the buffers of sessions.
+#[cfg(feature = "worker")]
+async fn look_at_host(settings: &Settings) -> anyhow::Result<Option<u64>> {
+    Ok(Some(look_at(settings, voxfleet_worker::config::GpuChoice::None).await?.free_mb))
 }
 
 #[cfg(not(feature = "worker"))]
-async fn look(_settings: &Settings, _host: bool) -> anyhow::Result<Device> {
-    Err(anyhow::anyhow!("this build has no worker and can not look at the device; describe it with --device-mb"))
+async fn look(_settings: &Settings) -> anyhow::Result<Vec<Device>> {
+    Err(anyhow::anyhow!("this build has no worker and can not look at the device; describe it with --gpu NAME:SIZE"))
         .or_exit(Exit::Usage)
 }
 
-fn text(target: &Target, wish: Wish, options: &[PlanOption]) -> String {
-    let Room { total_mb, others_mb, .. } = target.room;
-    let mut text = format!(
-        "{}: {total_mb} MB, {others_mb} used by others; {} sessions, {} decode states\n",
-        target.name, wish.sessions, wish.states
-    );
-    let mut rows = vec![["MODEL", "SESSIONS", "USED MB", "UTILIZATION", "RISK"].map(str::to_owned).to_vec()];
-    rows.extend(options.iter().map(|option| match option.sessions {
-        0 => vec![option.model.clone(), "0".to_owned(), option.used_mb.to_string(), "does not fit".to_owned()],
-        sessions => vec![
-            option.model.clone(),
-            sessions.to_string(),
-            option.used_mb.to_string(),
-            format!("{:.0} %", option.utilization * 100.0),
-            option.risk.as_str().to_owned(),
-        ],
-    }));
-    text.push_str(&table(&rows));
-    text.push_str("by memory; whether the device is fast enough, `voxfleet bench` tells");
-    text
+#[cfg(not(feature = "worker"))]
+async fn look_at_host(_settings: &Settings) -> anyhow::Result<Option<u64>> {
+    Ok(None)
+}
+
+fn find(target: Target, known: &Known, named: Option<&[&Model]>, wish: Wish) -> Found {
+    let Target { card, key, on, trouble } = target;
+    let needs =
+        |models: &[&Model]| -> Vec<Needs> { models.iter().map(|model| known.needs(model, key.as_ref(), on)).collect() };
+    // What is in the folder here says nothing of a card elsewhere.
+    let here = card.host_mb.is_some() || on == On::Cpu;
+    let options = plan(&card, &needs(&named.map_or_else(|| known.usual(here), <[&Model]>::to_vec)), wish);
+    let variants = if named.is_some() { Vec::new() } else { variants(&card, &options, &needs, known, wish) };
+    Found { card, options, variants, trouble }
+}
+
+/// Of those that know many languages, for one language more is worth more than the next size.
+fn variants(
+    card: &Card,
+    options: &[Planned],
+    needs: &dyn Fn(&[&Model]) -> Vec<Needs>,
+    known: &Known,
+    wish: Wish,
+) -> Vec<Planned> {
+    let best = options.iter().find(|o| o.stance == Some(Stance::Recommended));
+    let shown = |model: &Model| options.iter().any(|o| o.option.model == model.name);
+    // large-v3 needs the same memory and replaced it.
+    let superseded = |model: &Model| model.name.starts_with("large-v2");
+    let others: Vec<&Model> = known.whisper().filter(|m| m.multilingual && !shown(m) && !superseded(m)).collect();
+    let better = |o: &Planned| best.is_none_or(|best| quality(&o.figures) < quality(&best.figures));
+    let mut variants = plan(card, &needs(&others), wish);
+    variants.retain(|o| o.option.risk == Risk::Safe && o.option.sessions == wish.sessions && better(o));
+    variants.sort_by(|a, b| quality(&a.figures).cmp(&quality(&b.figures)));
+    variants
+}
+
+fn as_json(found: &[Found], wish: Wish) -> Value {
+    let one = |found: &Found| {
+        json!({
+            "device": found.card.name, "card": found.card, "trouble": found.trouble, "sessions": wish.sessions,
+            "states": wish.states, "options": found.options, "variants": found.variants,
+        })
+    };
+    let mut all: Vec<Value> = found.iter().map(one).collect();
+    let mut first = if all.is_empty() { json!({}) } else { all.remove(0) };
+    // Machines with one device need not know that there are others.
+    first["further"] = Value::Array(all);
+    first
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_does_not_fit_says_so() {
-        let room = Room { total_mb: 4_000, others_mb: 0, context_mb: CONTEXT_MB, host_mb: None };
-        let weights = ["small", "large"].map(|name| Weight {
-            model: name.to_owned(),
-            weights_mb: if name == "small" { 466 } else { 2_952 },
-            state_mb: 386,
-        });
-        let wish = Wish { sessions: 4, states: 2, session_mb: 6 };
-        let target = Target { name: "a GPU".to_owned(), room };
-        let text = text(&target, wish, &plan(room, &weights, wish));
-        assert!(text.contains("small  4         1792     45 %          low"), "{text}");
-        assert!(text.contains("large  0         4254     does not fit"), "{text}");
-    }
-}
+mod tests;

@@ -10,11 +10,15 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use voxfleet_harness::{
+    find,
     https::{Answer, Server},
     process::{Settings, voxfleet},
     wait::eventually,
 };
-use voxfleet_store::models::InUse;
+use voxfleet_store::models::{
+    Catalog, InUse,
+    measured::{DeviceKey, Figures, Measured, ModelKey},
+};
 
 const SIZE: usize = 1_000_000;
 const SOON: Duration = Duration::from_secs(20);
@@ -344,25 +348,96 @@ async fn a_full_disk_names_the_folder_and_what_is_needed() -> Result<()> {
     Ok(())
 }
 
+fn option<'a>(planned: &'a Value, name: &str) -> &'a Value {
+    let options = planned["options"].as_array().map(Vec::as_slice).unwrap_or_default();
+    options.iter().find(|o| o["model"] == name).unwrap_or(&Value::Null)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plan_says_what_fits() -> Result<()> {
     let shelf = Shelf::new().await?;
-    let arguments =
-        ["plan", "--device-mb", "8192", "--others-mb", "1024", "--sessions", "16", "--states", "2", "--json"];
-    let planned = shelf.object(&arguments).await?;
-    let of = |name: &str| {
-        let options = planned["options"].as_array().map(Vec::as_slice).unwrap_or_default();
-        options.iter().find(|o| o["model"] == name).cloned().unwrap_or_default()
-    };
+    let card = ["plan", "--gpu", "A2000:8GB", "--tenant", "other=1GB", "--sessions", "16", "--states", "2", "--json"];
+    let planned = shelf.object(&card).await?;
     // 530 + 466 + 2 x 386
-    ensure!(of("small")["sessions"] == 16 && of("small")["used_mb"] == 1_768, "{planned:#}");
-    ensure!(of("small")["risk"] == "low" && of("large-v3")["risk"] == "medium", "{planned:#}");
-    let utilization = of("small")["utilization"].as_f64().context("a fraction")?;
+    let small = option(&planned, "small");
+    ensure!(small["sessions"] == 16 && small["used_mb"] == 1_768 && small["risk"] == "safe", "{planned:#}");
+    let utilization = small["utilization"].as_f64().context("a fraction")?;
     ensure!((utilization - (1_024.0 + 1_768.0) / 8_192.0).abs() < 1e-3, "{utilization}");
-    let tight = shelf.object(&["plan", "--device-mb", "4096", "--json"]).await?;
-    let large = tight["options"].as_array().and_then(|o| o.iter().find(|o| o["model"] == "large-v3").cloned());
-    ensure!(large.is_some_and(|o| o["sessions"] == 0), "{tight:#}");
+    ensure!(planned["options"][0]["model"] == "large-v3" && planned["options"][0]["stance"] == "recommended");
+    let tight = shelf.object(&["plan", "--gpu", "a:4GB", "--json"]).await?;
+    let large = option(&tight, "large-v3");
+    ensure!(large["sessions"] == 0 && large["risk"] == "refuse" && large["stance"].is_null(), "{tight:#}");
     let (code, said) = shelf.run(&["plan"]).await?;
-    ensure!(code == 0 && said.contains("UTILIZATION") && said.contains("tiny.en"), "{code} {said}");
+    ensure!(
+        code == 0 && said.contains("UTIL.") && said.contains("in use now") && said.contains("tiny"),
+        "{code} {said}"
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_of_a_t4_recommends_medium() -> Result<()> {
+    let shelf = Shelf::new().await?;
+    let (code, said) = shelf.run(&["plan", "--gpu", "T4:15GB", "--tenant", "voxtral=9.6GB"]).await?;
+    ensure!(code == 0, "{code} {said}");
+    let rows = ["medium    4         2       3267     85 %", "large-v3  4         1       4430     93 %"];
+    ensure!(rows.iter().all(|row| said.contains(row)), "{said}");
+    for (name, stance) in [("medium", "recommended"), ("large-v3", "aggressive"), ("base", "conservative")] {
+        let row = said.lines().find(|l| l.starts_with(name)).context("a row")?;
+        ensure!(row.ends_with(stance), "{row}");
+    }
+    ensure!(said.contains("large-v3-turbo 83 %"), "{said}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_uses_what_was_measured_on_such_a_card() -> Result<()> {
+    let mut shelf = Shelf::new().await?;
+    let cache = shelf.dir.path().join("cache");
+    shelf.set("worker.cache_dir", &cache.display().to_string());
+    let catalog = Catalog::built_in()?;
+    let key = ModelKey::of_catalog(catalog.get("small").context("small")?).context("a key")?;
+    let device = DeviceKey { name: "Tesla T4".to_owned(), total_mb: 15_109 };
+    let figures = Figures { weights_mb: Some(460), state_mb: Some(300), at_ms: 1, ..Figures::default() };
+    Measured::in_cache(&cache).record(&device, &key, figures)?;
+    let planned = shelf.object(&["plan", "--gpu", "T4:15GB", "--json"]).await?;
+    let small = option(&planned, "small");
+    ensure!(small["used_mb"] == 530 + 460 + 2 * 300, "{small:#}");
+    ensure!(small["figures"]["weights"]["from"] == "measured" && small["figures"]["context"]["from"] == "catalog");
+    let elsewhere = shelf.object(&["plan", "--gpu", "L4:24GB", "--json"]).await?;
+    ensure!(option(&elsewhere, "small")["used_mb"] == 1_768, "{elsewhere:#}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_of_a_fleet_says_what_becomes_of_it() -> Result<()> {
+    let shelf = Shelf::new().await?;
+    let file = find::root().join("examples/fleet-eight-cards.toml").display().to_string();
+    let planned = shelf.object(&["plan", "--fleet", &file, "--json"]).await?;
+    ensure!(planned["cards"].as_array().is_some_and(|c| c.len() == 8) && planned["lost"] == serde_json::json!([]));
+    let failures = planned["failures"].as_array().context("failures")?;
+    ensure!(failures.len() == 8 + 28 && failures.iter().all(|f| f["risk"] == "safe"), "{planned:#}");
+    let four = ["plan", "--fleet", &file, "--fail", "gpu-0", "--fail", "gpu-0,gpu-1,gpu-2,gpu-3"];
+    let (code, said) = shelf.run(&four).await?;
+    ensure!(code == 0 && said.contains("when gpu-0 fails: safe"), "{code} {said}");
+    ensure!(said.contains("whisper: gpu-0 -> gpu-5") && said.contains("lost: embedding of gpu-1"), "{said}");
+    ensure!(said.lines().filter(|l| l.contains('|')).all(|l| l.chars().count() == 80), "{said}");
+    let broken = shelf.dir.path().join("broken.toml");
+    std::fs::write(&broken, "[[card]]\nid = \"a\"\ngpu = \"T4:15GB\"\n[[service]]\nname = \"s\"\ngpus = [\"b\"]\n")?;
+    let broken = broken.display().to_string();
+    for (arguments, wanted, words) in [
+        (&["--gpu", "T4"][..], 2, "say its name and its memory, as in T4:15GB"),
+        (&["--gpu", "T4:15"], 2, "say 15GB or 15360MB"),
+        (&["--gpu", "T4:15GB", "--tenant", "voxtral"], 2, "as in voxtral=9.6GB"),
+        (&["--gpu", "T4:15GB", "--model", "smal"], 66, "small"),
+        (&["--gpu", "T4:15GB", "--fleet", &file], 2, "cannot be used with"),
+        (&["--fail", "gpu-0"], 2, "--fleet"),
+        (&["--fleet", &file, "--fail", "gpu-9"], 2, "no card \"gpu-9\""),
+        (&["--fleet", "/nowhere.toml"], 65, "/nowhere.toml"),
+        (&["--fleet", &broken], 64, "\"b\" is no card"),
+    ] {
+        let (code, said) = shelf.run(&[&["plan"], arguments].concat()).await?;
+        ensure!(code == wanted && said.contains(words), "{arguments:?}: {code} {said}");
+    }
     Ok(())
 }
