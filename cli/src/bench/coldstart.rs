@@ -8,7 +8,8 @@
 //! | `prewarmed` | the first chunk of a session that was opened in time for engine and model to be ready | a decode state is made |
 //! | `warm` | the first chunk of a session at a worker that has just transcribed another | |
 //!
-//! The clock stops when a plain subscriber has the first partial with words. Where a session begins with the clock, words
+//! The clock stops when a plain subscriber has the first partial with words, or the first final where a machine is so far
+//! behind that no partial came before it (`finals_first` counts those). Where a session begins with the clock, words
 //! have to be spoken first, and a partial waits for about a second of them: that is the floor, seen in `warm`.
 
 use std::time::Duration;
@@ -34,7 +35,6 @@ use super::{
 const CALL: u32 = 1;
 /// When its first word begins.
 const FIRST_WORD_MS: usize = 534;
-const AUDIO_S: usize = 12;
 /// Short, so that the chunk that is waited for costs little.
 const CHUNK_MS: u64 = 100;
 /// How long the waiting session has been speaking.
@@ -88,21 +88,22 @@ pub(super) async fn run(args: ColdstartArgs) -> Result<Value> {
     let file = args.stubs.file(args.model)?;
     let mut speech = audio::call(CALL)?;
     speech.samples.drain(..FIRST_WORD_MS * 16);
-    speech.samples.truncate(AUDIO_S * 16_000);
     let mut times: [Vec<f64>; 5] = Default::default();
     let mut device = Value::Null;
+    let mut finals_first = 0;
     for round in 1..=args.rounds {
         for (start, times) in Start::ALL.into_iter().zip(&mut times) {
             progress(&format!("{}, round {round} of {}", start.as_str(), args.rounds));
-            let (ms, on) = one(&args, &file, start, &speech).await.with_context(|| start.as_str())?;
-            progress(&format!("  {ms:.0} ms"));
-            times.push(ms);
+            let (first, on) = one(&args, &file, start, &speech).await.with_context(|| start.as_str())?;
+            progress(&format!("  {:.0} ms", first.ms));
+            times.push(first.ms);
+            finals_first += u32::from(first.by == By::Final);
             device = on;
         }
     }
     Ok(answer(
         &times,
-        &json!({ "model": file.name, "weights": args.stubs.weights(args.model), "device": device, "rounds": args.rounds }),
+        &json!({ "model": file.name, "weights": args.stubs.weights(args.model), "device": device, "finals_first": finals_first, "rounds": args.rounds }),
     ))
 }
 
@@ -139,12 +140,12 @@ fn builder(args: &ColdstartArgs, file: &ModelFile, preload: bool) -> Result<Flee
     Ok(if preload { builder.set("worker.preload", &file.name) } else { builder })
 }
 
-/// Time to the first words in ms, and the device that said them.
-async fn one(args: &ColdstartArgs, file: &ModelFile, start: Start, speech: &Pcm) -> Result<(f64, Value)> {
+/// The first words, and the device that said them.
+async fn one(args: &ColdstartArgs, file: &ModelFile, start: Start, speech: &Pcm) -> Result<(First, Value)> {
     let mut fleet = builder(args, file, start == Start::Preloaded)?.start().await?;
     let client = fleet.client();
     let session = format!("start-{}", start.as_str());
-    let mut partials = probe_api::subscribe(&client, &format!("asr.v1.transcript.session.{session}.partial")).await?;
+    let mut heard = probe_api::subscribe(&client, &format!("asr.v1.transcript.session.{session}.*")).await?;
     let mut producer = Producer::named(fleet.js(), &session, "s1");
     let options = [("Asr-Opt-Language", "en")];
     let speaking = async |producer: &mut Producer| -> Result<()> {
@@ -162,7 +163,7 @@ async fn one(args: &ColdstartArgs, file: &ModelFile, start: Start, speech: &Pcm)
             }
             let begin = Instant::now();
             fleet.add_worker(GPU)?;
-            return until_words(begin, speaking, &mut partials, &fleet).await;
+            return until_words(begin, speaking, &mut heard, &fleet).await;
         }
         Start::Idle => {
             fleet.add_worker(GPU)?;
@@ -206,42 +207,71 @@ async fn one(args: &ColdstartArgs, file: &ModelFile, start: Start, speech: &Pcm)
             Instant::now()
         }
     };
-    until_words(begin, speaking(&mut producer), &mut partials, &fleet).await
+    until_words(begin, speaking(&mut producer), &mut heard, &fleet).await
 }
 
 /// Speaks until the first partial with words is there.
 async fn until_words(
     begin: Instant,
     speaking: impl Future<Output = Result<()>>,
-    partials: &mut probe_api::Subscriber,
+    heard: &mut probe_api::Subscriber,
     fleet: &Fleet,
-) -> Result<(f64, Value)> {
+) -> Result<(First, Value)> {
     let words = async {
-        while let Some(message) = partials.next().await {
-            let partial: Value = serde_json::from_slice(&message.payload)?;
-            let has = |part: &str| partial[part].as_str().is_some_and(|text| !text.trim().is_empty());
-            if has("committed") || has("tentative") {
-                return Ok(begin.elapsed().as_secs_f64() * 1e3);
+        while let Some(message) = heard.next().await {
+            let told: Value = serde_json::from_slice(&message.payload)?;
+            if let Some(by) = words_by(&told) {
+                return Ok((begin.elapsed().as_secs_f64() * 1e3, by));
             }
         }
         anyhow::bail!("the connection closed before the first words")
     };
     let first = async {
         tokio::select! {
-            ms = words => ms,
+            first = words => first,
             end = speaking => end.and_then(|()| anyhow::bail!("speaking does not end")),
         }
     };
-    let ms = tokio::time::timeout(DEADLINE, first).await.with_context(|| format!("no words\n{}", fleet.logs()))??;
+    let (ms, by) =
+        tokio::time::timeout(DEADLINE, first).await.with_context(|| format!("no words\n{}", fleet.logs()))??;
     let mut beats = probe_api::heartbeats(&fleet.client(), GPU).await?;
     let beat = tokio::time::timeout(DEADLINE, beats.next()).await?.context("no heartbeat")?;
     let beat: Value = serde_json::from_slice(&beat.payload)?;
-    Ok((ms, beat["engine"]["effective_device"].clone()))
+    Ok((First { ms, by }, beat["engine"]["effective_device"].clone()))
+}
+
+/// When the first words came, and by what.
+struct First {
+    ms: f64,
+    by: By,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum By {
+    Partial,
+    Final,
+}
+
+/// What shows words here, if anything does.
+fn words_by(told: &Value) -> Option<By> {
+    let has = |text: &Value| text.as_str().is_some_and(|text| !text.trim().is_empty());
+    if has(&told["committed"]) || has(&told["tentative"]) {
+        return Some(By::Partial);
+    }
+    told["segments"].as_array()?.iter().any(|segment| has(&segment["text"])).then_some(By::Final)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_come_by_partials_and_by_finals() {
+        assert_eq!(words_by(&json!({"committed": "", "tentative": " good"})), Some(By::Partial));
+        assert_eq!(words_by(&json!({"committed": "", "tentative": " "})), None);
+        assert_eq!(words_by(&json!({"segments": [{"text": "good morning"}]})), Some(By::Final));
+        assert_eq!(words_by(&json!({"segments": []})), None);
+    }
 
     #[test]
     fn medians_have_their_fixed_names() {
