@@ -53,7 +53,7 @@ use voxfleet_schema::{
 pub use self::cause::remedy;
 use self::{
     fallback::Fallback,
-    idle::{Idle, Terms},
+    idle::{Idle, Open, Terms},
     progress::ProgressMeter,
     suspects::{Death, Doing, Name, Suspects},
 };
@@ -116,7 +116,7 @@ pub(crate) struct EngineTerms {
     pub(crate) stuck_after: Duration,
     /// Without work for so long, it ends too; none = never.
     pub(crate) idle_release: Option<Duration>,
-    /// It ends as soon as the last session or job has gone.
+    /// It ends as soon as the last session or job has gone for good.
     pub(crate) swap: bool,
     /// What failed is tried again after so long.
     pub(crate) restore_after: Duration,
@@ -355,9 +355,8 @@ impl Engine {
         self.0.activity.notify_one();
     }
 
-    /// Sessions and jobs in it, and who waits for it.
-    fn open_now(&self) -> usize {
-        locked(&self.0.outboxes).len() + self.0.waiting.load(Ordering::Relaxed)
+    fn open_now(&self) -> Open {
+        Open { inside: locked(&self.0.outboxes).len(), waiting: self.0.waiting.load(Ordering::Relaxed) }
     }
 
     fn next_handle(&self) -> u64 {

@@ -225,7 +225,7 @@ impl Engine {
         let mut idle = locked(&self.0.idle);
         let mut rest = idle.look(now, open, busy);
         if self.0.release.swap(false, Ordering::Relaxed) {
-            if open == 0 && !busy {
+            if open.is_empty() && !busy {
                 rest = Rest::Over;
             } else {
                 let used: Vec<String> = locked(&self.0.outboxes).values().map(|outbox| outbox.model.clone()).collect();

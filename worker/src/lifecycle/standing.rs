@@ -83,7 +83,8 @@ impl Engine {
         fallback.on_cpu()
     }
 
-    pub(super) fn is_on_side(&self, on_cpu: bool) -> bool {
+    /// Whether the engine runs there, or would.
+    pub(crate) fn is_on_side(&self, on_cpu: bool) -> bool {
         locked(&self.0.fallback).on_cpu() == on_cpu
     }
 
