@@ -58,6 +58,7 @@ use self::{
     suspects::{Death, Doing, Name, Suspects},
 };
 pub(crate) use self::{
+    cause::is_of_this_worker,
     ladder::{Ask, Footing},
     outbox::Outbox,
     pressure::{Gauge, Memory},

@@ -74,6 +74,12 @@ pub(super) fn is_of_the_device(class: FailureClass) -> bool {
     matches!(class, FailureClass::DeviceLost | FailureClass::DriverMismatch | FailureClass::MissingLibrary)
 }
 
+/// Whether a failure speaks of this worker's device or engine, and not of what was asked of them.
+pub(crate) fn is_of_this_worker(class: FailureClass) -> bool {
+    is_of_the_device(class)
+        || matches!(class, FailureClass::OutOfMemory | FailureClass::EngineCrash | FailureClass::Timeout)
+}
+
 /// What an end means; the best explanation first.
 pub(super) fn cause(seen: Seen<'_>) -> Cause {
     let Seen { status, stuck, wire, memory_kill, lines } = seen;
@@ -187,6 +193,17 @@ mod tests {
         let lines = ["loading".to_owned(), "CUDA error: out of memory".to_owned()];
         let found = cause(Seen { status: exit(81), lines: &lines, ..Seen::default() });
         assert_eq!(found.what, "the engine ended: CUDA error: out of memory");
+    }
+
+    #[test]
+    fn what_has_a_remedy_here_is_of_this_worker() {
+        use FailureClass::*;
+        for class in [OutOfMemory, DeviceLost, DriverMismatch, MissingLibrary, EngineCrash, Timeout] {
+            assert!(is_of_this_worker(class), "{class}");
+        }
+        for class in [BadRequest, BadAudio, ModelMissing, ModelDoesNotFit, NoCapacity, Cancelled, Internal] {
+            assert!(!is_of_this_worker(class), "{class}");
+        }
     }
 
     #[test]
