@@ -51,12 +51,6 @@ use voxfleet_schema::{
 };
 
 pub use self::cause::remedy;
-use self::{
-    fallback::Fallback,
-    idle::{Idle, Open, Terms},
-    progress::ProgressMeter,
-    suspects::{Death, Doing, Name, Suspects},
-};
 pub(crate) use self::{
     cause::is_of_this_worker,
     ladder::{Ask, Footing},
@@ -65,6 +59,12 @@ pub(crate) use self::{
     session::{EngineSession, Opening},
     spawn::Program,
     suspects::{Known, Treatment},
+};
+use self::{
+    fallback::Fallback,
+    idle::{Idle, Open, Terms},
+    progress::ProgressMeter,
+    suspects::{Death, Doing, Name, Suspects},
 };
 use crate::{
     capacity::{Account, Budget, locked},
@@ -288,8 +288,8 @@ impl Engine {
         let progress = locked(&self.0.progress).reading(now);
         let state = EngineState {
             state: status.state,
+            effective_device: self.effective_device(&status),
             kind: status.engine,
-            effective_device: status.device,
             vad: status.vad,
             ms_since_progress: progress.ms_since_progress,
             restarts: status.restarts,
@@ -498,3 +498,6 @@ impl Engine {
         locked(&self.0.fallback).standbys(&models)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -128,6 +128,17 @@ pub(super) fn cause(seen: Seen<'_>) -> Cause {
     by(FailureClass::EngineCrash, what, Some(if from_outside { Death::Killed } else { Death::Crashed }))
 }
 
+/// One that never began. Its device and its inputs have nothing to do with that.
+pub(super) fn not_spawned(error: &dyn std::error::Error) -> Cause {
+    let mut what = format!("the engine process was not started: {error}");
+    let mut source = error.source();
+    while let Some(error) = source {
+        what += &format!(": {error}");
+        source = error.source();
+    }
+    Cause { class: FailureClass::EngineCrash, what, death: None }
+}
+
 /// How often the kernel has killed something for want of memory, in this machine's life; 0 where it does not tell.
 pub(super) fn memory_kills() -> u64 {
     let counters = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();

@@ -15,8 +15,7 @@ use super::{
     Decoding, Engine, FRAMES, LifeEnd, Link,
     cause::{self, Seen},
     idle::Rest,
-    link,
-    spawn::{self, SpawnError},
+    link, spawn,
     suspects::{self, Doing},
 };
 use crate::{
@@ -66,7 +65,7 @@ impl Engine {
         let spawned = match spawn::spawn(&self.0.program, on_cpu).await {
             Ok(spawned) => spawned,
             Err(error) => {
-                self.log_spawn_error(&error);
+                self.not_started(&cause::not_spawned(&error));
                 return LifeEnd::NotReady;
             }
         };
@@ -290,10 +289,6 @@ impl Engine {
         for (_, outbox) in locked(&self.0.outboxes).drain() {
             outbox.gone();
         }
-    }
-
-    fn log_spawn_error(&self, error: &SpawnError) {
-        tracing::error!(error = error as &dyn std::error::Error, "engine not started");
     }
 
     /// Its status, and whether it had to be killed.

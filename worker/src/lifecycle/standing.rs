@@ -6,11 +6,11 @@ use tokio::{sync::mpsc, time::Instant};
 use voxfleet_schema::{
     device::{Device, EngineEnd},
     failure::{Failure, FailureClass},
-    fleet::{ModelState, Residency},
+    fleet::{EngineRunState, ModelState, Residency},
 };
 
 use super::{
-    Engine, Load,
+    Engine, EngineStatus, Load,
     cause::{Cause, is_of_the_device},
     fallback::{Ended, Moment, Place},
     ladder::{Ask, Footing},
@@ -28,6 +28,11 @@ fn moment() -> Moment {
 /// Whether its file can be used.
 fn is_here(model: &ModelState) -> bool {
     !matches!(model.state, Residency::Failed | Residency::Missing | Residency::Fetching | Residency::Unknown)
+}
+
+/// The device as the fleet sees it: where the child runs, and while none does, whether the next one is to do without its GPU.
+fn told_device(there: Option<&str>, falls_back: bool) -> String {
+    there.unwrap_or(if falls_back { "cpu" } else { "none" }).to_owned()
 }
 
 /// What loading it takes, as far as that is known.
@@ -72,15 +77,30 @@ impl Engine {
 
     /// Whether the next child is to run on the CPU.
     pub(super) fn wants_cpu(&self) -> bool {
-        let trouble = self.0.device.borrow().trouble.as_ref().map(|trouble| trouble.class);
+        self.look_at_device();
+        locked(&self.0.fallback).on_cpu()
+    }
+
+    /// Learns what is wrong with the device before a child has died of it.
+    fn look_at_device(&self) {
+        let Some(class) = self.out_of_order() else { return };
         let models = self.models_here();
         let mut fallback = locked(&self.0.fallback);
-        if let Some(class) = trouble.filter(|class| is_of_the_device(*class)) {
-            // Known before a child has died of it.
-            let end = Ended { class, on_cpu: fallback.on_cpu(), culprit: None };
-            fallback.ended(moment(), end, &models);
-        }
-        fallback.on_cpu()
+        let end = Ended { class, on_cpu: fallback.on_cpu(), culprit: None };
+        fallback.ended(moment(), end, &models);
+    }
+
+    /// Why nothing can run on the device, as far as its figures tell.
+    fn out_of_order(&self) -> Option<FailureClass> {
+        let trouble = self.0.device.borrow().trouble.as_ref().map(|trouble| trouble.class);
+        trouble.filter(|class| is_of_the_device(*class))
+    }
+
+    /// See [`told_device`].
+    pub(super) fn effective_device(&self, status: &EngineStatus) -> String {
+        let there = (status.state == EngineRunState::Ready).then_some(status.device.as_str());
+        let falls_back = self.0.config.use_gpu && (self.is_on_side(true) || self.out_of_order().is_some());
+        told_device(there, falls_back)
     }
 
     /// Whether the engine runs there, or would.
@@ -114,8 +134,18 @@ impl Engine {
             }
             None => tracing::error!(class = %cause.class, on_cpu, "engine ended, {}", failure.message),
         }
-        *locked(&self.0.last_end) =
-            Some(EngineEnd { class: failure.class, message: failure.message, at_ms: at.wall_ms });
+        self.ended_by(failure, at.wall_ms);
+    }
+
+    /// None could be started.
+    pub(super) fn not_started(&self, cause: &Cause) {
+        let failure = cause.failure();
+        tracing::error!(class = %failure.class, "{}", failure.message);
+        self.ended_by(failure, unix_ms());
+    }
+
+    fn ended_by(&self, failure: Failure, at_ms: u64) {
+        *locked(&self.0.last_end) = Some(EngineEnd { class: failure.class, message: failure.message, at_ms });
     }
 
     /// The model that took the last memory: one that was being loaded, else the largest that was decoded with, else the
@@ -162,6 +192,10 @@ impl Engine {
 
     /// Tries again what may be tried again, through the child that runs, if one does.
     pub(super) fn restore(&self, child: Option<&mpsc::Sender<ToEngine>>) {
+        if child.is_none() {
+            // Whoever comes is told what he would get before a child is asked for.
+            self.look_at_device();
+        }
         let (now, device, models) = (Instant::now(), self.0.device.borrow().clone(), self.models_here());
         let (states, on_cpu) = (self.0.status.borrow().models.clone(), self.0.on_cpu.load(Ordering::Relaxed));
         let free_mb = self.free_mb(&device);

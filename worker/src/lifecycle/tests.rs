@@ -1,0 +1,125 @@
+//! The engine as it looks from outside while no child runs, or when one says something.
+
+use voxfleet_schema::{
+    device::DeviceTrouble,
+    failure::FailureClass,
+    id::{GpuId, StreamId},
+    session::Policy,
+};
+
+use super::*;
+use crate::ipc::{FromEngine, ModelFile, SimulatedConfig};
+
+/// An engine with models of these names and what it is told of its device.
+fn engine(models: &[&str], use_gpu: bool) -> (Engine, watch::Sender<Device>) {
+    let file = |name: &&str| ModelFile { name: (*name).to_owned(), path: format!("/nowhere/{name}.bin").into() };
+    let config = EngineConfig {
+        engine: EngineKind::Simulated,
+        models: models.iter().map(file).collect(),
+        default_model: models.first().copied().unwrap_or_default().to_owned(),
+        silero_model: None,
+        onnxruntime: None,
+        decode_states: 1,
+        decode_threads: 1,
+        use_gpu,
+        reserve_mb: 0,
+        turns: None,
+        simulated: SimulatedConfig::default(),
+    };
+    let exe = Some("/nowhere/voxfleet".into());
+    let program = Program { exe, args: vec!["engine".to_owned()], visible_device: "0".to_owned() };
+    let terms = EngineTerms {
+        slots: 2,
+        stuck_after: Duration::from_secs(5),
+        idle_release: None,
+        swap: false,
+        restore_after: Duration::from_secs(60),
+        reserve_percent: 0,
+    };
+    let gpu = Device { index: use_gpu.then_some(0), total_mb: 16_000, free_mb: 16_000, ..Device::default() };
+    let (figures, device) = watch::channel(gpu);
+    (Engine::new(config, program, terms, Budget::new(1 << 20, 1 << 20), device, Arc::default()), figures)
+}
+
+fn trouble(class: FailureClass) -> Option<DeviceTrouble> {
+    Some(DeviceTrouble { class, message: "gone".to_owned() })
+}
+
+fn names(id: &str) -> Names {
+    let id = StreamId::new(id).expect("id");
+    Names { kind: Kind::Session, id, gpu_id: GpuId::new("g").expect("id") }
+}
+
+fn ask(model: &str, policy: Policy) -> Ask {
+    Ask { model: model.to_owned(), policy }
+}
+
+fn told_device(engine: &Engine) -> String {
+    engine.heartbeat_state(Instant::now()).0.effective_device
+}
+
+#[tokio::test]
+async fn a_lost_gpu_without_an_engine_says_that_the_next_one_runs_on_the_cpu() {
+    let (engine, figures) = engine(&["small"], true);
+    assert_eq!((engine.status().state, told_device(&engine)), (EngineRunState::Down, "none".to_owned()));
+    figures.send_modify(|device| device.trouble = trouble(FailureClass::Unavailable));
+    assert_eq!(told_device(&engine), "none", "a driver that is only slow");
+    figures.send_modify(|device| device.trouble = trouble(FailureClass::DeviceLost));
+    assert_eq!(told_device(&engine), "cpu");
+
+    // Nobody has asked for a child, and still whoever comes learns what he would get.
+    engine.restore(None);
+    let lent = engine.would(&ask("small", Policy::AllowCpu)).expect("the CPU");
+    assert_eq!((lent.on_cpu, lent.because), (true, Some(FailureClass::DeviceLost)));
+    let refused = engine.would(&ask("small", Policy::ExactModel)).expect_err("not on its GPU");
+    assert_eq!(refused.class, FailureClass::DeviceLost);
+    figures.send_modify(|device| device.trouble = None);
+    assert_eq!(told_device(&engine), "cpu", "until it is tried again");
+}
+
+#[tokio::test]
+async fn a_worker_without_a_gpu_has_not_fallen_back() {
+    let (engine, _figures) = engine(&["small"], false);
+    assert_eq!(told_device(&engine), "none");
+}
+
+#[tokio::test]
+async fn an_engine_that_cannot_be_started_says_why_and_it_is_not_the_gpu() {
+    let (engine, _figures) = engine(&["small"], true);
+    for _ in 0..4 {
+        assert!(matches!(engine.live(&CancellationToken::new()).await, LifeEnd::NotReady));
+    }
+    let (state, _) = engine.heartbeat_state(Instant::now());
+    let end = state.last_end.expect("an end");
+    assert_eq!(end.class, FailureClass::EngineCrash);
+    assert!(end.message.contains("/nowhere/voxfleet") && end.message.contains("No such file"), "{}", end.message);
+    assert!(!engine.wants_cpu());
+}
+
+#[tokio::test]
+async fn a_file_that_is_damaged_when_it_is_tried_again_ends_the_trial() {
+    let (engine, _figures) = engine(&["small"], true);
+    let said = |state| {
+        let model = ModelState { name: "small".to_owned(), state, ..ModelState::default() };
+        engine.receive(FromEngine::Models(vec![model]));
+    };
+    let at = |seconds| fallback::Moment { mono: Instant::now() + Duration::from_secs(seconds), wall_ms: 0 };
+    let due = |seconds| locked(&engine.0.fallback).due(at(seconds).mono, |_| true).len();
+    said(Residency::Loading);
+    said(Residency::NoRoom);
+    assert_eq!((due(50), due(61)), (0, 1));
+    said(Residency::Loading);
+    said(Residency::Failed);
+    assert_eq!((due(115), due(121)), (0, 1), "not at once, and not never");
+}
+
+#[tokio::test]
+async fn who_runs_on_something_else_is_told_of_as_a_standby() {
+    let (engine, figures) = engine(&["small"], true);
+    figures.send_modify(|device| device.trouble = trouble(FailureClass::DeviceLost));
+    engine.restore(None);
+    let footing = engine.footing(&names("a"), &ask("small", Policy::AllowCpu)).expect("the CPU");
+    assert!(footing.on_cpu);
+    let (state, _) = engine.heartbeat_state(Instant::now());
+    assert_eq!((state.standbys.len(), state.standbys[0].class), (1, FailureClass::DeviceLost));
+}
