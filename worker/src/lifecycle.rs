@@ -160,6 +160,8 @@ struct Inner {
     idle: Mutex<Idle>,
     /// Idle models are wanted back.
     release: AtomicBool,
+    /// The next child is to have the memory of this one.
+    anew: AtomicBool,
     /// For the child's keeper: somebody came or went, or the engine is to run elsewhere.
     activity: Notify,
     /// Where the present child runs.
@@ -266,6 +268,7 @@ impl Engine {
             wanted: Notify::new(),
             idle: Mutex::new(Idle::new(rest)),
             release: AtomicBool::new(false),
+            anew: AtomicBool::new(false),
             activity: Notify::new(),
             pid: AtomicU32::new(0),
             progress: Mutex::default(),

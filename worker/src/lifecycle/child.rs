@@ -44,7 +44,7 @@ enum Ending {
     Asked,
     /// Nobody needs it.
     Idle,
-    /// The next one is to run elsewhere.
+    /// The next one is to run elsewhere, or with other models.
     Turned,
     /// It died, or cannot be spoken to; with what it said that is no message.
     Lost(Option<String>),
@@ -61,6 +61,7 @@ impl Engine {
         let on_cpu = self.wants_cpu();
         self.0.on_cpu.store(on_cpu, Ordering::Relaxed);
         self.0.release.store(false, Ordering::Relaxed);
+        self.0.anew.store(false, Ordering::Relaxed);
         locked(&self.0.idle).begins();
         let spawned = match spawn::spawn(&self.0.program, on_cpu).await {
             Ok(spawned) => spawned,
@@ -103,7 +104,8 @@ impl Engine {
         let ending = loop {
             let mut wake = None;
             if ready_at.is_some() {
-                turning = (!self.is_on_side(on_cpu)).then(|| turning.unwrap_or_else(Instant::now));
+                let turns = !self.is_on_side(on_cpu) || self.0.anew.load(Ordering::Relaxed);
+                turning = turns.then(|| turning.unwrap_or_else(Instant::now));
                 // Whoever opens now waits for the next child.
                 self.0.link.send_if_modified(|link| {
                     let wanted = way.clone().filter(|_| turning.is_none());
@@ -163,7 +165,7 @@ impl Engine {
         let stopped = matches!(ending, Ending::Asked | Ending::Idle | Ending::Turned);
         let held_mb = self.held_mb();
         if ending == Ending::Turned {
-            tracing::info!(from_cpu = on_cpu, "engine goes to another device");
+            tracing::info!(from_cpu = on_cpu, "engine gives way to one with another device or other models");
         }
         // The child's sign to stop, if it still sees signs.
         writing.shutdown().await;

@@ -1,6 +1,6 @@
 //! What runs for whom: the engine's knowledge of its device, asked by sessions and changed by what happens to children.
 
-use std::sync::atomic::Ordering;
+use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use tokio::{sync::mpsc, time::Instant};
 use voxfleet_schema::{
@@ -201,21 +201,35 @@ impl Engine {
         let free_mb = self.free_mb(&device);
         let needs = |name: &str| states.iter().find(|model| model.name == name).map_or(0, |model| model.expected_mb);
         let smallest = states.iter().filter(|model| is_here(model)).map(|model| model.expected_mb).min().unwrap_or(0);
+        let mut fallback = locked(&self.0.fallback);
+        // What stands in for a model goes when that one is back.
+        let freed: BTreeMap<String, u64> = if child.is_some() {
+            let of =
+                |name: &String| states.iter().find(|model| model.name == *name).map_or(0, |model| model.resident_mb);
+            let freed = |model: &String| fallback.only_in_place_of(model, &models).iter().map(of).sum();
+            models.iter().map(|model| (model.clone(), freed(model))).collect()
+        } else {
+            BTreeMap::new()
+        };
+        let fits = |name: &str, freed_mb: u64| free_mb.is_none_or(|free| free + freed_mb >= needs(name));
         let room = |place: &Place| match place {
             Place::Device => device.trouble.is_none() && free_mb.is_none_or(|free| free >= smallest),
             // The figures are the GPU's; what the host has shows when it is tried.
             Place::Model { on_cpu: true, .. } if self.0.config.use_gpu => true,
-            Place::Model { name, .. } => free_mb.is_none_or(|free| free >= needs(name)),
+            Place::Model { name, .. } => fits(name, freed.get(name).copied().unwrap_or(0)),
         };
-        let mut fallback = locked(&self.0.fallback);
         let before = fallback.on_cpu();
+        let mut anew = false;
         for place in fallback.due(now, room) {
             let loaded = |name: &String| states.iter().any(|m| m.name == *name && m.state == Residency::Loaded);
             let tried = match (&place, child) {
                 (Place::Model { name, on_cpu: side }, Some(frames)) if *side == on_cpu && !loaded(name) => {
+                    let beside = (*side && self.0.config.use_gpu) || fits(name, 0);
+                    // Both do not fit: the next child has it alone.
+                    anew |= !beside;
                     // Whoever waits for it goes on as he is until it is there.
-                    tracing::info!(model = name, "trying again to load a model that had no room");
-                    frames.try_send(ToEngine::Load { model: name.clone() }).is_ok()
+                    tracing::info!(model = name, beside, "trying again to load a model that had no room");
+                    beside && frames.try_send(ToEngine::Load { model: name.clone() }).is_ok()
                 }
                 _ => false,
             };
@@ -224,7 +238,10 @@ impl Engine {
                 fallback.restored(now, &place, &models);
             }
         }
-        if fallback.on_cpu() != before {
+        if anew {
+            self.0.anew.store(true, Ordering::Relaxed);
+        }
+        if anew || fallback.on_cpu() != before {
             self.0.activity.notify_one();
         }
     }

@@ -113,13 +113,42 @@ async fn a_file_that_is_damaged_when_it_is_tried_again_ends_the_trial() {
     assert_eq!((due(115), due(121)), (0, 1), "not at once, and not never");
 }
 
-#[tokio::test]
-async fn who_runs_on_something_else_is_told_of_as_a_standby() {
-    let (engine, figures) = engine(&["small"], true);
-    figures.send_modify(|device| device.trouble = trouble(FailureClass::DeviceLost));
-    engine.restore(None);
-    let footing = engine.footing(&names("a"), &ask("small", Policy::AllowCpu)).expect("the CPU");
-    assert!(footing.on_cpu);
-    let (state, _) = engine.heartbeat_state(Instant::now());
-    assert_eq!((state.standbys.len(), state.standbys[0].class), (1, FailureClass::DeviceLost));
+#[tokio::test(start_paused = true)]
+async fn a_card_that_holds_one_of_two_models_gets_the_larger_one_back_in_a_child_of_its_own() {
+    let minute = Duration::from_secs(61);
+    for (small_is_asked_for, free_mb, again, anew) in [
+        (false, 4_000, true, true),
+        (true, 4_000, false, false),
+        (false, 3_000, false, false),
+        (true, 6_000, true, false),
+    ] {
+        let (engine, figures) = engine(&["medium", "small"], true);
+        let is = |medium, small| {
+            let model = |name: &str, state, resident_mb, expected_mb| ModelState {
+                name: name.to_owned(),
+                state,
+                resident_mb,
+                expected_mb,
+                ..ModelState::default()
+            };
+            let models = vec![model("medium", medium, 0, 5_000), model("small", small, 1_500, 1_600)];
+            engine.receive(FromEngine::Models(models));
+        };
+        is(Residency::Loading, Residency::Available);
+        is(Residency::NoRoom, Residency::Loaded);
+        let wish = ask("medium", Policy::AllowSmaller);
+        assert_eq!(engine.footing(&names("a"), &wish).expect("small").model, "small");
+        if small_is_asked_for {
+            engine.footing(&names("b"), &ask("small", Policy::ExactModel)).expect("small");
+        }
+        figures.send_modify(|device| device.free_mb = free_mb);
+        let (frames, mut sent) = mpsc::channel(4);
+        tokio::time::advance(minute).await;
+        engine.restore(Some(&frames));
+        let what = format!("small_is_asked_for {small_is_asked_for}, {free_mb} MB");
+        let loads = matches!(sent.try_recv(), Ok(ToEngine::Load { .. }));
+        let is_back = engine.would(&wish).is_ok_and(|footing| footing.model == "medium");
+        assert_eq!(loads || is_back, again, "{what}");
+        assert_eq!((is_back, engine.0.anew.load(Ordering::Relaxed)), (anew, anew), "{what}");
+    }
 }
