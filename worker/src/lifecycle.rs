@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`child`], [`link`], [`hear`], [`spawn`] | one child from fork to reaping, its socket and what it says there |
 //! | [`cause`] | why it ended, and the remedy; pure |
+//! | [`files`] | what is told of the models' files without it |
 //! | [`ladder`], [`fallback`], [`standing`] | what runs for whom when the device fails; the first two pure |
 //! | [`idle`] | when an engine that nobody needs ends; pure |
 //! | [`pressure`] | how far other tenants have grown; pure |
@@ -17,6 +18,7 @@
 mod cause;
 mod child;
 mod fallback;
+mod files;
 mod hear;
 mod idle;
 mod ladder;
@@ -40,6 +42,7 @@ use std::{
 
 use tokio::{
     sync::{Notify, mpsc, watch},
+    task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, sleep},
 };
 use tokio_util::sync::CancellationToken;
@@ -62,6 +65,7 @@ pub(crate) use self::{
 };
 use self::{
     fallback::Fallback,
+    files::Files,
     idle::{Idle, Open, Terms},
     progress::ProgressMeter,
     suspects::{Death, Doing, Name, Suspects},
@@ -151,6 +155,7 @@ struct Inner {
     fallback: Mutex<Fallback>,
     last_end: Mutex<Option<EngineEnd>>,
     device: watch::Receiver<Device>,
+    files: Mutex<Files>,
     /// When each load began, and how long it took.
     loads: Mutex<HashMap<String, Load>>,
     next_handle: AtomicU64,
@@ -244,7 +249,7 @@ impl Engine {
             device: "none".to_owned(),
             vad,
             restarts: 0,
-            models: link::models_on_disk(&config),
+            models: link::models_of(&config),
         };
         let rest = Terms { after: terms.idle_release, swap: terms.swap };
         Self(Arc::new(Inner {
@@ -262,6 +267,7 @@ impl Engine {
             suspects: Mutex::default(),
             last_end: Mutex::default(),
             device,
+            files: Mutex::default(),
             loads: Mutex::default(),
             next_handle: AtomicU64::new(1),
             waiting: AtomicUsize::new(0),
@@ -422,7 +428,8 @@ impl Engine {
         let mut failed_starts = 0u32;
         let mut backoff = FIRST_BACKOFF;
         let mut again = false;
-        while again || self.is_wanted(&stop).await {
+        let mut headers = self.read_headers();
+        while again || self.is_wanted(&stop, &mut headers).await {
             let end = self.live(&stop).await;
             // However it ended: nobody tells any more how a trial in it went.
             locked(&self.0.fallback).gave_up_trying();
@@ -469,14 +476,21 @@ impl Engine {
     }
 
     /// Waits until somebody waits for a child; false: it is to stop.
-    async fn is_wanted(&self, stop: &CancellationToken) -> bool {
+    async fn is_wanted(&self, stop: &CancellationToken, headers: &mut JoinSet<Vec<(String, u64)>>) -> bool {
         let mut looks = interval(RESTORE_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while self.0.waiting.load(Ordering::Relaxed) == 0 {
             tokio::select! {
                 () = stop.cancelled() => return false,
                 () = self.0.wanted.notified() => {}
-                _ = looks.tick() => self.restore(None),
+                _ = looks.tick() => {
+                    self.look_at_files();
+                    self.restore(None);
+                }
+                Some(found) = headers.join_next() => match found {
+                    Ok(found) => self.headers_say(&found),
+                    Err(error) => tracing::error!(%error, "headers of the models not read"),
+                },
             }
         }
         !stop.is_cancelled()
@@ -488,7 +502,7 @@ impl Engine {
             status.restarts += u32::from(restarted);
             if state != EngineRunState::Ready {
                 status.device = "none".to_owned();
-                status.models = link::models_on_disk(&self.0.config);
+                self.rest_models(&mut status.models);
             }
         });
         if matches!(state, EngineRunState::Restarting | EngineRunState::Failed) {

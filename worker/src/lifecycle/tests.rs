@@ -113,6 +113,22 @@ async fn a_file_that_is_damaged_when_it_is_tried_again_ends_the_trial() {
     assert_eq!((due(115), due(121)), (0, 1), "not at once, and not never");
 }
 
+#[tokio::test]
+async fn a_trial_ends_with_the_child_whatever_became_of_that() {
+    let (engine, _figures) = engine(&["small"], true);
+    let later = Instant::now() + Duration::from_secs(70);
+    engine.has_no_room("small");
+    let due = || locked(&engine.0.fallback).due(later, |_| true).len();
+    assert_eq!((due(), due()), (1, 0), "it is being tried");
+    let mut status = engine.watch();
+    tokio::select! {
+        () = engine.run(CancellationToken::new()) => panic!("nobody has stopped it"),
+        ready = engine.ready() => panic!("{ready:?}"),
+        _ = status.wait_for(|status| status.state == EngineRunState::Restarting) => {}
+    }
+    assert_eq!(due(), 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_card_that_holds_one_of_two_models_gets_the_larger_one_back_in_a_child_of_its_own() {
     let minute = Duration::from_secs(61);
@@ -151,4 +167,32 @@ async fn a_card_that_holds_one_of_two_models_gets_the_larger_one_back_in_a_child
         assert_eq!(loads || is_back, again, "{what}");
         assert_eq!((is_back, engine.0.anew.load(Ordering::Relaxed)), (anew, anew), "{what}");
     }
+}
+
+#[tokio::test]
+async fn what_a_child_said_of_a_file_is_still_told_when_it_has_gone() {
+    let (engine, _figures) = engine(&["small", "base"], true);
+    let model = |name: &str, state, expected_mb| ModelState {
+        name: name.to_owned(),
+        state,
+        expected_mb,
+        ..ModelState::default()
+    };
+    let said = vec![model("small", Residency::Missing, 0), model("base", Residency::Loaded, 388)];
+    engine.receive(FromEngine::Models(said));
+    engine.set_state(EngineRunState::Down, false);
+    engine.look_at_files();
+    let (_, told) = engine.heartbeat_state(Instant::now());
+    let told: Vec<_> = told.iter().map(|model| (model.name.as_str(), model.state, model.expected_mb)).collect();
+    assert_eq!(told, [("small", Residency::Missing, 0), ("base", Residency::Available, 388)]);
+}
+
+#[tokio::test]
+async fn the_headers_are_read_without_a_child() {
+    let (engine, _figures) = engine(&["small"], true);
+    let mut reading = engine.read_headers();
+    let found = reading.join_next().await.expect("one reader").expect("read");
+    assert_eq!(found, [("small".to_owned(), 0)], "a simulated model takes what its configuration says");
+    engine.headers_say(&[("small".to_owned(), 852), ("gone".to_owned(), 1)]);
+    assert_eq!(engine.status().models[0].expected_mb, 852);
 }
