@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`child`], [`link`], [`hear`], [`spawn`] | one child from fork to reaping, its socket and what it says there |
 //! | [`cause`] | why it ended, and the remedy; pure |
+//! | [`files`] | what is told of the models' files without it |
 //! | [`ladder`], [`fallback`], [`standing`] | what runs for whom when the device fails; the first two pure |
 //! | [`idle`] | when an engine that nobody needs ends; pure |
 //! | [`pressure`] | how far other tenants have grown; pure |
@@ -17,6 +18,7 @@
 mod cause;
 mod child;
 mod fallback;
+mod files;
 mod hear;
 mod idle;
 mod ladder;
@@ -40,6 +42,7 @@ use std::{
 
 use tokio::{
     sync::{Notify, mpsc, watch},
+    task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, sleep},
 };
 use tokio_util::sync::CancellationToken;
@@ -51,19 +54,21 @@ use voxfleet_schema::{
 };
 
 pub use self::cause::remedy;
-use self::{
-    fallback::Fallback,
-    idle::{Idle, Terms},
-    progress::ProgressMeter,
-    suspects::{Death, Doing, Name, Suspects},
-};
 pub(crate) use self::{
+    cause::is_of_this_worker,
     ladder::{Ask, Footing},
     outbox::Outbox,
     pressure::{Gauge, Memory},
     session::{EngineSession, Opening},
     spawn::Program,
     suspects::{Known, Treatment},
+};
+use self::{
+    fallback::Fallback,
+    files::Files,
+    idle::{Idle, Open, Terms},
+    progress::ProgressMeter,
+    suspects::{Death, Doing, Name, Suspects},
 };
 use crate::{
     capacity::{Account, Budget, locked},
@@ -116,7 +121,7 @@ pub(crate) struct EngineTerms {
     pub(crate) stuck_after: Duration,
     /// Without work for so long, it ends too; none = never.
     pub(crate) idle_release: Option<Duration>,
-    /// It ends as soon as the last session or job has gone.
+    /// It ends as soon as the last session or job has gone for good.
     pub(crate) swap: bool,
     /// What failed is tried again after so long.
     pub(crate) restore_after: Duration,
@@ -150,6 +155,7 @@ struct Inner {
     fallback: Mutex<Fallback>,
     last_end: Mutex<Option<EngineEnd>>,
     device: watch::Receiver<Device>,
+    files: Mutex<Files>,
     /// When each load began, and how long it took.
     loads: Mutex<HashMap<String, Load>>,
     next_handle: AtomicU64,
@@ -159,6 +165,8 @@ struct Inner {
     idle: Mutex<Idle>,
     /// Idle models are wanted back.
     release: AtomicBool,
+    /// The next child is to have the memory of this one.
+    anew: AtomicBool,
     /// For the child's keeper: somebody came or went, or the engine is to run elsewhere.
     activity: Notify,
     /// Where the present child runs.
@@ -241,7 +249,7 @@ impl Engine {
             device: "none".to_owned(),
             vad,
             restarts: 0,
-            models: link::models_on_disk(&config),
+            models: link::models_of(&config),
         };
         let rest = Terms { after: terms.idle_release, swap: terms.swap };
         Self(Arc::new(Inner {
@@ -259,12 +267,14 @@ impl Engine {
             suspects: Mutex::default(),
             last_end: Mutex::default(),
             device,
+            files: Mutex::default(),
             loads: Mutex::default(),
             next_handle: AtomicU64::new(1),
             waiting: AtomicUsize::new(0),
             wanted: Notify::new(),
             idle: Mutex::new(Idle::new(rest)),
             release: AtomicBool::new(false),
+            anew: AtomicBool::new(false),
             activity: Notify::new(),
             pid: AtomicU32::new(0),
             progress: Mutex::default(),
@@ -287,8 +297,8 @@ impl Engine {
         let progress = locked(&self.0.progress).reading(now);
         let state = EngineState {
             state: status.state,
+            effective_device: self.effective_device(&status),
             kind: status.engine,
-            effective_device: status.device,
             vad: status.vad,
             ms_since_progress: progress.ms_since_progress,
             restarts: status.restarts,
@@ -355,9 +365,8 @@ impl Engine {
         self.0.activity.notify_one();
     }
 
-    /// Sessions and jobs in it, and who waits for it.
-    fn open_now(&self) -> usize {
-        locked(&self.0.outboxes).len() + self.0.waiting.load(Ordering::Relaxed)
+    fn open_now(&self) -> Open {
+        Open { inside: locked(&self.0.outboxes).len(), waiting: self.0.waiting.load(Ordering::Relaxed) }
     }
 
     fn next_handle(&self) -> u64 {
@@ -419,7 +428,8 @@ impl Engine {
         let mut failed_starts = 0u32;
         let mut backoff = FIRST_BACKOFF;
         let mut again = false;
-        while again || self.is_wanted(&stop).await {
+        let mut headers = self.read_headers();
+        while again || self.is_wanted(&stop, &mut headers).await {
             let end = self.live(&stop).await;
             // However it ended: nobody tells any more how a trial in it went.
             locked(&self.0.fallback).gave_up_trying();
@@ -466,14 +476,21 @@ impl Engine {
     }
 
     /// Waits until somebody waits for a child; false: it is to stop.
-    async fn is_wanted(&self, stop: &CancellationToken) -> bool {
+    async fn is_wanted(&self, stop: &CancellationToken, headers: &mut JoinSet<Vec<(String, u64)>>) -> bool {
         let mut looks = interval(RESTORE_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while self.0.waiting.load(Ordering::Relaxed) == 0 {
             tokio::select! {
                 () = stop.cancelled() => return false,
                 () = self.0.wanted.notified() => {}
-                _ = looks.tick() => self.restore(None),
+                _ = looks.tick() => {
+                    self.look_at_files();
+                    self.restore(None);
+                }
+                Some(found) = headers.join_next() => match found {
+                    Ok(found) => self.headers_say(&found),
+                    Err(error) => tracing::error!(%error, "headers of the models not read"),
+                },
             }
         }
         !stop.is_cancelled()
@@ -485,7 +502,7 @@ impl Engine {
             status.restarts += u32::from(restarted);
             if state != EngineRunState::Ready {
                 status.device = "none".to_owned();
-                status.models = link::models_on_disk(&self.0.config);
+                self.rest_models(&mut status.models);
             }
         });
         if matches!(state, EngineRunState::Restarting | EngineRunState::Failed) {
@@ -498,3 +515,6 @@ impl Engine {
         locked(&self.0.fallback).standbys(&models)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -129,6 +129,7 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
     let neighbour = config.turns.as_ref().map(|turns| Neighbour::start(turns, &events)).transpose()?;
     if config.engine == EngineKind::WhisperCpp && config.use_gpu {
         claim_gpu();
+        whisper::leave_free(config.reserve_mb);
     }
     let (vads, notes) = prepare(&config);
     let ready = FromEngine::Ready {

@@ -8,6 +8,7 @@ use std::{
     ffi::{CStr, c_char, c_void},
     io::Write as _,
     sync::{Mutex, Once, PoisonError},
+    time::{Duration, Instant},
 };
 
 use voxfleet_schema::failure::FailureClass;
@@ -87,7 +88,30 @@ pub fn leave(words: LastWords, text: &str) -> ! {
 /// Lines of the libraries' log that are kept for the moment of an abort.
 const KEPT_LINES: usize = 8;
 
-static HEARD: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
+/// An abort has to do with a line so soon before it. An older one is of something that went on: a load that was refused.
+const FRESH: Duration = Duration::from_secs(2);
+
+/// The libraries' last lines.
+#[derive(Debug)]
+struct Heard(VecDeque<(Instant, String)>);
+
+impl Heard {
+    fn line(&mut self, now: Instant, text: &str) {
+        if self.0.len() == KEPT_LINES {
+            self.0.pop_front();
+        }
+        self.0.push_back((now, text.to_owned()));
+    }
+
+    /// What those of that time say: the newest of them that says something known, and the text of all.
+    fn within(&self, time: Duration, now: Instant) -> (Option<LastWords>, String) {
+        let of_it = || self.0.iter().filter(|(at, _)| now.saturating_duration_since(*at) < time).map(|(_, line)| line);
+        let words = of_it().rev().find_map(|line| LastWords::in_text(line));
+        (words, of_it().map(String::as_str).collect::<Vec<_>>().join("; "))
+    }
+}
+
+static HEARD: Mutex<Heard> = Mutex::new(Heard(VecDeque::new()));
 
 /// From now on errors of whisper.cpp and ggml are kept, and an abort says why. Replaces whatever took their logs before.
 pub fn listen() {
@@ -104,10 +128,11 @@ pub fn listen() {
 
 /// What the libraries' last errors say of a device that did not come up, and their text.
 pub fn heard() -> (Option<LastWords>, String) {
-    let lines = HEARD.lock().unwrap_or_else(PoisonError::into_inner);
-    // The newest that says something known.
-    let words = lines.iter().rev().find_map(|line| LastWords::in_text(line));
-    (words, lines.iter().map(String::as_str).collect::<Vec<_>>().join("; "))
+    heard_within(Duration::MAX)
+}
+
+fn heard_within(time: Duration) -> (Option<LastWords>, String) {
+    HEARD.lock().unwrap_or_else(PoisonError::into_inner).within(time, Instant::now())
 }
 
 unsafe extern "C" fn hear(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {
@@ -120,11 +145,7 @@ unsafe extern "C" fn hear(level: sys::ggml_log_level, text: *const c_char, _: *m
     if text.is_empty() {
         return;
     }
-    let mut lines = HEARD.lock().unwrap_or_else(PoisonError::into_inner);
-    if lines.len() == KEPT_LINES {
-        lines.pop_front();
-    }
-    lines.push_back(text.to_owned());
+    HEARD.lock().unwrap_or_else(PoisonError::into_inner).line(Instant::now(), text);
     // The worker's log has it too.
     let _ = writeln!(std::io::stderr(), "{text}");
 }
@@ -136,7 +157,7 @@ unsafe extern "C" fn aborted(message: *const c_char) {
         // SAFETY: a C string that lives during this call.
         unsafe { CStr::from_ptr(message) }.to_string_lossy()
     };
-    let (before, lines) = heard();
+    let (before, lines) = heard_within(FRESH);
     let words = LastWords::in_text(&message).or(before).unwrap_or(LastWords::Assertion);
     let text = if lines.is_empty() { message.into_owned() } else { format!("{lines}; {message}") };
     leave(words, &text)
@@ -170,6 +191,23 @@ mod tests {
         ] {
             assert_eq!(LastWords::in_text(text), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn what_was_said_long_before_explains_no_abort() {
+        let begun = Instant::now();
+        let at = |ms| begun + Duration::from_millis(ms);
+        let mut heard = Heard(VecDeque::new());
+        heard.line(at(0), "cudaMalloc failed: out of memory");
+        assert_eq!(heard.within(FRESH, at(1_999)).0, Some(LastWords::OutOfMemory));
+        assert_eq!(heard.within(FRESH, at(2_000)), (None, String::new()), "the load was refused, and all went on");
+        heard.line(at(9_000), "CUDA error: unspecified launch failure");
+        heard.line(at(9_001), "current device: 0");
+        let (words, text) = heard.within(FRESH, at(9_010));
+        assert_eq!(words, Some(LastWords::DeviceLost));
+        assert_eq!(text, "CUDA error: unspecified launch failure; current device: 0");
+        (0..20).for_each(|n| heard.line(at(9_020), &format!("line {n}")));
+        assert_eq!(heard.0.len(), KEPT_LINES);
     }
 
     #[test]

@@ -11,7 +11,15 @@ pub mod random;
 pub mod trial;
 pub mod whole;
 
-use std::{collections::HashMap, ffi::c_void, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use voxfleet_schema::{session::Task, transcript::WordTiming};
 use whisper_rs::{
@@ -111,15 +119,31 @@ fn gpu_name() -> Option<String> {
     None
 }
 
+/// MB of the GPU that this process leaves to others.
+static RESERVE_MB: AtomicU64 = AtomicU64::new(0);
+
+/// Said once, before the first model is loaded.
+pub fn leave_free(reserve_mb: u64) {
+    RESERVE_MB.store(reserve_mb, Ordering::Relaxed);
+}
+
 /// Refuses what cannot fit, before an allocation fails: on a device that aborts the process, on the host the kernel picks a
 /// victim. Where the free memory is not known, everything fits.
 fn enough_memory(on_gpu: bool, needed_mb: u64, what: impl Fn() -> String) -> Result<(), EngineError> {
-    match if on_gpu { free_device_mb() } else { free_memory_mb() } {
-        Some(free) if free < needed_mb => {
-            Err(EngineError::OutOfMemory(format!("{} needs about {needed_mb} MB, {free} MB are free", what())))
-        }
-        _ => Ok(()),
+    let (free_mb, reserve_mb) =
+        if on_gpu { (free_device_mb(), RESERVE_MB.load(Ordering::Relaxed)) } else { (free_memory_mb(), 0) };
+    match free_mb {
+        Some(free_mb) => fits(needed_mb, free_mb, reserve_mb, what),
+        None => Ok(()),
     }
+}
+
+fn fits(needed_mb: u64, free_mb: u64, reserve_mb: u64, what: impl Fn() -> String) -> Result<(), EngineError> {
+    if needed_mb <= free_mb.saturating_sub(reserve_mb) {
+        return Ok(());
+    }
+    let left = if reserve_mb == 0 { String::new() } else { format!(", {reserve_mb} MB of them are left to others") };
+    Err(EngineError::OutOfMemory(format!("{} needs about {needed_mb} MB, {free_mb} MB are free{left}", what())))
 }
 
 #[cfg(feature = "cuda")]
@@ -410,6 +434,20 @@ mod tests {
 
     fn token(text: &[u8], start_ms: i64, end_ms: i64) -> Token {
         Token { bytes: text.to_vec(), probability: 0.5, log_probability: -0.7, start_ms, end_ms }
+    }
+
+    #[test]
+    fn the_reserve_is_left_to_others() {
+        let fits = |needed, free, reserve| fits(needed, free, reserve, || "model small".to_owned());
+        for (needed, free, reserve, enough) in
+            [(900, 1_000, 0, true), (900, 1_000, 100, true), (900, 1_000, 101, false), (1, 1_000, 2_000, false)]
+        {
+            assert_eq!(fits(needed, free, reserve).is_ok(), enough, "{needed} {free} {reserve}");
+        }
+        let refused = fits(900, 1_000, 800).expect_err("too little").to_string();
+        assert!(refused.contains("900 MB") && refused.contains("1000 MB") && refused.contains("800 MB"), "{refused}");
+        let refused = fits(900, 100, 0).expect_err("too little").to_string();
+        assert!(!refused.contains("others"), "{refused}");
     }
 
     #[test]

@@ -74,6 +74,12 @@ pub(super) fn is_of_the_device(class: FailureClass) -> bool {
     matches!(class, FailureClass::DeviceLost | FailureClass::DriverMismatch | FailureClass::MissingLibrary)
 }
 
+/// Whether a failure speaks of this worker's device or engine, and not of what was asked of them.
+pub(crate) fn is_of_this_worker(class: FailureClass) -> bool {
+    is_of_the_device(class)
+        || matches!(class, FailureClass::OutOfMemory | FailureClass::EngineCrash | FailureClass::Timeout)
+}
+
 /// What an end means; the best explanation first.
 pub(super) fn cause(seen: Seen<'_>) -> Cause {
     let Seen { status, stuck, wire, memory_kill, lines } = seen;
@@ -120,6 +126,17 @@ pub(super) fn cause(seen: Seen<'_>) -> Cause {
         last => format!("the engine ended with {how}: {last}"),
     };
     by(FailureClass::EngineCrash, what, Some(if from_outside { Death::Killed } else { Death::Crashed }))
+}
+
+/// One that never began. Its device and its inputs have nothing to do with that.
+pub(super) fn not_spawned(error: &dyn std::error::Error) -> Cause {
+    let mut what = format!("the engine process was not started: {error}");
+    let mut source = error.source();
+    while let Some(error) = source {
+        what += &format!(": {error}");
+        source = error.source();
+    }
+    Cause { class: FailureClass::EngineCrash, what, death: None }
 }
 
 /// How often the kernel has killed something for want of memory, in this machine's life; 0 where it does not tell.
@@ -187,6 +204,17 @@ mod tests {
         let lines = ["loading".to_owned(), "CUDA error: out of memory".to_owned()];
         let found = cause(Seen { status: exit(81), lines: &lines, ..Seen::default() });
         assert_eq!(found.what, "the engine ended: CUDA error: out of memory");
+    }
+
+    #[test]
+    fn what_has_a_remedy_here_is_of_this_worker() {
+        use FailureClass::*;
+        for class in [OutOfMemory, DeviceLost, DriverMismatch, MissingLibrary, EngineCrash, Timeout] {
+            assert!(is_of_this_worker(class), "{class}");
+        }
+        for class in [BadRequest, BadAudio, ModelMissing, ModelDoesNotFit, NoCapacity, Cancelled, Internal] {
+            assert!(!is_of_this_worker(class), "{class}");
+        }
     }
 
     #[test]

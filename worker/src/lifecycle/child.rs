@@ -15,8 +15,7 @@ use super::{
     Decoding, Engine, FRAMES, LifeEnd, Link,
     cause::{self, Seen},
     idle::Rest,
-    link,
-    spawn::{self, SpawnError},
+    link, spawn,
     suspects::{self, Doing},
 };
 use crate::{
@@ -45,7 +44,7 @@ enum Ending {
     Asked,
     /// Nobody needs it.
     Idle,
-    /// The next one is to run elsewhere.
+    /// The next one is to run elsewhere, or with other models.
     Turned,
     /// It died, or cannot be spoken to; with what it said that is no message.
     Lost(Option<String>),
@@ -62,11 +61,12 @@ impl Engine {
         let on_cpu = self.wants_cpu();
         self.0.on_cpu.store(on_cpu, Ordering::Relaxed);
         self.0.release.store(false, Ordering::Relaxed);
+        self.0.anew.store(false, Ordering::Relaxed);
         locked(&self.0.idle).begins();
         let spawned = match spawn::spawn(&self.0.program, on_cpu).await {
             Ok(spawned) => spawned,
             Err(error) => {
-                self.log_spawn_error(&error);
+                self.not_started(&cause::not_spawned(&error));
                 return LifeEnd::NotReady;
             }
         };
@@ -104,7 +104,8 @@ impl Engine {
         let ending = loop {
             let mut wake = None;
             if ready_at.is_some() {
-                turning = (!self.is_on_side(on_cpu)).then(|| turning.unwrap_or_else(Instant::now));
+                let turns = !self.is_on_side(on_cpu) || self.0.anew.load(Ordering::Relaxed);
+                turning = turns.then(|| turning.unwrap_or_else(Instant::now));
                 // Whoever opens now waits for the next child.
                 self.0.link.send_if_modified(|link| {
                     let wanted = way.clone().filter(|_| turning.is_none());
@@ -164,7 +165,7 @@ impl Engine {
         let stopped = matches!(ending, Ending::Asked | Ending::Idle | Ending::Turned);
         let held_mb = self.held_mb();
         if ending == Ending::Turned {
-            tracing::info!(from_cpu = on_cpu, "engine goes to another device");
+            tracing::info!(from_cpu = on_cpu, "engine gives way to one with another device or other models");
         }
         // The child's sign to stop, if it still sees signs.
         writing.shutdown().await;
@@ -225,7 +226,7 @@ impl Engine {
         let mut idle = locked(&self.0.idle);
         let mut rest = idle.look(now, open, busy);
         if self.0.release.swap(false, Ordering::Relaxed) {
-            if open == 0 && !busy {
+            if open.is_empty() && !busy {
                 rest = Rest::Over;
             } else {
                 let used: Vec<String> = locked(&self.0.outboxes).values().map(|outbox| outbox.model.clone()).collect();
@@ -290,10 +291,6 @@ impl Engine {
         for (_, outbox) in locked(&self.0.outboxes).drain() {
             outbox.gone();
         }
-    }
-
-    fn log_spawn_error(&self, error: &SpawnError) {
-        tracing::error!(error = error as &dyn std::error::Error, "engine not started");
     }
 
     /// Its status, and whether it had to be killed.

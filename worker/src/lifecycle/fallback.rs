@@ -5,7 +5,7 @@
 //! as long, so that a card at its limit is not tried in a circle.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::Duration,
 };
 
@@ -266,6 +266,16 @@ impl Fallback {
         })
     }
 
+    /// Models that run here for nobody but those who ask for `model`: with that one back, they are not needed.
+    pub(super) fn only_in_place_of(&self, model: &str, models: &[String]) -> BTreeSet<String> {
+        let (mut only, mut others) = (BTreeSet::new(), BTreeSet::new());
+        for ask in self.asks.values() {
+            let Ok(found) = self.here(models, |here| ladder::footing(ask, self.side, here)) else { continue };
+            if ask.model == model { &mut only } else { &mut others }.insert(found.model);
+        }
+        only.difference(&others).filter(|found| *found != model).cloned().collect()
+    }
+
     /// What runs in place of what is asked for by those who are here, each once.
     pub(super) fn standbys(&self, models: &[String]) -> Vec<Standby> {
         let mut told: Vec<Standby> = Vec::new();
@@ -482,6 +492,22 @@ mod tests {
         fallback.tried_in_vain(clock.at(1_000), |tried| *tried == place, &models);
         assert_eq!(fallback.due(clock.at(1_119).mono, |_| true), []);
         assert_eq!(fallback.due(clock.at(1_120).mono, |_| true), [place]);
+    }
+
+    #[test]
+    fn who_stands_in_for_one_model_alone_makes_room_for_it() {
+        let (mut fallback, clock) = gpu();
+        let models = models();
+        fallback.failed(clock.at(0), on_gpu("medium"), FailureClass::OutOfMemory, &models);
+        let freed = |fallback: &Fallback| fallback.only_in_place_of("medium", &models).into_iter().collect::<Vec<_>>();
+        assert_eq!(freed(&fallback), Vec::<String>::new(), "nobody is here");
+        fallback.begins(name("a"), ask("medium", Policy::AllowSmaller), &models);
+        assert_eq!(freed(&fallback), ["small"]);
+        fallback.begins(name("b"), ask("base", Policy::ExactModel), &models);
+        fallback.begins(name("c"), ask("medium", Policy::ExactModel), &models);
+        assert_eq!(freed(&fallback), ["small"], "others use another one, or none");
+        fallback.begins(name("d"), ask("small", Policy::ExactModel), &models);
+        assert_eq!(freed(&fallback), Vec::<String>::new(), "somebody asked for it");
     }
 
     #[test]

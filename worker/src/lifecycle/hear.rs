@@ -89,6 +89,7 @@ impl Engine {
     /// The child's models, and what is new about them.
     fn models_are(&self, models: Vec<ModelState>) {
         let mut was = Vec::new();
+        self.files_are(&models);
         self.0.status.send_modify(|status| was = std::mem::replace(&mut status.models, models.clone()));
         for model in &models {
             let before = was.iter().find(|before| before.name == model.name).map(|before| before.state);

@@ -4,13 +4,32 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+/// After the last one so long, where it is to go as soon as it is not needed: whoever only changes its epoch, its model or its
+/// device is back before, and what was loaded stays loaded for it.
+const SWAP_AFTER: Duration = Duration::from_secs(1);
+
 /// When the engine goes.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Terms {
     /// Without work for so long; none = never.
     pub(super) after: Option<Duration>,
-    /// As soon as the last one has gone.
+    /// As soon as the last one has gone for good.
     pub(super) swap: bool,
+}
+
+/// Who is here.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Open {
+    /// Sessions and jobs in the engine.
+    pub(super) inside: usize,
+    /// Those who wait for it, and loads ahead: they may use nothing of it in the end.
+    pub(super) waiting: usize,
+}
+
+impl Open {
+    pub(super) fn is_empty(self) -> bool {
+        self.inside == 0 && self.waiting == 0
+    }
 }
 
 /// What an engine's rest means.
@@ -29,7 +48,7 @@ pub(super) enum Rest {
 pub(super) struct Idle {
     terms: Terms,
     since: Option<Instant>,
-    /// Somebody was here.
+    /// Somebody was in it.
     used: bool,
     half_told: bool,
 }
@@ -44,16 +63,16 @@ impl Idle {
         *self = Self::new(self.terms);
     }
 
-    /// `open`: sessions and jobs that are here or wait to be; `busy`: something is loaded or decoded for nobody.
-    pub(super) fn look(&mut self, now: Instant, open: usize, busy: bool) -> Rest {
-        self.used |= open > 0;
-        if open > 0 || busy {
+    /// `busy`: something is loaded or decoded for nobody.
+    pub(super) fn look(&mut self, now: Instant, open: Open, busy: bool) -> Rest {
+        self.used |= open.inside > 0;
+        if !open.is_empty() || busy {
             (self.since, self.half_told) = (None, false);
             return Rest::None;
         }
         let since = *self.since.get_or_insert(now);
         // What was loaded ahead waits for its first use as long as any other.
-        let after = if self.terms.swap && self.used { Some(Duration::ZERO) } else { self.terms.after };
+        let after = if self.terms.swap && self.used { Some(SWAP_AFTER) } else { self.terms.after };
         let Some(after) = after else { return Rest::Until(None) };
         let end = since + after;
         if now >= end {
@@ -83,43 +102,53 @@ mod tests {
     use super::*;
 
     const AFTER: Duration = Duration::from_secs(10);
+    const NOBODY: Open = Open { inside: 0, waiting: 0 };
+    const INSIDE: Open = Open { inside: 1, waiting: 0 };
+    const WAITING: Open = Open { inside: 0, waiting: 1 };
 
     #[test]
     fn it_rests_from_the_moment_the_last_one_goes() {
         let t0 = Instant::now();
         let at = |s| t0 + Duration::from_secs(s);
         let mut idle = Idle::new(Terms { after: Some(AFTER), swap: false });
-        assert_eq!(idle.look(at(0), 1, false), Rest::None);
-        assert_eq!(idle.look(at(50), 0, true), Rest::None, "a load for nobody");
+        assert_eq!(idle.look(at(0), INSIDE, false), Rest::None);
+        assert_eq!(idle.look(at(50), NOBODY, true), Rest::None, "a load for nobody");
         assert_eq!(
-            (idle.look(at(60), 0, false), idle.for_how_long(at(63))),
+            (idle.look(at(60), NOBODY, false), idle.for_how_long(at(63))),
             (Rest::Until(Some(at(65))), Some(Duration::from_secs(3)))
         );
-        assert_eq!(idle.look(at(66), 0, false), Rest::Half(at(70)));
-        assert_eq!(idle.look(at(67), 0, false), Rest::Until(Some(at(70))), "said once");
-        assert_eq!(idle.look(at(69), 1, false), Rest::None);
+        assert_eq!(idle.look(at(66), NOBODY, false), Rest::Half(at(70)));
+        assert_eq!(idle.look(at(67), NOBODY, false), Rest::Until(Some(at(70))), "said once");
+        assert_eq!(idle.look(at(69), INSIDE, false), Rest::None);
         assert_eq!(idle.for_how_long(at(69)), None);
-        assert_eq!(idle.look(at(70), 0, false), Rest::Until(Some(at(75))), "from the beginning");
+        assert_eq!(idle.look(at(70), NOBODY, false), Rest::Until(Some(at(75))), "from the beginning");
         idle.stirred();
-        assert_eq!(idle.look(at(79), 0, false), Rest::Until(Some(at(84))));
-        assert_eq!(idle.look(at(89), 0, false), Rest::Over);
+        assert_eq!(idle.look(at(79), NOBODY, false), Rest::Until(Some(at(84))));
+        assert_eq!(idle.look(at(89), NOBODY, false), Rest::Over);
     }
 
     #[test]
     fn without_a_time_it_stays() {
         let now = Instant::now();
         let mut idle = Idle::new(Terms { after: None, swap: false });
-        assert_eq!(idle.look(now, 0, false), Rest::Until(None));
-        assert_eq!(idle.look(now + Duration::from_secs(1 << 20), 0, false), Rest::Until(None));
+        assert_eq!(idle.look(now, NOBODY, false), Rest::Until(None));
+        assert_eq!(idle.look(now + Duration::from_secs(1 << 20), NOBODY, false), Rest::Until(None));
     }
 
     #[test]
-    fn swapped_out_at_once_but_not_before_the_first_use() {
+    fn swapped_out_soon_after_its_last_use_but_not_before_the_first() {
         let now = Instant::now();
+        let at = |ms| now + Duration::from_millis(ms);
         let mut idle = Idle::new(Terms { after: Some(AFTER), swap: true });
-        assert_eq!(idle.look(now, 0, false), Rest::Until(Some(now + AFTER / 2)), "loaded ahead");
-        assert_eq!(idle.look(now, 1, false), Rest::None);
-        assert_eq!(idle.look(now, 0, true), Rest::None, "its last decode is being cancelled");
-        assert_eq!(idle.look(now, 0, false), Rest::Over);
+        assert_eq!(idle.look(now, WAITING, false), Rest::None, "to be loaded ahead");
+        assert_eq!(idle.look(now, NOBODY, false), Rest::Until(Some(now + AFTER / 2)), "loaded ahead");
+        assert_eq!(idle.look(now, INSIDE, false), Rest::None);
+        assert_eq!(idle.look(now, NOBODY, true), Rest::None, "its last decode is being cancelled");
+        assert_eq!(idle.look(now, NOBODY, false), Rest::Until(Some(at(500))), "it may be back at once");
+        assert_eq!(idle.look(at(60), WAITING, false), Rest::None, "it is");
+        assert_eq!(idle.look(at(70), INSIDE, false), Rest::None);
+        assert_eq!(idle.look(at(100), NOBODY, false), Rest::Until(Some(at(600))));
+        assert_eq!(idle.look(at(1_099), NOBODY, false), Rest::Half(at(1_100)));
+        assert_eq!(idle.look(at(1_100), NOBODY, false), Rest::Over);
     }
 }

@@ -124,16 +124,15 @@ pub(super) async fn forward_stderr(pipe: ChildStderr, last: LastLines) {
     }
 }
 
-/// What could be loaded while no child runs.
-pub(super) fn models_on_disk(config: &EngineConfig) -> Vec<ModelState> {
+/// What could be loaded before a first child has looked at the files.
+pub(super) fn models_of(config: &EngineConfig) -> Vec<ModelState> {
     config
         .models
         .iter()
         .map(|model| ModelState {
             name: model.name.clone(),
             state: Residency::Available,
-            resident_mb: 0,
-            // Weights are most of what a model takes; measured figures replace this once it was loaded.
+            // Weights are most of what a model takes.
             expected_mb: std::fs::metadata(&model.path).map_or(0, |m| m.len().div_ceil(1 << 20)),
             ..ModelState::default()
         })

@@ -60,7 +60,18 @@ pub(crate) struct Gauge {
 }
 
 impl Gauge {
-    pub(crate) fn sample(&mut self, memory: Memory) -> Option<Pressure> {
+    /// None: nothing is known of the device, or nothing of ours is on it. What was seen before is no reason any more.
+    pub(crate) fn look(&mut self, memory: Option<Memory>) -> Option<Pressure> {
+        match memory {
+            Some(memory) => self.sample(memory),
+            None => {
+                *self = Self::default();
+                None
+            }
+        }
+    }
+
+    fn sample(&mut self, memory: Memory) -> Option<Pressure> {
         if memory.is_short() {
             self.roomy = 0;
             self.short += 1;
@@ -189,6 +200,19 @@ mod tests {
         let mut gauge = Gauge::default();
         let creeping: Vec<(u64, u64)> = (0..20).map(|n| (4_000, 11_000 + 20 * n)).collect();
         assert_eq!(steps(&mut gauge, &creeping).last(), Some(&Some(Pressure::MoveAway)));
+    }
+
+    #[test]
+    fn what_cannot_be_seen_presses_nobody() {
+        let mut gauge = Gauge::default();
+        let full = Some(memory(4_000, 11_600));
+        gauge.look(Some(memory(4_000, 9_600)));
+        (0..6).for_each(|_| {
+            gauge.look(full);
+        });
+        assert_eq!(gauge.look(full), Some(Pressure::MoveAway));
+        assert_eq!(gauge.look(None), None, "the device does not answer, or the engine has left it");
+        assert_eq!(gauge.look(full), Some(Pressure::NoNewWork), "from the first step on");
     }
 
     #[test]

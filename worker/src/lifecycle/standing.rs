@@ -1,16 +1,16 @@
 //! What runs for whom: the engine's knowledge of its device, asked by sessions and changed by what happens to children.
 
-use std::sync::atomic::Ordering;
+use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use tokio::{sync::mpsc, time::Instant};
 use voxfleet_schema::{
     device::{Device, EngineEnd},
     failure::{Failure, FailureClass},
-    fleet::{ModelState, Residency},
+    fleet::{EngineRunState, ModelState, Residency},
 };
 
 use super::{
-    Engine, Load,
+    Engine, EngineStatus, Load,
     cause::{Cause, is_of_the_device},
     fallback::{Ended, Moment, Place},
     ladder::{Ask, Footing},
@@ -28,6 +28,11 @@ fn moment() -> Moment {
 /// Whether its file can be used.
 fn is_here(model: &ModelState) -> bool {
     !matches!(model.state, Residency::Failed | Residency::Missing | Residency::Fetching | Residency::Unknown)
+}
+
+/// The device as the fleet sees it: where the child runs, and while none does, whether the next one is to do without its GPU.
+fn told_device(there: Option<&str>, falls_back: bool) -> String {
+    there.unwrap_or(if falls_back { "cpu" } else { "none" }).to_owned()
 }
 
 /// What loading it takes, as far as that is known.
@@ -72,18 +77,34 @@ impl Engine {
 
     /// Whether the next child is to run on the CPU.
     pub(super) fn wants_cpu(&self) -> bool {
-        let trouble = self.0.device.borrow().trouble.as_ref().map(|trouble| trouble.class);
-        let models = self.models_here();
-        let mut fallback = locked(&self.0.fallback);
-        if let Some(class) = trouble.filter(|class| is_of_the_device(*class)) {
-            // Known before a child has died of it.
-            let end = Ended { class, on_cpu: fallback.on_cpu(), culprit: None };
-            fallback.ended(moment(), end, &models);
-        }
-        fallback.on_cpu()
+        self.look_at_device();
+        locked(&self.0.fallback).on_cpu()
     }
 
-    pub(super) fn is_on_side(&self, on_cpu: bool) -> bool {
+    /// Learns what is wrong with the device before a child has died of it.
+    fn look_at_device(&self) {
+        let Some(class) = self.out_of_order() else { return };
+        let models = self.models_here();
+        let mut fallback = locked(&self.0.fallback);
+        let end = Ended { class, on_cpu: fallback.on_cpu(), culprit: None };
+        fallback.ended(moment(), end, &models);
+    }
+
+    /// Why nothing can run on the device, as far as its figures tell.
+    fn out_of_order(&self) -> Option<FailureClass> {
+        let trouble = self.0.device.borrow().trouble.as_ref().map(|trouble| trouble.class);
+        trouble.filter(|class| is_of_the_device(*class))
+    }
+
+    /// See [`told_device`].
+    pub(super) fn effective_device(&self, status: &EngineStatus) -> String {
+        let there = (status.state == EngineRunState::Ready).then_some(status.device.as_str());
+        let falls_back = self.0.config.use_gpu && (self.is_on_side(true) || self.out_of_order().is_some());
+        told_device(there, falls_back)
+    }
+
+    /// Whether the engine runs there, or would.
+    pub(crate) fn is_on_side(&self, on_cpu: bool) -> bool {
         locked(&self.0.fallback).on_cpu() == on_cpu
     }
 
@@ -113,8 +134,18 @@ impl Engine {
             }
             None => tracing::error!(class = %cause.class, on_cpu, "engine ended, {}", failure.message),
         }
-        *locked(&self.0.last_end) =
-            Some(EngineEnd { class: failure.class, message: failure.message, at_ms: at.wall_ms });
+        self.ended_by(failure, at.wall_ms);
+    }
+
+    /// None could be started.
+    pub(super) fn not_started(&self, cause: &Cause) {
+        let failure = cause.failure();
+        tracing::error!(class = %failure.class, "{}", failure.message);
+        self.ended_by(failure, unix_ms());
+    }
+
+    fn ended_by(&self, failure: Failure, at_ms: u64) {
+        *locked(&self.0.last_end) = Some(EngineEnd { class: failure.class, message: failure.message, at_ms });
     }
 
     /// The model that took the last memory: one that was being loaded, else the largest that was decoded with, else the
@@ -161,26 +192,44 @@ impl Engine {
 
     /// Tries again what may be tried again, through the child that runs, if one does.
     pub(super) fn restore(&self, child: Option<&mpsc::Sender<ToEngine>>) {
+        if child.is_none() {
+            // Whoever comes is told what he would get before a child is asked for.
+            self.look_at_device();
+        }
         let (now, device, models) = (Instant::now(), self.0.device.borrow().clone(), self.models_here());
         let (states, on_cpu) = (self.0.status.borrow().models.clone(), self.0.on_cpu.load(Ordering::Relaxed));
         let free_mb = self.free_mb(&device);
         let needs = |name: &str| states.iter().find(|model| model.name == name).map_or(0, |model| model.expected_mb);
         let smallest = states.iter().filter(|model| is_here(model)).map(|model| model.expected_mb).min().unwrap_or(0);
+        let mut fallback = locked(&self.0.fallback);
+        // What stands in for a model goes when that one is back.
+        let freed: BTreeMap<String, u64> = if child.is_some() {
+            let of =
+                |name: &String| states.iter().find(|model| model.name == *name).map_or(0, |model| model.resident_mb);
+            let freed = |model: &String| fallback.only_in_place_of(model, &models).iter().map(of).sum();
+            models.iter().map(|model| (model.clone(), freed(model))).collect()
+        } else {
+            BTreeMap::new()
+        };
+        let fits = |name: &str, freed_mb: u64| free_mb.is_none_or(|free| free + freed_mb >= needs(name));
         let room = |place: &Place| match place {
             Place::Device => device.trouble.is_none() && free_mb.is_none_or(|free| free >= smallest),
             // The figures are the GPU's; what the host has shows when it is tried.
             Place::Model { on_cpu: true, .. } if self.0.config.use_gpu => true,
-            Place::Model { name, .. } => free_mb.is_none_or(|free| free >= needs(name)),
+            Place::Model { name, .. } => fits(name, freed.get(name).copied().unwrap_or(0)),
         };
-        let mut fallback = locked(&self.0.fallback);
         let before = fallback.on_cpu();
+        let mut anew = false;
         for place in fallback.due(now, room) {
             let loaded = |name: &String| states.iter().any(|m| m.name == *name && m.state == Residency::Loaded);
             let tried = match (&place, child) {
                 (Place::Model { name, on_cpu: side }, Some(frames)) if *side == on_cpu && !loaded(name) => {
+                    let beside = (*side && self.0.config.use_gpu) || fits(name, 0);
+                    // Both do not fit: the next child has it alone.
+                    anew |= !beside;
                     // Whoever waits for it goes on as he is until it is there.
-                    tracing::info!(model = name, "trying again to load a model that had no room");
-                    frames.try_send(ToEngine::Load { model: name.clone() }).is_ok()
+                    tracing::info!(model = name, beside, "trying again to load a model that had no room");
+                    beside && frames.try_send(ToEngine::Load { model: name.clone() }).is_ok()
                 }
                 _ => false,
             };
@@ -189,7 +238,10 @@ impl Engine {
                 fallback.restored(now, &place, &models);
             }
         }
-        if fallback.on_cpu() != before {
+        if anew {
+            self.0.anew.store(true, Ordering::Relaxed);
+        }
+        if anew || fallback.on_cpu() != before {
             self.0.activity.notify_one();
         }
     }

@@ -328,14 +328,6 @@ impl Session {
         End::Failed(failure)
     }
 
-    /// Where the engine cannot be started, that is no try of a job: another worker may have one that can.
-    fn not_its_fault(&self, failure: Failure) -> Failure {
-        match self.names.kind {
-            Kind::Job => Failure { class: FailureClass::NoCapacity, ..failure },
-            _ => failure,
-        }
-    }
-
     fn chain_failed(&self, epoch: u64, error: &ChainError) -> End {
         tracing::error!(id = %self.names.id, error = error as &dyn std::error::Error, "chain unreadable");
         self.failed(epoch, Failure::new(FailureClass::Internal, format!("the chain cannot be used: {error}")))
@@ -372,14 +364,15 @@ impl Session {
         let model = desired.options.model.as_deref().unwrap_or_else(|| engine.default_model());
         let ask = Ask { model: model.to_owned(), policy: desired.options.policy };
         // Before a child is waited for: it may have to be another one.
-        let footing = engine.footing(&self.names, &ask).map_err(|failure| self.failed(epoch, failure))?;
+        let footing = engine
+            .footing(&self.names, &ask)
+            .map_err(|failure| self.failed(epoch, not_its_fault(self.names.kind, failure)))?;
         let link = match engine.ready().await {
             Ok(link) => link,
             Err(EngineDown::Stopping) => return Err(End::Finished),
             Err(error @ EngineDown::Failed) => {
-                return Err(
-                    self.failed(epoch, self.not_its_fault(Failure::new(FailureClass::EngineCrash, error.to_string())))
-                );
+                let failure = Failure::new(FailureClass::EngineCrash, error.to_string());
+                return Err(self.failed(epoch, not_its_fault(self.names.kind, failure)));
             }
         };
         if link.on_cpu != footing.on_cpu || !engine.stands(&ask, &footing) {
@@ -452,6 +445,14 @@ impl Session {
     }
 }
 
+/// Where no engine is to be had, or none with its model, that is no try of a job: another worker may have one.
+fn not_its_fault(kind: Kind, failure: Failure) -> Failure {
+    match kind {
+        Kind::Job => Failure { class: FailureClass::NoCapacity, ..failure },
+        _ => failure,
+    }
+}
+
 enum Opened<'a> {
     Life(Box<Life<'a>>),
     /// Its end final of this epoch stands in the chain.
@@ -464,6 +465,14 @@ enum Opened<'a> {
 pub(crate) mod tests {
     pub(crate) use super::outputs::tests::final_of;
     use super::*;
+
+    #[test]
+    fn only_a_job_is_told_that_there_is_no_room_where_there_is_no_engine_for_it() {
+        let failure = Failure { retry_after_ms: Some(9), ..Failure::new(FailureClass::DeviceLost, "gone") };
+        let told = not_its_fault(Kind::Job, failure.clone());
+        assert_eq!(told, Failure { class: FailureClass::NoCapacity, ..failure.clone() });
+        assert_eq!(not_its_fault(Kind::Session, failure.clone()), failure);
+    }
 
     #[tokio::test]
     async fn a_panic_is_a_failure_of_its_session() {

@@ -17,7 +17,7 @@ use voxfleet_schema::{
 use super::{Supervisor, WorkerError, holdings::Decision};
 use crate::{
     job::{Job, JobEnd, job_options},
-    lifecycle::Known,
+    lifecycle::{Known, is_of_this_worker},
     session::{Handle, Names, contained},
 };
 
@@ -47,11 +47,8 @@ impl Supervisor {
         match self.spared(self.in_stock(decision, item.options.model.as_deref())) {
             // Delivered again while it runs here: its progress acks count for this delivery too.
             Decision::Held => tracing::debug!(job = %id, epoch, "work item delivered again"),
-            Decision::Refuse(mut failure) => {
-                if failure.class == FailureClass::EngineCrash {
-                    // No engine has seen it: that is no try, and no suspicion.
-                    failure.class = FailureClass::NoCapacity;
-                }
+            Decision::Refuse(failure) => {
+                let failure = refusal(failure);
                 tracing::info!(job = %id, epoch, %failure, "job refused");
                 if failure.class != FailureClass::BadRequest {
                     self.give_up(&item, failure);
@@ -102,6 +99,12 @@ impl Supervisor {
     }
 }
 
+/// What is said to one that was not begun. No engine has seen it: that is no try, and no suspicion.
+fn refusal(failure: Failure) -> Failure {
+    let class = if is_of_this_worker(failure.class) { FailureClass::NoCapacity } else { failure.class };
+    Failure { class, ..failure }
+}
+
 /// Runs one job under its work item's ack.
 async fn run(job: Job, ack: WorkAck) -> JobFinished {
     let handle = Arc::clone(&job.handle);
@@ -150,5 +153,29 @@ async fn run(job: Job, ack: WorkAck) -> JobFinished {
 fn ended<E: std::error::Error + 'static>(acked: Result<(), E>) {
     if let Err(error) = acked {
         tracing::warn!(error = &error as &dyn std::error::Error, "work item not acked");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_out_costs_a_job_no_try() {
+        use FailureClass::*;
+        for (class, told) in [
+            (OutOfMemory, NoCapacity),
+            (DeviceLost, NoCapacity),
+            (DriverMismatch, NoCapacity),
+            (MissingLibrary, NoCapacity),
+            (EngineCrash, NoCapacity),
+            (Timeout, NoCapacity),
+            (NoCapacity, NoCapacity),
+            (ModelMissing, ModelMissing),
+            (BadRequest, BadRequest),
+        ] {
+            let failure = Failure { retry_after_ms: Some(40_000), ..Failure::new(class, "small has no room") };
+            assert_eq!(refusal(failure.clone()), Failure { class: told, ..failure }, "{class}");
+        }
     }
 }

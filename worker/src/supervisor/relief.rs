@@ -93,10 +93,10 @@ impl Follow {
         let mut gauge = Gauge::default();
         loop {
             let device = self.device.borrow_and_update().clone();
-            if let Some(memory) = Memory::of(&device, self.config.reserve_mb(device.total_mb)) {
-                let level = gauge.sample(memory);
-                self.act(level, &device);
-            }
+            // An engine that has gone to the CPU takes nothing from the tenants of the GPU.
+            let memory = Memory::of(&device, self.config.reserve_mb(device.total_mb));
+            let level = gauge.look(memory.filter(|_| !self.engine.is_on_side(true)));
+            self.act(level, &device);
             tokio::select! {
                 () = stop.cancelled() => break,
                 changed = self.device.changed() => if changed.is_err() { break },
