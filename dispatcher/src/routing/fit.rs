@@ -157,19 +157,23 @@ pub(super) struct Model {
     spoken_for: bool,
 }
 
-/// The models of a worker, and which of them is its default: one that is loaded, else the first of its list.
+/// The models of a worker, and which of them is its default: the one that it says, or, of an older worker, one that is loaded,
+/// else the first of its list. None: it has no such model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Shelf {
     pub(super) models: Vec<Model>,
-    default: usize,
+    default: Option<usize>,
 }
 
 impl Shelf {
     /// `promised`: whom this worker was given needs these; none = its default.
     pub(super) fn of(beat: &Heartbeat, promised: &[Option<&str>], names: &mut Names) -> Self {
-        let default = beat.models.iter().position(|m| m.state == Residency::Loaded).unwrap_or(0);
+        let default = match beat.default_model.as_deref() {
+            Some(name) => beat.models.iter().position(|m| m.name == name),
+            None => Some(beat.models.iter().position(|m| m.state == Residency::Loaded).unwrap_or(0)),
+        };
         let models = beat.models.iter().enumerate().map(|(at, m)| {
-            let wanted = || promised.iter().any(|p| p.map_or(at == default, |name| name == m.name));
+            let wanted = || promised.iter().any(|p| p.map_or(default == Some(at), |name| name == m.name));
             let standing = match m.state {
                 Residency::Loaded => Standing::Loaded,
                 // What it has taken of its memory so far is not known.
@@ -222,12 +226,17 @@ impl Shelf {
         self.models.iter().find(|m| m.number == number)
     }
 
+    /// The model that the request names, or the default.
+    fn asked(&self, wanted: Wanted) -> Option<&Model> {
+        match wanted.model {
+            None => self.models.get(self.default?),
+            Some(number) => self.find(number?),
+        }
+    }
+
     /// Which model the request allows can be run: the one asked for, else the largest that may stand in.
     pub(super) fn fit(&self, wanted: Wanted) -> Result<Fit, Refusal> {
-        let asked = match wanted.model {
-            None => self.models.get(self.default),
-            Some(number) => number.and_then(|number| self.find(number)),
-        };
+        let asked = self.asked(wanted);
         let refusal = match asked.map(|model| model.standing.refusal()) {
             Some(None) => {
                 let warm = asked.is_some_and(|model| model.standing == Standing::Loaded);
@@ -251,10 +260,7 @@ impl Shelf {
 
     /// Whether the model, or one that may stand in for it, is there at all.
     pub(super) fn lists_any(&self, wanted: Wanted) -> bool {
-        let asked = match wanted.model {
-            None => self.models.get(self.default),
-            Some(number) => number.and_then(|number| self.find(number)),
-        };
+        let asked = self.asked(wanted);
         let size = wanted.size.or(asked.map(|m| m.size));
         let stands_in = |m: &&Model| size.is_some_and(|size| wanted.takes(size, m.size).is_some());
         asked.into_iter().chain(self.models.iter().filter(stands_in)).any(|m| m.standing.is_there())

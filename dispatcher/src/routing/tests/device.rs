@@ -64,6 +64,30 @@ fn why_a_smaller_model_runs_is_told_by_its_class() {
 }
 
 #[test]
+fn who_names_no_model_is_given_the_default_that_the_worker_says() {
+    use Residency::{Available, Loaded, Missing};
+    let unnamed = SessionOptions { policy: Policy::ExactModel, ..SessionOptions::default() };
+    for (says, states, mb, expected) in [
+        (Some("b"), [Missing, Available], 400, Ok(0)),
+        (Some("b"), [Loaded, Missing], 400, Err(FailureClass::ModelMissing)),
+        (Some("b"), [Loaded, Available], 30_000, Err(FailureClass::ModelDoesNotFit)),
+        (Some("c"), [Loaded, Available], 400, Err(FailureClass::ModelMissing)),
+        (None, [Loaded, Missing], 400, Ok(0)),
+        (None, [Missing, Available], 400, Err(FailureClass::ModelMissing)),
+    ] {
+        let [first, second] = states;
+        let mut fleet = with(vec![model("a", first, 100), model("b", second, mb)]);
+        fleet[0].beat.default_model = says.map(str::to_owned);
+        assert_eq!(pick(&fleet, &unnamed).map_err(|failure| failure.class), expected, "{says:?} {states:?} {mb}");
+    }
+    let mut fleet = with(vec![model("a", Available, 10_000), model("b", Available, 10_000)]);
+    fleet[0].beat.default_model = Some("b".to_owned());
+    let promised = roster_of([Seen { promised: &[None], ..seen(&fleet[0]) }]);
+    let fits = |model| route(&promised, &Request::new(&wants(model, Policy::ExactModel), true)).is_ok();
+    assert_eq!((fits("a"), fits("b")), (false, true), "its memory is spoken for by whoever named none");
+}
+
+#[test]
 fn what_is_missing_everywhere_is_missing_and_what_comes_is_waited_for() {
     let exact = wants("medium", Policy::ExactModel);
     for (states, expected, comes_again) in [
