@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use voxfleet_schema::{
     failure::FailureClass,
-    fleet::{EngineRunState, Heartbeat, Residency},
+    fleet::{Heartbeat, Residency},
     ladder,
     session::{Policy, SessionOptions},
 };
@@ -16,12 +16,10 @@ pub(crate) fn is_cpu(beat: &Heartbeat) -> bool {
     beat.device.index.is_none() || has_fallen(beat)
 }
 
-/// It has a GPU, and its engine runs on the CPU all the same.
+/// It has a GPU, and its engine runs on the CPU all the same. Of an engine that is not there now the worker says where it will
+/// start: `none`, unless it is known to be the CPU.
 pub(crate) fn has_fallen(beat: &Heartbeat) -> bool {
-    let runs = beat.engine.effective_device == "cpu";
-    let ready = beat.engine.state == EngineRunState::Ready;
-    // An engine that is not there has said before where it runs; while the device is in trouble that is where it starts again.
-    beat.device.index.is_some() && runs && (ready || beat.device.trouble.is_some())
+    beat.device.index.is_some() && beat.engine.effective_device == "cpu"
 }
 
 /// What a model's name says of its place on the ladder.
