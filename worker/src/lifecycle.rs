@@ -421,6 +421,8 @@ impl Engine {
         let mut again = false;
         while again || self.is_wanted(&stop).await {
             let end = self.live(&stop).await;
+            // However it ended: nobody tells any more how a trial in it went.
+            locked(&self.0.fallback).gave_up_trying();
             again = true;
             let wait = match end {
                 LifeEnd::Stopped => break,

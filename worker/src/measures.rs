@@ -1,9 +1,10 @@
 //! What models really take on this device: learned from each load, kept in the cache, and told in heartbeats in place of
 //! estimates.
 //!
-//! Learning is pure: it compares what the engine says of its models with what it said before. A figure only grows while a
-//! worker lives: two states made at once are measured together, and planning with too much costs a session where planning
-//! with too little costs an engine.
+//! Learning is pure: it compares what the engine says of its models with what it said before. Figures of models only grow
+//! while a worker lives: two states made at once are measured together, and planning with too much costs a session where
+//! planning with too little costs an engine. What stands beside them only shrinks: a state is seen on the device before the
+//! engine tells of it. Nothing is learned of a GPU while the engine runs on the CPU.
 
 use std::{
     collections::BTreeMap,
@@ -81,7 +82,7 @@ impl Measures {
         let mut changed = Vec::new();
         for (name, new) in news {
             let before = known.get(&name).copied().unwrap_or_default();
-            let after = larger(before, new);
+            let after = joined(before, new);
             if after != before {
                 known.insert(name.clone(), after);
                 changed.push((name, after));
@@ -122,6 +123,7 @@ impl Measures {
     pub(crate) async fn run(self, engine: Engine, mut device: watch::Receiver<Device>, stop: CancellationToken) {
         let mut status = engine.watch();
         let mut before = status.borrow_and_update().models.clone();
+        let mut on_cpu = false;
         loop {
             let news = tokio::select! {
                 () = stop.cancelled() => return,
@@ -129,9 +131,10 @@ impl Measures {
                     if changed.is_err() {
                         return;
                     }
-                    let after = status.borrow_and_update().models.clone();
-                    let news = learned(&before, &after);
-                    before = after;
+                    let status = status.borrow_and_update();
+                    on_cpu = status.device == "cpu";
+                    let news = learned(&before, &status.models);
+                    before = status.models.clone();
                     news
                 }
                 changed = device.changed(), if self.0.on_gpu => {
@@ -141,6 +144,9 @@ impl Measures {
                     context(device.borrow_and_update().used_mb, &before)
                 }
             };
+            if self.0.on_gpu && on_cpu {
+                continue;
+            }
             let changed = self.learn(news);
             if !changed.is_empty() {
                 self.keep(changed).await;
@@ -177,9 +183,9 @@ fn context(used_mb: u64, models: &[ModelState]) -> Vec<(String, Figures)> {
     loaded().filter(|_| beside >= STEP_MB).map(|model| (model.name.clone(), figures)).collect()
 }
 
-fn larger(known: Figures, new: Figures) -> Figures {
+fn joined(known: Figures, new: Figures) -> Figures {
     Figures {
-        context_mb: known.context_mb.max(new.context_mb),
+        context_mb: known.context_mb.into_iter().chain(new.context_mb).min(),
         weights_mb: known.weights_mb.max(new.weights_mb),
         state_mb: known.state_mb.max(new.state_mb),
         ..known

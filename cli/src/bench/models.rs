@@ -9,10 +9,10 @@ use voxfleet_harness::{find, fleet};
 use voxfleet_worker::{
     engine::{
         Cancel, Purpose, Recognizer as _, Window, models,
+        pool::Taken,
         whisper::{
             WhisperModel,
             random::{self, Format, Shape},
-            trial::Taken,
         },
     },
     ipc::ModelFile,

@@ -11,7 +11,7 @@ use voxfleet_schema::{fleet::Device, plan::Risk};
 use voxfleet_store::models::{
     Catalog, Model,
     measured::{DeviceKey, Measured},
-    plan::{self, Card, Needs, Planned, Stance, Tenant, Wish, plan, quality},
+    plan::{Card, Needs, Planned, Stance, Tenant, Wish, plan, quality},
 };
 
 use self::figures::{Known, On, SESSION_MB};

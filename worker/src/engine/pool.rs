@@ -18,7 +18,7 @@ use super::{
     guards::{Judged, judge},
     models,
     simulated::{self, SimulatedModel},
-    whisper::WhisperModel,
+    whisper::{self, WhisperModel},
 };
 use crate::ipc::{EngineConfig, EngineKind, ModelFile};
 
@@ -49,6 +49,11 @@ impl Model {
             Self::Whisper(model) => model.info(),
             Self::Simulated(model) => model.info(),
         }
+    }
+
+    /// Its weights are in the memory of a GPU.
+    fn is_on_gpu(&self) -> bool {
+        matches!(self, Self::Whisper(model) if model.is_on_gpu())
     }
 
     /// MB that its weights take on a simulated card, and each of its states.
@@ -277,7 +282,7 @@ fn decode_loop<E: From<Done>>(number: usize, orders: &Receiver<Order>, events: &
         let begin = Instant::now();
         let info = job.model.info().clone();
         let queued = begin.duration_since(job.ready_at);
-        let before = resident_mb();
+        let before = Taken::from_now(job.model.is_on_gpu());
         // A state whose decode panicked is not put back: the next job makes a new one.
         let state = match states.remove(&info.model) {
             Some(state) => Ok((state, false)),
@@ -289,7 +294,7 @@ fn decode_loop<E: From<Done>>(number: usize, orders: &Receiver<Order>, events: &
                 Err(_) => (Err(EngineError::Decode("the recognizer panicked".to_owned())), 0),
                 Ok(heard) => {
                     states.insert(info.model.clone(), state);
-                    let took = || resident_mb().saturating_sub(before);
+                    let took = || before.mb();
                     (heard, if new { job.model.on_card_mb().map_or_else(took, |(_, state)| state) } else { 0 })
                 }
             },
@@ -311,13 +316,34 @@ fn load_loop<E: From<Loaded>>(config: &EngineConfig, loads: &Receiver<Load>, eve
             // Dropped or too late: either way the load shows whether there is room.
             let _ = dropped.recv_timeout(patience.saturating_duration_since(Instant::now()));
         }
-        let (begin, before) = (Instant::now(), resident_mb());
+        let on_gpu = config.engine == EngineKind::WhisperCpp && config.use_gpu;
+        let (begin, before) = (Instant::now(), Taken::from_now(on_gpu));
         let model = Model::load(config, &file);
         let on_card = model.as_ref().ok().and_then(Model::on_card_mb);
-        let resident_mb = on_card.map_or_else(|| resident_mb().saturating_sub(before), |(weights, _)| weights);
+        let resident_mb = on_card.map_or_else(|| before.mb(), |(weights, _)| weights);
         let loaded = Loaded { name: file.name, model, resident_mb, took: begin.elapsed() };
         if events.send(loaded.into()).is_err() {
             return;
+        }
+    }
+}
+
+/// MB that this process has taken: of the GPU's free memory where one is used and nobody else grows, else resident.
+pub struct Taken {
+    free_before_mb: Option<u64>,
+    resident_before_mb: u64,
+}
+
+impl Taken {
+    pub fn from_now(use_gpu: bool) -> Self {
+        let free_before_mb = use_gpu.then(whisper::free_device_mb).flatten();
+        Self { free_before_mb, resident_before_mb: resident_mb() }
+    }
+
+    pub fn mb(&self) -> u64 {
+        match (self.free_before_mb, whisper::free_device_mb()) {
+            (Some(before), Some(now)) => before.saturating_sub(now),
+            _ => resident_mb().saturating_sub(self.resident_before_mb),
         }
     }
 }

@@ -71,6 +71,10 @@ impl WhisperModel {
         &self.info
     }
 
+    pub fn is_on_gpu(&self) -> bool {
+        self.on_gpu
+    }
+
     /// One more decode state on these weights.
     pub fn state(&self) -> Result<WhisperRecognizer, EngineError> {
         enough_memory(self.on_gpu, self.state_mb, || format!("a decode state of {}", self.info.model))?;
@@ -119,7 +123,7 @@ fn enough_memory(on_gpu: bool, needed_mb: u64, what: impl Fn() -> String) -> Res
 }
 
 #[cfg(feature = "cuda")]
-fn free_device_mb() -> Option<u64> {
+pub(super) fn free_device_mb() -> Option<u64> {
     use whisper_rs::whisper_rs_sys as sys;
     let (mut free, mut total) = (0usize, 0usize);
     // SAFETY: a device of the registry lives as long as the process; it writes two numbers.
@@ -134,7 +138,7 @@ fn free_device_mb() -> Option<u64> {
 }
 
 #[cfg(not(feature = "cuda"))]
-fn free_device_mb() -> Option<u64> {
+pub(super) fn free_device_mb() -> Option<u64> {
     None
 }
 

@@ -40,6 +40,16 @@ pub(super) enum Place {
     },
 }
 
+impl Place {
+    /// Whether an engine on that side has to do with it.
+    fn is_on(&self, on_cpu: bool) -> bool {
+        match self {
+            Self::Device => !on_cpu,
+            Self::Model { on_cpu: side, .. } => *side == on_cpu,
+        }
+    }
+}
+
 /// Now, by both clocks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Moment {
@@ -157,6 +167,8 @@ impl Fallback {
     pub(super) fn ended(&mut self, now: Moment, end: Ended<'_>, models: &[String]) -> Option<Place> {
         let Ended { class, on_cpu, culprit } = end;
         let on_gpu = self.gpu && !on_cpu;
+        // What died while it was tried has failed, whatever was at fault: it is not tried again at once.
+        self.tried_in_vain(now, |place| place.is_on(on_cpu), models);
         let place = match class {
             FailureClass::OutOfMemory => match culprit {
                 Some(name) => Place::Model { name: name.to_owned(), on_cpu },
@@ -177,7 +189,6 @@ impl Fallback {
             }
             _ => return None,
         };
-        // What died while it was tried has failed, whatever was at fault: it is not tried again at once.
         self.failed(now, place.clone(), class, models);
         Some(place)
     }
@@ -192,7 +203,16 @@ impl Fallback {
         .collect()
     }
 
-    /// The child in which something was being tried is no more.
+    /// What was being tried there does not work yet, for the reason known before.
+    pub(super) fn tried_in_vain(&mut self, now: Moment, there: impl Fn(&Place) -> bool, models: &[String]) {
+        let tried = self.marks.iter().filter(|(place, mark)| mark.trying && there(place));
+        let tried: Vec<_> = tried.map(|(place, mark)| (place.clone(), mark.class)).collect();
+        for (place, class) in tried {
+            self.failed(now, place, class, models);
+        }
+    }
+
+    /// The child in which something was being tried is no more, and it had nothing to do with that.
     pub(super) fn gave_up_trying(&mut self) {
         self.marks.values_mut().for_each(|mark| mark.trying = false);
     }
@@ -423,6 +443,45 @@ mod tests {
         assert!(fallback.on_cpu());
         fallback.forget(&name("b"), &models);
         assert!(!fallback.on_cpu() && fallback.standbys(&models).is_empty());
+    }
+
+    #[test]
+    fn what_dies_while_it_is_tried_is_not_tried_again_at_once() {
+        use FailureClass::*;
+        for (class, on_cpu, again_s) in [
+            (EngineCrash, false, 120),
+            (Timeout, false, 120),
+            (DeviceLost, false, 120),
+            (OutOfMemory, false, 120),
+            // What is tried on the other side has nothing to do with it.
+            (EngineCrash, true, 0),
+        ] {
+            let (mut fallback, clock) = gpu();
+            let (place, models) = (on_gpu("small"), models());
+            fallback.failed(clock.at(0), place.clone(), OutOfMemory, &models);
+            assert_eq!(fallback.due(clock.at(60).mono, |_| true), std::slice::from_ref(&place));
+            fallback.ended(clock.at(60), Ended { class, on_cpu, culprit: None }, &models);
+            fallback.gave_up_trying();
+            let due = |fallback: &mut Fallback, at| fallback.due(clock.at(at).mono, |due| *due == place).len();
+            if again_s > 0 {
+                assert_eq!(due(&mut fallback, 60 + again_s - 1), 0, "{class}");
+            }
+            assert_eq!(due(&mut fallback, 60 + again_s), 1, "{class} {on_cpu}");
+        }
+    }
+
+    #[test]
+    fn what_is_tried_in_vain_waits_longer_and_what_is_not_tried_stays_as_it_is() {
+        let (mut fallback, clock) = gpu();
+        let (place, models) = (on_gpu("small"), models());
+        fallback.failed(clock.at(0), place.clone(), FailureClass::OutOfMemory, &models);
+        fallback.tried_in_vain(clock.at(10), |_| true, &models);
+        assert_eq!(fallback.due(clock.at(60).mono, |_| true), std::slice::from_ref(&place), "it was not being tried");
+        fallback.tried_in_vain(clock.at(61), |other| *other == on_gpu("base"), &models);
+        assert_eq!(fallback.due(clock.at(1_000).mono, |_| true), [], "another one");
+        fallback.tried_in_vain(clock.at(1_000), |tried| *tried == place, &models);
+        assert_eq!(fallback.due(clock.at(1_119).mono, |_| true), []);
+        assert_eq!(fallback.due(clock.at(1_120).mono, |_| true), [place]);
     }
 
     #[test]

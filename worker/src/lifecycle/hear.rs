@@ -102,6 +102,7 @@ impl Engine {
                     tracing::warn!(model = model.name, expected_mb = model.expected_mb, "no memory for a model");
                     self.has_no_room(&model.name);
                 }
+                (_, Residency::Failed | Residency::Missing) => self.cannot_load(&model.name),
                 (Some(Residency::Loaded), Residency::Available) => {
                     let freed_mb = was.iter().find(|before| before.name == model.name).map(|was| was.resident_mb);
                     tracing::info!(model = model.name, freed_mb, "model released");

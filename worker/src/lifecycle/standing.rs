@@ -102,9 +102,7 @@ impl Engine {
         let marked = {
             let mut fallback = locked(&self.0.fallback);
             let end = Ended { class: cause.class, on_cpu, culprit: culprit.as_deref() };
-            let marked = fallback.ended(at, end, &models);
-            fallback.gave_up_trying();
-            marked
+            fallback.ended(at, end, &models)
         };
         match marked {
             Some(Place::Model { name, .. }) => {
@@ -144,6 +142,14 @@ impl Engine {
         locked(&self.0.fallback).failed(moment(), place, FailureClass::OutOfMemory, &models);
         self.0.activity.notify_one();
         self.0.news.notify_one();
+    }
+
+    /// A child that lives on says that a model cannot be loaded, for another reason than memory.
+    pub(super) fn cannot_load(&self, model: &str) {
+        let models = self.models_here();
+        let on_cpu = self.0.on_cpu.load(Ordering::Relaxed);
+        let place = Place::Model { name: model.to_owned(), on_cpu };
+        locked(&self.0.fallback).tried_in_vain(moment(), |tried| *tried == place, &models);
     }
 
     pub(super) fn has_loaded(&self, model: &str) {

@@ -252,7 +252,7 @@ fn a_successor_does_not_tell_again_and_takes_back_what_its_predecessor_gave() {
     // Its worker never got it: then nobody can have told.
     let mut world = taken_over(&record);
     world.keep = |e| matches!(e, Effect::Ask { .. });
-    world.seconds(4, |w| w.beat(0, |b| crowded(b)));
+    world.seconds(4, |w| w.beat(0, crowded));
     let Some(Effect::Ask { assignment, .. }) = world.kept.first() else { panic!("asked again") };
     assert_eq!(assignment.options.model.as_deref(), Some("small"), "the same as before");
     world.keep = |_| false;

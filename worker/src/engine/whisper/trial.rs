@@ -7,9 +7,9 @@ use whisper_rs::{FullParams, SamplingStrategy, WhisperContext, WhisperContextPar
 
 use super::{
     context::{Context, MIN_SAMPLES},
-    decode_error, device, free_device_mb,
+    decode_error, device,
 };
-use crate::engine::{EngineError, models, pool};
+use crate::engine::{EngineError, models};
 
 /// What differs from one decode to the next; greedy at temperature 0, no fall-back, no word times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,26 +83,6 @@ impl TrialState {
             text.push_str(&segment.to_str_lossy().map_err(|e| decode_error(&e))?);
         }
         Ok(text.trim().to_owned())
-    }
-}
-
-/// MB that this process has taken: of the GPU's free memory where one is used and nobody else grows, else resident.
-pub struct Taken {
-    free_before_mb: Option<u64>,
-    resident_before_mb: u64,
-}
-
-impl Taken {
-    pub fn from_now(use_gpu: bool) -> Self {
-        let free_before_mb = use_gpu.then(free_device_mb).flatten();
-        Self { free_before_mb, resident_before_mb: pool::resident_mb() }
-    }
-
-    pub fn mb(&self) -> u64 {
-        match (self.free_before_mb, free_device_mb()) {
-            (Some(before), Some(now)) => before.saturating_sub(now),
-            _ => pool::resident_mb().saturating_sub(self.resident_before_mb),
-        }
     }
 }
 

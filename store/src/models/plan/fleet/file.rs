@@ -186,7 +186,7 @@ impl ServiceEntry {
             }
         }
         check(
-            self.memory.is_some() != !self.models.is_empty(),
+            self.memory.is_some() == self.models.is_empty(),
             "name its models, or the memory of a service that is not ours".to_owned(),
         );
         let ours = self.memory.is_none();
