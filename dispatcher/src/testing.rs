@@ -72,6 +72,7 @@ pub(crate) fn beat(gpu: &str, incarnation: &str) -> Heartbeat {
         held: Vec::new(),
         given_up: Vec::new(),
         models: vec![model("small", Residency::Available, 852)],
+        default_model: None,
         engine: EngineState {
             state: EngineRunState::Ready,
             kind: "simulated".to_owned(),

@@ -198,6 +198,9 @@ pub struct Heartbeat {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub given_up: Vec<GivenUp>,
     pub models: Vec<ModelState>,
+    /// The model of those that name none; none from older workers, and from those without a model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub default_model: Option<String>,
     pub engine: EngineState,
     pub draining: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -104,6 +104,7 @@ impl Sources {
             held,
             given_up,
             models,
+            default_model: Some(self.engine.default_model().to_owned()).filter(|name| !name.is_empty()),
             engine,
             draining: drain.is_some(),
             drain,

@@ -143,6 +143,7 @@ fn heartbeat(n: usize, slots: u32) -> Result<Heartbeat> {
             model("medium", 2_100, false),
             model("large-v3-turbo", 2_600, n.is_multiple_of(5)),
         ],
+        default_model: None,
         engine: EngineState {
             state: EngineRunState::Ready,
             kind: "simulated".to_owned(),

@@ -62,7 +62,7 @@ impl Core {
             state: SessionState::Waiting,
             worker: None,
             changed_ms: now.unix_ms,
-            instead: session.told_instead.clone(),
+            instead: session.told_instead.clone().or_else(|| session.left.clone()),
             ..session.record.clone()
         };
         if session.state() == SessionState::Ended {
@@ -121,7 +121,7 @@ impl Core {
         if next.state == SessionState::Ended {
             (next.suspect, next.crashes, next.suspect_from) = (false, 0, None);
             // Should it be opened again, nothing has been told of that.
-            (next.instead, session.told_instead) = (None, None);
+            (next.instead, session.told_instead, session.left) = (None, None, None);
         }
         session.better_since = None;
         session.enter(Stage::Saving(Box::new(next.clone())), now.mono);
@@ -171,6 +171,10 @@ impl Core {
         let Stage::Saving(next) = std::mem::replace(&mut session.stage, Stage::Settled) else {
             return;
         };
+        if result.is_err() {
+            // It may not leave at all.
+            session.left = None;
+        }
         match result {
             Ok(revision) => self.written(id, *next, revision, now),
             Err(SaveError::Conflict) => {
@@ -298,7 +302,8 @@ impl Core {
             let from = session.displaced_from.take();
             let suspect = session.record.suspect;
             let instead = session.record.instead.clone();
-            let told = std::mem::replace(&mut session.told_instead, instead.clone());
+            let left = session.left.take();
+            let told = std::mem::replace(&mut session.told_instead, instead.clone()).or(left);
             let asked = session.record.options.model.clone();
             self.log_slot("session assigned", id, epoch, worker);
             // Whoever has it again never lost it.

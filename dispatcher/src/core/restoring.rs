@@ -10,13 +10,12 @@ use std::{
 
 use voxfleet_schema::{
     device::Instead,
-    failure::FailureClass,
     fleet::WorkerHealth,
     id::{StreamId, WorkerName},
     session::{Policy, Priority, SessionState},
 };
 
-use super::Core;
+use super::{Core, instead::why_on_cpu};
 use crate::{admission::Needs, moment::Moment, routing::is_cpu, sessions::Session};
 
 /// How well a session is served, and could be elsewhere.
@@ -127,17 +126,19 @@ impl Core {
             return false;
         }
         tracing::info!(session = %id, gpu = %owner.gpu_id, "there is room elsewhere for what was asked for");
-        if let Some(session) = self.book.session_mut(id)
-            && session.told_instead.is_none()
-        {
-            // Its worker has told that it fell back; that this is over is told by whoever moves it.
-            let asked = session.record.options.model.clone();
-            session.told_instead = Some(Instead { asked, model: None, cpu: true, class: FailureClass::DeviceLost });
-        }
+        // Its worker has told that it fell back; that this is over is told by whoever moves it.
+        let asked = session.record.options.model.clone();
+        let heartbeat = self.fleet.get(owner).map(|worker| &worker.heartbeat).filter(|_| served.cpu);
+        let class = heartbeat.map(|heartbeat| why_on_cpu(heartbeat, asked.as_deref()));
+        let left = class.map(|class| Instead { asked, model: None, cpu: true, class });
         self.displaced(id);
         let moves = self.place(id, now).is_ok();
-        if !moves && let Some(session) = self.book.session_mut(id) {
-            session.displaced_from = None;
+        if let Some(session) = self.book.session_mut(id) {
+            if moves {
+                session.left = left;
+            } else {
+                session.displaced_from = None;
+            }
         }
         moves
     }

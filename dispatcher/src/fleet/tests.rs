@@ -85,6 +85,23 @@ fn a_broken_device_is_unhealthy_until_its_engine_runs_on_the_cpu() {
 }
 
 #[test]
+fn a_lost_device_without_an_engine_is_healthy_where_the_next_one_runs_on_the_cpu() {
+    for (device, health) in [("cpu", WorkerHealth::Alive), ("none", WorkerHealth::Unhealthy)] {
+        for state in [EngineRunState::Down, EngineRunState::Starting, EngineRunState::Restarting] {
+            let mut fleet = Fleet::default();
+            let mut heartbeat = beat("g0", "i0");
+            let name = heartbeat.worker();
+            (heartbeat.engine.state, heartbeat.engine.effective_device) = (state, device.to_owned());
+            heartbeat.device.trouble =
+                Some(DeviceTrouble { class: FailureClass::DeviceLost, message: "gone".to_owned() });
+            fleet.heard(heartbeat, Duration::ZERO);
+            fleet.set_ready(&name, true);
+            assert_eq!(fleet.health(&name, MS, &config()), health, "{device} {state:?}");
+        }
+    }
+}
+
+#[test]
 fn who_said_that_it_goes_has_left_and_is_not_called_dead() {
     for (draining, held, dead) in [(true, false, false), (true, true, true), (false, false, true)] {
         let mut fleet = Fleet::default();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use voxfleet_schema::{
     failure::FailureClass,
-    fleet::{EngineRunState, Heartbeat, Residency},
+    fleet::{Heartbeat, Residency},
     ladder,
     session::{Policy, SessionOptions},
 };
@@ -16,12 +16,10 @@ pub(crate) fn is_cpu(beat: &Heartbeat) -> bool {
     beat.device.index.is_none() || has_fallen(beat)
 }
 
-/// It has a GPU, and its engine runs on the CPU all the same.
+/// It has a GPU, and its engine runs on the CPU all the same. Of an engine that is not there now the worker says where it will
+/// start: `none`, unless it is known to be the CPU.
 pub(crate) fn has_fallen(beat: &Heartbeat) -> bool {
-    let runs = beat.engine.effective_device == "cpu";
-    let ready = beat.engine.state == EngineRunState::Ready;
-    // An engine that is not there has said before where it runs; while the device is in trouble that is where it starts again.
-    beat.device.index.is_some() && runs && (ready || beat.device.trouble.is_some())
+    beat.device.index.is_some() && beat.engine.effective_device == "cpu"
 }
 
 /// What a model's name says of its place on the ladder.
@@ -157,19 +155,23 @@ pub(super) struct Model {
     spoken_for: bool,
 }
 
-/// The models of a worker, and which of them is its default: one that is loaded, else the first of its list.
+/// The models of a worker, and which of them is its default: the one that it says, or, of an older worker, one that is loaded,
+/// else the first of its list. None: it has no such model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Shelf {
     pub(super) models: Vec<Model>,
-    default: usize,
+    default: Option<usize>,
 }
 
 impl Shelf {
     /// `promised`: whom this worker was given needs these; none = its default.
     pub(super) fn of(beat: &Heartbeat, promised: &[Option<&str>], names: &mut Names) -> Self {
-        let default = beat.models.iter().position(|m| m.state == Residency::Loaded).unwrap_or(0);
+        let default = match beat.default_model.as_deref() {
+            Some(name) => beat.models.iter().position(|m| m.name == name),
+            None => Some(beat.models.iter().position(|m| m.state == Residency::Loaded).unwrap_or(0)),
+        };
         let models = beat.models.iter().enumerate().map(|(at, m)| {
-            let wanted = || promised.iter().any(|p| p.map_or(at == default, |name| name == m.name));
+            let wanted = || promised.iter().any(|p| p.map_or(default == Some(at), |name| name == m.name));
             let standing = match m.state {
                 Residency::Loaded => Standing::Loaded,
                 // What it has taken of its memory so far is not known.
@@ -222,12 +224,17 @@ impl Shelf {
         self.models.iter().find(|m| m.number == number)
     }
 
+    /// The model that the request names, or the default.
+    fn asked(&self, wanted: Wanted) -> Option<&Model> {
+        match wanted.model {
+            None => self.models.get(self.default?),
+            Some(number) => self.find(number?),
+        }
+    }
+
     /// Which model the request allows can be run: the one asked for, else the largest that may stand in.
     pub(super) fn fit(&self, wanted: Wanted) -> Result<Fit, Refusal> {
-        let asked = match wanted.model {
-            None => self.models.get(self.default),
-            Some(number) => number.and_then(|number| self.find(number)),
-        };
+        let asked = self.asked(wanted);
         let refusal = match asked.map(|model| model.standing.refusal()) {
             Some(None) => {
                 let warm = asked.is_some_and(|model| model.standing == Standing::Loaded);
@@ -251,10 +258,7 @@ impl Shelf {
 
     /// Whether the model, or one that may stand in for it, is there at all.
     pub(super) fn lists_any(&self, wanted: Wanted) -> bool {
-        let asked = match wanted.model {
-            None => self.models.get(self.default),
-            Some(number) => number.and_then(|number| self.find(number)),
-        };
+        let asked = self.asked(wanted);
         let size = wanted.size.or(asked.map(|m| m.size));
         let stands_in = |m: &&Model| size.is_some_and(|size| wanted.takes(size, m.size).is_some());
         asked.into_iter().chain(self.models.iter().filter(stands_in)).any(|m| m.standing.is_there())

@@ -137,22 +137,9 @@ pub(super) struct Who {
     pub(super) name: WorkerName,
     pub(super) host: String,
     index: Option<u32>,
-    card: Option<Card>,
+    /// What its card is called, by its driver, the same in every container that sees it.
+    card: Option<String>,
     pub(super) seq: u64,
-}
-
-/// A card of a host, by the UUID that its driver gives it.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Card {
-    host: String,
-    uuid: String,
-}
-
-impl Card {
-    fn of(beat: &Heartbeat) -> Option<Self> {
-        let uuid = beat.device.uuid.clone()?;
-        Some(Self { host: beat.host.clone(), uuid })
-    }
 }
 
 impl Who {
@@ -169,8 +156,9 @@ pub struct Roster {
     /// Slots in order of [`Who::key`].
     order: Vec<Slot>,
     gpus: HashMap<GpuId, BTreeSet<WorkerName>>,
-    /// Whose memory is one: workers on one card, whatever they are called.
-    cards: HashMap<Card, BTreeSet<WorkerName>>,
+    /// Whose memory is one: workers on one card, whatever they and their hosts are called: two containers on one machine are
+    /// two hosts.
+    cards: HashMap<String, BTreeSet<WorkerName>>,
     /// Everybody ever heard, by GPU: whether there is a device. A GPU that has died is still one that the fleet has.
     devices: HashMap<GpuId, bool>,
     pub(super) any_gpu: bool,
@@ -206,7 +194,7 @@ impl Roster {
         let row = self.row(&seen, config);
         self.remember(&seen.name.gpu_id, seen.heartbeat.device.index.is_some());
         let (host, index) = (&seen.heartbeat.host, seen.heartbeat.device.index);
-        let card = Card::of(seen.heartbeat);
+        let card = seen.heartbeat.device.uuid.clone();
         let known = self.at.get(seen.name).copied();
         // Whoever changes its place in the order, or its card, is a new one.
         let same = |who: &Who| who.host == *host && who.index == index && who.card == card;
@@ -240,27 +228,30 @@ impl Roster {
             Places { used: seen.jobs, slots: beat.job_slots.total },
         ];
         let shelf = Shelf::of(beat, seen.promised, &mut self.names);
+        // What its card reports is of a device that it does not run on: no memory to plan with, its worker has the last word.
+        let fallen = fit::has_fallen(beat);
+        let (total_mb, free_mb) = if fallen { (0, 0) } else { (device.total_mb, device.free_mb) };
         Row {
             health: seen.health,
             suspect_at: seen.suspect_at,
             superseded: seen.superseded,
             shared: false,
             cpu: fit::is_cpu(beat),
-            fallen: fit::has_fallen(beat),
-            pressed: device.pressure.is_some(),
-            hot: device.temperature_c.is_some_and(|t| t >= config.max_temperature_c),
+            fallen,
+            pressed: !fallen && device.pressure.is_some(),
+            hot: !fallen && device.temperature_c.is_some_and(|t| t >= config.max_temperature_c),
             // What it measured under work that is gone says nothing of a worker that is idle.
             slow: slow && seen.sessions + seen.jobs > 0,
             vad: beat.engine.vad,
             duty: seen.duty,
             own,
             places: own,
-            pressure: others.saturating_sub(PRESSURE_FROM) as u32,
+            pressure: if fallen { 0 } else { others.saturating_sub(PRESSURE_FROM) as u32 },
             any_loaded: shelf.models.iter().any(|m| m.standing == Standing::Loaded),
             rank: 0,
-            free_mb: device.free_mb,
-            total_mb: device.total_mb,
-            reserve_mb: device.total_mb * u64::from(seen.reserve_percent) / 100,
+            free_mb,
+            total_mb,
+            reserve_mb: total_mb * u64::from(seen.reserve_percent) / 100,
             room_mb: 0,
             promised_mb: shelf.promised_mb(),
             shelf,
@@ -342,8 +333,10 @@ impl Roster {
             used: rows(&twins).iter().map(|r| r.own[kind].used).sum(),
             slots: rows(&twins).iter().map(|r| r.own[kind].slots).max().unwrap_or(0),
         });
-        let free_mb = rows(&neighbours).iter().map(|r| r.free_mb).min().unwrap_or(0);
-        let promised_mb: u64 = rows(&neighbours).iter().map(|r| r.promised_mb).sum();
+        // Who has fallen back takes nothing of the card and knows nothing of it.
+        let on_card = || neighbours.iter().map(|slot| &self.rows[*slot]).filter(|row| !row.fallen);
+        let free_mb = on_card().map(|r| r.free_mb).min().unwrap_or(0);
+        let promised_mb: u64 = on_card().map(|r| r.promised_mb).sum();
         for slot in &twins {
             let row = &mut self.rows[*slot];
             row.shared = twins.len() > 1;

@@ -121,6 +121,8 @@ pub struct Session {
     pub instead: Option<Instead>,
     /// What of that was told last.
     pub told_instead: Option<Instead>,
+    /// It leaves a worker that fell back and told of that itself: what it had there, until another worker has it.
+    pub left: Option<Instead>,
     /// There is room for what was asked for, since then.
     pub better_since: Option<Duration>,
     /// This process chose its worker or asked it: which model it needs there is known.
@@ -160,6 +162,7 @@ impl Session {
             last_before_walk: None,
             instead: None,
             told_instead: None,
+            left: None,
             better_since: None,
             planned: false,
             unplaced_since: None,

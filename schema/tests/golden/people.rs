@@ -160,6 +160,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
             load_ms: None,
             failure: Some(Failure::new(FailureClass::OutOfMemory, "no room")),
         }],
+        default_model: Some("micro.en".into()),
         engine: EngineState {
             state: EngineRunState::Ready,
             kind: "whisper_cpp".into(),

@@ -68,6 +68,7 @@ fn heartbeat(gpu: &str) -> Result<Heartbeat> {
         held: Vec::new(),
         given_up: Vec::new(),
         models: Vec::new(),
+        default_model: None,
         engine: EngineState {
             state: EngineRunState::Ready,
             kind: "simulated".into(),

@@ -155,6 +155,29 @@ fn a_session_whose_worker_fell_back_goes_to_a_gpu_that_comes_free() {
 }
 
 #[test]
+fn a_move_back_that_never_came_about_leaves_nothing_to_be_told_later() {
+    let mut world = World::new(0);
+    beats(&[roomy, full])(&mut world);
+    open(&mut world, "s", "small", Policy::AllowCpu);
+    world.keep = |e| matches!(e, Effect::Save { .. } | Effect::Load { .. });
+    world.seconds(33, beats(&[fallen, roomy]));
+    let record = world.record("s").clone();
+    assert!(matches!(world.kept.pop(), Some(Effect::Save { .. })), "it is to move");
+    world.core.saved(&id("s"), Err(SaveError::Conflict), world.now);
+    world.run();
+    world.kept.clear();
+    let found = Loaded { record: Some((record, 99)), ..Loaded::default() };
+    world.core.loaded(&id("s"), Ok(found), world.now);
+    world.keep = |_| false;
+    world.answer_kept();
+    assert_eq!(owner(&world, "s"), "g0", "as the key says");
+    // Its card is back, of which its worker tells; then the card is lost for good.
+    world.seconds(5, beats(&[roomy, roomy]));
+    world.seconds(1, beats(&[lost, roomy]));
+    assert_eq!((owner(&world, "s").as_str(), world.told(What::Restored)), ("g1", 0));
+}
+
+#[test]
 fn a_lost_device_is_unhealthy_and_its_work_moves() {
     let mut world = World::new(0);
     beats(&[roomy, roomy])(&mut world);

@@ -64,6 +64,30 @@ fn why_a_smaller_model_runs_is_told_by_its_class() {
 }
 
 #[test]
+fn who_names_no_model_is_given_the_default_that_the_worker_says() {
+    use Residency::{Available, Loaded, Missing};
+    let unnamed = SessionOptions { policy: Policy::ExactModel, ..SessionOptions::default() };
+    for (says, states, mb, expected) in [
+        (Some("b"), [Missing, Available], 400, Ok(0)),
+        (Some("b"), [Loaded, Missing], 400, Err(FailureClass::ModelMissing)),
+        (Some("b"), [Loaded, Available], 30_000, Err(FailureClass::ModelDoesNotFit)),
+        (Some("c"), [Loaded, Available], 400, Err(FailureClass::ModelMissing)),
+        (None, [Loaded, Missing], 400, Ok(0)),
+        (None, [Missing, Available], 400, Err(FailureClass::ModelMissing)),
+    ] {
+        let [first, second] = states;
+        let mut fleet = with(vec![model("a", first, 100), model("b", second, mb)]);
+        fleet[0].beat.default_model = says.map(str::to_owned);
+        assert_eq!(pick(&fleet, &unnamed).map_err(|failure| failure.class), expected, "{says:?} {states:?} {mb}");
+    }
+    let mut fleet = with(vec![model("a", Available, 10_000), model("b", Available, 10_000)]);
+    fleet[0].beat.default_model = Some("b".to_owned());
+    let promised = roster_of([Seen { promised: &[None], ..seen(&fleet[0]) }]);
+    let fits = |model| route(&promised, &Request::new(&wants(model, Policy::ExactModel), true)).is_ok();
+    assert_eq!((fits("a"), fits("b")), (false, true), "its memory is spoken for by whoever named none");
+}
+
+#[test]
 fn what_is_missing_everywhere_is_missing_and_what_comes_is_waited_for() {
     let exact = wants("medium", Policy::ExactModel);
     for (states, expected, comes_again) in [
@@ -134,11 +158,11 @@ fn workers_on_one_card_share_its_memory_and_not_their_slots() {
     assert!(!fits(&all, &b, &fleet[1].name));
     assert!(all.remove(&fleet[0].name), "it leaves room");
     assert!(fits(&all, &a, &fleet[1].name));
-    for (host, uuid) in [("elsewhere", "GPU-5a"), ("host", "GPU-5b")] {
+    for (host, uuid, other) in [("container", "GPU-5a", false), ("host", "GPU-5b", true)] {
         let mut fleet = neighbours();
         (fleet[1].beat.host, fleet[1].beat.device.uuid) = (host.to_owned(), Some(uuid.to_owned()));
         let all = roster_of([Seen { promised: &promised, ..seen(&fleet[0]) }, seen(&fleet[1])]);
-        assert!(fits(&all, &a, &fleet[1].name), "another card: {host} {uuid}");
+        assert_eq!(fits(&all, &a, &fleet[1].name), other, "{host} {uuid}");
     }
 }
 
@@ -178,6 +202,50 @@ fn who_fell_back_is_a_cpu() {
     let mut cpus = gpus(1);
     cpus[0].beat.device.index = None;
     assert_eq!(picked(&cpus, &wants("small", Policy::AllowCpu)), None, "a fleet of CPUs stands in for nothing");
+}
+
+#[test]
+fn an_engine_that_is_not_there_is_where_its_worker_says_that_it_starts() {
+    for (device, starts_on_cpu) in [("cpu", true), ("none", false), ("cuda:test", false)] {
+        for state in [EngineRunState::Down, EngineRunState::Starting, EngineRunState::Restarting] {
+            let mut fleet = gpus(1);
+            (fleet[0].beat.engine.effective_device, fleet[0].beat.engine.state) = (device.to_owned(), state);
+            // The card is there, and the engine has fallen back for a reason of its own.
+            assert_eq!(pick(&fleet, &wants("small", Policy::ForceCpu)).is_ok(), starts_on_cpu, "{device} {state:?}");
+            assert_eq!(pick(&fleet, &wants("small", Policy::ExactModel)).is_ok(), !starts_on_cpu, "{device} {state:?}");
+        }
+    }
+}
+
+#[test]
+fn who_fell_back_is_not_planned_with_the_figures_of_its_card() {
+    let mut fleet = gpus(1);
+    fallen(&mut fleet[0], EngineRunState::Down);
+    let device = &mut fleet[0].beat.device;
+    // What is known last of a card that does not answer.
+    (device.free_mb, device.temperature_c, device.pressure) = (0, Some(99), Some(Pressure::MoveAway));
+    device.used_by_others_mb = 24_000;
+    for policy in [Policy::AllowCpu, Policy::ForceCpu] {
+        assert_eq!(pick(&fleet, &wants("small", policy)), Ok(0), "{policy:?}");
+    }
+    let mut hot = gpus(1);
+    hot[0].beat.device.temperature_c = Some(99);
+    assert!(pick(&hot, &wants("small", Policy::AllowCpu)).is_err(), "on the card itself it counts");
+    let all = roster(&fleet);
+    let plan = all.plan(&PlanRequest::default(), Duration::ZERO);
+    let told = &plan.workers[0];
+    assert_eq!((told.cpu, told.total_mb, told.free_mb, told.refused.as_deref()), (true, 0, 0, None));
+    assert_eq!((told.models[0].standing.as_str(), told.models[0].option.sessions), ("fits", 4));
+}
+
+#[test]
+fn who_fell_back_takes_nothing_from_its_neighbours_on_the_card() {
+    let mut fleet = neighbours();
+    fleet[0].beat.engine.effective_device = "cpu".to_owned();
+    fleet[0].beat.device.free_mb = 0;
+    let promised = [Some("a")];
+    let all = roster_of([Seen { promised: &promised, ..seen(&fleet[0]) }, seen(&fleet[1])]);
+    assert_eq!(route(&all, &Request::new(&wants("a", Policy::ExactModel), true)), Ok(1));
 }
 
 #[test]
