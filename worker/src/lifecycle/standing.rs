@@ -148,21 +148,14 @@ impl Engine {
         *locked(&self.0.last_end) = Some(EngineEnd { class: failure.class, message: failure.message, at_ms });
     }
 
-    /// The model that took the last memory: one that was being loaded, else the largest that was decoded with, else the
-    /// largest that was there.
+    /// See [`took_the_last`].
     fn culprit(&self) -> Option<String> {
         let models = self.0.status.borrow().models.clone();
-        let largest = |of: &dyn Fn(&ModelState) -> bool| {
-            models.iter().filter(|model| of(model)).max_by_key(|model| size(model)).map(|model| model.name.clone())
-        };
-        let decoded: Vec<String> = {
-            let outboxes = locked(&self.0.outboxes);
-            let decoding = locked(&self.0.decoding);
-            decoding.keys().filter_map(|handle| outboxes.get(handle)).map(|outbox| outbox.model.clone()).collect()
-        };
-        largest(&|model| model.state == Residency::Loading)
-            .or_else(|| largest(&|model| decoded.contains(&model.name)))
-            .or_else(|| largest(&|model| model.state == Residency::Loaded))
+        let outboxes = locked(&self.0.outboxes);
+        let opened: Vec<&str> = outboxes.values().map(|outbox| outbox.model.as_str()).collect();
+        let decoding = locked(&self.0.decoding);
+        let decoded = decoding.keys().filter_map(|handle| outboxes.get(handle)).map(|outbox| outbox.model.as_str());
+        took_the_last(&models, &opened, &decoded.collect::<Vec<_>>()).map(str::to_owned)
     }
 
     /// A child that lives on says that it has no memory for a model.
@@ -281,5 +274,50 @@ impl Engine {
             }
         }
         models
+    }
+}
+
+/// The model that took the last memory: one that was being loaded, else one that was wanted and was not there yet (a loader
+/// may end its process before anybody hears that it has begun), else the largest that was decoded with, else the largest that
+/// was there.
+fn took_the_last<'a>(models: &'a [ModelState], opened: &[&str], decoded: &[&str]) -> Option<&'a str> {
+    let largest = |of: &dyn Fn(&ModelState) -> bool| {
+        models.iter().filter(|model| of(model)).max_by_key(|model| size(model)).map(|model| model.name.as_str())
+    };
+    largest(&|model| model.state == Residency::Loading)
+        .or_else(|| largest(&|model| model.state != Residency::Loaded && opened.contains(&model.name.as_str())))
+        .or_else(|| largest(&|model| decoded.contains(&model.name.as_str())))
+        .or_else(|| largest(&|model| model.state == Residency::Loaded))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_memory_was_taken_by_who_came_last() {
+        use Residency::{Available, Loaded, Loading};
+        let model = |name: &str, state, mb| ModelState {
+            name: name.to_owned(),
+            state,
+            expected_mb: mb,
+            resident_mb: if state == Loaded { mb } else { 0 },
+            ..ModelState::default()
+        };
+        let there = [model("base", Loaded, 400), model("small", Loaded, 900)];
+        let loads = [model("base", Loading, 400), model("small", Loaded, 900)];
+        let wanted = [model("base", Available, 400), model("small", Loaded, 900)];
+        let none: &[&str] = &[];
+        for (models, opened, decoded, culprit) in [
+            (&loads, &["small"][..], &["small"][..], Some("base")),
+            (&wanted, &["base", "small"][..], &["small"][..], Some("base")),
+            (&wanted, &["small"][..], none, Some("small")),
+            (&there, &["base", "small"][..], &["base"][..], Some("base")),
+            (&there, none, none, Some("small")),
+        ] {
+            assert_eq!(took_the_last(models, opened, decoded), culprit, "{opened:?} {decoded:?}");
+        }
+        let nothing = [model("base", Available, 400)];
+        assert_eq!(took_the_last(&nothing, none, none), None, "what comes before the first model");
     }
 }
