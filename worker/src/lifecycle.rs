@@ -32,7 +32,7 @@ mod standing;
 mod suspects;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
@@ -147,6 +147,9 @@ struct Inner {
     link: watch::Sender<Option<Link>>,
     status: watch::Sender<EngineStatus>,
     outboxes: Mutex<HashMap<u64, Arc<Outbox>>>,
+    /// Models asked of this child that have not been heard to be there. Sessions that see it die are gone before its end is
+    /// looked at.
+    asked: Mutex<HashSet<String>>,
     /// What the child is decoding, by handle.
     decoding: Mutex<HashMap<u64, Decoding>>,
     /// Whose audio its loop looks at.
@@ -262,6 +265,7 @@ impl Engine {
             link: watch::Sender::new(None),
             status: watch::Sender::new(status),
             outboxes: Mutex::default(),
+            asked: Mutex::default(),
             decoding: Mutex::default(),
             stepping: Mutex::default(),
             suspects: Mutex::default(),
@@ -355,6 +359,7 @@ impl Engine {
         // Nobody uses it yet: its time begins when it is there.
         locked(&self.0.idle).stirred();
         // A child that dies meanwhile loads at first use.
+        locked(&self.0.asked).insert(model.clone());
         let _ = link.frames.send(ToEngine::Load { model }).await;
         Ok(())
     }

@@ -61,6 +61,7 @@ impl Engine {
         let on_cpu = self.wants_cpu();
         self.0.on_cpu.store(on_cpu, Ordering::Relaxed);
         self.0.release.store(false, Ordering::Relaxed);
+        locked(&self.0.asked).clear();
         self.0.anew.store(false, Ordering::Relaxed);
         locked(&self.0.idle).begins();
         let spawned = match spawn::spawn(&self.0.program, on_cpu).await {

@@ -42,6 +42,7 @@ impl Engine {
             FromEngine::Ready { .. } => tracing::warn!("engine said ready twice"),
             FromEngine::Loaded { model, took_ms, resident_mb } => {
                 tracing::info!(model, took_ms, resident_mb, "model loaded");
+                locked(&self.0.asked).remove(&model);
                 locked(&self.0.loads).insert(model.clone(), Load::Took { ms: took_ms });
                 self.has_loaded(&model);
             }

@@ -97,6 +97,7 @@ impl Engine {
         let account = self.account(opening.background);
         let name = (opening.names.kind, opening.names.id.clone());
         let model = opening.options.model.clone().unwrap_or_else(|| self.default_model().to_owned());
+        locked(&self.0.asked).insert(model.clone());
         let outbox = Arc::new(Outbox::new(name, model, account));
         self.register(handle, Arc::clone(&outbox));
         let session = EngineSession { handle, frames, close: Some(close), outbox, engine: self.clone() };

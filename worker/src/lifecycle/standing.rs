@@ -152,10 +152,11 @@ impl Engine {
     fn culprit(&self) -> Option<String> {
         let models = self.0.status.borrow().models.clone();
         let outboxes = locked(&self.0.outboxes);
-        let opened: Vec<&str> = outboxes.values().map(|outbox| outbox.model.as_str()).collect();
+        let asked = locked(&self.0.asked).clone();
+        let asked: Vec<&str> = asked.iter().map(String::as_str).collect();
         let decoding = locked(&self.0.decoding);
         let decoded = decoding.keys().filter_map(|handle| outboxes.get(handle)).map(|outbox| outbox.model.as_str());
-        took_the_last(&models, &opened, &decoded.collect::<Vec<_>>()).map(str::to_owned)
+        took_the_last(&models, &asked, &decoded.collect::<Vec<_>>()).map(str::to_owned)
     }
 
     /// A child that lives on says that it has no memory for a model.
@@ -280,12 +281,12 @@ impl Engine {
 /// The model that took the last memory: one that was being loaded, else one that was wanted and was not there yet (a loader
 /// may end its process before anybody hears that it has begun), else the largest that was decoded with, else the largest that
 /// was there.
-fn took_the_last<'a>(models: &'a [ModelState], opened: &[&str], decoded: &[&str]) -> Option<&'a str> {
+fn took_the_last<'a>(models: &'a [ModelState], asked: &[&str], decoded: &[&str]) -> Option<&'a str> {
     let largest = |of: &dyn Fn(&ModelState) -> bool| {
         models.iter().filter(|model| of(model)).max_by_key(|model| size(model)).map(|model| model.name.as_str())
     };
     largest(&|model| model.state == Residency::Loading)
-        .or_else(|| largest(&|model| model.state != Residency::Loaded && opened.contains(&model.name.as_str())))
+        .or_else(|| largest(&|model| model.state != Residency::Loaded && asked.contains(&model.name.as_str())))
         .or_else(|| largest(&|model| decoded.contains(&model.name.as_str())))
         .or_else(|| largest(&|model| model.state == Residency::Loaded))
 }
