@@ -12,8 +12,8 @@ use std::{
 
 use voxfleet_schema::{audio::RawEntry, failure::FailureClass, fleet::Residency, session::SessionOptions};
 use voxfleet_worker::{
-    engine::child::serve,
-    ipc::{EngineConfig, FromEngine, SimulatedConfig, ToEngine},
+    engine::{child::serve, last_words::LastWords},
+    ipc::{EngineConfig, EngineKind, FromEngine, SimulatedConfig, ToEngine},
 };
 
 use crate::{
@@ -107,6 +107,16 @@ fn memory_is_taken_as_it_is_needed_and_the_device_is_named() {
     assert_eq!(timeless(&child.finals_of(3)), timeless(&finals));
     child.end().expect("end");
     assert_eq!(files_mb(card.path()), 100, "the context alone stays, for as long as the process");
+}
+
+/// Of a build without CUDA; with it, what is missing depends on the machine.
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_gpu_that_is_not_there_ends_the_real_engine_and_never_becomes_a_silent_cpu() {
+    let config = EngineConfig { engine: EngineKind::WhisperCpp, use_gpu: true, ..simulated_config(instant()) };
+    let (status, child) = Engine::start(config).died();
+    assert_eq!(LastWords::of_code(status.code().expect("a code")), Some(LastWords::MissingLibrary), "{status}");
+    assert!(!child.seen.iter().any(|m| matches!(m, FromEngine::Ready { .. })), "{:?}", child.seen);
 }
 
 #[test]
