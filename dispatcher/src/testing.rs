@@ -83,6 +83,7 @@ pub(crate) fn beat(gpu: &str, incarnation: &str) -> Heartbeat {
             crashes: 0,
             decode_rate: None,
             decode_rate_age_ms: None,
+            delivery_rate: None,
             ..EngineState::default()
         },
         draining: false,

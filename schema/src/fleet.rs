@@ -143,12 +143,16 @@ pub struct EngineState {
     /// that none of them explains.
     #[serde(default, skip_serializing_if = "nought")]
     pub crashes: u32,
-    /// Audio seconds decoded per second of decoding, sustained; none before the first decode.
+    /// Audio seconds decoded per second of decoding in one state, partials included, sustained; none before the first decode.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decode_rate: Option<f32>,
     /// Age of that figure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decode_rate_age_ms: Option<u64>,
+    /// Audio seconds that finals cover, per second with work: what the device delivers, partials and everything that waits in
+    /// between included. None before the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delivery_rate: Option<f32>,
     /// Without work for so long it ends and leaves 0 MB on its device, in s; 0 = never.
     #[serde(default)]
     pub idle_timeout_s: u64,

@@ -191,7 +191,7 @@ impl SessionOptions {
             Err(OptionError::BadValue { name, value: short(&value.to_string()), expected })
         };
         if let Some(model) = &self.model
-            && (model.is_empty() || model.len() > 128 || model.contains(['/', '\\', '\0']) || model.starts_with('.'))
+            && !is_model_name(model)
         {
             return bad("model", model, "the name of a model");
         }
@@ -428,9 +428,28 @@ pub struct SessionStatus {
     pub candidates: serde_json::Value,
 }
 
+/// The stem of a file's name, and fit to be shown.
+pub fn is_model_name(name: &str) -> bool {
+    const MAX_BYTES: usize = 128;
+    let fits = !name.is_empty() && name.len() <= MAX_BYTES && !name.starts_with('.');
+    fits && !name.contains(|c: char| matches!(c, '/' | '\\') || c.is_control())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_models_are_stems_that_can_be_shown() {
+        for name in ["small.en-q5_0", "ggml large", "modèle"] {
+            assert!(is_model_name(name), "{name:?}");
+        }
+        for name in ["", ".hidden", "a/b", "a\\b", "a\u{1b}[31m", "a\n", "a\0", &"m".repeat(129)] {
+            assert!(!is_model_name(name), "{name:?}");
+        }
+        let options = SessionOptions { model: Some("a\u{1b}[31m".to_owned()), ..SessionOptions::default() };
+        assert!(matches!(options.validate(), Err(OptionError::BadValue { name: "model", .. })));
+    }
 
     #[test]
     fn requests_are_strict_and_records_are_not() {

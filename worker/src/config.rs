@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use voxfleet_schema::{fleet::Provider, id::GpuId};
+use voxfleet_schema::{fleet::Provider, id::GpuId, session::is_model_name};
 use voxfleet_store::{
     fetch::FetchConfig,
     models::{Catalog, ModelKind},
@@ -250,9 +250,6 @@ impl Default for WorkerConfig {
     }
 }
 
-/// Longest model name, as in a session's options.
-const MAX_MODEL_NAME: usize = 128;
-
 impl WorkerConfig {
     /// Every mistake, named by its field.
     pub fn problems(&self) -> Vec<String> {
@@ -301,7 +298,7 @@ impl WorkerConfig {
             );
         }
         if let Some(price) = self.price_per_hour {
-            check(price.is_finite() && price >= 0.0, format!("worker.price_per_hour: {price} is not a price"));
+            check((0.0..=MOST_PRICE).contains(&price), format!("worker.price_per_hour: {price} is not a price"));
         }
         check(
             self.simulated.speed.is_finite() && self.simulated.speed >= 0.0,
@@ -355,7 +352,7 @@ impl WorkerConfig {
             format!("worker.lock_gap_ms: {}, allowed are 10 to 10000", self.lock_gap_ms),
         );
         for (name, path) in &self.models {
-            check(good_model_name(name), format!("worker.models: {name:?} is not a name for a model"));
+            check(is_model_name(name), format!("worker.models: {name:?} is not a name for a model"));
             check(path.is_file(), format!("worker.models.{name}: {} is not a file", path.display()));
         }
         for (field, path) in [("silero_model", &self.silero_model), ("onnxruntime", &self.onnxruntime)] {
@@ -443,7 +440,7 @@ impl WorkerConfig {
             let path = entry.path();
             if path.extension().is_some_and(|e| e == "bin")
                 && let Some(stem) = path.file_stem().and_then(|s| s.to_str())
-                && good_model_name(stem)
+                && is_model_name(stem)
             {
                 files.insert(stem.to_owned(), path.clone());
             }
@@ -510,6 +507,9 @@ impl WorkerConfig {
     }
 }
 
+/// Per hour, in whatever currency: above what anybody rents a device for.
+const MOST_PRICE: f64 = 100_000.0;
+
 /// The simulated engine needs no file; its one model is called like this.
 pub const SIMULATED_MODEL: &str = "simulated";
 
@@ -536,10 +536,6 @@ fn can_be_locked(path: &Path) -> Result<(), String> {
         }
         Err(error) => Err(format!("{} cannot be opened: {error}", path.display())),
     }
-}
-
-fn good_model_name(name: &str) -> bool {
-    !name.is_empty() && name.len() <= MAX_MODEL_NAME && !name.starts_with('.') && !name.contains(['/', '\\', '\0'])
 }
 
 #[cfg(test)]

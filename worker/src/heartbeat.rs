@@ -176,7 +176,9 @@ pub(crate) async fn sample_device(
             () = stop.cancelled() => break,
             _ = ticks.tick() => {}
         }
-        let ours = engine.pid().map(|pid| Ours { pid, expected_mb: engine.expected_mb() });
+        // On the CPU it takes nothing of a GPU.
+        let resident_mb = if engine.is_on_side(true) { 0 } else { engine.models_mb() };
+        let ours = engine.pid().map(|pid| Ours { pid, expected_mb: engine.expected_mb(), resident_mb });
         let mut sampling = tokio::task::spawn_blocking(move || {
             let device = probe.sample(ours);
             (probe, device)

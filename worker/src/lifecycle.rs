@@ -309,6 +309,7 @@ impl Engine {
             crashes: locked(&self.0.suspects).crashes(now),
             decode_rate: progress.decode_rate,
             decode_rate_age_ms: progress.decode_rate_age_ms,
+            delivery_rate: progress.delivery_rate,
             idle_timeout_s: self.0.terms.idle_release.map_or(0, |after| after.as_millis().div_ceil(1_000) as u64),
             ms_since_activity: (status.state == EngineRunState::Ready)
                 .then(|| locked(&self.0.idle).for_how_long(now))
@@ -322,6 +323,16 @@ impl Engine {
 
     pub(crate) fn pid(&self) -> Option<u32> {
         Some(self.0.pid.load(Ordering::Relaxed)).filter(|pid| *pid != 0)
+    }
+
+    /// What the models that are loaded have taken, as the engine says.
+    pub(crate) fn models_mb(&self) -> u64 {
+        self.status()
+            .models
+            .iter()
+            .filter(|model| model.state == Residency::Loaded)
+            .map(|model| model.resident_mb)
+            .sum()
     }
 
     /// What the models that are loaded, or being loaded, are expected to take.
@@ -515,7 +526,7 @@ impl Engine {
         }
     }
 
-    fn standbys(&self) -> Vec<voxfleet_schema::device::Standby> {
+    pub(crate) fn standbys(&self) -> Vec<voxfleet_schema::device::Standby> {
         let models: Vec<String> = self.0.status.borrow().models.iter().map(|model| model.name.clone()).collect();
         locked(&self.0.fallback).standbys(&models)
     }

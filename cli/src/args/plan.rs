@@ -43,7 +43,7 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["gpu", "tenants", "models"])]
     pub(crate) fleet: Option<PathBuf>,
     /// Cards of the fleet that fail at once; can be repeated for further cases [default: each, and each two]
-    #[arg(long = "fail", value_name = "CARD,...", requires = "fleet")]
+    #[arg(long = "fail", value_name = "CARD,...", requires = "fleet", conflicts_with_all = ["gpu", "tenants", "models"])]
     pub(crate) fails: Vec<String>,
     #[command(flatten)]
     pub(crate) output: OutputArgs,

@@ -40,6 +40,8 @@ const CHUNK_MS: u64 = 100;
 /// How long the waiting session has been speaking.
 const AHEAD: Duration = Duration::from_secs(1);
 const DEADLINE: Duration = Duration::from_secs(300);
+/// How often a worker that has gone is looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 const GPU: &str = "gpu-1";
 
 #[derive(Debug, Clone, clap::Args)]
@@ -163,7 +165,7 @@ async fn one(args: &ColdstartArgs, file: &ModelFile, start: Start, speech: &Pcm)
             }
             let begin = Instant::now();
             fleet.add_worker(GPU)?;
-            return until_words(begin, speaking, &mut heard, &fleet).await;
+            return until_words(begin, speaking, &mut heard, &mut fleet).await;
         }
         Start::Idle => {
             fleet.add_worker(GPU)?;
@@ -207,7 +209,7 @@ async fn one(args: &ColdstartArgs, file: &ModelFile, start: Start, speech: &Pcm)
             Instant::now()
         }
     };
-    until_words(begin, speaking(&mut producer), &mut heard, &fleet).await
+    until_words(begin, speaking(&mut producer), &mut heard, &mut fleet).await
 }
 
 /// Speaks until the first partial with words is there.
@@ -215,7 +217,7 @@ async fn until_words(
     begin: Instant,
     speaking: impl Future<Output = Result<()>>,
     heard: &mut probe_api::Subscriber,
-    fleet: &Fleet,
+    fleet: &mut Fleet,
 ) -> Result<(First, Value)> {
     let words = async {
         while let Some(message) = heard.next().await {
@@ -227,13 +229,19 @@ async fn until_words(
         anyhow::bail!("the connection closed before the first words")
     };
     let first = async {
-        tokio::select! {
-            first = words => first,
-            end = speaking => end.and_then(|()| anyhow::bail!("speaking does not end")),
+        let mut looks = tokio::time::interval(LOOK_EVERY);
+        tokio::pin!(words, speaking);
+        loop {
+            tokio::select! {
+                first = &mut words => return first,
+                end = &mut speaking => return end.and_then(|()| anyhow::bail!("speaking does not end")),
+                // A worker that refuses its device is gone at once.
+                _ = looks.tick() => fleet.check_alive()?,
+            }
         }
     };
-    let (ms, by) =
-        tokio::time::timeout(DEADLINE, first).await.with_context(|| format!("no words\n{}", fleet.logs()))??;
+    let found = tokio::time::timeout(DEADLINE, first).await;
+    let (ms, by) = found.with_context(|| format!("no words\n{}", fleet.logs()))??;
     let mut beats = probe_api::heartbeats(&fleet.client(), GPU).await?;
     let beat = tokio::time::timeout(DEADLINE, beats.next()).await?.context("no heartbeat")?;
     let beat: Value = serde_json::from_slice(&beat.payload)?;

@@ -10,7 +10,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use voxfleet_harness::audio;
 use voxfleet_schema::{
@@ -88,6 +88,7 @@ pub(super) fn run(args: &EngineArgs) -> Result<Value> {
         let file = args.stubs.file(*model)?;
         for flash in [false, true] {
             let loaded = TrialModel::load(&file.name, &file.path, args.use_gpu, flash)?;
+            ensure!(!args.use_gpu || loaded.device() != "cpu", "--use-gpu: this build or this machine has none");
             if !devices.contains(&loaded.device().to_owned()) {
                 devices.push(loaded.device().to_owned());
             }

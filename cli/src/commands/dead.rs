@@ -15,7 +15,7 @@ use voxfleet_schema::{
 
 use super::{
     jobs::{age, fields, now_ms},
-    status::table,
+    status::{plain, table},
 };
 use crate::{
     args::{DeadArg, DeadArgs, DeadCommand, DeadListArgs, DropArgs, KindArgs, RetryArgs},
@@ -60,11 +60,6 @@ fn value(stored: &StoredLetter) -> Value {
 
 fn begins(stored: &StoredLetter) -> String {
     plain(&String::from_utf8_lossy(&stored.payload).chars().take(SHOWN).collect::<String>())
-}
-
-/// What others wrote goes to a terminal without what would steer it.
-fn plain(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 fn text(letters: &[StoredLetter], total: u64, now_ms: u64) -> String {

@@ -9,7 +9,10 @@ use voxfleet_schema::{
     job::{AudioUrl, JobList, JobListRequest, JobRecord, JobState, JobStatus, JobSummary},
 };
 
-use super::{close, dead, need_jetstream, status::table};
+use super::{
+    close, dead, need_jetstream,
+    status::{plain, table},
+};
 use crate::{
     Context,
     args::{JobArg, JobsArgs, JobsCommand, ListArgs, ResultArgs, SubmitArgs},
@@ -243,7 +246,7 @@ fn details(status: &JobStatus, now_ms: u64) -> String {
 /// One a line, the values under each other.
 pub(super) fn fields(fields: &[(&str, String)]) -> String {
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    let line = |(name, value): &(&str, String)| format!("{name:<width$}  {value}");
+    let line = |(name, value): &(&str, String)| format!("{name:<width$}  {}", plain(value));
     fields.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 

@@ -12,6 +12,7 @@
 //! | [`https`] | a web server that serves, refuses, redirects and misbehaves as told |
 //! | [`s3`] | a real S3 service |
 //! | [`card`] | GPUs that are not there, behind a library of NVIDIA's interface |
+//! | [`scarce_memory`] | memory that runs out in an engine process |
 //! | [`sim_card`] | the folder that is a card to simulated engines |
 //! | [`process`] | `voxfleet dispatcher` and `voxfleet worker`, configured through the environment |
 //! | [`fleet`] | all of it together, ready to be spoken to |
@@ -45,6 +46,7 @@ pub mod process;
 pub mod producer;
 pub mod relay;
 pub mod s3;
+pub mod scarce_memory;
 pub mod server;
 pub mod sim_card;
 pub mod verdict;

@@ -41,6 +41,7 @@ mod dead_letters;
 mod device_faults;
 mod device_idle;
 mod device_ladder;
+mod device_memory;
 mod device_sharing;
 mod device_site;
 mod direct;

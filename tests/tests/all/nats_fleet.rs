@@ -79,6 +79,7 @@ fn heartbeat(gpu: &str) -> Result<Heartbeat> {
             crashes: 0,
             decode_rate: None,
             decode_rate_age_ms: None,
+            delivery_rate: None,
             ..EngineState::default()
         },
         draining: false,

@@ -11,6 +11,8 @@ pub(crate) struct Ours {
     pub(crate) pid: u32,
     /// What its models take, as planned or measured.
     pub(crate) expected_mb: u64,
+    /// What those that are loaded have taken of the device, as the engine says.
+    pub(crate) resident_mb: u64,
 }
 
 /// One device, asked again and again. Calls may block: a driver that resets a card takes seconds.
@@ -105,6 +107,13 @@ pub(super) fn own_memory_mb(
     }
 }
 
+/// What belongs to others, where the driver does not tell processes apart: what was in use without our engine; less when
+/// they have given some back since, for what our models hold is ours.
+pub(super) fn without_engine_mb(known: Option<u64>, ours: Option<Ours>, used_by_all: u64) -> Option<u64> {
+    let Some(ours) = ours else { return Some(used_by_all) };
+    known.map(|known| known.min(used_by_all.saturating_sub(ours.resident_mb)))
+}
+
 /// Whether process ids here are those of the host, which drivers count in: the kernel's first namespace has this number.
 pub(super) fn pids_are_the_hosts() -> bool {
     const FIRST: &str = "pid:[4026531836]";
@@ -118,7 +127,7 @@ mod tests {
     #[test]
     fn memory_of_the_engine_is_listed_or_what_came_on_top() {
         use Listing::{Listed, NotListed, Unknown};
-        let ours = Some(Ours { pid: 7, expected_mb: 1_000 });
+        let ours = Some(Ours { pid: 7, expected_mb: 1_000, resident_mb: 700 });
         for (ours, listing, by_all, without, own) in [
             (None, Unknown, 5_000, Some(5_000), 0),
             (ours, Listed(700), 5_700, Some(5_000), 700),
@@ -131,6 +140,24 @@ mod tests {
         ] {
             assert_eq!(own_memory_mb(ours, listing, by_all, without), own, "{listing:?} {by_all}");
         }
+    }
+
+    #[test]
+    fn a_tenant_that_shrinks_takes_nothing_of_ours_with_it() {
+        let engine = |resident_mb| Some(Ours { pid: 7, expected_mb: 4_000, resident_mb });
+        let mut others = None;
+        let mut seen = |ours: Option<Ours>, by_all| {
+            others = without_engine_mb(others, ours, by_all);
+            (own_memory_mb(ours, Listing::Unknown, by_all, others), others)
+        };
+        assert_eq!(seen(engine(0), 9_600), (0, None), "it was never seen without");
+        assert_eq!(seen(None, 9_600), (0, Some(9_600)));
+        assert_eq!(seen(engine(0), 10_100), (500, Some(9_600)), "a context");
+        assert_eq!(seen(engine(4_000), 14_100), (4_500, Some(9_600)));
+        // From 9,600 to 2,000, and back.
+        assert_eq!(seen(engine(4_000), 6_500), (4_000, Some(2_500)));
+        assert_eq!(seen(engine(4_000), 14_100), (4_600, Some(2_500)), "as much as ours may have; the others grew");
+        assert_eq!(seen(None, 9_600), (0, Some(9_600)));
     }
 
     #[test]

@@ -62,6 +62,12 @@ pub enum DeviceError {
         #[source]
         source: NvmlError,
     },
+    #[error("gpu {wanted} was asked for, and it does not answer; {}", remedy(FailureClass::DeviceLost))]
+    Lost {
+        wanted: String,
+        #[source]
+        source: NvmlError,
+    },
     #[error("gpu {wanted} was asked for, and it is split; {}", name_one(.instances))]
     Split { wanted: String, instances: Vec<String> },
     #[error("gpu {wanted} was asked for, and this build has no CUDA; take a build with it, or --gpu none")]
@@ -248,10 +254,13 @@ fn find_gpu(config: &WorkerConfig) -> Result<Found, DeviceError> {
         Ok(nvml) => nvml,
         Err(error) if *choice == GpuChoice::Auto => {
             let class = class_of(&error, false);
-            tracing::info!(%error, "no nvml, using the cpu");
             // Most machines without the library, or with an idle one, have no GPU either.
             let none_expected = matches!(error, NvmlError::LibloadingError(_) | NvmlError::DriverNotLoaded);
             let expected = !none_expected || library.is_some() || Path::new("/dev/nvidiactl").exists();
+            match expected {
+                true => tracing::warn!(%error, "nvml cannot be used, using the cpu"),
+                false => tracing::info!(%error, "no nvml, using the cpu"),
+            }
             return Ok(Found::Cpu(expected.then(|| trouble(class, error))));
         }
         Err(source) => return Err(DeviceError::NoNvml { wanted: text(choice), source }),
@@ -269,6 +278,9 @@ fn find_gpu(config: &WorkerConfig) -> Result<Found, DeviceError> {
         Err(error) if *choice == GpuChoice::Auto => {
             tracing::warn!(%error, "the gpu does not answer, using the cpu");
             Ok(Found::Cpu(Some(trouble(class_of(&error, true), error))))
+        }
+        Err(source) if class_of(&source, false) == FailureClass::DeviceLost => {
+            Err(DeviceError::Lost { wanted: text(choice), source })
         }
         Err(source) => Err(DeviceError::NotFound { wanted: text(choice), source }),
     }

@@ -16,7 +16,7 @@ use voxfleet_schema::{
     failure::FailureClass,
 };
 
-use super::card::{Card, Listing, Ours, Patience, own_memory_mb, pids_are_the_hosts, trouble};
+use super::card::{Card, Listing, Ours, Patience, own_memory_mb, pids_are_the_hosts, trouble, without_engine_mb};
 
 const MB: u64 = 1 << 20;
 
@@ -145,8 +145,8 @@ pub(super) struct Gpu {
     nvml: Option<Nvml>,
     listed: Listed,
     gpus: u32,
-    /// Memory in use on the device while our engine was not running: what belongs to others, where the driver does not
-    /// tell processes apart (as in containers with a process namespace of their own).
+    /// What belongs to others, where the driver does not tell processes apart (as in containers with a process namespace
+    /// of their own).
     used_without_engine_mb: Option<u64>,
     pids_are_the_hosts: bool,
     patience: Patience,
@@ -187,9 +187,7 @@ impl Gpu {
         let memory = device.memory_info()?;
         let used_by_all_mb = memory.used / MB;
         let listing = ours.map_or(Listing::Unknown, |ours| self.listing(&device, ours.pid));
-        if ours.is_none() {
-            self.used_without_engine_mb = Some(used_by_all_mb);
-        }
+        self.used_without_engine_mb = without_engine_mb(self.used_without_engine_mb, ours, used_by_all_mb);
         let used_mb = own_memory_mb(ours, listing, used_by_all_mb, self.used_without_engine_mb);
         // An instance has no sensors: heat and clocks are its card's.
         let card = parent(&device);

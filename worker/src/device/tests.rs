@@ -13,7 +13,7 @@ fn simulated(fake: &FakeNvml, gpu: GpuChoice) -> WorkerConfig {
 }
 
 fn ours(pid: u32) -> Option<Ours> {
-    Some(Ours { pid, expected_mb: 500 })
+    Some(Ours { pid, expected_mb: 500, resident_mb: 0 })
 }
 
 fn class(figures: &Device) -> Option<FailureClass> {

@@ -127,9 +127,12 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
     let (events, inbox) = sync_channel(FRAMES);
     let pool = Pool::start(&config, &events).map_err(ChildError::Thread)?;
     let neighbour = config.turns.as_ref().map(|turns| Neighbour::start(turns, &events)).transpose()?;
-    if config.engine == EngineKind::WhisperCpp && config.use_gpu {
-        claim_gpu();
-        whisper::leave_free(config.reserve_mb);
+    if config.engine == EngineKind::WhisperCpp {
+        last_words::listen();
+        if config.use_gpu {
+            claim_gpu();
+            whisper::leave_free(config.reserve_mb);
+        }
     }
     let (vads, notes) = prepare(&config);
     let ready = FromEngine::Ready {
@@ -165,7 +168,6 @@ fn engine_name(kind: EngineKind) -> &'static str {
 
 /// A GPU that was asked for and is not there ends the process: whoever allows the CPU gets it from one that says so.
 fn claim_gpu() {
-    last_words::listen();
     if whisper::device(true) != "cpu" {
         return;
     }

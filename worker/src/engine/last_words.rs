@@ -27,10 +27,11 @@ pub enum LastWords {
 
 /// What CUDA, ggml and the dynamic loader say, in lower case, and what it means. The first one that fits counts: what is
 /// said of memory comes before what follows from the want of it.
-const SAYINGS: [(&str, LastWords); 17] = [
+const SAYINGS: [(&str, LastWords); 18] = [
     ("out of memory", LastWords::OutOfMemory),
     ("cudamalloc", LastWords::OutOfMemory),
     ("failed to allocate", LastWords::OutOfMemory),
+    ("insufficient memory", LastWords::OutOfMemory),
     ("cublas_status_alloc_failed", LastWords::OutOfMemory),
     ("driver version is insufficient", LastWords::DriverMismatch),
     ("no kernel image", LastWords::DriverMismatch),
@@ -47,6 +48,12 @@ const SAYINGS: [(&str, LastWords); 17] = [
     ("has no cuda", LastWords::MissingLibrary),
 ];
 
+/// What Rust's runtime says of an allocation that failed, right before it aborts.
+const WANT_OF_MEMORY: &str = "memory allocation of ";
+
+/// An abort says what it is about in its last lines; those before are of other things.
+const DYING_LINES: usize = 4;
+
 impl LastWords {
     const ALL: [Self; 5] =
         [Self::OutOfMemory, Self::DeviceLost, Self::DriverMismatch, Self::Assertion, Self::MissingLibrary];
@@ -60,6 +67,12 @@ impl LastWords {
     pub fn in_text(text: &str) -> Option<Self> {
         let text = text.to_lowercase();
         SAYINGS.iter().find(|(saying, _)| text.contains(saying)).map(|(_, words)| *words)
+    }
+
+    /// What the last lines say of a process that was aborted without a code of its own.
+    pub fn in_lines(lines: &[String]) -> Option<Self> {
+        let mut newest = lines.iter().rev().take(DYING_LINES);
+        newest.any(|line| line.contains(WANT_OF_MEMORY)).then_some(Self::OutOfMemory)
     }
 
     pub fn class(self) -> FailureClass {
@@ -76,6 +89,9 @@ impl LastWords {
 unsafe extern "C" {
     /// Ends the process at once.
     safe fn _exit(code: i32) -> !;
+    /// `std::set_new_handler`: who is called before C++ throws for want of memory.
+    #[link_name = "_ZSt15set_new_handlerPFvvE"]
+    safe fn set_new_handler(handler: Option<extern "C" fn()>) -> Option<extern "C" fn()>;
 }
 
 /// Ends the process. No destructors: a library whose device has gone may wait in them for ever.
@@ -114,6 +130,8 @@ impl Heard {
 static HEARD: Mutex<Heard> = Mutex::new(Heard(VecDeque::new()));
 
 /// From now on errors of whisper.cpp and ggml are kept, and an abort says why. Replaces whatever took their logs before.
+///
+/// So does the want of memory: an exception of C++ that reaches Rust is an abort that says nothing of what it was.
 pub fn listen() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -123,6 +141,7 @@ pub fn listen() {
             sys::ggml_log_set(Some(hear), std::ptr::null_mut());
             sys::ggml_set_abort_callback(Some(aborted));
         }
+        set_new_handler(Some(starved));
     });
 }
 
@@ -148,6 +167,10 @@ unsafe extern "C" fn hear(level: sys::ggml_log_level, text: *const c_char, _: *m
     HEARD.lock().unwrap_or_else(PoisonError::into_inner).line(Instant::now(), text);
     // The worker's log has it too.
     let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+extern "C" fn starved() {
+    leave(LastWords::OutOfMemory, "out of memory: the host has none for what is computed with")
 }
 
 unsafe extern "C" fn aborted(message: *const c_char) {
@@ -208,6 +231,18 @@ mod tests {
         assert_eq!(text, "CUDA error: unspecified launch failure; current device: 0");
         (0..20).for_each(|n| heard.line(at(9_020), &format!("line {n}")));
         assert_eq!(heard.0.len(), KEPT_LINES);
+    }
+
+    #[test]
+    fn an_abort_for_want_of_memory_is_told_by_its_last_lines() {
+        let lines = |more: usize| -> Vec<String> {
+            let before = ["loading", "memory allocation of 1920000 bytes failed"].map(str::to_owned);
+            before.into_iter().chain((0..more).map(|n| format!("frame {n}"))).collect()
+        };
+        assert_eq!(LastWords::in_lines(&lines(3)), Some(LastWords::OutOfMemory));
+        assert_eq!(LastWords::in_lines(&lines(4)), None);
+        assert_eq!(LastWords::in_lines(&["CUDA error: out of memory".to_owned()]), None, "a load that was refused");
+        assert_eq!(LastWords::in_lines(&[]), None);
     }
 
     #[test]

@@ -115,6 +115,11 @@ pub(super) fn cause(seen: Seen<'_>) -> Cause {
         let what = "the kernel killed the engine because the host had no memory left".to_owned();
         return by(FailureClass::OutOfMemory, what, None);
     }
+    if status.signal().is_some()
+        && let Some(words) = LastWords::in_lines(lines)
+    {
+        return by(words.class(), format!("the engine was aborted: {last}"), None);
+    }
     // A crash does not look like this; an operator, a service manager or the end of a terminal does.
     let from_outside = [Signal::KILL, Signal::TERM, Signal::INT, Signal::HUP].into_iter().any(is) || status.success();
     let how = match (status.signal(), status.code()) {
@@ -165,6 +170,8 @@ mod tests {
         let loader =
             ["voxfleet: error while loading shared libraries: libcublas.so.13: cannot open shared object file"
                 .to_owned()];
+        let starved = ["memory allocation of 1920000 bytes failed".to_owned()];
+        let starved_before: Vec<String> = starved.iter().cloned().chain((0..4).map(|n| format!("layer {n}"))).collect();
         let cases = [
             (Seen { status: exit(81), ..quiet }, OutOfMemory, None),
             (Seen { status: exit(82), ..quiet }, DeviceLost, None),
@@ -178,6 +185,13 @@ mod tests {
             (Seen { status: exit(0), ..quiet }, EngineCrash, Some(Death::Killed)),
             (Seen { status: signal(Signal::ABORT), ..quiet }, EngineCrash, Some(Death::Crashed)),
             (Seen { status: signal(Signal::SEGV), memory_kill: true, ..quiet }, EngineCrash, Some(Death::Crashed)),
+            (Seen { status: signal(Signal::ABORT), lines: &starved, ..quiet }, OutOfMemory, None),
+            (
+                Seen { status: signal(Signal::ABORT), lines: &starved_before, ..quiet },
+                EngineCrash,
+                Some(Death::Crashed),
+            ),
+            (Seen { status: exit(101), lines: &starved, ..quiet }, EngineCrash, Some(Death::Crashed)),
             (Seen { status: signal(Signal::KILL), ..quiet }, EngineCrash, Some(Death::Killed)),
             (Seen { status: signal(Signal::KILL), memory_kill: true, ..quiet }, OutOfMemory, None),
             (Seen { status: signal(Signal::KILL), stuck: true, ..quiet }, Timeout, Some(Death::Stuck)),

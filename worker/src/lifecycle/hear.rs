@@ -2,6 +2,7 @@
 
 use tokio::time::Instant;
 use voxfleet_schema::{
+    SAMPLE_RATE_HZ,
     failure::FailureClass,
     fleet::{ModelState, Residency},
 };
@@ -63,6 +64,10 @@ impl Engine {
                 }
             }
             FromEngine::Final { handle, draft } => {
+                if !draft.parked {
+                    let samples = draft.to_sample.saturating_sub(draft.from_sample);
+                    locked(&self.0.progress).covered(Instant::now(), samples * 1_000 / u64::from(SAMPLE_RATE_HZ));
+                }
                 if let Some(outbox) = outbox(handle) {
                     outbox.final_draft(*draft);
                 }
@@ -94,6 +99,10 @@ impl Engine {
         self.0.status.send_modify(|status| was = std::mem::replace(&mut status.models, models.clone()));
         for model in &models {
             let before = was.iter().find(|before| before.name == model.name).map(|before| before.state);
+            if matches!(model.state, Residency::NoRoom | Residency::Failed | Residency::Missing) {
+                // It was answered: whoever takes the last memory from now on is another.
+                locked(&self.0.asked).remove(&model.name);
+            }
             match (before, model.state) {
                 (Some(before), now) if before == now => {}
                 (_, Residency::Loading) => {

@@ -19,6 +19,12 @@ pub(super) struct ProgressMeter {
     recent_audio_ms: f64,
     recent_busy_ms: f64,
     rated_at: Option<Instant>,
+    /// Time with work since the last final, counted until then.
+    worked: Duration,
+    counted_at: Option<Instant>,
+    /// Decayed sums over finals: the audio they cover, and the time with work that they took.
+    covered_ms: f64,
+    worked_ms: f64,
     /// Since when an answer is awaited.
     asked_at: Option<Instant>,
 }
@@ -28,6 +34,8 @@ pub(super) struct Reading {
     pub(super) ms_since_progress: u64,
     pub(super) decode_rate: Option<f32>,
     pub(super) decode_rate_age_ms: Option<u64>,
+    /// Audio that finals cover, per time with work.
+    pub(super) delivery_rate: Option<f32>,
 }
 
 impl ProgressMeter {
@@ -41,8 +49,28 @@ impl ProgressMeter {
             self.recent_busy_ms = self.recent_busy_ms * KEEP + busy as f64;
             self.rated_at = Some(now);
         }
+        self.works_until(now);
         self.working = working;
         self.moved_at = Some(now);
+    }
+
+    /// A final covers so much audio, silence included. Partials, decodes that are tried again and several that run at once
+    /// are in [`Reading::decode_rate`]; here they are but time.
+    pub(super) fn covered(&mut self, now: Instant, audio_ms: u64) {
+        self.works_until(now);
+        // Without work no time passes: finals of silence say nothing of the device.
+        if !self.worked.is_zero() {
+            self.covered_ms = self.covered_ms * KEEP + audio_ms as f64;
+            self.worked_ms = self.worked_ms * KEEP + self.worked.as_secs_f64() * 1_000.0;
+            self.worked = Duration::ZERO;
+        }
+    }
+
+    /// Takes the time since the last report to what was worked.
+    fn works_until(&mut self, now: Instant) {
+        if let Some(since) = self.counted_at.replace(now).filter(|_| self.working) {
+            self.worked += now.saturating_duration_since(since);
+        }
     }
 
     /// The child is asked for a sign of life.
@@ -64,6 +92,7 @@ impl ProgressMeter {
     /// A new child starts from nothing; the rate stays, it is the device's.
     pub(super) fn reset(&mut self) {
         self.working = false;
+        self.worked = Duration::ZERO;
         self.moved_at = None;
         self.asked_at = None;
         (self.audio_ms, self.busy_ms) = (0, 0);
@@ -79,6 +108,7 @@ impl ProgressMeter {
             ms_since_progress: self.moved_at.filter(|_| self.working).map_or(0, age).max(self.asked_at.map_or(0, age)),
             decode_rate: (self.recent_busy_ms > 0.0).then(|| (self.recent_audio_ms / self.recent_busy_ms) as f32),
             decode_rate_age_ms: self.rated_at.map(age),
+            delivery_rate: (self.worked_ms > 0.0).then(|| (self.covered_ms / self.worked_ms) as f32),
         }
     }
 }
@@ -118,6 +148,27 @@ mod tests {
         meter.asked(at(10_000));
         meter.forgive(at(60_000));
         assert_eq!(meter.reading(at(60_500)).ms_since_progress, 500);
+    }
+
+    #[test]
+    fn what_is_delivered_is_what_finals_cover_in_the_time_with_work() {
+        let mut meter = ProgressMeter::default();
+        let t0 = Instant::now();
+        let at = |ms| t0 + Duration::from_millis(ms);
+        let delivered =
+            |meter: &ProgressMeter| meter.reading(t0).delivery_rate.map(|rate| (rate * 10.0).round() / 10.0);
+        meter.covered(at(0), 30_000);
+        assert_eq!(delivered(&meter), None, "silence without a decode");
+        // An utterance of 6 s with partials of 2, 4 and 6 s, each decode 300 ms, beside each other with another session.
+        meter.progress(at(1_000), 0, 0, 0, true);
+        for n in 1..=4u64 {
+            meter.progress(at(1_000 + n * 300), n, n * 4_000, n * 300, n < 4);
+        }
+        meter.covered(at(9_000), 6_000);
+        assert_eq!(delivered(&meter), Some(5.0), "6 s in 1.2; what was decoded for partials does not count");
+        assert!(meter.reading(t0).decode_rate.expect("rate") > 13.0);
+        meter.covered(at(20_000), 60_000);
+        assert_eq!(delivered(&meter), Some(5.0));
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! What this worker does when other tenants grow on its device: takes nothing new, gives back what it does not use, and asks
 //! that its sessions be moved, one at a time. The steps are those of [`crate::lifecycle::pressure`].
 
-use std::sync::{Arc, Mutex};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex},
+};
 
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -32,6 +35,40 @@ struct Inner {
     free_mb: u64,
     /// The one session that should be elsewhere.
     leaves: Option<StreamId>,
+}
+
+/// Looks at the device that a session is given to be moved; then the next one is asked for.
+const LOOKS_EACH: u32 = 5;
+
+/// Who was asked to leave. One at a time: with each of them memory may become free.
+#[derive(Debug, Default)]
+struct Leaving {
+    asked: Option<(StreamId, u32)>,
+    /// Those who stayed: no other worker has room for them, or what they ask for.
+    stayed: BTreeSet<StreamId>,
+}
+
+impl Leaving {
+    /// One look: whose turn it is.
+    fn look(&mut self, held: &[Candidate], models: &[ModelState]) -> Option<StreamId> {
+        let is_held = |id: &StreamId| held.iter().any(|(held, _)| held == id);
+        self.stayed.retain(is_held);
+        match self.asked.take().filter(|(id, _)| is_held(id)) {
+            Some((id, looks)) if looks < LOOKS_EACH => self.asked = Some((id, looks + 1)),
+            Some((id, _)) => {
+                self.stayed.insert(id);
+            }
+            None => {}
+        }
+        if self.asked.is_none() {
+            if self.stayed.len() >= held.len() {
+                // All over again: another worker may have room by now.
+                self.stayed.clear();
+            }
+            self.asked = next_to_leave(&self.stayed, held, models).map(|id| (id, 1));
+        }
+        self.asked.as_ref().map(|(id, _)| id.clone())
+    }
 }
 
 /// The present step, for admission and heartbeats.
@@ -90,13 +127,13 @@ pub(super) struct Follow {
 
 impl Follow {
     pub(super) async fn run(mut self, stop: CancellationToken) {
-        let mut gauge = Gauge::default();
+        let (mut gauge, mut leaving) = (Gauge::default(), Leaving::default());
         loop {
             let device = self.device.borrow_and_update().clone();
             // An engine that has gone to the CPU takes nothing from the tenants of the GPU.
             let memory = Memory::of(&device, self.config.reserve_mb(device.total_mb));
             let level = gauge.look(memory.filter(|_| !self.engine.is_on_side(true)));
-            self.act(level, &device);
+            self.act(level, &device, &mut leaving);
             tokio::select! {
                 () = stop.cancelled() => break,
                 changed = self.device.changed() => if changed.is_err() { break },
@@ -104,7 +141,7 @@ impl Follow {
         }
     }
 
-    fn act(&self, level: Option<Pressure>, device: &Device) {
+    fn act(&self, level: Option<Pressure>, device: &Device, leaving: &mut Leaving) {
         let before = self.relief.level();
         let (others_mb, free_mb) = (device.used_by_others_mb, device.free_mb);
         if level != before {
@@ -116,17 +153,20 @@ impl Follow {
         if level >= Some(Pressure::ReleaseIdle) {
             self.engine.release_idle();
         }
-        let leaves = (level == Some(Pressure::MoveAway)).then(|| self.next_to_leave()).flatten();
+        let leaves = if level == Some(Pressure::MoveAway) {
+            self.next_to_leave(leaving)
+        } else {
+            *leaving = Leaving::default();
+            None
+        };
         if self.relief.set(Inner { level, others_mb, free_mb, leaves }) {
             self.news.notify_one();
         }
     }
 
-    /// The one that was asked for stays the one until it has gone.
-    fn next_to_leave(&self) -> Option<StreamId> {
-        let held: Vec<Candidate> = self.sessions();
+    fn next_to_leave(&self, leaving: &mut Leaving) -> Option<StreamId> {
         let asked = locked(&self.relief.inner).leaves.clone();
-        let next = next_to_leave(asked.as_ref(), &held, &self.engine.status().models);
+        let next = leaving.look(&self.sessions(), &self.engine.status().models);
         if next != asked
             && let Some(id) = &next
         {
@@ -135,25 +175,29 @@ impl Follow {
         next
     }
 
+    /// With what runs for them, which may be a stand-in.
     fn sessions(&self) -> Vec<Candidate> {
+        let standbys = self.engine.standbys();
+        let runs = |asked: String| {
+            let standby = standbys.iter().find(|standby| standby.asked == asked);
+            standby.map_or(asked, |standby| standby.model.clone())
+        };
         let sessions = self.holdings.all().into_iter().filter(|handle| handle.names.kind == Kind::Session);
         let named = sessions.map(|handle| {
             let model = handle.desired.borrow().options.model.clone();
-            (handle.names.id.clone(), model.unwrap_or_else(|| self.default_model.as_ref().to_owned()))
+            (handle.names.id.clone(), runs(model.unwrap_or_else(|| self.default_model.as_ref().to_owned())))
         });
         named.collect()
     }
 }
 
 /// Of the model that takes the most memory for the fewest sessions: with the last of them it can go.
-fn next_to_leave(asked: Option<&StreamId>, held: &[Candidate], models: &[ModelState]) -> Option<StreamId> {
-    if let Some(asked) = asked.filter(|asked| held.iter().any(|(id, _)| id == *asked)) {
-        return Some(asked.clone());
-    }
+fn next_to_leave(stayed: &BTreeSet<StreamId>, held: &[Candidate], models: &[ModelState]) -> Option<StreamId> {
     let users = |model: &str| held.iter().filter(|(_, m)| m == model).count() as u64;
     let size = |model: &str| models.iter().find(|m| m.name == model).map_or(0, |m| m.resident_mb.max(m.expected_mb));
     let worth = |model: &str| size(model) / users(model).max(1);
-    held.iter().max_by_key(|(id, model)| (worth(model), std::cmp::Reverse(id.clone()))).map(|(id, _)| id.clone())
+    let others = held.iter().filter(|(id, _)| !stayed.contains(id));
+    others.max_by_key(|(id, model)| (worth(model), std::cmp::Reverse(id.clone()))).map(|(id, _)| id.clone())
 }
 
 #[cfg(test)]
@@ -172,13 +216,32 @@ mod tests {
             names.iter().map(|(name, model)| (id(name), (*model).to_owned())).collect()
         };
         let all = held(&[("a", "base"), ("b", "large"), ("c", "large"), ("d", "other")]);
-        assert_eq!(next_to_leave(None, &all, &models), Some(id("b")));
-        assert_eq!(next_to_leave(Some(&id("a")), &all, &models), Some(id("a")), "it was asked for");
-        assert_eq!(next_to_leave(Some(&id("gone")), &all, &models), Some(id("b")));
+        let next = |held: &[Candidate]| Leaving::default().look(held, &models);
+        assert_eq!(next(&all), Some(id("b")));
         let many: Vec<Candidate> = (0..20).map(|n| (id(&format!("s{n}")), "large".to_owned())).collect();
         let many = [many, held(&[("a", "base")])].concat();
-        assert_eq!(next_to_leave(None, &many, &models), Some(id("a")), "one move frees 400 MB, twenty the large one");
-        assert_eq!(next_to_leave(None, &[], &models), None);
+        assert_eq!(next(&many), Some(id("a")), "one move frees 400 MB, twenty the large one");
+        assert_eq!(next(&[]), None);
+    }
+
+    #[test]
+    fn whoever_cannot_be_moved_holds_up_nobody_else() {
+        let models = [("large", 4_000), ("base", 400)].map(|(name, resident_mb)| ModelState {
+            name: name.to_owned(),
+            resident_mb,
+            ..ModelState::default()
+        });
+        let held = [("x", "large"), ("y", "base")].map(|(name, model)| (id(name), model.to_owned()));
+        let mut leaving = Leaving::default();
+        let mut turns = Vec::new();
+        for _ in 0..3 * LOOKS_EACH {
+            turns.extend(leaving.look(&held, &models));
+        }
+        let each = |name: &str| vec![id(name); LOOKS_EACH as usize];
+        assert_eq!(turns, [each("x"), each("y"), each("x")].concat(), "and all over again");
+        // It goes in the middle of its turn.
+        assert_eq!(leaving.look(&held[..1], &models), Some(id("x")));
+        assert_eq!(leaving.look(&held[1..], &models), Some(id("y")));
     }
 
     #[tokio::test]

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use voxfleet_schema::fleet::{EngineRunState, Heartbeat, Residency};
 
-use super::text::{table, word};
+use super::text::{plain, table, word};
 
 /// Fields of each worker in `status --json`, beside its heartbeat.
 #[derive(Debug, PartialEq, Serialize)]
@@ -21,7 +21,7 @@ pub(super) struct Facts {
     idle_timeout_seconds: u64,
     /// In s; null while it works, or is not there.
     time_since_last_activity: Option<f64>,
-    /// Audio seconds per second of decoding.
+    /// Audio seconds that finals cover per second with work.
     times_real_time: Option<f64>,
     /// `price_per_hour` over `times_real_time`, as if it did nothing else.
     cost_per_audio_hour: Option<f64>,
@@ -31,7 +31,8 @@ impl Facts {
     pub(super) fn of(beat: &Heartbeat) -> Self {
         let (device, engine) = (&beat.device, &beat.engine);
         // A single is written with a single's digits.
-        let rate = engine.decode_rate.map(|rate| (f64::from(rate) * 100.0).round() / 100.0).filter(|rate| *rate > 0.0);
+        let rate =
+            engine.delivery_rate.map(|rate| (f64::from(rate) * 100.0).round() / 100.0).filter(|rate| *rate > 0.0);
         let runs = !matches!(engine.state, EngineRunState::Down | EngineRunState::Failed);
         Self {
             gpu_available: device.uuid.is_some() && device.trouble.is_none(),
@@ -54,7 +55,7 @@ pub(super) fn devices<'a>(beats: impl Iterator<Item = &'a Heartbeat> + Clone) ->
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     rows.extend(beats.clone().map(row));
     let mut text = table(&rows);
-    text.extend(beats.flat_map(remarks).map(|line| line + "\n"));
+    text.extend(beats.flat_map(remarks).map(|line| plain(&line) + "\n"));
     text
 }
 
@@ -91,7 +92,10 @@ fn remarks(beat: &Heartbeat) -> Vec<String> {
         lines.push(format!("{id} has had {errors} uncorrected memory errors"));
     }
     if !device.shared_with.is_empty() {
-        lines.push(format!("{id} shares its device with {}", device.shared_with.join(", ")));
+        let name =
+            |other: &String| if other == id.as_str() { "another of this name".to_owned() } else { other.clone() };
+        let others: Vec<String> = device.shared_with.iter().map(name).collect();
+        lines.push(format!("{id} shares its device with {}", others.join(", ")));
     }
     if let Some(pressure) = &device.pressure {
         let others = device.used_by_others_mb;
@@ -118,7 +122,7 @@ mod tests {
             "slots": {"total": 4, "used": 1}, "job_slots": {"total": 2, "used": 0}, "held": [],
             "models": [{"name": "small.en", "state": "loaded", "resident_mb": 900}],
             "engine": {"state": "ready", "kind": "whisper_cpp", "effective_device": "cuda:T4", "vad": "silero",
-                "ms_since_progress": 0, "restarts": 0, "decode_rate": 20.0, "idle_timeout_s": 600,
+                "ms_since_progress": 0, "restarts": 0, "delivery_rate": 20.0, "idle_timeout_s": 600,
                 "ms_since_activity": 12_500},
             "price_per_hour": 0.3, "draining": false, "version": "0",
         });
@@ -141,10 +145,20 @@ mod tests {
         });
         assert_eq!(told, expected);
         let down = json!({"/device": {"trouble": {"class": "device_lost", "message": "gone"}},
-            "/engine": {"state": "down", "decode_rate": null, "ms_since_activity": null}});
+            "/engine": {"state": "down", "delivery_rate": null, "ms_since_activity": null}});
         let told = Facts::of(&beat(down));
         assert_eq!((told.gpu_available, told.current_device.as_str()), (false, ""));
         assert_eq!((told.times_real_time, told.cost_per_audio_hour, told.time_since_last_activity), (None, None, None));
+    }
+
+    #[test]
+    fn what_a_driver_calls_its_card_steers_no_terminal() {
+        let name = "T4\u{1b}[2J\nfree\u{202e}";
+        let shown = devices(
+            [beat(json!({"/device": {"name": name, "trouble": {"class": "device_lost", "message": name}}}))].iter(),
+        );
+        assert!(!shown.contains(|c: char| c == '\u{202e}' || (c.is_control() && c != '\n')), "{shown:?}");
+        assert_eq!(shown.lines().count(), 3, "{shown}");
     }
 
     #[test]
@@ -176,7 +190,7 @@ mod tests {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");
         }
         let quiet =
-            [beat(json!({"/device": {"power_w": null, "temperature_c": null}, "/engine": {"decode_rate": null}}))];
+            [beat(json!({"/device": {"power_w": null, "temperature_c": null}, "/engine": {"delivery_rate": null}}))];
         let text = devices(quiet.iter());
         assert_eq!(text.lines().count(), 2, "{text}");
         assert!(

@@ -57,7 +57,7 @@ pub(super) fn whole(
     if sessions.is_empty() {
         text.push_str("no open session\n");
     }
-    text.trim_end().to_owned()
+    text.trim_end().split('\n').map(plain).collect::<Vec<_>>().join("\n")
 }
 
 fn headline(status: &FleetStatus) -> String {
@@ -157,8 +157,15 @@ pub(super) fn word(value: &impl serde::Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-/// Columns as wide as their widest cell, two spaces between.
+/// What others have written, fit for a line of a terminal: nothing moves the cursor, colours, or turns the direction round.
+pub(in crate::commands) fn plain(text: &str) -> String {
+    let turns = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.chars().map(|c| if c.is_control() || turns(c) { ' ' } else { c }).collect()
+}
+
+/// Columns as wide as their widest cell, two spaces between. Cells are made plain.
 pub(in crate::commands) fn table(rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|cell| plain(cell)).collect()).collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |at: usize| rows.iter().filter_map(|r| r.get(at)).map(|c| c.chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(width).collect();
