@@ -310,6 +310,38 @@ run_entry() {
     expect "entrypoint.sh: and stops when told" "$CODE" 0
 }
 
+# The workers of the laptop on two cores, by what the worker itself makes of its settings there.
+run_cores() {
+    seed_="VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")"
+    # shellcheck disable=SC2046 # settings without spaces
+    set -- $(sed -n 's/^  \(VOXFLEET__WORKER__[A-Z_]*\): "\(.*\)"$/\1=\2/p' "$ROOT/deploy/compose/laptop.yml")
+    workers_=$(grep -c '^  worker-[0-9]*:$' "$ROOT/deploy/compose/laptop.yml")
+    cores_=$(python3 -c 'import os; print(*sorted(os.sched_getaffinity(0))[:2], sep=",")')
+    # Each has a cache of its own there, so it does not see the others.
+    start "$WORK/cores.log" in_root "$seed_" VOXFLEET_MODELS=micro.en-q8_0 VOXFLEET__LOG__FORMAT=json "$@" \
+        taskset -c "$cores_" voxfleet-entry worker --gpu none --gpu-id laptop-0
+    worker=$PID
+    until_ok 15 grep -q '"cores shared out"' "$WORK/cores.log" || :
+    if told_=$(python3 - "$WORK/cores.log" "$workers_" 2>&1 <<'PY'
+import json, sys
+
+lines = [json.loads(line) for line in open(sys.argv[1]) if line.startswith("{")]
+told = next(line for line in lines if "cores shared out" in json.dumps(line))
+told = told.get("fields", told)
+count, cores = int(sys.argv[2]), int(told["cores"])
+each = int(told["decode_states"]) * int(told["decode_threads"])
+print(f"{count} workers with {each} decode threads each on {cores} cores")
+sys.exit(count < 2 or count * each > max(cores, count))
+PY
+    ); then
+        ok "compose/laptop.yml: $told_"
+    else
+        fail "compose/laptop.yml: $(echo "$told_" | tail -n 1)"
+    fi
+    kill -TERM "$worker"
+    ended "$worker" 12
+}
+
 # onstart LOG: one start of the instance. Its log is cut at 50 kB here.
 onstart() {
     start "$1" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")" VOXFLEET_MODELS=micro.en-q8_0 \
@@ -476,6 +508,7 @@ elif [ -z "${CHECK_PRIVATE:-}" ] || ! have setpriv || ! clean_root; then
     skip "clean root: mounts and chroot need root and a mount namespace"
 else
     run_entry
+    run_cores
     run_onstart
     run_runpod
 fi
