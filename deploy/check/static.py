@@ -161,6 +161,13 @@ def unit(name):
         problems.append("TimeoutStopSec leaves less than 5 s beyond worker.shutdown_ms")
     if "worker" in name and values.get("KillMode") != "mixed":
         problems.append("SIGTERM would reach the engine too")
+    # A card, a driver or a server may be away for longer than any count of quick tries lasts.
+    if values.get("StartLimitIntervalSec") != "0":
+        problems.append("gives up after a number of starts (StartLimitIntervalSec is not 0)")
+    if milliseconds(values.get("RestartSec", "100ms")) < 5_000:
+        problems.append("tries again without end, and more often than every 5 s")
+    if "voxfleet" in name and values.get("RestartPreventExitStatus") != "64":
+        problems.append("only bad configuration (exit code 64) is not tried again")
     for must in ("User", "NoNewPrivileges", "ProtectSystem", "CapabilityBoundingSet"):
         if must not in values:
             problems.append(f"no {must}")
