@@ -450,7 +450,7 @@ run_onstart() {
     fi
     # The worker's last words come after the cut: a writer that did not append would have left a hole of the old size.
     kept=$(wc -c <"$LOG.1" 2>/dev/null || echo none) now=$(wc -c <"$LOG")
-    if [ "$kept" = 50000 ] && [ "$now" -le 50000 ] && grep -q 'was drained' "$LOG"; then
+    if [ "$kept" = 50000 ] && [ "$now" -le 50000 ] && [ "$(tr -d '\0' <"$LOG" | wc -c)" = "$now" ] && grep -q 'was drained' "$LOG"; then
         ok "vast/onstart.sh: the log has a bound, and goes on behind it"
     else
         fail "vast/onstart.sh: the log has $now bytes and $kept in its old part"
