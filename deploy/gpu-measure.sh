@@ -32,6 +32,7 @@ usage: sh deploy/gpu-measure.sh [--smoke] [--out DIR] [--gpu INDEX] [--shapes LI
 environment:
   VOXFLEET_ROOT   source tree                  [default: where this script is]
   VOXFLEET_CACHE  nats-server, ONNX Runtime, Silero [default: ~/.cache/voxfleet]
+  COMMIT          of the source tree, where git cannot tell [default: what git says, else unknown]
   STUBS           folder for the random models [default: a temporary one]
   LIMIT_SCALE     all limits of time are multiplied by it [default: 1]
 USAGE
@@ -64,6 +65,7 @@ else
     format=f16 device=$gpu use_gpu=--use-gpu sessions=1,2,4,8,16 streams=16,32,64,128 states=1,2,4,8 rounds=5
 fi
 list() { printf '%s' "$1" | tr , ' '; }
+COMMIT=${COMMIT:-$(git -C "$VOXFLEET_ROOT" describe --always --dirty --abbrev=7 --exclude '*' 2>/dev/null || echo unknown)}
 smallest=${shapes%%,*}
 largest=${shapes##*,}
 
@@ -442,10 +444,10 @@ limit() {
 
 # One file with what there is so far. Plan against truth: the plan's figures beside the measured ones.
 put_together() {
-    python3 - "$work" "$out" "$smoke" <<'PY'
+    python3 - "$work" "$out" "$smoke" "$COMMIT" <<'PY'
 import datetime, glob, json, os, re, sys
 
-work, out, smoke = sys.argv[1], sys.argv[2], sys.argv[3] == "1"
+work, out, smoke, commit = sys.argv[1], sys.argv[2], sys.argv[3] == "1", sys.argv[4]
 def values(path):
     decoder, text, found = json.JSONDecoder(), open(path, errors="replace").read(), []
     at = 0
@@ -479,9 +481,9 @@ for measured in phases.get("memory", {}).get("results", []):
                       "planned": [{key: o.get(key) for key in ("model", "sessions", "used_mb", "risk")} for o in planned][:4]})
 now = datetime.datetime.now(datetime.timezone.utc)
 result = {"device": device, "driver": machine.get("nvidia_smi"), "date": now.strftime("%Y-%m-%d"),
-          "at": now.isoformat(timespec="seconds"), "smoke": smoke, "phases": phases, "plan_against_truth": truth}
+          "commit": commit, "at": now.isoformat(timespec="seconds"), "smoke": smoke, "phases": phases, "plan_against_truth": truth}
 slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-path = f"{out}/{'smoke' if smoke else 'gpu'}-{slug}-{result['date']}.json"
+path = f"{out}/{'smoke' if smoke else 'gpu'}-{slug}-{result['date']}-{commit}.json"
 with open(path + ".part", "w") as file:
     json.dump(result, file, indent=1)
     file.write("\n")

@@ -300,7 +300,7 @@ run_entry() {
         voxfleet-entry worker --gpu none --gpu-id entry-1
     WORKER=$PID
     if until_ok 15 is_missing entry-1 base.en && operator stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session beside \
-        --model micro.en-q8_0 >"$WORK/beside.log" 2>&1; then
+        >"$WORK/beside.log" 2>&1; then
         ok "entrypoint.sh: a worker serves without a model that cannot be had, and says so"
     else
         fail "entrypoint.sh: without a model: $(tail -n 2 "$WORK/missing.log" "$WORK/beside.log" 2>/dev/null | tr '\n' ' ')"
@@ -310,34 +310,169 @@ run_entry() {
     expect "entrypoint.sh: and stops when told" "$CODE" 0
 }
 
-run_onstart() {
+# The workers of the laptop on two cores, by what the worker itself makes of its settings there.
+run_cores() {
     seed_="VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")"
-    start "$WORK/vast.log" in_root "$seed_" VOXFLEET_MODELS=micro.en-q8_0 VOXFLEET_STATE=/run/onstart \
-        "VOXFLEET_WORKER_ARGS=--gpu none --gpu-id vast-0" sh /opt/voxfleet/onstart.sh
+    # shellcheck disable=SC2046 # settings without spaces
+    set -- $(sed -n 's/^  \(VOXFLEET__WORKER__[A-Z_]*\): "\(.*\)"$/\1=\2/p' "$ROOT/deploy/compose/laptop.yml")
+    workers_=$(grep -c '^  worker-[0-9]*:$' "$ROOT/deploy/compose/laptop.yml")
+    cores_=$(python3 -c 'import os; print(*sorted(os.sched_getaffinity(0))[:2], sep=",")')
+    # Each has a cache of its own there, so it does not see the others.
+    start "$WORK/cores.log" in_root "$seed_" VOXFLEET_MODELS=micro.en-q8_0 VOXFLEET__LOG__FORMAT=json "$@" \
+        taskset -c "$cores_" voxfleet-entry worker --gpu none --gpu-id laptop-0
+    worker=$PID
+    until_ok 15 grep -q '"cores shared out"' "$WORK/cores.log" || :
+    if told_=$(python3 - "$WORK/cores.log" "$workers_" 2>&1 <<'PY'
+import json, sys
+
+lines = [json.loads(line) for line in open(sys.argv[1]) if line.startswith("{")]
+told = next(line for line in lines if "cores shared out" in json.dumps(line))
+told = told.get("fields", told)
+count, cores = int(sys.argv[2]), int(told["cores"])
+each = int(told["decode_states"]) * int(told["decode_threads"])
+print(f"{count} workers with {each} decode threads each on {cores} cores")
+sys.exit(count < 2 or count * each > max(cores, count))
+PY
+    ); then
+        ok "compose/laptop.yml: $told_"
+    else
+        fail "compose/laptop.yml: $(echo "$told_" | tail -n 1)"
+    fi
+    kill -TERM "$worker"
+    ended "$worker" 12
+}
+
+# onstart LOG: one start of the instance. Its log is cut at 50 kB here.
+onstart() {
+    start "$1" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")" VOXFLEET_MODELS=micro.en-q8_0 \
+        VOXFLEET_STATE=/run/onstart VOXFLEET_LOG_MAX=50000 "VOXFLEET_WORKER_ARGS=--gpu none --gpu-id vast-0" \
+        sh /opt/voxfleet/onstart.sh
+}
+
+# keepers: who keeps a worker in the clean root.
+keepers() {
+    for dir_ in /proc/[0-9]*; do
+        case $(tr '\0' ' ' <"$dir_/cmdline" 2>/dev/null) in
+            *"onstart.sh --keep "*) if runs "${dir_#/proc/}"; then echo "${dir_#/proc/}"; fi ;;
+        esac
+    done
+}
+
+# workers KEEPER: those that it has started; has_worker KEEPER: whether there is one.
+workers() {
+    kids_=
+    read -r kids_ 2>/dev/null <"/proc/$1/task/$1/children" || : # no end of line
+    for kid_ in $kids_; do
+        if [ "$(cat "/proc/$kid_/comm" 2>/dev/null)" = voxfleet ]; then echo "$kid_"; fi
+    done
+}
+has_worker() { [ -n "$(workers "$1")" ]; }
+unseen() { ! seen "$1"; }
+onstart_told() { tail -n 2 "$WORK"/vast*.log "$LOG" 2>/dev/null | tr '\n' ' '; }
+
+# Sets KEEPER, and has it ended with this script.
+the_keeper() {
+    KEEPER=$(keepers)
+    PIDS="$KEEPER $PIDS"
+}
+
+run_onstart() {
+    LOG=$R/var/log/voxfleet.log
+    # Left by an earlier life of the instance; now the number of a process that has nothing to do with us.
+    start "$WORK/foreign.log" sleep 600
+    FOREIGN=$PID
+    echo "$FOREIGN" >"$R/run/onstart"
+    onstart "$WORK/vast.log"
+    first=$PID
+    onstart "$WORK/vast-too.log"
     ended "$PID" 10
-    keeper=$(cat "$R/run/onstart" 2>/dev/null || echo 0)
-    [ "$keeper" = 0 ] || PIDS="$keeper $PIDS"
-    if [ "$CODE" != 0 ] || ! until_ok 15 seen vast-0; then
-        fail "vast/onstart.sh ($CODE): $(tail -n 2 "$WORK/vast.log" "$R/var/log/voxfleet.log" 2>/dev/null | tr '\n' ' ')"
+    ended "$first" 10
+    if [ "$CODE" = 0 ] && until_ok 15 seen vast-0; then
+        ok "vast/onstart.sh: comes back at once and leaves a worker, whoever has the number of an earlier one"
+    else
+        fail "vast/onstart.sh ($CODE): $(onstart_told)"
         return
     fi
-    ok "vast/onstart.sh: comes back at once and leaves a worker"
-    worker=$(cat "/proc/$keeper/task/$keeper/children" | tr -d ' ')
-    kill -9 "$worker"
-    if until_ok 10 grep -q 'ended with 137' "$R/var/log/voxfleet.log" && until_ok 20 seen vast-0; then
+    the_keeper
+    expect "vast/onstart.sh: started twice at once, one keeps the worker and the other says so" \
+        "$(echo "$KEEPER" | wc -w) $(cat "$WORK"/vast.log "$WORK"/vast-too.log | grep -c 'running already')" "1 1" "$(onstart_told)"
+    until_ok 10 has_worker "$KEEPER" || :
+    kill -9 "$(workers "$KEEPER")"
+    if until_ok 10 grep -q 'ended with 137' "$LOG" && until_ok 20 has_worker "$KEEPER" && until_ok 10 seen vast-0; then
         ok "vast/onstart.sh: a worker that was killed is started again"
     else
-        fail "vast/onstart.sh: not started again: $(tail -n 2 "$R/var/log/voxfleet.log" | tr '\n' ' ')"
-    fi
-    operator drain vast-0 --deadline 10s --wait >"$WORK/drain.log" 2>&1 || :
-    until_ok 15 grep -q 'was drained' "$R/var/log/voxfleet.log" || :
-    ended "$keeper" 5
-    if [ "$CODE" != runs ] && ! seen vast-0; then
-        ok "vast/onstart.sh: a drained worker is left alone"
-    else
-        fail "vast/onstart.sh: after a drain: $(tail -n 2 "$R/var/log/voxfleet.log" | tr '\n' ' ')"
+        fail "vast/onstart.sh: not started again: $(onstart_told)"
+        return
     fi
 
+    # The keeper alone is killed: whoever comes next waits for the worker that is left, and then starts one.
+    worker=$(workers "$KEEPER")
+    PIDS="$worker $PIDS"
+    kill -9 "$KEEPER"
+    ended "$KEEPER" 5
+    onstart "$WORK/vast.log"
+    ended "$PID" 10
+    until_ok 10 grep -q 'waiting for the end of a worker' "$LOG" || :
+    the_keeper
+    if runs "$worker" && [ -n "$KEEPER" ] && ! has_worker "$KEEPER" && kill -9 "$worker" && until_ok 10 has_worker "$KEEPER"; then
+        ok "vast/onstart.sh: the worker of a keeper that was killed is waited for, then there is a new one"
+    else
+        fail "vast/onstart.sh: after its keeper was killed: $(onstart_told)"
+        return
+    fi
+
+    # An outbid instance: everything at once, and the number is somebody else's when it comes back.
+    worker=$(workers "$KEEPER")
+    kill -9 "$KEEPER" "$worker"
+    ended "$KEEPER" 5
+    ended "$worker" 5
+    until_ok 15 unseen vast-0 || :
+    echo "$FOREIGN" >"$R/run/onstart"
+    onstart "$WORK/vast.log"
+    ended "$PID" 10
+    the_keeper
+    if [ "$CODE" = 0 ] && [ -n "$KEEPER" ] && until_ok 15 seen vast-0; then
+        ok "vast/onstart.sh: killed in the middle, the next start leaves a worker again"
+    else
+        fail "vast/onstart.sh: killed in the middle ($CODE): $(onstart_told)"
+        return
+    fi
+
+    head -c 120000 /dev/zero | tr '\0' '\n' >>"$LOG"
+    until_ok 10 test -s "$LOG.1" || :
+    operator drain vast-0 --deadline 10s --wait >"$WORK/drain.log" 2>&1 || :
+    until_ok 15 grep -q 'was drained' "$LOG" || :
+    ended "$KEEPER" 5
+    if [ "$CODE" != runs ] && unseen vast-0; then
+        ok "vast/onstart.sh: a drained worker is left alone"
+    else
+        fail "vast/onstart.sh: after a drain: $(onstart_told)"
+    fi
+    # The worker's last words come after the cut: a writer that did not append would have left a hole of the old size.
+    kept=$(wc -c <"$LOG.1" 2>/dev/null || echo none) now=$(wc -c <"$LOG")
+    if [ "$kept" = 50000 ] && [ "$now" -le 50000 ] && [ "$(tr -d '\0' <"$LOG" | wc -c)" = "$now" ] && grep -q 'was drained' "$LOG"; then
+        ok "vast/onstart.sh: the log has a bound, and goes on behind it"
+    else
+        fail "vast/onstart.sh: the log has $now bytes and $kept in its old part"
+    fi
+    rm -f "$LOG" "$LOG.1"
+
+    onstart "$WORK/vast.log"
+    ended "$PID" 10
+    until_ok 15 seen vast-0 || :
+    the_keeper
+    worker=$(workers "$KEEPER")
+    kill -TERM "$KEEPER"
+    ended "$KEEPER" 15
+    if [ "$CODE" != runs ] && [ -n "$worker" ] && ! runs "$worker" && grep -q 'onstart: stopped' "$LOG"; then
+        ok "vast/onstart.sh: stops with its worker when told"
+    else
+        fail "vast/onstart.sh: told to stop ($CODE): $(onstart_told)"
+    fi
+}
+
+run_runpod() {
+    seed_="VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")"
     mkdir -p "$R/workspace/voxfleet/models"
     cp "$R/var/cache/voxfleet/models/micro.en-q8_0.bin" "$R/workspace/voxfleet/models/"
     start "$WORK/runpod.log" in_root "$seed_" RUNPOD_POD_ID=check VOXFLEET_MODELS=micro.en-q8_0 \
@@ -373,6 +508,8 @@ elif [ -z "${CHECK_PRIVATE:-}" ] || ! have setpriv || ! clean_root; then
     skip "clean root: mounts and chroot need root and a mount namespace"
 else
     run_entry
+    run_cores
     run_onstart
+    run_runpod
 fi
 nats_three_agree

@@ -1,4 +1,4 @@
-"""What can be said of the deploy files by reading them: Dockerfiles, compose files, units, and pins that must agree.
+"""What can be said of the deploy files by reading them: Dockerfiles, compose files, units, pins that must agree, measurements.
 
 Usage: static.py ROOT COMPOSE_SCHEMA-or-"". Prints one line a finding, `ok WHAT` or `FAIL WHAT: WHY`; run by deploy/check.sh.
 """
@@ -161,6 +161,13 @@ def unit(name):
         problems.append("TimeoutStopSec leaves less than 5 s beyond worker.shutdown_ms")
     if "worker" in name and values.get("KillMode") != "mixed":
         problems.append("SIGTERM would reach the engine too")
+    # A card, a driver or a server may be away for longer than any count of quick tries lasts.
+    if values.get("StartLimitIntervalSec") != "0":
+        problems.append("gives up after a number of starts (StartLimitIntervalSec is not 0)")
+    if milliseconds(values.get("RestartSec", "100ms")) < 5_000:
+        problems.append("tries again without end, and more often than every 5 s")
+    if "voxfleet" in name and values.get("RestartPreventExitStatus") != "64":
+        problems.append("only bad configuration (exit code 64) is not tried again")
     for must in ("User", "NoNewPrivileges", "ProtectSystem", "CapabilityBoundingSet"):
         if must not in values:
             problems.append(f"no {must}")
@@ -189,6 +196,24 @@ def pins():
     report("pins agree", problems)
 
 
+def measurements():
+    """Names as docs/measurements/README.md has them, and nothing there that is not JSON."""
+    form, problems = re.compile(r"[a-z0-9-]+-\d{4}-\d\d-\d\d-([0-9a-f]{7,}|unknown)(-dirty)?\.json"), []
+    folder = ROOT / "docs/measurements"
+    if not (folder / "README.md").is_file():
+        problems.append("no README.md")
+    for path in sorted(folder.glob("*")):
+        if path.name == "README.md":
+            continue
+        if not form.fullmatch(path.name):
+            problems.append(f"{path.name}: not WHAT-DEVICE-DATE-COMMIT.json")
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            problems.append(f"{path.name}: {error}")
+    report("docs/measurements", problems)
+
+
 for path in ("deploy/docker/Dockerfile.cpu", "deploy/docker/Dockerfile.cuda"):
     dockerfile(path)
 build_context()
@@ -197,3 +222,4 @@ for path in sorted(ROOT.glob("deploy/compose/*.yml")):
 for path in sorted(ROOT.glob("deploy/systemd/*.service")):
     unit(str(path.relative_to(ROOT)))
 pins()
+measurements()
