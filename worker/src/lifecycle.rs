@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`child`], [`link`], [`hear`], [`spawn`] | one child from fork to reaping, its socket and what it says there |
 //! | [`cause`] | why it ended, and the remedy; pure |
-//! | [`files`] | what is told of the models' files without it |
+//! | [`files`], [`load`] | what is told of the models' files without it, and how far it has read them |
 //! | [`ladder`], [`fallback`], [`standing`] | what runs for whom when the device fails; the first two pure |
 //! | [`idle`] | when an engine that nobody needs ends; pure |
 //! | [`pressure`] | how far other tenants have grown; pure |
@@ -23,6 +23,7 @@ mod hear;
 mod idle;
 mod ladder;
 mod link;
+mod load;
 mod outbox;
 mod pressure;
 mod progress;
@@ -67,6 +68,7 @@ use self::{
     fallback::Fallback,
     files::Files,
     idle::{Idle, Open, Terms},
+    load::Load,
     progress::ProgressMeter,
     suspects::{Death, Doing, Name, Suspects},
 };
@@ -210,13 +212,6 @@ struct Decoding {
     /// First sample of the stretch begun last.
     at: u64,
     windows: u32,
-}
-
-/// One model's load.
-#[derive(Debug, Clone, Copy)]
-enum Load {
-    Since(Instant),
-    Took { ms: u64 },
 }
 
 /// How one child's life ended.

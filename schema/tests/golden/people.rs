@@ -158,6 +158,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
             expected_mb: 10,
             measured: true,
             load_ms: None,
+            load_percent: None,
             failure: Some(Failure::new(FailureClass::OutOfMemory, "no room")),
         }],
         default_model: Some("micro.en".into()),

@@ -6,7 +6,7 @@ use voxfleet_schema::{
     fleet::{ModelState, Residency},
 };
 
-use super::{Decoding, Engine, Load, suspects::Doing};
+use super::{Decoding, Engine, load::Load, suspects::Doing};
 use crate::{capacity::locked, ipc::FromEngine};
 
 impl Engine {
@@ -98,7 +98,8 @@ impl Engine {
                 (Some(before), now) if before == now => {}
                 (_, Residency::Loading) => {
                     tracing::info!(model = model.name, expected_mb = model.expected_mb, "model load begins");
-                    locked(&self.0.loads).insert(model.name.clone(), Load::Since(Instant::now()));
+                    let load = Load::Since { at: Instant::now(), from: self.source_of(&model.name) };
+                    locked(&self.0.loads).insert(model.name.clone(), load);
                 }
                 (_, Residency::NoRoom) => {
                     tracing::warn!(model = model.name, expected_mb = model.expected_mb, "no memory for a model");

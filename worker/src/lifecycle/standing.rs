@@ -10,10 +10,11 @@ use voxfleet_schema::{
 };
 
 use super::{
-    Engine, EngineStatus, Load,
+    Engine, EngineStatus,
     cause::{Cause, is_of_the_device},
     fallback::{Ended, Moment, Place},
     ladder::{Ask, Footing},
+    load::Load,
 };
 use crate::{
     capacity::locked,
@@ -258,12 +259,13 @@ impl Engine {
     pub(super) fn told_models(&self, mut models: Vec<ModelState>, now: Instant) -> Vec<ModelState> {
         let (fallback, loads) = (locked(&self.0.fallback), locked(&self.0.loads));
         for model in &mut models {
-            model.load_ms = match (model.state, loads.get(&model.name)) {
-                (Residency::Loading, Some(Load::Since(since))) => {
-                    Some(now.saturating_duration_since(*since).as_millis() as u64)
+            (model.load_ms, model.load_percent) = match (model.state, loads.get(&model.name)) {
+                (Residency::Loading, Some(Load::Since { at, from })) => {
+                    let percent = from.as_ref().zip(self.pid()).and_then(|(file, pid)| file.percent(pid));
+                    (Some(now.saturating_duration_since(*at).as_millis() as u64), percent)
                 }
-                (Residency::Loaded, Some(Load::Took { ms })) => Some(*ms),
-                _ => None,
+                (Residency::Loaded, Some(Load::Took { ms })) => (Some(*ms), None),
+                _ => (None, None),
             };
             let has_room = matches!(model.state, Residency::Loaded | Residency::Loading);
             let failure = fallback.failure_of(now, &model.name);
