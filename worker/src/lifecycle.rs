@@ -33,7 +33,7 @@ mod standing;
 mod suspects;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
@@ -131,6 +131,9 @@ pub(crate) struct EngineTerms {
     pub(crate) reserve_percent: u8,
 }
 
+/// By model, what live audio on this device has cost since the worker's start: audio heard, and time of the whole pool, in ms.
+pub(crate) type Lived = BTreeMap<String, (u64, f64)>;
+
 /// The way to one child.
 #[derive(Debug, Clone)]
 pub(crate) struct Link {
@@ -148,6 +151,7 @@ struct Inner {
     budget: Budget,
     link: watch::Sender<Option<Link>>,
     status: watch::Sender<EngineStatus>,
+    lived: watch::Sender<Lived>,
     outboxes: Mutex<HashMap<u64, Arc<Outbox>>>,
     /// Models asked of this child that have not been heard to be there. Sessions that see it die are gone before its end is
     /// looked at.
@@ -259,6 +263,7 @@ impl Engine {
             budget,
             link: watch::Sender::new(None),
             status: watch::Sender::new(status),
+            lived: watch::Sender::default(),
             outboxes: Mutex::default(),
             asked: Mutex::default(),
             decoding: Mutex::default(),
@@ -288,6 +293,11 @@ impl Engine {
     /// Every change of what [`Self::status`] says.
     pub(crate) fn watch(&self) -> watch::Receiver<EngineStatus> {
         self.0.status.subscribe()
+    }
+
+    /// Every change of what live audio has cost.
+    pub(crate) fn watch_lived(&self) -> watch::Receiver<Lived> {
+        self.0.lived.subscribe()
     }
 
     /// The heartbeat's view.

@@ -1,7 +1,7 @@
 //! A device that fails under a worker: what ends the engine has a class, whoever may goes on with less, whoever may not is
 //! refused, and all comes back when the device does. The card is a folder that engines and the fake library share.
 
-use std::{fs, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -29,8 +29,8 @@ const SOON: Duration = Duration::from_secs(30);
 pub(crate) struct OnCard {
     pub(crate) alone: Alone,
     pub(crate) card: SimulatedCard,
-    _nvml: FakeNvml,
-    _models: TempDir,
+    nvml: FakeNvml,
+    models: TempDir,
 }
 
 impl OnCard {
@@ -53,7 +53,11 @@ impl OnCard {
             .with("worker.simulated.sizes.base", 200)
             .with("worker.restore_after_ms", 1_000)
             .and(&settings);
-        Ok(Self { alone: Alone::start(settings).await?, card, _nvml: nvml, _models: models })
+        Ok(Self { alone: Alone::start(settings).await?, card, nvml, models })
+    }
+
+    pub(crate) fn models(&self) -> &Path {
+        self.models.path()
     }
 
     async fn take(&mut self, session: &str, policy: Policy) -> Result<ControlReply> {

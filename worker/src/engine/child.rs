@@ -7,6 +7,7 @@
 
 mod desk;
 mod neighbour;
+mod pace;
 mod shelf;
 mod turns;
 mod unseen;

@@ -1,5 +1,7 @@
 //! What a child says, and where it goes: to the session it is about, or into what is known of the engine.
 
+use std::sync::atomic::Ordering;
+
 use tokio::time::Instant;
 use voxfleet_schema::{
     failure::FailureClass,
@@ -84,6 +86,12 @@ impl Engine {
                 locked(&self.0.progress).progress(Instant::now(), decodes, audio_ms, busy_ms, working);
                 self.0.activity.notify_one();
             }
+            // On the CPU in place of a GPU it says nothing of that.
+            FromEngine::Lived { .. } if self.0.config.use_gpu && self.0.on_cpu.load(Ordering::Relaxed) => {}
+            FromEngine::Lived { model, audio_ms, pool_ms } => self.0.lived.send_modify(|lived| {
+                let sum = lived.entry(model).or_default();
+                *sum = (sum.0 + audio_ms, sum.1 + pool_ms);
+            }),
         }
     }
 
