@@ -131,6 +131,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
             utilization: Some(0.25),
             throttled: vec!["thermal".into()],
             ecc_errors: Some(0),
+            xids: None,
             gpus: Some(8),
             shared_with: vec!["gpu-b".into()],
             trouble: Some(DeviceTrouble { class: FailureClass::DeviceLost, message: "it does not answer".into() }),

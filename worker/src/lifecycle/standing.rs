@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use tokio::{sync::mpsc, time::Instant};
 use voxfleet_schema::{
-    device::{Device, EngineEnd},
+    device::{Device, EngineEnd, Xids},
     failure::{Failure, FailureClass},
     fleet::{EngineRunState, ModelState, Residency},
 };
@@ -89,6 +89,15 @@ impl Engine {
         let mut fallback = locked(&self.0.fallback);
         let end = Ended { class, on_cpu: fallback.on_cpu(), culprit: None };
         fallback.ended(moment(), end, &models);
+    }
+
+    /// Leaves a GPU that has fallen off the bus before the engine on it has noticed: nothing there will ever come back. Other
+    /// troubles may be the driver's alone.
+    pub(super) fn leave_what_fell_off(&self) {
+        let fell_off = self.0.device.borrow().xids.is_some_and(|xids| xids.last == Xids::FELL_OFF);
+        if fell_off {
+            self.look_at_device();
+        }
     }
 
     /// Why nothing can run on the device, as far as its figures tell.
