@@ -33,6 +33,9 @@ pub struct Device {
     /// Uncorrected memory errors since the driver was loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ecc_errors: Option<u64>,
+    /// Errors that the driver has reported of its card since the worker started; none before the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xids: Option<Xids>,
     /// GPUs of this machine, this one included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpus: Option<u32>,
@@ -45,6 +48,32 @@ pub struct Device {
     /// The state of what other tenants leave us; none without other tenants of note.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pressure: Option<Pressure>,
+}
+
+/// What NVIDIA's driver has reported by the numbers of its catalogue (XID).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Xids {
+    pub last: u64,
+    pub count: u64,
+    /// When the last one was seen, unix time in ms.
+    pub last_ms: u64,
+}
+
+impl Xids {
+    /// The card has fallen off the bus.
+    pub const FELL_OFF: u64 = 79;
+
+    /// What the last one asks for, for people.
+    pub fn meaning(&self) -> &'static str {
+        match self.last {
+            Self::FELL_OFF => "the card has fallen off the bus: reboot, or rent another machine",
+            46 | 48 | 64 | 95 | 119 | 120 | 140 => "the card has to be reset (nvidia-smi --gpu-reset)",
+            63 => "memory of the card is replaced at its next reset",
+            74 => "a link to another card has failed",
+            13 | 31 | 43 | 45 | 94 => "it ends the program that caused it, and no other",
+            _ => "NVIDIA's catalogue of XIDs says more",
+        }
+    }
 }
 
 /// A device that cannot be used, or not looked at.

@@ -107,6 +107,9 @@ pub struct ModelState {
     /// How long its load took, or has taken so far, in ms; none when it is not loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub load_ms: Option<u64>,
+    /// How much of its file a load has read; none when it is not being loaded, and while nothing is read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load_percent: Option<u8>,
     /// Why it cannot be used now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,

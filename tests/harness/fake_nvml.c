@@ -9,6 +9,8 @@
  *   error            code that every call about this card answers with
  *   error_processes  the same for the list of processes alone
  *   hangs            memory is not told until this file is gone
+ *   xid              number of an error that is reported once to whoever watches the card; the file is gone then
+ *   no_events        the card reports no errors as they happen
  *
  * ROOT/init_error is the code of nvmlInit_v2, ROOT/driver_version and ROOT/library_version what they are called. A file that
  * is not there makes the figure "not supported", as figures of real cards may be.
@@ -304,6 +306,60 @@ int nvmlDeviceGetTotalEccErrors(struct card *card, int kind, int counter, unsign
     int code = trouble(card);
     if (code) return code;
     return read_number(card->folder, "ecc", errors) ? SUCCESS : NOT_SUPPORTED;
+}
+
+/* What somebody watches: one card, as the product does. */
+struct event_set {
+    struct card *card;
+};
+
+struct event {
+    struct card *card;
+    unsigned long long type, data;
+    unsigned gpu_instance, compute_instance;
+};
+
+enum { TIMEOUT = 10 };
+static const unsigned long long XID_EVENTS = 8;
+
+int nvmlDeviceGetSupportedEventTypes(struct card *card, unsigned long long *types) {
+    int code = trouble(card);
+    if (!code) *types = exists(card->folder, "no_events") || card->is_instance ? 0 : XID_EVENTS;
+    return code;
+}
+
+int nvmlEventSetCreate(struct event_set **set) {
+    if (!initialized) return UNINITIALIZED;
+    *set = calloc(1, sizeof **set);
+    return *set ? SUCCESS : UNINITIALIZED;
+}
+
+int nvmlDeviceRegisterEvents(struct card *card, unsigned long long types, struct event_set *set) {
+    int code = trouble(card);
+    if (code) return code;
+    if (types != XID_EVENTS || card->is_instance || exists(card->folder, "no_events")) return NOT_SUPPORTED;
+    set->card = card;
+    return SUCCESS;
+}
+
+int nvmlEventSetWait_v2(struct event_set *set, struct event *event, unsigned timeout_ms) {
+    char path[1024];
+    unsigned long long xid;
+    if (!initialized) return UNINITIALIZED;
+    if (!set->card || !read_number(set->card->folder, "xid", &xid)) {
+        usleep(timeout_ms * 1000);
+        return TIMEOUT;
+    }
+    snprintf(path, sizeof path, "%s/xid", set->card->folder);
+    unlink(path);
+    *event = (struct event){set->card, XID_EVENTS, xid, ~0u, ~0u};
+    return SUCCESS;
+}
+
+int nvmlEventSetFree(struct event_set *set) {
+    if (!initialized) return UNINITIALIZED;
+    free(set);
+    return SUCCESS;
 }
 
 int nvmlDeviceGetMigMode(struct card *card, unsigned *current, unsigned *pending) {

@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`child`], [`link`], [`hear`], [`spawn`] | one child from fork to reaping, its socket and what it says there |
 //! | [`cause`] | why it ended, and the remedy; pure |
-//! | [`files`] | what is told of the models' files without it |
+//! | [`files`], [`load`] | what is told of the models' files without it, and how far it has read them |
 //! | [`ladder`], [`fallback`], [`standing`] | what runs for whom when the device fails; the first two pure |
 //! | [`idle`] | when an engine that nobody needs ends; pure |
 //! | [`pressure`] | how far other tenants have grown; pure |
@@ -23,6 +23,7 @@ mod hear;
 mod idle;
 mod ladder;
 mod link;
+mod load;
 mod outbox;
 mod pressure;
 mod progress;
@@ -32,7 +33,7 @@ mod standing;
 mod suspects;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
@@ -67,6 +68,7 @@ use self::{
     fallback::Fallback,
     files::Files,
     idle::{Idle, Open, Terms},
+    load::Load,
     progress::ProgressMeter,
     suspects::{Death, Doing, Name, Suspects},
 };
@@ -129,6 +131,9 @@ pub(crate) struct EngineTerms {
     pub(crate) reserve_percent: u8,
 }
 
+/// By model, what live audio on this device has cost since the worker's start: audio heard, and time of the whole pool, in ms.
+pub(crate) type Lived = BTreeMap<String, (u64, f64)>;
+
 /// The way to one child.
 #[derive(Debug, Clone)]
 pub(crate) struct Link {
@@ -146,6 +151,7 @@ struct Inner {
     budget: Budget,
     link: watch::Sender<Option<Link>>,
     status: watch::Sender<EngineStatus>,
+    lived: watch::Sender<Lived>,
     outboxes: Mutex<HashMap<u64, Arc<Outbox>>>,
     /// Models asked of this child that have not been heard to be there. Sessions that see it die are gone before its end is
     /// looked at.
@@ -212,13 +218,6 @@ struct Decoding {
     windows: u32,
 }
 
-/// One model's load.
-#[derive(Debug, Clone, Copy)]
-enum Load {
-    Since(Instant),
-    Took { ms: u64 },
-}
-
 /// How one child's life ended.
 #[derive(Debug)]
 enum LifeEnd {
@@ -264,6 +263,7 @@ impl Engine {
             budget,
             link: watch::Sender::new(None),
             status: watch::Sender::new(status),
+            lived: watch::Sender::default(),
             outboxes: Mutex::default(),
             asked: Mutex::default(),
             decoding: Mutex::default(),
@@ -293,6 +293,11 @@ impl Engine {
     /// Every change of what [`Self::status`] says.
     pub(crate) fn watch(&self) -> watch::Receiver<EngineStatus> {
         self.0.status.subscribe()
+    }
+
+    /// Every change of what live audio has cost.
+    pub(crate) fn watch_lived(&self) -> watch::Receiver<Lived> {
+        self.0.lived.subscribe()
     }
 
     /// The heartbeat's view.

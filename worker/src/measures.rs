@@ -1,5 +1,5 @@
 //! What models really take on this device: learned from each load, kept in the cache, and told in heartbeats in place of
-//! estimates.
+//! estimates. And how much live audio they get through: learned from what is decoded, and kept for whoever plans.
 //!
 //! Learning is pure: it compares what the engine says of its models with what it said before. Figures of models only grow
 //! while a worker lives: two states made at once are measured together, and planning with too much costs a session where
@@ -10,9 +10,10 @@ use std::{
     collections::BTreeMap,
     path::Path,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use voxfleet_schema::{
     device::Device,
@@ -20,10 +21,23 @@ use voxfleet_schema::{
 };
 use voxfleet_store::models::{DeviceKey, Figures, Measured, ModelKey};
 
-use crate::{capacity::locked, ipc::ModelFile, lifecycle::Engine, session::unix_ms};
+use crate::{
+    capacity::locked,
+    ipc::ModelFile,
+    lifecycle::{Engine, Lived},
+    session::unix_ms,
+};
 
 /// A context that differs by less is the same.
 const STEP_MB: u64 = 16;
+/// So much live audio says how fast a model is.
+const LEAST_AUDIO_MS: f64 = 60_000.0;
+/// What lies further back than so much audio counts for less and less.
+const MOST_AUDIO_MS: f64 = 1_800_000.0;
+/// A speed that differs by a smaller share is the same.
+const SPEED_STEP: f64 = 0.1;
+/// A speed is kept at most once in this time.
+const SPEED_EVERY: Duration = Duration::from_secs(600);
 
 #[derive(Debug)]
 struct Inner {
@@ -76,6 +90,22 @@ impl Measures {
         }
     }
 
+    /// Speeds that are worth keeping.
+    fn faster_or_slower(
+        &self,
+        now: Instant,
+        speeds: &mut BTreeMap<String, Speed>,
+        lived: &Lived,
+    ) -> Vec<(String, Figures)> {
+        let known = locked(&self.0.known);
+        let news = lived.iter().filter_map(|(model, all)| {
+            let kept = known.get(model).and_then(|figures| figures.realtime_factor);
+            let factor = speeds.entry(model.clone()).or_default().heard(now, *all, kept)?;
+            Some((model.clone(), Figures { realtime_factor: Some(factor), ..Figures::default() }))
+        });
+        news.collect()
+    }
+
     /// Takes news in; gives what has become known by it.
     fn learn(&self, news: Vec<(String, Figures)>) -> Vec<(String, Figures)> {
         let mut known = locked(&self.0.known);
@@ -100,7 +130,8 @@ impl Measures {
                     weights_mb = figures.weights_mb,
                     state_mb = figures.state_mb,
                     context_mb = figures.context_mb,
-                    "memory of a model measured"
+                    realtime_factor = figures.realtime_factor,
+                    "needs of a model measured"
                 );
                 let figures = Figures { at_ms: unix_ms(), ..figures };
                 // Its file may have come after the start.
@@ -122,6 +153,8 @@ impl Measures {
     /// Watches loads and states until `stop`.
     pub(crate) async fn run(self, engine: Engine, mut device: watch::Receiver<Device>, stop: CancellationToken) {
         let mut status = engine.watch();
+        let mut lived = engine.watch_lived();
+        let mut speeds: BTreeMap<String, Speed> = BTreeMap::new();
         let mut before = status.borrow_and_update().models.clone();
         let mut on_cpu = false;
         loop {
@@ -136,6 +169,14 @@ impl Measures {
                     let news = learned(&before, &status.models);
                     before = status.models.clone();
                     news
+                }
+                changed = lived.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let changed = self.learn(self.faster_or_slower(Instant::now(), &mut speeds, &lived.borrow_and_update()));
+                    self.keep(changed).await;
+                    continue;
                 }
                 changed = device.changed(), if self.0.on_gpu => {
                     if changed.is_err() {
@@ -188,7 +229,41 @@ fn joined(known: Figures, new: Figures) -> Figures {
         context_mb: known.context_mb.into_iter().chain(new.context_mb).min(),
         weights_mb: known.weights_mb.max(new.weights_mb),
         state_mb: known.state_mb.max(new.state_mb),
+        realtime_factor: new.realtime_factor.or(known.realtime_factor),
         ..known
+    }
+}
+
+/// How fast a model is.
+#[derive(Debug, Default)]
+struct Speed {
+    /// Totals that were heard last.
+    heard: (u64, f64),
+    /// Fading sums, in ms.
+    audio_ms: f64,
+    pool_ms: f64,
+    kept_at: Option<Instant>,
+}
+
+impl Speed {
+    /// Takes totals in. Gives the factor when it is to be kept; `kept`: the one that is.
+    fn heard(&mut self, now: Instant, all: (u64, f64), kept: Option<f64>) -> Option<f64> {
+        self.audio_ms += all.0.saturating_sub(self.heard.0) as f64;
+        self.pool_ms += (all.1 - self.heard.1).max(0.0);
+        self.heard = all;
+        if self.audio_ms > MOST_AUDIO_MS {
+            (self.audio_ms, self.pool_ms) = (self.audio_ms / 2.0, self.pool_ms / 2.0);
+        }
+        let rests = self.kept_at.is_some_and(|at| now.saturating_duration_since(at) < SPEED_EVERY);
+        if rests || self.audio_ms < LEAST_AUDIO_MS || self.pool_ms < 1.0 {
+            return None;
+        }
+        let factor = (self.audio_ms / self.pool_ms * 100.0).round() / 100.0;
+        if kept.is_some_and(|kept| (factor - kept).abs() < kept * SPEED_STEP) {
+            return None;
+        }
+        self.kept_at = Some(now);
+        Some(factor)
     }
 }
 
@@ -225,6 +300,34 @@ mod tests {
         assert_eq!(seen(150, &[model(Loaded, 140)]), None, "less than can be told apart");
         assert_eq!(seen(670, &[model(Available, 0)]), None);
         assert_eq!(seen(670, &[model(Loaded, 140), model(Loading, 0)]), None);
+    }
+
+    #[test]
+    fn a_speed_is_kept_when_there_is_enough_audio_behind_it_and_rarely() {
+        let begin = Instant::now();
+        let mut speed = Speed::default();
+        let mut kept = None;
+        // After so many s: audio and pool time since the start, in s, and what is kept then.
+        for (at_s, audio_s, pool_s, told) in [
+            (10, 59, 5.9, None),
+            (11, 60, 6.0, Some(10.0)),
+            (20, 70, 20.0, None),
+            (610, 71, 20.0, None),
+            (611, 72, 20.0, Some(3.6)),
+            (1_300, 73, 20.0, None),
+            (2_000, 1_800, 500.0, None),
+            // The sums were halved before.
+            (3_000, 1_810, 502.0, None),
+            (4_000, 3_600, 704.0, Some(5.95)),
+        ] {
+            let now = begin + Duration::from_secs(at_s);
+            let found = speed.heard(now, (audio_s * 1_000, pool_s * 1_000.0), kept);
+            assert_eq!(found, told, "after {at_s} s");
+            kept = found.or(kept);
+        }
+        let mut restarted = Speed::default();
+        assert_eq!(restarted.heard(begin, (60_000, 10_900.0), Some(5.95)), None, "as it was before the start");
+        assert_eq!(Speed::default().heard(begin, (60_000, 0.0), None), None, "no time at all is no speed");
     }
 
     #[tokio::test]

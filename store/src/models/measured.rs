@@ -115,10 +115,8 @@ pub struct Figures {
     /// Of one decode state.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state_mb: Option<u64>,
-    /// Of one session.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub session_mb: Option<u64>,
-    /// Seconds of live audio that the whole pool gets through in a second, partials included.
+    /// Seconds of live audio that the whole pool gets through in a second, partials included; with the threads and states of
+    /// the worker that measured it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub realtime_factor: Option<f64>,
     /// When the newest of them was measured, unix time in ms.
@@ -132,7 +130,6 @@ impl Figures {
             context_mb: newer.context_mb.or(self.context_mb),
             weights_mb: newer.weights_mb.or(self.weights_mb),
             state_mb: newer.state_mb.or(self.state_mb),
-            session_mb: newer.session_mb.or(self.session_mb),
             realtime_factor: newer.realtime_factor.or(self.realtime_factor),
             at_ms: newer.at_ms.max(self.at_ms),
         }

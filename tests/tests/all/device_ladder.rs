@@ -1,7 +1,7 @@
 //! A device that fails under a worker: what ends the engine has a class, whoever may goes on with less, whoever may not is
 //! refused, and all comes back when the device does. The card is a folder that engines and the fake library share.
 
-use std::{fs, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -29,8 +29,8 @@ const SOON: Duration = Duration::from_secs(30);
 pub(crate) struct OnCard {
     pub(crate) alone: Alone,
     pub(crate) card: SimulatedCard,
-    _nvml: FakeNvml,
-    _models: TempDir,
+    nvml: FakeNvml,
+    models: TempDir,
 }
 
 impl OnCard {
@@ -53,7 +53,11 @@ impl OnCard {
             .with("worker.simulated.sizes.base", 200)
             .with("worker.restore_after_ms", 1_000)
             .and(&settings);
-        Ok(Self { alone: Alone::start(settings).await?, card, _nvml: nvml, _models: models })
+        Ok(Self { alone: Alone::start(settings).await?, card, nvml, models })
+    }
+
+    pub(crate) fn models(&self) -> &Path {
+        self.models.path()
     }
 
     async fn take(&mut self, session: &str, policy: Policy) -> Result<ControlReply> {
@@ -200,6 +204,45 @@ async fn a_card_that_falls_off_the_bus_sends_whoever_may_to_the_cpu_and_takes_hi
     let changes = on.changes("lost", 2).await?;
     let told: Vec<_> = changes.iter().map(|(what, event)| (what.as_str(), &event["detail"]["device"])).collect();
     assert_eq!(told, [("degraded", &json!("cpu")), ("restored", &json!("gpu"))]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_leaves_a_card_of_which_the_driver_reports_that_it_fell_off() -> Result<()> {
+    let _place = fleet::place().await;
+    let mut on = OnCard::start(1_000, Settings::new()).await?;
+    ensure!(on.take("off", Policy::AllowCpu).await? == ControlReply::Done);
+    let pcm = audio::bursts(25, 24.0);
+    let [first, second, third] = thirds(&pcm);
+    let mut producer = Producer::bare(on.alone.js.clone(), "off");
+    producer.stream(&first, 100, Pace::AsFastAsPossible).await?;
+    on.final_by("off", "small", "cuda:simulated").await?;
+
+    // Another program's fault, and one that asks for a reset: neither takes the card away.
+    for (count, xid) in [(1, 31), (2, 48)] {
+        on.nvml.set(0, "xid", xid)?;
+        let told = |b: &Heartbeat| b.device.xids.is_some_and(|x| (x.last, x.count) == (xid, count));
+        let beat = on.alone.beat("an XID", told).await?;
+        assert_eq!((beat.device.trouble, beat.engine.effective_device.as_str()), (None, "cuda:simulated"));
+    }
+    producer.stream(&second, 100, Pace::AsFastAsPossible).await?;
+
+    on.nvml.set(0, "xid", 79)?;
+    let lost = |b: &Heartbeat| b.device.trouble.as_ref().is_some_and(|t| t.class == FailureClass::DeviceLost);
+    let beat = on.alone.beat("a lost card", lost).await?;
+    ensure!(beat.device.xids.is_some_and(|x| (x.last, x.count) == (79, 3)), "{:?}", beat.device);
+    on.alone.beat("the CPU", |b| b.engine.effective_device == "cpu" && !b.engine.standbys.is_empty()).await?;
+    producer.stream(&third, 100, Pace::AsFastAsPossible).await?;
+    producer.end().await?;
+    assert_eq!(on.alone.end_text("off").await?, direct::simulated_text(&pcm)?);
+    checker::check(&on.alone.js, "off").await?.clean()?;
+    on.final_by("off", "small", "cpu").await?;
+    let changes = on.changes("off", 1).await?;
+    let (what, event) = changes.first().context("a change")?;
+    assert_eq!((what.as_str(), &event["detail"]["class"]), ("degraded", &json!("device_lost")));
+    assert_eq!(on.card.used_by_processes_mb()?, 0, "nothing is left on it");
+    let log = on.alone.worker.log();
+    ensure!(log.contains("xid=79") && log.contains("xid=48") && !log.contains("engine died"), "{log}");
     Ok(())
 }
 

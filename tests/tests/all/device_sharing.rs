@@ -326,6 +326,56 @@ async fn a_neighbour_and_we_take_turns_by_flock() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_lock_file_that_goes_away_costs_time_and_blames_nobody() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let cards = Cards::new()?;
+    let card = &cards.folders[0];
+    let folder = cards.models.path().join("run");
+    fs::create_dir(&folder)?;
+    let lock = folder.join("gpu.lock");
+    let mut fleet = cards
+        .fleet(10.0)
+        .set("worker.sharing", "sequential")
+        .set("worker.lock_file", lock.display())
+        .set("worker.lock_hold_ms", 300)
+        .set("worker.restore_after_ms", 2_000)
+        .start()
+        .await?;
+    let (stop, mut talks) = (Arc::new(AtomicBool::new(false)), JoinSet::new());
+    talks.spawn(speak(&fleet, "goes-on", 300, Arc::clone(&stop)));
+    let working = eventually("our turn", SOON, || async { card.decodes().ok().filter(|n| *n > 0) });
+    working.await.with_context(|| fleet.logs())?;
+
+    fs::remove_dir_all(&folder)?;
+    let told = eventually("the engine's end", SOON, || async {
+        let beat = beat_of(&fleet, "gpu-1").await?;
+        beat["engine"]["last_end"].is_object().then_some(beat)
+    });
+    let beat = told.await.with_context(|| fleet.logs())?;
+    let end = &beat["engine"]["last_end"];
+    let message = end["message"].as_str().unwrap_or_default();
+    ensure!(end["class"] == "engine_crash" && message.contains("worker.lock_file"), "{end}");
+    ensure!(message.contains(&lock.display().to_string()) && message.contains("No such file"), "{end}");
+    // It needs no card there, and no lock.
+    let spared = eventually("the CPU", SOON, || async {
+        let beat = beat_of(&fleet, "gpu-1").await?;
+        (beat["engine"]["effective_device"] == "cpu").then_some(beat)
+    });
+    let beat = spared.await.with_context(|| fleet.logs())?;
+    ensure!(beat["engine"]["crashes"].is_null() && beat["held"][0]["suspect"].is_null(), "{beat}");
+    ensure!(!fleet.logs().contains("engine died while it was at these"), "{}", fleet.logs());
+
+    fs::create_dir(&folder)?;
+    let back = eventually("the card", SOON, || async { card.decodes().ok().filter(|n| *n > 0) });
+    back.await.with_context(|| fleet.logs())?;
+    stop.store(true, Ordering::Relaxed);
+    let pcm = talks.join_next().await.context("the talk")???;
+    said_by(&fleet, "goes-on", &pcm).await?;
+    fleet.check_alive()?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn swapped_out_after_each_job_and_each_last_session() -> Result<()> {
     let _place = fleet::place().await;
     let cards = Cards::new()?;

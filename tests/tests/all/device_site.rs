@@ -180,6 +180,41 @@ async fn a_worker_is_its_card_and_its_engine_sees_no_other() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_the_driver_reports_of_a_card_is_told_of_it_and_of_no_other() -> Result<()> {
+    let _place = fleet::place().await;
+    let mut site = Site::start(3).await?;
+    site.cards.split(1, &[4_864])?;
+    site.cards.set(2, "no_events", "")?;
+    let uuids = [site.cards.uuid(0), site.cards.instance_uuid(1, 0), site.cards.uuid(2)];
+    let mut all = site.spawn("all", &["worker", "--all-gpus"])?;
+    for (_, beat) in site.beats_of(&uuids).await? {
+        ensure!(beat.device.xids.is_none() && trouble(&beat).is_none(), "{beat:?}");
+    }
+    // Of the second it is the card that reports, for its instance.
+    site.cards.set(1, "xid", 48)?;
+    let told = |beat: &Heartbeat| beat.device.xids.is_some();
+    let beat = site.beat("an XID", told).await?;
+    ensure!(beat.gpu_id.as_str() == uuids[1] && trouble(&beat).is_none(), "{beat:?}");
+    site.cards.set(0, "xid", 13)?;
+    site.cards.set(2, "xid", 13)?;
+    site.beat("the first card's", |beat| told(beat) && beat.gpu_id.as_str() == uuids[0]).await?;
+    let later = site.beat("the third", |beat| beat.gpu_id.as_str() == uuids[2] && beat.seq > 3).await?;
+    ensure!(later.device.xids.is_none() && later.device.free_mb == 16_000, "{later:?}");
+    let status = site.json(&["status", "--json"]).await?;
+    let workers = status["workers"].as_array().context("workers")?;
+    let last = |uuid: &str| {
+        let worker = workers.iter().find(|worker| worker["heartbeat"]["gpu_id"] == uuid);
+        worker.map_or(Value::Null, |worker| worker["heartbeat"]["device"]["xids"]["last"].clone())
+    };
+    ensure!(uuids.each_ref().map(|uuid| last(uuid)) == [13.into(), 48.into(), Value::Null], "{status:#}");
+    let text = site.run(&["status"])?.output()?;
+    let text = String::from_utf8_lossy(&text.stdout);
+    ensure!(text.contains("the last is XID 48: the card has to be reset"), "{text}");
+    ensure!(all.terminate(SOON).await?.success(), "{}", all.log_tail());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_driver_that_hangs_stops_no_heartbeat() -> Result<()> {
     let _place = fleet::place().await;
     let mut site = Site::start(1).await?;

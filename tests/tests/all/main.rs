@@ -19,6 +19,7 @@
 //! | [`fleet_routing`] | where sessions land on a whole fleet, who is refused, and a burst of opens |
 //! | [`standby`] | dispatchers that stop, die and come back |
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
+//! | [`load_progress`], [`measured`] | how far a load is, while it goes on; how fast a model is, for whoever plans |
 //! | [`device_ladder`], [`device_idle`] | a device that fails or is needed elsewhere: less runs meanwhile, and nothing where nobody needs it |
 //! | [`device_site`] | workers on GPUs behind a library of NVIDIA's interface: pinned, watched, lost, one for each card |
 //! | [`drain`] | leaving: begun finals, hand-over, one budget, preemption notices |
@@ -61,6 +62,8 @@ mod jobs_fleet;
 mod jobs_sources;
 mod live_micro;
 mod live_simulated;
+mod load_progress;
+mod measured;
 mod models;
 mod mutants;
 mod nats_chain;

@@ -63,6 +63,11 @@ impl Patience {
         self.failures += 1;
     }
 
+    /// It will not be back soon.
+    pub(super) fn gone(&mut self) {
+        (self.failures, self.left) = (self.failures.max(Self::MOST.ilog2() + 1), Self::MOST);
+    }
+
     /// Whether this sample is to ask.
     pub(super) fn is_over(&mut self) -> bool {
         let over = self.left == 0;
@@ -171,6 +176,11 @@ mod tests {
         assert_eq!(waits, [0, 1, 3, 7, 15, 31, 31, 31]);
         patience.reset();
         assert!(patience.is_over());
+        let mut patience = Patience::default();
+        patience.gone();
+        assert_eq!((0..).take_while(|_: &u32| !patience.is_over()).count(), 31);
+        patience.failed();
+        assert_eq!((0..).take_while(|_: &u32| !patience.is_over()).count(), 31);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`card`] | the trait behind which devices are alike, and what to do about each trouble |
 //! | [`nvml`] | GPUs and the instances of split ones |
+//! | [`xid`] | errors that the driver reports of a GPU |
 //! | [`cpu`] | the CPU |
 //! | [`presence`] | which other workers of ours are on this machine, and on this device |
 //! | [`threads`] | how the cores are shared out |
@@ -19,6 +20,7 @@ mod presence;
 #[cfg(test)]
 mod tests;
 mod threads;
+mod xid;
 
 use std::{collections::HashSet, path::Path, time::Duration};
 

@@ -12,11 +12,15 @@ use nvml_wrapper::{
     error::NvmlError,
 };
 use voxfleet_schema::{
-    device::{Device, DeviceTrouble},
+    device::{Device, DeviceTrouble, Xids},
     failure::FailureClass,
 };
 
-use super::card::{Card, Listing, Ours, Patience, own_memory_mb, pids_are_the_hosts, trouble, without_engine_mb};
+use super::{
+    card::{Card, Listing, Ours, Patience, own_memory_mb, pids_are_the_hosts, trouble, without_engine_mb},
+    xid::{self, Library},
+};
+use crate::session::unix_ms;
 
 const MB: u64 = 1 << 20;
 
@@ -116,6 +120,14 @@ fn parent<'nvml>(device: &Handle<'nvml>) -> Result<Handle<'nvml>, NvmlError> {
     }
 }
 
+/// Its errors are those of its card, where it is an instance.
+fn watched(nvml: Nvml, uuid: &str) -> Library {
+    Library::new(nvml).watch(|nvml| {
+        let device = nvml.device_by_uuid(uuid).ok()?;
+        Some(parent(&device).unwrap_or(device))
+    })
+}
+
 /// What an error means. `was_there`: of a device that had answered before.
 pub(super) fn class_of(error: &NvmlError, was_there: bool) -> FailureClass {
     /// A card that was unplugged, to drivers newer than the binding.
@@ -140,10 +152,11 @@ pub(super) fn class_of(error: &NvmlError, was_there: bool) -> FailureClass {
 
 /// A pinned GPU, or an instance of one.
 pub(super) struct Gpu {
-    library: Option<PathBuf>,
+    path: Option<PathBuf>,
     /// None while it has to be loaded again.
-    nvml: Option<Nvml>,
+    library: Option<Library>,
     listed: Listed,
+    xids: Option<Xids>,
     gpus: u32,
     /// What belongs to others, where the driver does not tell processes apart (as in containers with a process namespace
     /// of their own).
@@ -154,12 +167,13 @@ pub(super) struct Gpu {
 }
 
 impl Gpu {
-    pub(super) fn new(library: Option<&Path>, nvml: Nvml, listed: Listed) -> Self {
+    pub(super) fn new(path: Option<&Path>, nvml: Nvml, listed: Listed) -> Self {
         let gpus = count(&nvml);
         Self {
-            library: library.map(Path::to_owned),
-            nvml: Some(nvml),
+            path: path.map(Path::to_owned),
+            library: Some(watched(nvml, &listed.uuid)),
             listed,
+            xids: None,
             gpus,
             used_without_engine_mb: None,
             pids_are_the_hosts: pids_are_the_hosts(),
@@ -172,13 +186,19 @@ impl Gpu {
         &self.listed.uuid
     }
 
-    fn ask(&mut self, ours: Option<Ours>) -> Result<Device, NvmlError> {
-        let nvml = match self.nvml.take() {
-            Some(nvml) => nvml,
-            None => load(self.library.as_deref())?,
+    fn ask(&mut self, ours: Option<Ours>) -> Result<Device, DeviceTrouble> {
+        let driver_says = |error: NvmlError| trouble(class_of(&error, true), error);
+        let mut library = match self.library.take() {
+            Some(library) => library,
+            None => watched(load(self.path.as_deref()).map_err(driver_says)?, &self.listed.uuid),
         };
-        let figures = self.read(&nvml, ours)?;
-        self.nvml = Some(nvml);
+        if xid::heard(&mut self.xids, &library.take(), unix_ms(), &self.listed.uuid) {
+            // The driver may go on telling figures of what is no longer there.
+            self.patience.gone();
+            return Err(trouble(FailureClass::DeviceLost, "XID 79: the card has fallen off the bus"));
+        }
+        let figures = self.read(&library.nvml, ours).map_err(driver_says)?;
+        self.library = Some(library);
         Ok(figures)
     }
 
@@ -230,9 +250,8 @@ impl Card for Gpu {
                 self.last = None;
                 Ok(figures)
             }
-            Err(error) => {
+            Err(trouble) => {
                 self.patience.failed();
-                let trouble = trouble(class_of(&error, true), error);
                 self.last = Some(trouble.clone());
                 Err(trouble)
             }
@@ -246,6 +265,7 @@ impl Card for Gpu {
             uuid: Some(self.listed.uuid.clone()),
             total_mb: self.listed.total_mb,
             gpus: Some(self.gpus),
+            xids: self.xids,
             ..Device::default()
         }
     }

@@ -286,3 +286,23 @@ fn two_workers_on_one_card_notice_each_other() {
     drop(second);
     assert!(first.sample(None).shared_with.is_empty());
 }
+
+#[test]
+fn a_card_that_fell_off_is_left_alone_for_a_while_and_may_come_back() {
+    let fake = FakeNvml::new(1).expect("a fake card");
+    let mut probe = Probe::open(&simulated(&fake, GpuChoice::Index(0))).expect("a card");
+    assert_eq!(probe.sample(None).xids, None);
+    fake.set(0, "xid", 119).expect("told");
+    let figures = probe.sample(None);
+    assert_eq!((class(&figures), figures.free_mb), (None, 16_000), "an answer of the card counts for more");
+    assert_eq!(figures.xids.map(|xids| (xids.last, xids.count)), Some((119, 1)));
+    fake.set(0, "xid", 79).expect("told");
+    let lost = (0..MANY).take_while(|_| class(&probe.sample(None)) == Some(FailureClass::DeviceLost)).count();
+    assert_eq!(lost, 32, "although its driver answers");
+    let back = probe.sample(None);
+    assert_eq!((class(&back), back.free_mb), (None, 16_000));
+    assert_eq!(back.xids.map(|xids| (xids.last, xids.count)), Some((79, 2)));
+    // Watched again, by a library that was loaded again.
+    fake.set(0, "xid", 94).expect("told");
+    assert_eq!(probe.sample(None).xids.map(|xids| (xids.last, xids.count)), Some((94, 3)));
+}

@@ -7,6 +7,7 @@
 
 mod desk;
 mod neighbour;
+mod pace;
 mod shelf;
 mod turns;
 mod unseen;
@@ -106,7 +107,11 @@ pub fn main(fd: RawFd) -> Result<(), ChildError> {
     // SAFETY: the supervisor passes this descriptor to us and to nobody else in this process; closed ones show below.
     let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
     socket.set_nonblocking(false).map_err(|_| ChildError::Fd(fd))?;
-    serve(socket)
+    match serve(socket) {
+        // No input has to do with it, and the supervisor is to know that.
+        Err(ChildError::Lock(error)) => leave(LastWords::NoLock, &error.in_full()),
+        ended => ended,
+    }
 }
 
 /// Serves one supervisor. Also usable inside a test, with the other end of a socketpair.

@@ -23,6 +23,8 @@ pub enum LastWords {
     /// The library found itself in a state that it does not know.
     Assertion = 84,
     MissingLibrary = 85,
+    /// The lock file that is shared with a neighbour cannot be taken.
+    NoLock = 86,
 }
 
 /// What CUDA, ggml and the dynamic loader say, in lower case, and what it means. The first one that fits counts: what is
@@ -55,8 +57,14 @@ const WANT_OF_MEMORY: &str = "memory allocation of ";
 const DYING_LINES: usize = 4;
 
 impl LastWords {
-    const ALL: [Self; 5] =
-        [Self::OutOfMemory, Self::DeviceLost, Self::DriverMismatch, Self::Assertion, Self::MissingLibrary];
+    const ALL: [Self; 6] = [
+        Self::OutOfMemory,
+        Self::DeviceLost,
+        Self::DriverMismatch,
+        Self::Assertion,
+        Self::MissingLibrary,
+        Self::NoLock,
+    ];
 
     /// Of an exit code.
     pub fn of_code(code: i32) -> Option<Self> {
@@ -80,7 +88,7 @@ impl LastWords {
             Self::OutOfMemory => FailureClass::OutOfMemory,
             Self::DeviceLost => FailureClass::DeviceLost,
             Self::DriverMismatch => FailureClass::DriverMismatch,
-            Self::Assertion => FailureClass::EngineCrash,
+            Self::Assertion | Self::NoLock => FailureClass::EngineCrash,
             Self::MissingLibrary => FailureClass::MissingLibrary,
         }
     }
@@ -250,7 +258,7 @@ mod tests {
         for words in LastWords::ALL {
             assert_eq!(LastWords::of_code(words as i32), Some(words));
         }
-        for code in [0, 1, 80, 86, 101, 134] {
+        for code in [0, 1, 80, 87, 101, 134] {
             assert_eq!(LastWords::of_code(code), None);
         }
         assert_eq!(LastWords::Assertion.class(), FailureClass::EngineCrash);

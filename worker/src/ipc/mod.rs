@@ -315,6 +315,13 @@ pub enum FromEngine {
         busy_ms: u64,
         working: bool,
     },
+    /// A stretch of a live session has its final: how much was heard in it, and the part of the pool's time that all its
+    /// decodes took.
+    Lived {
+        model: String,
+        audio_ms: u64,
+        pool_ms: f64,
+    },
 }
 
 /// Something about a log entry that its sender should know.

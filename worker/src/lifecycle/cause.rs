@@ -34,12 +34,14 @@ pub(super) struct Cause {
     pub(super) what: String,
     /// How the inputs it was working on are to be looked at; none: they have nothing to do with it.
     pub(super) death: Option<Death>,
+    /// What to do about it.
+    pub(super) remedy: &'static str,
 }
 
 impl Cause {
     /// For people: what happened, and what to do about it.
     pub(super) fn failure(&self) -> Failure {
-        Failure::new(self.class, format!("{}; {}", self.what, remedy(self.class)))
+        Failure::new(self.class, format!("{}; {}", self.what, self.remedy))
     }
 }
 
@@ -69,6 +71,10 @@ pub fn remedy(class: FailureClass) -> &'static str {
     }
 }
 
+/// Of an engine that may not use its device, because its turn cannot be asked for.
+const NO_LOCK_REMEDY: &str = "worker.lock_file must be a file that this worker can open or make, on a disk that knows flock(2): \
+                              in containers, mount its folder into both";
+
 /// Whether a failure comes from the device and not from what it worked on.
 pub(super) fn is_of_the_device(class: FailureClass) -> bool {
     matches!(class, FailureClass::DeviceLost | FailureClass::DriverMismatch | FailureClass::MissingLibrary)
@@ -84,7 +90,7 @@ pub(crate) fn is_of_this_worker(class: FailureClass) -> bool {
 pub(super) fn cause(seen: Seen<'_>) -> Cause {
     let Seen { status, stuck, wire, memory_kill, lines } = seen;
     let last = lines.last().map_or("", String::as_str);
-    let by = |class, what: String, death| Cause { class, what, death };
+    let by = |class, what: String, death| Cause { class, what, death, remedy: remedy(class) };
     if stuck {
         let what = "the engine gave no sign of life and was ended".to_owned();
         return by(FailureClass::Timeout, what, Some(Death::Stuck));
@@ -95,7 +101,8 @@ pub(super) fn cause(seen: Seen<'_>) -> Cause {
             last => format!("the engine ended: {last}"),
         };
         let death = (words == LastWords::Assertion).then_some(Death::Crashed);
-        return by(words.class(), what, death);
+        let cause = by(words.class(), what, death);
+        return if words == LastWords::NoLock { Cause { remedy: NO_LOCK_REMEDY, ..cause } } else { cause };
     }
     // The dynamic loader's code; nothing of ours ran.
     if status.and_then(|status| status.code()) == Some(127)
@@ -141,7 +148,8 @@ pub(super) fn not_spawned(error: &dyn std::error::Error) -> Cause {
         what += &format!(": {error}");
         source = error.source();
     }
-    Cause { class: FailureClass::EngineCrash, what, death: None }
+    let class = FailureClass::EngineCrash;
+    Cause { class, what, death: None, remedy: remedy(class) }
 }
 
 /// How often the kernel has killed something for want of memory, in this machine's life; 0 where it does not tell.
@@ -178,6 +186,7 @@ mod tests {
             (Seen { status: exit(83), ..quiet }, DriverMismatch, None),
             (Seen { status: exit(84), ..quiet }, EngineCrash, Some(Death::Crashed)),
             (Seen { status: exit(85), ..quiet }, MissingLibrary, None),
+            (Seen { status: exit(86), ..quiet }, EngineCrash, None),
             (Seen { status: exit(127), lines: &loader, ..quiet }, MissingLibrary, None),
             (Seen { status: exit(127), ..quiet }, EngineCrash, Some(Death::Crashed)),
             (Seen { status: exit(1), ..quiet }, EngineCrash, Some(Death::Crashed)),
@@ -209,7 +218,8 @@ mod tests {
             assert_eq!((found.class, found.death), (class, death), "{seen:?}");
             let failure = found.failure();
             assert_eq!(failure.class, class);
-            assert!(failure.message.contains(remedy(class)) && !found.what.is_empty(), "{failure}");
+            let expected = if seen.status == exit(86) { NO_LOCK_REMEDY } else { remedy(class) };
+            assert!(failure.message.contains(expected) && !found.what.is_empty(), "{failure}");
         }
     }
 
@@ -235,8 +245,9 @@ mod tests {
     fn every_cause_has_a_remedy_of_its_own() {
         use FailureClass::*;
         let classes = [OutOfMemory, DeviceLost, DriverMismatch, MissingLibrary, EngineCrash, Timeout];
-        let remedies: std::collections::BTreeSet<&str> = classes.into_iter().map(remedy).collect();
-        assert_eq!(remedies.len(), classes.len());
+        let remedies: std::collections::BTreeSet<&str> =
+            classes.into_iter().map(remedy).chain([NO_LOCK_REMEDY]).collect();
+        assert_eq!(remedies.len(), classes.len() + 1);
         assert!(!remedies.contains(remedy(Internal)));
     }
 }

@@ -146,6 +146,9 @@ impl Engine {
                     }
                     looked_at = Instant::now();
                     memory_kills = [memory_kills[1], cause::memory_kills()];
+                    if !on_cpu {
+                        self.leave_what_fell_off();
+                    }
                     self.restore(Some(&frames));
                     for model in self.to_unload() {
                         let _ = frames.try_send(ToEngine::Unload { model });

@@ -5,13 +5,14 @@
 
 use std::{
     collections::BTreeMap,
+    path::Path,
     time::{Duration, SystemTime},
 };
 
 use tokio::{task::JoinSet, time::Instant};
 use voxfleet_schema::fleet::{ModelState, Residency};
 
-use super::Engine;
+use super::{Engine, load::Source};
 use crate::{capacity::locked, engine::pool::expected_mb};
 
 /// A file that has not changed is taken for unusable for so long.
@@ -65,9 +66,17 @@ impl Files {
 }
 
 impl Engine {
+    fn path_of(&self, model: &str) -> Option<&Path> {
+        self.0.config.models.iter().find(|file| file.name == model).map(|file| file.path.as_path())
+    }
+
+    /// What a child reads to load it.
+    pub(super) fn source_of(&self, model: &str) -> Option<Source> {
+        Source::of(self.path_of(model)?)
+    }
+
     fn stamp(&self, model: &str) -> Stamp {
-        let file = self.0.config.models.iter().find(|file| file.name == model)?;
-        let metadata = std::fs::metadata(&file.path).ok()?;
+        let metadata = std::fs::metadata(self.path_of(model)?).ok()?;
         Some((metadata.len(), metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH)))
     }
 

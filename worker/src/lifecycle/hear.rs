@@ -1,5 +1,7 @@
 //! What a child says, and where it goes: to the session it is about, or into what is known of the engine.
 
+use std::sync::atomic::Ordering;
+
 use tokio::time::Instant;
 use voxfleet_schema::{
     SAMPLE_RATE_HZ,
@@ -7,7 +9,7 @@ use voxfleet_schema::{
     fleet::{ModelState, Residency},
 };
 
-use super::{Decoding, Engine, Load, suspects::Doing};
+use super::{Decoding, Engine, load::Load, suspects::Doing};
 use crate::{capacity::locked, ipc::FromEngine};
 
 impl Engine {
@@ -89,6 +91,12 @@ impl Engine {
                 locked(&self.0.progress).progress(Instant::now(), decodes, audio_ms, busy_ms, working);
                 self.0.activity.notify_one();
             }
+            // On the CPU in place of a GPU it says nothing of that.
+            FromEngine::Lived { .. } if self.0.config.use_gpu && self.0.on_cpu.load(Ordering::Relaxed) => {}
+            FromEngine::Lived { model, audio_ms, pool_ms } => self.0.lived.send_modify(|lived| {
+                let sum = lived.entry(model).or_default();
+                *sum = (sum.0 + audio_ms, sum.1 + pool_ms);
+            }),
         }
     }
 
@@ -107,7 +115,8 @@ impl Engine {
                 (Some(before), now) if before == now => {}
                 (_, Residency::Loading) => {
                     tracing::info!(model = model.name, expected_mb = model.expected_mb, "model load begins");
-                    locked(&self.0.loads).insert(model.name.clone(), Load::Since(Instant::now()));
+                    let load = Load::Since { at: Instant::now(), from: self.source_of(&model.name) };
+                    locked(&self.0.loads).insert(model.name.clone(), load);
                 }
                 (_, Residency::NoRoom) => {
                     tracing::warn!(model = model.name, expected_mb = model.expected_mb, "no memory for a model");

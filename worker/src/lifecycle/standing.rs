@@ -4,16 +4,17 @@ use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use tokio::{sync::mpsc, time::Instant};
 use voxfleet_schema::{
-    device::{Device, EngineEnd},
+    device::{Device, EngineEnd, Xids},
     failure::{Failure, FailureClass},
     fleet::{EngineRunState, ModelState, Residency},
 };
 
 use super::{
-    Engine, EngineStatus, Load,
+    Engine, EngineStatus,
     cause::{Cause, is_of_the_device},
     fallback::{Ended, Moment, Place},
     ladder::{Ask, Footing},
+    load::Load,
 };
 use crate::{
     capacity::locked,
@@ -88,6 +89,15 @@ impl Engine {
         let mut fallback = locked(&self.0.fallback);
         let end = Ended { class, on_cpu: fallback.on_cpu(), culprit: None };
         fallback.ended(moment(), end, &models);
+    }
+
+    /// Leaves a GPU that has fallen off the bus before the engine on it has noticed: nothing there will ever come back. Other
+    /// troubles may be the driver's alone.
+    pub(super) fn leave_what_fell_off(&self) {
+        let fell_off = self.0.device.borrow().xids.is_some_and(|xids| xids.last == Xids::FELL_OFF);
+        if fell_off {
+            self.look_at_device();
+        }
     }
 
     /// Why nothing can run on the device, as far as its figures tell.
@@ -258,12 +268,13 @@ impl Engine {
     pub(super) fn told_models(&self, mut models: Vec<ModelState>, now: Instant) -> Vec<ModelState> {
         let (fallback, loads) = (locked(&self.0.fallback), locked(&self.0.loads));
         for model in &mut models {
-            model.load_ms = match (model.state, loads.get(&model.name)) {
-                (Residency::Loading, Some(Load::Since(since))) => {
-                    Some(now.saturating_duration_since(*since).as_millis() as u64)
+            (model.load_ms, model.load_percent) = match (model.state, loads.get(&model.name)) {
+                (Residency::Loading, Some(Load::Since { at, from })) => {
+                    let percent = from.as_ref().zip(self.pid()).and_then(|(file, pid)| file.percent(pid));
+                    (Some(now.saturating_duration_since(*at).as_millis() as u64), percent)
                 }
-                (Residency::Loaded, Some(Load::Took { ms })) => Some(*ms),
-                _ => None,
+                (Residency::Loaded, Some(Load::Took { ms })) => (Some(*ms), None),
+                _ => (None, None),
             };
             let has_room = matches!(model.state, Residency::Loaded | Residency::Loading);
             let failure = fallback.failure_of(now, &model.name);

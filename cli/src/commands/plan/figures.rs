@@ -85,7 +85,7 @@ impl Known {
             context: Figure::choose(figures.context_mb, context_mb),
             weights: Figure::choose(figures.weights_mb, model.weights_mb()),
             state: Figure::choose(figures.state_mb, model.state_mb),
-            session: Figure::choose(figures.session_mb, session_mb),
+            session: Figure::choose(None, session_mb),
             realtime_factor: figures.realtime_factor,
         }
     }

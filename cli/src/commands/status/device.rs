@@ -91,6 +91,10 @@ fn remarks(beat: &Heartbeat) -> Vec<String> {
     if let Some(errors) = device.ecc_errors.filter(|errors| *errors > 0) {
         lines.push(format!("{id} has had {errors} uncorrected memory errors"));
     }
+    if let Some(xids) = &device.xids {
+        let (count, last) = (xids.count, xids.last);
+        lines.push(format!("{id} has had {count} errors of its card, the last is XID {last}: {}", xids.meaning()));
+    }
     if !device.shared_with.is_empty() {
         let name =
             |other: &String| if other == id.as_str() { "another of this name".to_owned() } else { other.clone() };
@@ -164,7 +168,7 @@ mod tests {
     #[test]
     fn the_table_has_figures_prices_and_remarks() {
         let troubled = json!({"/device": {
-            "throttled": ["thermal"], "ecc_errors": 2, "shared_with": ["gpu-x"], "pressure": "release_idle",
+            "throttled": ["thermal"], "ecc_errors": 2, "xids": {"last": 48, "count": 3, "last_ms": 1}, "shared_with": ["gpu-x"], "pressure": "release_idle",
             "trouble": {"class": "device_lost", "message": "fell off the bus; reset the card"},
         }, "/engine": {"standbys": [
             {"asked": "small.en", "model": "tiny.en", "device": "gpu", "class": "out_of_memory", "since_ms": 1},
@@ -183,6 +187,7 @@ mod tests {
             "gpu-1 has trouble (device_lost): fell off the bus; reset the card\n",
             "gpu-1 is held down: thermal\n",
             "2 uncorrected memory errors",
+            "gpu-1 has had 3 errors of its card, the last is XID 48: the card has to be reset",
             "shares its device with gpu-x",
             "gives way to 9600 MB of others: release idle",
             "runs tiny.en on the gpu in place of small.en (out_of_memory)",

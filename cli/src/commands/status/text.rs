@@ -69,13 +69,12 @@ fn headline(status: &FleetStatus) -> String {
 
 fn worker_row(worker: &WorkerStatus, queued: Option<&Queued>) -> Vec<String> {
     let beat = &worker.heartbeat;
-    let models = beat.models.iter().filter(|m| m.state != Residency::Available).map(|m| {
-        if m.state == Residency::Loaded {
-            format!("{} ({} MB)", m.name, m.resident_mb)
-        } else {
-            format!("{} {}", m.name, word(&m.state))
-        }
-    });
+    let models =
+        beat.models.iter().filter(|m| m.state != Residency::Available).map(|m| match (m.state, m.load_percent) {
+            (Residency::Loaded, _) => format!("{} ({} MB)", m.name, m.resident_mb),
+            (Residency::Loading, Some(percent)) => format!("{} loading {percent} %", m.name),
+            _ => format!("{} {}", m.name, word(&m.state)),
+        });
     let models: Vec<String> = models.collect();
     vec![
         beat.gpu_id.to_string(),
@@ -211,10 +210,14 @@ mod tests {
     #[test]
     fn roles_drains_queues_and_the_dead_are_shown() {
         let held = json!([{"kind": "session", "id": "call-7", "epoch": 1, "suspect": true}]);
+        let loads = json!({"models": [
+            {"name": "large", "state": "loading", "resident_mb": 0, "load_percent": 42},
+            {"name": "base", "state": "loading", "resident_mb": 0},
+        ]});
         let drain = json!({"draining": true, "held": held, "drain": {"why": "asked", "until_ms": 50_000}});
         let status: FleetStatus = serde_json::from_value(json!({
             "dispatcher": "d", "sessions_waiting": 2, "sessions_assigned": 1,
-            "workers": [worker("gpu-1", "draining", drain), worker("gpu-2", "alive", json!({}))],
+            "workers": [worker("gpu-1", "draining", drain), worker("gpu-2", "alive", loads)],
             "dead": [{"gpu_id": "gpu-3", "incarnation": "k"}],
             "services": [{"service": "asr", "memory_limit_percent": 90, "preload": ["tiny.en"], "gpus": [
                 {"gpu_id": "gpu-2", "role": "standing_in", "health": "alive", "standing_in_for": "gpu-3"},
@@ -235,6 +238,7 @@ mod tests {
             "not heard",
             "90 %",
             "tiny.en",
+            "large loading 42 %, base loading  ",
         ] {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");
         }

@@ -15,6 +15,7 @@ use voxfleet_schema::{
 
 use super::{
     neighbour::{LockError, Neighbour, Turn},
+    pace::{Pace, Spent},
     shelf::{Shelved, shelve},
     unseen::{Blind, guarded},
 };
@@ -58,6 +59,7 @@ pub(super) struct Session {
     pub(super) held_since: Option<Instant>,
     /// Why what is not looked at is set aside.
     unseen: Option<Failure>,
+    spent: Spent,
 }
 
 #[derive(Default, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +83,7 @@ pub(super) struct Desk {
     pub(super) stepping: bool,
     /// Whom the device is shared with by turns.
     neighbour: Option<Neighbour>,
+    pub(super) pace: Pace,
     totals: Totals,
     /// What was last told: totals, signs of life, working.
     told: (Totals, u64, bool),
@@ -95,6 +98,7 @@ impl Desk {
         neighbour: Option<Neighbour>,
     ) -> Self {
         let models = config.models.iter().map(|file| (file.name.clone(), shelve(&config, file))).collect();
+        let pace = Pace::new(config.decode_states, Instant::now());
         Self {
             config,
             pool,
@@ -106,6 +110,7 @@ impl Desk {
             alone: None,
             stepping: false,
             neighbour,
+            pace,
             totals: Totals::default(),
             told: (Totals::default(), 0, false),
         }
@@ -208,6 +213,7 @@ impl Desk {
             suspect,
             held_since: None,
             unseen,
+            spent: Spent::default(),
         };
         self.sessions.insert(handle, session);
         if was == self.models.get(&model).map(|m| m.state) { Ok(()) } else { self.say_models() }
@@ -370,6 +376,7 @@ impl Desk {
             shelved.resident_mb += done.state_mb;
             self.say_models()?;
         }
+        self.say_what_it_cost(&done)?;
         let handle = done.handle;
         match done.window.purpose {
             Purpose::Final => self.final_done(done)?,
@@ -377,6 +384,21 @@ impl Desk {
         }
         // After what came of it: a death in between finds it blamed rather than forgotten.
         self.say(&FromEngine::Over { handle })
+    }
+
+    /// Of live sessions alone: recordings have no partials.
+    fn say_what_it_cost(&mut self, done: &Done) -> Said {
+        let is_final = done.window.purpose == Purpose::Final;
+        let on_cpu = done.info.device == "cpu";
+        let pool_ms = self.pace.over((done.handle, is_final), Instant::now(), done.took, on_cpu);
+        let audio_ms = done.window.samples.len() as u64 / 16;
+        let Some(session) = self.sessions.get_mut(&done.handle).filter(|session| !session.background) else {
+            return Ok(());
+        };
+        match session.spent.add(is_final, done.heard.is_ok(), audio_ms, pool_ms) {
+            Some(pool_ms) => self.say(&FromEngine::Lived { model: done.info.model.clone(), audio_ms, pool_ms }),
+            None => Ok(()),
+        }
     }
 
     fn final_done(&mut self, done: Done) -> Said {

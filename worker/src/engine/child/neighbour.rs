@@ -33,6 +33,13 @@ pub struct LockError {
     source: io::Error,
 }
 
+impl LockError {
+    /// With what the system says, on one line.
+    pub(super) fn in_full(&self) -> String {
+        format!("{self}: {}", self.source)
+    }
+}
+
 /// The lock, or why it cannot be had; and since when.
 pub(super) struct Turn {
     lock: Result<File, LockError>,

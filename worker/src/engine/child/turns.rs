@@ -88,10 +88,12 @@ impl Desk {
             let handle = job.handle;
             let at = self.sessions.get(&handle).map_or(job.window.from_sample, |s| s.stream.from_sample());
             self.say(&FromEngine::Began { handle, at })?;
+            let decode = (handle, job.window.purpose == Purpose::Final);
             if let Err(job) = self.pool.decode(Box::new(job)) {
                 self.take_back(*job);
                 return self.say(&FromEngine::Over { handle });
             }
+            self.pace.begins(decode, Instant::now());
         }
         Ok(())
     }

@@ -1,0 +1,107 @@
+//! What live audio costs of the pool's time, the partials of a stretch included. Pure; time is an argument.
+//!
+//! The cores are shared out among the decode threads, so that on the CPU a decode takes its thread's part of the pool and
+//! nothing of the others'. Decodes on a GPU are in each other's way: of a moment in which two run, each has one half.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+/// A stretch that was decoded for partials less often than once in this time was not live, or the pool had no time for them:
+/// it costs less than live audio does.
+const PARTIAL_AT_LEAST_EVERY_MS: u64 = 2_000;
+
+/// A session's decode: its handle, and whether it is that of a final. It has one of each kind at most.
+pub(super) type Decode = (u64, bool);
+
+/// A clock that goes slower the more is decoded at once.
+#[derive(Debug)]
+pub(super) struct Pace {
+    threads: u32,
+    shared_ms: f64,
+    at: Instant,
+    begun: HashMap<Decode, f64>,
+}
+
+impl Pace {
+    pub(super) fn new(threads: usize, now: Instant) -> Self {
+        Self { threads: threads.max(1) as u32, shared_ms: 0.0, at: now, begun: HashMap::new() }
+    }
+
+    fn advance(&mut self, now: Instant) {
+        if !self.begun.is_empty() {
+            self.shared_ms += now.saturating_duration_since(self.at).as_secs_f64() * 1_000.0 / self.begun.len() as f64;
+        }
+        self.at = now;
+    }
+
+    pub(super) fn begins(&mut self, decode: Decode, now: Instant) {
+        self.advance(now);
+        self.begun.insert(decode, self.shared_ms);
+    }
+
+    /// The part of the pool's time that it had.
+    pub(super) fn over(&mut self, decode: Decode, now: Instant, took: Duration, on_cpu: bool) -> f64 {
+        self.advance(now);
+        let begun = self.begun.remove(&decode).unwrap_or(self.shared_ms);
+        if on_cpu { (took / self.threads).as_secs_f64() * 1_000.0 } else { self.shared_ms - begun }
+    }
+}
+
+/// What a session's present stretch has cost so far.
+#[derive(Debug, Default)]
+pub(super) struct Spent {
+    pool_ms: f64,
+    partials: u64,
+}
+
+impl Spent {
+    /// A decode is over. With the stretch's final, gives what the stretch has cost in all, if it says something of live audio.
+    pub(super) fn add(&mut self, is_final: bool, succeeded: bool, audio_ms: u64, pool_ms: f64) -> Option<f64> {
+        // One that was overtaken by its final has cost its time too.
+        self.pool_ms += pool_ms;
+        if !is_final {
+            self.partials += u64::from(succeeded);
+            return None;
+        }
+        let all = std::mem::take(self);
+        (succeeded && all.partials >= audio_ms / PARTIAL_AT_LEAST_EVERY_MS).then_some(all.pool_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn decodes_on_a_gpu_share_each_moment_and_those_on_the_cpu_have_their_own() {
+        let begin = Instant::now();
+        let at = |ms| begin + Duration::from_millis(ms);
+        let took = Duration::from_millis(400);
+        for (on_cpu, first, second) in [(true, 200.0, 200.0), (false, 300.0, 300.0)] {
+            let mut pace = Pace::new(2, begin);
+            pace.begins((1, true), at(1_000));
+            pace.begins((2, false), at(1_200));
+            // Alone for 200 ms, with the other for 200.
+            let one = pace.over((1, true), at(1_400), took, on_cpu);
+            let other = pace.over((2, false), at(1_600), took, on_cpu);
+            assert!((one - first).abs() < 1e-6 && (other - second).abs() < 1e-6, "{on_cpu} {one} {other}");
+            // Nothing runs, and nothing is paid for.
+            pace.begins((3, true), at(9_000));
+            let alone = pace.over((3, true), at(9_400), took, on_cpu);
+            assert!((alone - if on_cpu { 200.0 } else { 400.0 }).abs() < 1e-6, "{on_cpu} {alone}");
+        }
+    }
+
+    #[test]
+    fn a_stretch_costs_its_partials_and_its_final() {
+        let mut spent = Spent::default();
+        assert_eq!(spent.add(false, true, 1_000, 10.0), None);
+        assert_eq!(spent.add(false, false, 2_000, 5.0), None, "overtaken");
+        assert_eq!(spent.add(true, true, 3_000, 20.0), Some(35.0));
+        assert_eq!(spent.add(true, true, 1_999, 20.0), Some(20.0), "too short for a partial, and begun anew");
+        assert_eq!(spent.add(true, true, 2_000, 20.0), None, "there was no time for partials, or it was not live");
+        assert_eq!(spent.add(true, false, 1_000, 20.0), None, "no text came of it");
+    }
+}
