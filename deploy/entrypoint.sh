@@ -90,8 +90,11 @@ secrets() {
 # ---------------------------------------------------------------------------------------------- models
 
 models() {
+    # A star is a name that does not exist, and no list of files.
+    set -f
     # shellcheck disable=SC2046 # names hold no spaces
     set -- $(printf '%s' "${VOXFLEET_MODELS:-}" | tr ',' ' ')
+    set +f
     [ $# -gt 0 ] || return 0
     export VOXFLEET__WORKER__DEFAULT_MODEL="${VOXFLEET__WORKER__DEFAULT_MODEL:-$1}"
     cache_=${VOXFLEET_CACHE:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/voxfleet}

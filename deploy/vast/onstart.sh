@@ -17,6 +17,7 @@ STATE=${VOXFLEET_STATE:-/run/voxfleet-onstart}
 ENTRY=${VOXFLEET_ENTRY:-voxfleet-entry}
 # The longest pause between two tries, in s.
 PAUSE_MAX=${VOXFLEET_PAUSE_MAX:-60}
+case $PAUSE_MAX in *[!0-9]* | '') PAUSE_MAX=60 ;; esac
 export VOXFLEET_CACHE="${VOXFLEET_CACHE:-/var/cache/voxfleet}"
 export VOXFLEET__WORKER__PROVIDER="${VOXFLEET__WORKER__PROVIDER:-vast_ai}"
 

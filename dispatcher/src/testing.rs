@@ -84,6 +84,7 @@ pub(crate) fn beat(gpu: &str, incarnation: &str) -> Heartbeat {
             decode_rate: None,
             decode_rate_age_ms: None,
             delivery_rate: None,
+            neighbour_ms: 0,
             ..EngineState::default()
         },
         draining: false,

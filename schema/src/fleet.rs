@@ -156,6 +156,9 @@ pub struct EngineState {
     /// between included. None before the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delivery_rate: Option<f32>,
+    /// A neighbour has held the device's lock for so long, and nothing is decoded meanwhile; 0 = it does not, or not for long.
+    #[serde(default, skip_serializing_if = "nought")]
+    pub neighbour_ms: u64,
     /// Without work for so long it ends and leaves 0 MB on its device, in s; 0 = never.
     #[serde(default)]
     pub idle_timeout_s: u64,

@@ -44,6 +44,6 @@ pub const SAMPLE_RATE_HZ: u32 = 16_000;
 pub const PREROLL_SAMPLES: u64 = 8_000;
 
 /// Left out of what people read: counts that are nearly always nought.
-pub(crate) fn nought(count: &u32) -> bool {
-    *count == 0
+pub(crate) fn nought<T: Default + PartialEq>(count: &T) -> bool {
+    *count == T::default()
 }

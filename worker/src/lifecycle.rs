@@ -315,6 +315,7 @@ impl Engine {
             decode_rate: progress.decode_rate,
             decode_rate_age_ms: progress.decode_rate_age_ms,
             delivery_rate: progress.delivery_rate,
+            neighbour_ms: progress.neighbour_ms,
             idle_timeout_s: self.0.terms.idle_release.map_or(0, |after| after.as_millis().div_ceil(1_000) as u64),
             ms_since_activity: (status.state == EngineRunState::Ready)
                 .then(|| locked(&self.0.idle).for_how_long(now))
@@ -324,6 +325,11 @@ impl Engine {
             standbys: self.standbys(),
         };
         (state, self.told_models(status.models, now))
+    }
+
+    /// For how long a neighbour has kept the device from us, where that is long.
+    pub(crate) fn neighbour_ms(&self) -> u64 {
+        locked(&self.0.progress).reading(Instant::now()).neighbour_ms
     }
 
     pub(crate) fn pid(&self) -> Option<u32> {

@@ -4,7 +4,9 @@
 //! Learning is pure: it compares what the engine says of its models with what it said before. Figures of models only grow
 //! while a worker lives: two states made at once are measured together, and planning with too much costs a session where
 //! planning with too little costs an engine. What stands beside them only shrinks: a state is seen on the device before the
-//! engine tells of it. Nothing is learned of a GPU while the engine runs on the CPU.
+//! engine tells of it. What an earlier worker found holds until it is measured again. On a GPU memory is measured by what
+//! becomes less free, so a tenant that comes or goes meanwhile is measured too: what the model's file cannot explain is not
+//! taken. Nothing is learned of a GPU while the engine runs on the CPU.
 
 use std::{
     collections::BTreeMap,
@@ -23,6 +25,7 @@ use voxfleet_store::models::{DeviceKey, Figures, Measured, ModelKey};
 
 use crate::{
     capacity::locked,
+    engine::models::{self, ModelFacts},
     ipc::ModelFile,
     lifecycle::{Engine, Lived},
     session::unix_ms,
@@ -34,6 +37,11 @@ const STEP_MB: u64 = 16;
 const LEAST_AUDIO_MS: f64 = 60_000.0;
 /// What lies further back than so much audio counts for less and less.
 const MOST_AUDIO_MS: f64 = 1_800_000.0;
+/// Memory of weights and of a state is what the file says, give or take so many percent and MB: alignment, a library's
+/// first use, a second state.
+const LESS_PERCENT: u64 = 70;
+const MORE_PERCENT: u64 = 150;
+const MORE_MB: u64 = 96;
 /// A speed that differs by a smaller share is the same.
 const SPEED_STEP: f64 = 0.1;
 /// A speed is kept at most once in this time.
@@ -49,6 +57,8 @@ struct Inner {
     /// Decode states that a loaded model will have.
     states: u64,
     known: Mutex<BTreeMap<String, Figures>>,
+    /// Found by this worker.
+    own: Mutex<BTreeMap<String, Figures>>,
 }
 
 /// Cheap to clone.
@@ -72,6 +82,7 @@ impl Measures {
             files: models.to_vec(),
             states: states as u64,
             known: Mutex::new(known),
+            own: Mutex::default(),
         }))
     }
 
@@ -108,17 +119,49 @@ impl Measures {
 
     /// Takes news in; gives what has become known by it.
     fn learn(&self, news: Vec<(String, Figures)>) -> Vec<(String, Figures)> {
-        let mut known = locked(&self.0.known);
+        let (mut known, mut own) = (locked(&self.0.known), locked(&self.0.own));
         let mut changed = Vec::new();
         for (name, new) in news {
             let before = known.get(&name).copied().unwrap_or_default();
-            let after = joined(before, new);
+            let own = own.entry(name.clone()).or_default();
+            *own = joined(*own, new);
+            let after = before.with(*own);
             if after != before {
                 known.insert(name.clone(), after);
                 changed.push((name, after));
             }
         }
         changed
+    }
+
+    /// Leaves out what the models' files cannot explain.
+    async fn plausible(&self, news: Vec<(String, Figures)>) -> Vec<(String, Figures)> {
+        // Figures of what stands beside models come each second and say nothing of a file.
+        if news.iter().all(|(_, new)| new.weights_mb.is_none() && new.state_mb.is_none()) {
+            return news;
+        }
+        let me = Arc::clone(&self.0);
+        let looked = tokio::task::spawn_blocking(move || {
+            let explained = news.into_iter().map(|(name, new)| {
+                let file = me.files.iter().find(|file| file.name == name);
+                let facts = file.and_then(|file| models::check(&file.name, &file.path).ok());
+                let left = facts.map_or(new, |facts| plausible(new, &facts));
+                if left != new {
+                    tracing::info!(
+                        model = name,
+                        weights_mb = new.weights_mb,
+                        state_mb = new.state_mb,
+                        "measured beside others, not taken"
+                    );
+                }
+                (name, left)
+            });
+            explained.collect()
+        });
+        looked.await.unwrap_or_else(|error| {
+            tracing::error!(%error, "measured figures not looked at");
+            Vec::new()
+        })
     }
 
     async fn keep(&self, changed: Vec<(String, Figures)>) {
@@ -188,7 +231,7 @@ impl Measures {
             if self.0.on_gpu && on_cpu {
                 continue;
             }
-            let changed = self.learn(news);
+            let changed = self.learn(self.plausible(news).await);
             if !changed.is_empty() {
                 self.keep(changed).await;
             }
@@ -222,6 +265,18 @@ fn context(used_mb: u64, models: &[ModelState]) -> Vec<(String, Figures)> {
     let beside = used_mb.saturating_sub(loaded().map(|model| model.resident_mb).sum());
     let figures = Figures { context_mb: Some(beside / STEP_MB * STEP_MB), ..Figures::default() };
     loaded().filter(|_| beside >= STEP_MB).map(|model| (model.name.clone(), figures)).collect()
+}
+
+fn plausible(new: Figures, facts: &ModelFacts) -> Figures {
+    let near =
+        |mb: &u64, said: u64, most: u64| (said * LESS_PERCENT / 100..=most * MORE_PERCENT / 100 + MORE_MB).contains(mb);
+    let weights = facts.weight_bytes >> 20;
+    Figures {
+        weights_mb: new.weights_mb.filter(|mb| near(mb, weights, weights)),
+        // Small states share what is allocated already; two may be seen at once.
+        state_mb: new.state_mb.filter(|mb| near(mb, 0, 2 * facts.state_mb)),
+        ..new
+    }
 }
 
 fn joined(known: Figures, new: Figures) -> Figures {
@@ -293,6 +348,30 @@ mod tests {
     }
 
     #[test]
+    fn what_a_tenant_took_or_gave_meanwhile_is_not_the_model_s() {
+        let facts = ModelFacts {
+            multilingual: false,
+            weight_bytes: 1_500 << 20,
+            audio_ctx: 1_500,
+            expected_mb: 1_901,
+            state_mb: 400,
+        };
+        for (weights, state, taken) in [
+            (Some(1_520), None, true),
+            (Some(1_050), None, true),
+            (Some(1_049), None, false),
+            (Some(5_520), None, false),
+            (None, Some(420), true),
+            (None, Some(860), true),
+            (None, Some(4_400), false),
+        ] {
+            let new = Figures { weights_mb: weights, state_mb: state, context_mb: Some(500), ..Figures::default() };
+            let none = Figures { context_mb: Some(500), ..Figures::default() };
+            assert_eq!(plausible(new, &facts), if taken { new } else { none }, "{weights:?} {state:?}");
+        }
+    }
+
+    #[test]
     fn what_stands_beside_the_models_is_the_context() {
         use Residency::{Available, Loaded, Loading};
         let seen = |used, models: &[ModelState]| context(used, models).first().and_then(|(_, f)| f.context_mb);
@@ -357,5 +436,10 @@ mod tests {
         assert_eq!(told(&measures, Residency::Loaded), (140 + 2 * 200, true), "its context is there");
         let again = Measures::open(Some(dir.path()), &device, &files, 1);
         assert_eq!(told(&again, Residency::Available), (140 + 200 + 528, true), "after a restart");
+        again.keep(again.learn(news(Some(120), None, None))).await;
+        assert_eq!(told(&again, Residency::Available), (120 + 200 + 528, true), "measured again");
+        again.keep(again.learn(news(Some(125), None, None))).await;
+        let last = Measures::open(Some(dir.path()), &device, &files, 1);
+        assert_eq!(told(&last, Residency::Available), (125 + 200 + 528, true));
     }
 }

@@ -155,6 +155,7 @@ fn heartbeat(n: usize, slots: u32) -> Result<Heartbeat> {
             decode_rate: Some(20.0),
             decode_rate_age_ms: Some(500),
             delivery_rate: Some(20.0),
+            neighbour_ms: 0,
             ..EngineState::default()
         },
         draining: false,

@@ -174,6 +174,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
             decode_rate: Some(20.5),
             decode_rate_age_ms: Some(900),
             delivery_rate: Some(8.5),
+            neighbour_ms: 12_000,
             idle_timeout_s: 600,
             ms_since_activity: Some(1_200),
             last_end: Some(EngineEnd {

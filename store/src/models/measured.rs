@@ -125,7 +125,8 @@ pub struct Figures {
 
 impl Figures {
     /// `newer` where it says something, else what was known.
-    fn with(self, newer: Figures) -> Self {
+    #[must_use]
+    pub fn with(self, newer: Figures) -> Self {
         Self {
             context_mb: newer.context_mb.or(self.context_mb),
             weights_mb: newer.weights_mb.or(self.weights_mb),

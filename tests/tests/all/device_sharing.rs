@@ -326,6 +326,35 @@ async fn a_neighbour_and_we_take_turns_by_flock() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_neighbour_that_keeps_the_device_is_told_of_and_nothing_new_comes() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let cards = Cards::new()?;
+    let lock = cards.models.path().join("gpu.lock");
+    let mut fleet =
+        cards.fleet(10.0).set("worker.sharing", "sequential").set("worker.lock_file", lock.display()).start().await?;
+    let (neighbour, _) = Neighbour::enter(&lock).await?;
+    let (stop, mut talks) = (Arc::new(AtomicBool::new(false)), JoinSet::new());
+    talks.spawn(speak(&fleet, "waits", 0, Arc::clone(&stop)));
+    let told = eventually("a neighbour that is told of", SOON, || async {
+        let beat = beat_of(&fleet, "gpu-1").await?;
+        let long = beat["engine"]["neighbour_ms"].as_u64().is_some_and(|ms| ms >= 5_000);
+        (long && beat["device"]["pressure"] == "no_new_work").then_some(())
+    });
+    told.await.with_context(|| fleet.logs())?;
+    ensure!(fleet.logs().contains("the neighbour keeps the device's lock"), "{}", fleet.logs());
+    neighbour.leave().await?;
+    let over = eventually("the end of its turn", SOON, || async {
+        let beat = beat_of(&fleet, "gpu-1").await?;
+        (beat["engine"]["neighbour_ms"].is_null() && beat["device"]["pressure"].is_null()).then_some(())
+    });
+    over.await.with_context(|| fleet.logs())?;
+    stop.store(true, Ordering::Relaxed);
+    let pcm = talks.join_next().await.context("the talk")???;
+    said_by(&fleet, "waits", &pcm).await?;
+    nothing_died(&mut fleet).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lock_file_that_goes_away_costs_time_and_blames_nobody() -> Result<()> {
     let _turn = fleet::turn().await;
     let cards = Cards::new()?;

@@ -80,6 +80,7 @@ fn heartbeat(gpu: &str) -> Result<Heartbeat> {
             decode_rate: None,
             decode_rate_age_ms: None,
             delivery_rate: None,
+            neighbour_ms: 0,
             ..EngineState::default()
         },
         draining: false,

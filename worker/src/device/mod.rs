@@ -314,7 +314,9 @@ impl DeviceError {
     /// None where the setting is at fault, not the device.
     pub fn class(&self) -> Option<FailureClass> {
         match self {
-            DeviceError::NoNvml { source, .. } | DeviceError::NotFound { source, .. } => Some(class_of(source, false)),
+            DeviceError::NoNvml { source, .. }
+            | DeviceError::NotFound { source, .. }
+            | DeviceError::Lost { source, .. } => Some(class_of(source, false)),
             DeviceError::Split { .. } | DeviceError::NoCuda { .. } | DeviceError::GpuId(_) => None,
         }
     }

@@ -314,6 +314,8 @@ pub enum FromEngine {
         audio_ms: u64,
         busy_ms: u64,
         working: bool,
+        /// For how long a neighbour has kept the device from us; 0 while it does not.
+        neighbour_ms: u64,
     },
     /// A stretch of a live session has its final: how much was heard in it, and the part of the pool's time that all its
     /// decodes took.

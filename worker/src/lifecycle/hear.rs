@@ -87,8 +87,11 @@ impl Engine {
                     outbox.failed(failure);
                 }
             }
-            FromEngine::Progress { decodes, audio_ms, busy_ms, working } => {
-                locked(&self.0.progress).progress(Instant::now(), decodes, audio_ms, busy_ms, working);
+            FromEngine::Progress { decodes, audio_ms, busy_ms, working, neighbour_ms } => {
+                let mut progress = locked(&self.0.progress);
+                progress.progress(Instant::now(), decodes, audio_ms, busy_ms, working);
+                progress.neighbour(neighbour_ms);
+                drop(progress);
                 self.0.activity.notify_one();
             }
             // On the CPU in place of a GPU it says nothing of that.

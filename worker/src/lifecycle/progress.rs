@@ -25,6 +25,8 @@ pub(super) struct ProgressMeter {
     /// Decayed sums over finals: the audio they cover, and the time with work that they took.
     covered_ms: f64,
     worked_ms: f64,
+    /// For how long a neighbour has had the device, as the child said last.
+    neighbour_ms: u64,
     /// Since when an answer is awaited.
     asked_at: Option<Instant>,
 }
@@ -36,7 +38,12 @@ pub(super) struct Reading {
     pub(super) decode_rate_age_ms: Option<u64>,
     /// Audio that finals cover, per time with work.
     pub(super) delivery_rate: Option<f32>,
+    /// Of a neighbour that keeps the device for long; 0 = there is none.
+    pub(super) neighbour_ms: u64,
 }
+
+/// A neighbour that takes its turn is none to speak of before this.
+const LONG_TURN_MS: u64 = 5_000;
 
 impl ProgressMeter {
     /// Takes a report; the figures are totals since the child's start.
@@ -73,6 +80,20 @@ impl ProgressMeter {
         }
     }
 
+    /// A neighbour has kept the device for so long; told when that becomes long, and when it is over.
+    pub(super) fn neighbour(&mut self, waited_ms: u64) {
+        match (self.neighbour_ms >= LONG_TURN_MS, waited_ms >= LONG_TURN_MS) {
+            (false, true) => {
+                tracing::warn!(waited_ms, "the neighbour keeps the device's lock, nothing is decoded meanwhile")
+            }
+            (true, false) => {
+                tracing::info!(waited_ms = self.neighbour_ms, "the neighbour has given the device's lock back")
+            }
+            _ => {}
+        }
+        self.neighbour_ms = waited_ms;
+    }
+
     /// The child is asked for a sign of life.
     pub(super) fn asked(&mut self, now: Instant) {
         self.asked_at.get_or_insert(now);
@@ -93,6 +114,7 @@ impl ProgressMeter {
     pub(super) fn reset(&mut self) {
         self.working = false;
         self.worked = Duration::ZERO;
+        self.neighbour_ms = 0;
         self.moved_at = None;
         self.asked_at = None;
         (self.audio_ms, self.busy_ms) = (0, 0);
@@ -108,6 +130,7 @@ impl ProgressMeter {
             ms_since_progress: self.moved_at.filter(|_| self.working).map_or(0, age).max(self.asked_at.map_or(0, age)),
             decode_rate: (self.recent_busy_ms > 0.0).then(|| (self.recent_audio_ms / self.recent_busy_ms) as f32),
             decode_rate_age_ms: self.rated_at.map(age),
+            neighbour_ms: if self.neighbour_ms < LONG_TURN_MS { 0 } else { self.neighbour_ms },
             delivery_rate: (self.worked_ms > 0.0).then(|| (self.covered_ms / self.worked_ms) as f32),
         }
     }
@@ -169,6 +192,19 @@ mod tests {
         assert!(meter.reading(t0).decode_rate.expect("rate") > 13.0);
         meter.covered(at(20_000), 60_000);
         assert_eq!(delivered(&meter), Some(5.0));
+    }
+
+    #[test]
+    fn a_neighbour_s_turn_is_told_when_it_is_long() {
+        let mut meter = ProgressMeter::default();
+        let mut seen = |waited_ms| {
+            meter.neighbour(waited_ms);
+            meter.reading(Instant::now()).neighbour_ms
+        };
+        assert_eq!([0, 2_000, 4_999, 5_000, 61_000, 0].map(&mut seen), [0, 0, 0, 5_000, 61_000, 0]);
+        meter.neighbour(9_000);
+        meter.reset();
+        assert_eq!(meter.reading(Instant::now()).neighbour_ms, 0, "who died waits for nobody");
     }
 
     #[test]

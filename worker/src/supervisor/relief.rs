@@ -33,9 +33,14 @@ struct Inner {
     level: Option<Pressure>,
     others_mb: u64,
     free_mb: u64,
+    /// For how long a neighbour has kept the device to itself.
+    neighbour_ms: u64,
     /// The one session that should be elsewhere.
     leaves: Option<StreamId>,
 }
+
+/// A neighbour that keeps the device for so long keeps words from people.
+const MOVES_AFTER_MS: u64 = 15_000;
 
 /// Looks at the device that a session is given to be moved; then the next one is asked for.
 const LOOKS_EACH: u32 = 5;
@@ -87,8 +92,11 @@ impl Relief {
     pub(super) fn refusal(&self) -> Option<Failure> {
         let inner = locked(&self.inner);
         inner.level?;
-        let Inner { others_mb, free_mb, .. } = *inner;
-        let why = format!("other tenants have {others_mb} MB of the device, {free_mb} MB are free and to stay so");
+        let Inner { others_mb, free_mb, neighbour_ms, .. } = *inner;
+        let why = match neighbour_ms / 1_000 {
+            0 => format!("other tenants have {others_mb} MB of the device, {free_mb} MB are free and to stay so"),
+            waited_s => format!("the neighbour has held the device's lock for {waited_s} s"),
+        };
         Some(Failure { retry_after_ms: Some(RETRY_AFTER_MS), ..Failure::new(FailureClass::NoCapacity, why) })
     }
 
@@ -133,7 +141,8 @@ impl Follow {
             // An engine that has gone to the CPU takes nothing from the tenants of the GPU.
             let memory = Memory::of(&device, self.config.reserve_mb(device.total_mb));
             let level = gauge.look(memory.filter(|_| !self.engine.is_on_side(true)));
-            self.act(level, &device, &mut leaving);
+            let neighbour_ms = self.engine.neighbour_ms();
+            self.act(level.max(waiting(neighbour_ms)), neighbour_ms, &device, &mut leaving);
             tokio::select! {
                 () = stop.cancelled() => break,
                 changed = self.device.changed() => if changed.is_err() { break },
@@ -141,7 +150,7 @@ impl Follow {
         }
     }
 
-    fn act(&self, level: Option<Pressure>, device: &Device, leaving: &mut Leaving) {
+    fn act(&self, level: Option<Pressure>, neighbour_ms: u64, device: &Device, leaving: &mut Leaving) {
         let before = self.relief.level();
         let (others_mb, free_mb) = (device.used_by_others_mb, device.free_mb);
         if level != before {
@@ -159,7 +168,7 @@ impl Follow {
             *leaving = Leaving::default();
             None
         };
-        if self.relief.set(Inner { level, others_mb, free_mb, leaves }) {
+        if self.relief.set(Inner { level, others_mb, free_mb, neighbour_ms, leaves }) {
             self.news.notify_one();
         }
     }
@@ -188,6 +197,15 @@ impl Follow {
             (handle.names.id.clone(), runs(model.unwrap_or_else(|| self.default_model.as_ref().to_owned())))
         });
         named.collect()
+    }
+}
+
+/// The step while a neighbour keeps the device: nothing new comes, and who waits for too long goes where there is room.
+fn waiting(neighbour_ms: u64) -> Option<Pressure> {
+    match neighbour_ms {
+        0 => None,
+        ms if ms < MOVES_AFTER_MS => Some(Pressure::NoNewWork),
+        _ => Some(Pressure::MoveAway),
     }
 }
 
@@ -248,14 +266,22 @@ mod tests {
     async fn the_refusal_names_what_the_others_have() {
         let relief = Relief::default();
         assert_eq!(relief.refusal(), None);
-        let pressed =
-            || Inner { level: Some(Pressure::MoveAway), others_mb: 15_500, free_mb: 300, leaves: Some(id("s")) };
+        let pressed = || Inner {
+            level: Some(Pressure::MoveAway),
+            others_mb: 15_500,
+            free_mb: 300,
+            neighbour_ms: 0,
+            leaves: Some(id("s")),
+        };
         assert!(relief.set(pressed()) && !relief.set(pressed()), "told once");
         relief.changed().await;
         let refusal = relief.refusal().expect("refused");
         assert_eq!(refusal.class, FailureClass::NoCapacity);
         assert!(refusal.message.contains("15500 MB") && refusal.message.contains("300 MB"), "{refusal}");
         assert!(relief.asks_elsewhere(Kind::Session, &id("s")) && !relief.asks_elsewhere(Kind::Job, &id("s")));
+        relief.set(Inner { neighbour_ms: 7_300, ..pressed() });
+        let refusal = relief.refusal().expect("refused");
+        assert!(refusal.message.contains("lock for 7 s"), "{refusal}");
         assert!(relief.set(Inner::default()));
         assert_eq!((relief.refusal(), relief.level()), (None, None));
     }

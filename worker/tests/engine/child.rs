@@ -304,7 +304,7 @@ fn a_closed_session_is_forgotten_at_once() {
     let (decodes, audio_ms, busy_ms) = child.until("rest", |seen| {
         let last = seen.iter().rev().find(|m| matches!(m, FromEngine::Progress { .. }));
         match last? {
-            FromEngine::Progress { decodes, audio_ms, busy_ms, working: false } => {
+            FromEngine::Progress { decodes, audio_ms, busy_ms, working: false, .. } => {
                 Some((*decodes, *audio_ms, *busy_ms))
             }
             _ => None,

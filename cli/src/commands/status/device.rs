@@ -101,6 +101,10 @@ fn remarks(beat: &Heartbeat) -> Vec<String> {
         let others: Vec<String> = device.shared_with.iter().map(name).collect();
         lines.push(format!("{id} shares its device with {}", others.join(", ")));
     }
+    if beat.engine.neighbour_ms > 0 {
+        let waited_s = beat.engine.neighbour_ms / 1_000;
+        lines.push(format!("{id} decodes nothing: its neighbour has held the device's lock for {waited_s} s"));
+    }
     if let Some(pressure) = &device.pressure {
         let others = device.used_by_others_mb;
         lines.push(format!("{id} gives way to {others} MB of others: {}", word(pressure).replace('_', " ")));

@@ -138,7 +138,8 @@ impl Desk {
         }
         self.told = signs;
         let Totals { decodes, audio_ms, busy_ms } = self.totals;
-        self.say(&FromEngine::Progress { decodes, audio_ms, busy_ms, working })
+        let neighbour_ms = self.neighbour.as_ref().map_or(0, |neighbour| neighbour.waited(now).as_millis() as u64);
+        self.say(&FromEngine::Progress { decodes, audio_ms, busy_ms, working, neighbour_ms })
     }
 
     pub(super) fn frame(&mut self, frame: ToEngine) -> Said {

@@ -111,6 +111,14 @@ impl Neighbour {
         matches!(self.turns.state, State::Asked | State::Gap { .. })
     }
 
+    /// For how long somebody else has had it since we asked.
+    pub(super) fn waited(&self, now: Instant) -> Duration {
+        match self.turns.state {
+            State::Asked => now.saturating_duration_since(self.asked_at),
+            State::Free | State::Ours { .. } | State::Gap { .. } => Duration::ZERO,
+        }
+    }
+
     /// When there is something to decide although nothing happens.
     pub(super) fn wakes_at(&self) -> Option<Instant> {
         match self.turns.state {
