@@ -7,7 +7,7 @@
 //! | module | does |
 //! |---|---|
 //! | [`child`], [`link`], [`hear`], [`spawn`] | one child from fork to reaping, its socket and what it says there |
-//! | [`cause`] | why it ended, and the remedy; pure |
+//! | [`cause`] | why it ended; pure |
 //! | [`files`] | what is told of the models' files without it |
 //! | [`ladder`], [`fallback`], [`standing`] | what runs for whom when the device fails; the first two pure |
 //! | [`idle`] | when an engine that nobody needs ends; pure |
@@ -53,7 +53,6 @@ use voxfleet_schema::{
     transcript::VadKind,
 };
 
-pub use self::cause::remedy;
 pub(crate) use self::{
     cause::is_of_this_worker,
     ladder::{Ask, Footing},

@@ -6,7 +6,10 @@
 use std::{os::unix::process::ExitStatusExt, process::ExitStatus};
 
 use rustix::process::Signal;
-use voxfleet_schema::failure::{Failure, FailureClass};
+use voxfleet_schema::{
+    failure::{Failure, FailureClass},
+    remedy::{self, Side},
+};
 
 use super::suspects::Death;
 use crate::engine::last_words::LastWords;
@@ -39,33 +42,7 @@ pub(super) struct Cause {
 impl Cause {
     /// For people: what happened, and what to do about it.
     pub(super) fn failure(&self) -> Failure {
-        Failure::new(self.class, format!("{}; {}", self.what, remedy(self.class)))
-    }
-}
-
-/// What to do about a failure of the device or the engine.
-pub fn remedy(class: FailureClass) -> &'static str {
-    match class {
-        FailureClass::OutOfMemory => {
-            "a smaller or quantised model, fewer worker.decode_states or a larger worker.memory_reserve_percent leaves more \
-             room; `nvidia-smi` shows who else uses the device"
-        }
-        FailureClass::DeviceLost => {
-            "`nvidia-smi -q` and `dmesg | grep -i xid` say what the driver saw; reset or reboot the host, and replace the \
-             device if it happens again"
-        }
-        FailureClass::DriverMismatch => {
-            "install a driver as new as the CUDA runtime of this build, or a build for this card's architecture; after a \
-             driver upgrade reboot the host"
-        }
-        FailureClass::MissingLibrary => {
-            "install the CUDA runtime libraries that this build needs (`ldd` shows which), or run with worker.gpu = \"none\""
-        }
-        FailureClass::EngineCrash => "the engine is started again; an input that does this alone is set aside",
-        FailureClass::Timeout => {
-            "the engine is ended and started again; a longer worker.engine_stuck_ms helps where the machine is only slow"
-        }
-        _ => "the worker's log says more",
+        Failure::new(self.class, remedy::told(Side::Engine, self.class, &self.what))
     }
 }
 
@@ -195,7 +172,8 @@ mod tests {
             assert_eq!((found.class, found.death), (class, death), "{seen:?}");
             let failure = found.failure();
             assert_eq!(failure.class, class);
-            assert!(failure.message.contains(remedy(class)) && !found.what.is_empty(), "{failure}");
+            assert_eq!(remedy::said(Side::Engine, class, &failure.message), found.what);
+            assert!(!found.what.is_empty() && failure.message != found.what, "{failure}");
         }
     }
 
@@ -207,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_a_remedy_here_is_of_this_worker() {
+    fn what_ends_an_engine_is_of_this_worker() {
         use FailureClass::*;
         for class in [OutOfMemory, DeviceLost, DriverMismatch, MissingLibrary, EngineCrash, Timeout] {
             assert!(is_of_this_worker(class), "{class}");
@@ -215,14 +193,5 @@ mod tests {
         for class in [BadRequest, BadAudio, ModelMissing, ModelDoesNotFit, NoCapacity, Cancelled, Internal] {
             assert!(!is_of_this_worker(class), "{class}");
         }
-    }
-
-    #[test]
-    fn every_cause_has_a_remedy_of_its_own() {
-        use FailureClass::*;
-        let classes = [OutOfMemory, DeviceLost, DriverMismatch, MissingLibrary, EngineCrash, Timeout];
-        let remedies: std::collections::BTreeSet<&str> = classes.into_iter().map(remedy).collect();
-        assert_eq!(remedies.len(), classes.len());
-        assert!(!remedies.contains(remedy(Internal)));
     }
 }

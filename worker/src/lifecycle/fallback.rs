@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use voxfleet_schema::{
     device::Standby,
     failure::{Failure, FailureClass},
+    remedy::{self, Side},
 };
 
 use super::{
@@ -303,7 +304,7 @@ impl Fallback {
     pub(super) fn failure_of(&self, now: Instant, model: &str) -> Option<Failure> {
         let mark = self.mark_of(model, self.on_cpu())?;
         let left = mark.until.saturating_duration_since(now).as_millis() as u64;
-        let text = format!("no memory for model {model}; {}", super::cause::remedy(mark.class));
+        let text = remedy::told(Side::Engine, mark.class, format_args!("no memory for model {model}"));
         Some(Failure { retry_after_ms: Some(left).filter(|ms| *ms > 0), ..Failure::new(mark.class, text) })
     }
 }
