@@ -4,7 +4,15 @@
 //! is only replaced by another one that knows English; one that knows many languages never by an English one.
 
 /// Sizes, largest first.
-pub const LADDER: [&str; 5] = ["large-v3-turbo", "medium", "small", "base", "tiny"];
+const LADDER: [&str; 5] = ["large-v3-turbo", "medium", "small", "base", "tiny"];
+
+/// The size at the top as it was first published; the ladder names what runs in its place.
+const PLAIN_LARGE: &str = "large-v3";
+
+/// Whether a name is that of a published size alone, no variant of one: those that a table of sizes lists.
+pub fn is_plain_size(model: &str) -> bool {
+    model == PLAIN_LARGE || LADDER[1..].contains(&model)
+}
 
 /// Place of a model on the ladder; none for names that say nothing of a size. Every `large` is at the top.
 pub fn rung(model: &str) -> Option<usize> {
@@ -47,6 +55,16 @@ mod tests {
             ("basement", None),
         ] {
             assert_eq!(rung(name), size, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_table_of_sizes_has_one_name_for_each() {
+        let plain = ["large-v3", "medium", "small", "base", "tiny"];
+        assert!(plain.into_iter().all(is_plain_size));
+        assert_eq!(plain.map(rung), [Some(0), Some(1), Some(2), Some(3), Some(4)]);
+        for variant in ["large-v3-turbo", "large-v2", "small.en", "base-q5_1", "ggml-tiny", ""] {
+            assert!(!is_plain_size(variant), "{variant}");
         }
     }
 

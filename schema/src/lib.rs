@@ -18,6 +18,7 @@
 //! | [`dead`] | what `ASR_DEAD` keeps of what could not be done |
 //! | [`event`] | what happened, for people and tests |
 //! | [`failure`] | the closed set of failure classes |
+//! | [`remedy`] | what to do about a trouble of device, engine or models |
 //! | [`codec`] | JSON for what people may read, MessagePack for what only machines exchange |
 //!
 //! Readers tolerate unknown fields and unknown enum values; writers never send them.
@@ -33,6 +34,7 @@ pub mod id;
 pub mod job;
 pub mod ladder;
 pub mod plan;
+pub mod remedy;
 pub mod session;
 pub mod source;
 pub mod transcript;

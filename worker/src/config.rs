@@ -155,6 +155,8 @@ pub struct WorkerConfig {
     pub idle_release_ms: u64,
     /// What did not fit, or failed, is tried again after so long, in ms; each failure in a row doubles it.
     pub restore_after_ms: u64,
+    /// The same after a driver or a library that did not fit.
+    pub restore_driver_after_ms: u64,
     pub sharing: Sharing,
     /// Of `sharing = "sequential"`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -226,6 +228,8 @@ impl Default for WorkerConfig {
             idle_release_ms: 600_000,
             // A neighbour that grew for one batch has shrunk by then; trying costs a load and perhaps a crash.
             restore_after_ms: 60_000,
+            // Nobody installs a driver under a running process without a thought.
+            restore_driver_after_ms: 1_800_000,
             sharing: Sharing::Resident,
             lock_file: None,
             // A neighbour waits for a few windows at most.
@@ -332,10 +336,11 @@ impl WorkerConfig {
             self.idle_release_ms == 0 || (100..=604_800_000).contains(&self.idle_release_ms),
             format!("worker.idle_release_ms: {}, allowed are 100 to 604800000, or 0", self.idle_release_ms),
         );
-        check(
-            (100..=86_400_000).contains(&self.restore_after_ms),
-            format!("worker.restore_after_ms: {}, allowed are 100 to 86400000", self.restore_after_ms),
-        );
+        for (field, ms) in
+            [("restore_after_ms", self.restore_after_ms), ("restore_driver_after_ms", self.restore_driver_after_ms)]
+        {
+            check((100..=86_400_000).contains(&ms), format!("worker.{field}: {ms}, allowed are 100 to 86400000"));
+        }
         check(
             (self.sharing == Sharing::Sequential) == self.lock_file.is_some(),
             "worker.lock_file: belongs to sharing = \"sequential\", which needs it".to_owned(),

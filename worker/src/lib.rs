@@ -27,6 +27,5 @@ mod stock;
 mod supervisor;
 
 pub use config::WorkerConfig;
-pub use lifecycle::remedy;
 pub use preempt::PreemptionConfig;
 pub use supervisor::{WorkerError, run};

@@ -7,7 +7,7 @@
 //! | module | does |
 //! |---|---|
 //! | [`child`], [`link`], [`hear`], [`spawn`] | one child from fork to reaping, its socket and what it says there |
-//! | [`cause`] | why it ended, and the remedy; pure |
+//! | [`cause`] | why it ended; pure |
 //! | [`files`], [`load`] | what is told of the models' files without it, and how far it has read them |
 //! | [`ladder`], [`fallback`], [`standing`] | what runs for whom when the device fails; the first two pure |
 //! | [`idle`] | when an engine that nobody needs ends; pure |
@@ -54,9 +54,9 @@ use voxfleet_schema::{
     transcript::VadKind,
 };
 
-pub use self::cause::remedy;
 pub(crate) use self::{
     cause::is_of_this_worker,
+    fallback::Waits,
     ladder::{Ask, Footing},
     outbox::Outbox,
     pressure::{Gauge, Memory},
@@ -125,8 +125,8 @@ pub(crate) struct EngineTerms {
     pub(crate) idle_release: Option<Duration>,
     /// It ends as soon as the last session or job has gone for good.
     pub(crate) swap: bool,
-    /// What failed is tried again after so long.
-    pub(crate) restore_after: Duration,
+    /// What failed is tried again then.
+    pub(crate) waits: Waits,
     /// Share of the device's memory that is left free.
     pub(crate) reserve_percent: u8,
 }
@@ -255,7 +255,7 @@ impl Engine {
         };
         let rest = Terms { after: terms.idle_release, swap: terms.swap };
         Self(Arc::new(Inner {
-            fallback: Mutex::new(Fallback::new(config.use_gpu, terms.restore_after)),
+            fallback: Mutex::new(Fallback::new(config.use_gpu, terms.waits)),
             on_cpu: AtomicBool::new(!config.use_gpu),
             config,
             program,

@@ -13,6 +13,30 @@ pub struct NotInTime {
     pub deadline: Duration,
 }
 
+/// The condition came true, and should not have.
+#[derive(Debug, thiserror::Error)]
+#[error("within {within:?}: {what}")]
+pub struct Happened {
+    pub what: String,
+    pub within: Duration,
+}
+
+/// Asks `probe` again and again for as long as `within`; what it gives is what should not have happened.
+pub async fn never<F, Fut>(within: Duration, mut probe: F) -> Result<(), Happened>
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = Option<String>>,
+{
+    let started = Instant::now();
+    while started.elapsed() < within {
+        if let Some(what) = probe().await {
+            return Err(Happened { what, within: started.elapsed() });
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    Ok(())
+}
+
 /// Asks `probe` until it gives something, at most for `deadline`. The first question comes at once.
 pub async fn eventually<T, F, Fut>(what: impl Into<String>, deadline: Duration, mut probe: F) -> Result<T, NotInTime>
 where

@@ -177,33 +177,43 @@ async fn weights_that_do_not_fit_cost_no_process() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_card_that_falls_off_the_bus_sends_whoever_may_to_the_cpu_and_takes_him_back() -> Result<()> {
+/// These faults, one in each process, and then none: the GPU is left alone for the reason of the last, and taken again when
+/// its time is over.
+async fn to_the_cpu_and_back(faults: &[&str], class: FailureClass, settings: Settings) -> Result<()> {
     let _place = fleet::place().await;
-    let mut on = OnCard::start(1_000, Settings::new().with("worker.restore_after_ms", 4_000)).await?;
-    ensure!(on.take("lost", Policy::AllowCpu).await? == ControlReply::Done);
+    let mut on = OnCard::start(1_000, settings).await?;
+    ensure!(on.take("soft", Policy::AllowCpu).await? == ControlReply::Done);
     let pcm = audio::bursts(23, 36.0);
     let [first, second, third] = thirds(&pcm);
-    let mut producer = Producer::bare(on.alone.js.clone(), "lost");
+    let mut producer = Producer::bare(on.alone.js.clone(), "soft");
     producer.stream(&first, 100, Pace::AsFastAsPossible).await?;
-    on.final_by("lost", "small", "cuda:simulated").await?;
-    on.card.fault("lost", 0)?;
+    on.final_by("soft", "small", "cuda:simulated").await?;
+    for fault in faults {
+        on.card.fault(fault, 0)?;
+    }
     producer.stream(&second, 100, Pace::AsFastAsPossible).await?;
-    on.final_by("lost", "small", "cpu").await?;
+    on.final_by("soft", "small", "cpu").await?;
     let beat = on.alone.beat("the CPU", |b| b.engine.effective_device == "cpu").await?;
-    assert_eq!(beat.engine.last_end.map(|end| end.class), Some(FailureClass::DeviceLost));
+    assert_eq!(beat.engine.restarts as usize, faults.len());
+    assert_eq!(beat.engine.last_end.map(|end| end.class), Some(class));
+    assert_eq!(beat.engine.standbys.iter().map(|standby| standby.class).collect::<Vec<_>>(), [class]);
     assert_eq!(on.card.used_by_processes_mb()?, 0, "nothing is left on it");
     for policy in [Policy::ExactModel, Policy::AllowSmaller] {
-        assert_eq!(refused(&on.take("strict", policy).await?), Some(FailureClass::DeviceLost));
+        assert_eq!(refused(&on.take("strict", policy).await?), Some(class));
     }
     on.alone.beat("the GPU", |b| b.engine.effective_device == "cuda:simulated").await?;
     producer.stream(&third, 100, Pace::AsFastAsPossible).await?;
     producer.end().await?;
-    assert_eq!(on.alone.end_text("lost").await?, direct::simulated_text(&pcm)?);
-    checker::check(&on.alone.js, "lost").await?.clean()?;
-    let changes = on.changes("lost", 2).await?;
+    assert_eq!(on.alone.end_text("soft").await?, direct::simulated_text(&pcm)?);
+    checker::check(&on.alone.js, "soft").await?.clean()?;
+    let changes = on.changes("soft", 2).await?;
     let told: Vec<_> = changes.iter().map(|(what, event)| (what.as_str(), &event["detail"]["device"])).collect();
     assert_eq!(told, [("degraded", &json!("cpu")), ("restored", &json!("gpu"))]);
+    assert_eq!(changes[0].1["detail"]["class"], class.as_str());
+    let finals = checker::finals(&on.alone.js, "soft").await?;
+    let last = finals.iter().rfind(|f| !f.text().is_empty()).context("a final")?;
+    assert_eq!(last.json["device"], "cuda:simulated");
+    ensure!(on.take("strict", Policy::ExactModel).await? == ControlReply::Done, "the GPU serves again");
     Ok(())
 }
 
@@ -244,6 +254,33 @@ async fn an_engine_leaves_a_card_of_which_the_driver_reports_that_it_fell_off() 
     let log = on.alone.worker.log();
     ensure!(log.contains("xid=79") && log.contains("xid=48") && !log.contains("engine died"), "{log}");
     Ok(())
+}
+
+/// Its own time, where others wait for longer than the test.
+fn soon_after(which: &str) -> Settings {
+    let long = Settings::new().with("worker.restore_after_ms", 600_000).with("worker.restore_driver_after_ms", 600_000);
+    long.with(which, 4_000)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_card_that_falls_off_the_bus_sends_whoever_may_to_the_cpu_and_takes_him_back() -> Result<()> {
+    to_the_cpu_and_back(&["lost"], FailureClass::DeviceLost, soon_after("worker.restore_after_ms")).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_driver_that_fits_again_is_used_again() -> Result<()> {
+    to_the_cpu_and_back(&["mismatch"], FailureClass::DriverMismatch, soon_after("worker.restore_driver_after_ms")).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_library_that_is_there_again_is_used_again() -> Result<()> {
+    to_the_cpu_and_back(&["library"], FailureClass::MissingLibrary, soon_after("worker.restore_driver_after_ms")).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_third_crash_within_a_minute_leaves_the_gpu_alone_for_a_while() -> Result<()> {
+    let settings = soon_after("worker.restore_after_ms");
+    to_the_cpu_and_back(&["abort", "exit", "kill"], FailureClass::EngineCrash, settings).await
 }
 
 /// What happens to the process, by name of the fault, and what becomes of it.

@@ -28,7 +28,7 @@ use voxfleet_harness::{
     process::Worker,
     producer::{Pace, Producer},
     sim_card::SimulatedCard,
-    wait::eventually,
+    wait::{eventually, never},
 };
 use voxfleet_schema::job::JobState;
 
@@ -298,12 +298,15 @@ async fn a_neighbour_and_we_take_turns_by_flock() -> Result<()> {
         let (neighbour, waited) = Neighbour::enter(&lock).await?;
         waits.push(waited);
         // Once far longer than an engine may stand still.
-        let until = Instant::now() + Duration::from_millis(if round == 2 { 2 * STUCK_MS } else { 300 });
-        while Instant::now() < until {
-            let decodes = card.decodes()?;
-            ensure!(decodes == 0, "{decodes} decodes beside the neighbour\n{}", fleet.logs());
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
+        let stays = Duration::from_millis(if round == 2 { 2 * STUCK_MS } else { 300 });
+        let beside = || async {
+            match card.decodes() {
+                Ok(0) => None,
+                Ok(n) => Some(format!("{n} decodes beside the neighbour")),
+                Err(error) => Some(error.to_string()),
+            }
+        };
+        never(stays, beside).await.with_context(|| fleet.logs())?;
         neighbour.leave().await?;
         working().await.with_context(|| fleet.logs())?;
     }

@@ -3,6 +3,7 @@
 use voxfleet_schema::{
     device::{Device, DeviceTrouble},
     failure::FailureClass,
+    remedy::{self, Side},
 };
 
 /// Our engine, as far as it matters for whose memory is whose.
@@ -24,27 +25,9 @@ pub(crate) trait Card: Send {
     fn identity(&self) -> Device;
 }
 
-/// What to do about a device that cannot be used.
-pub fn remedy(class: FailureClass) -> &'static str {
-    match class {
-        FailureClass::MissingLibrary => {
-            "install NVIDIA's driver, start the container with its GPUs (--gpus all), or name libnvidia-ml.so.1 in \
-             worker.nvml_library"
-        }
-        FailureClass::DriverMismatch => {
-            "driver and library must be of one version: reboot after a driver update, and take the library of the host into \
-             containers"
-        }
-        FailureClass::DeviceLost => {
-            "dmesg | grep -i xid says why; reset the card (nvidia-smi --gpu-reset), reboot, or rent another machine"
-        }
-        _ => "nvidia-smi tells whether the driver is loaded and may be used by this user",
-    }
-}
-
 /// A trouble in the driver's words, with the remedy behind.
 pub(super) fn trouble(class: FailureClass, said: impl std::fmt::Display) -> DeviceTrouble {
-    DeviceTrouble { class, message: format!("{said}; {}", remedy(class)) }
+    DeviceTrouble { class, message: remedy::told(Side::Driver, class, said) }
 }
 
 /// How many samples pass before a device that failed is asked again: each failure in a row doubles them.
@@ -181,13 +164,5 @@ mod tests {
         assert_eq!((0..).take_while(|_: &u32| !patience.is_over()).count(), 31);
         patience.failed();
         assert_eq!((0..).take_while(|_: &u32| !patience.is_over()).count(), 31);
-    }
-
-    #[test]
-    fn every_trouble_has_its_own_remedy() {
-        use FailureClass::{DeviceLost, DriverMismatch, MissingLibrary, Unavailable};
-        let remedies = [DeviceLost, DriverMismatch, MissingLibrary, Unavailable].map(remedy);
-        assert_eq!(std::collections::BTreeSet::from(remedies).len(), 4);
-        assert_eq!(trouble(DeviceLost, "gone").message, format!("gone; {}", remedy(DeviceLost)));
     }
 }

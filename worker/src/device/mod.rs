@@ -30,19 +30,19 @@ use voxfleet_schema::{
     failure::FailureClass,
     fleet::Device,
     id::{GpuId, IdError, MAX_ID_LEN},
+    remedy::{Side, remedy},
 };
 
 pub(crate) use self::{card::Ours, threads::Sharers};
-pub use self::{
-    card::remedy,
-    nvml::{Listed, Versions},
-    presence::Neighbour,
-};
 use self::{
     card::{Card, trouble},
     cpu::Cpu,
     nvml::{Gpu, Slot, class_of},
     presence::Presence,
+};
+pub use self::{
+    nvml::{Listed, Versions},
+    presence::Neighbour,
 };
 use crate::{
     config::{GpuChoice, WorkerConfig},
@@ -52,7 +52,7 @@ use crate::{
 /// A GPU that was asked for by name and cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    #[error("gpu {wanted} was asked for, and NVML cannot be used; {}", remedy(class_of(.source, false)))]
+    #[error("gpu {wanted} was asked for, and NVML cannot be used; {}", remedy(Side::Driver, class_of(.source, false)))]
     NoNvml {
         wanted: String,
         #[source]

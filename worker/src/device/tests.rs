@@ -166,7 +166,7 @@ fn a_card_that_is_lost_keeps_its_name_and_comes_back() {
         assert_eq!(class(&figures), Some(lost));
         assert_eq!((figures.uuid, figures.total_mb, figures.free_mb), (Some(fake.uuid(0)), 16_000, 0));
         let said = figures.trouble.expect("trouble").message;
-        assert!(said.ends_with(remedy(lost)), "{said}");
+        assert!(said.ends_with(remedy(Side::Driver, lost)), "{said}");
         assert_eq!(class(&probe.sample(None)), Some(lost));
         fake.unset(0, "error").expect("back");
         let back = (0..MANY).map(|_| probe.sample(None)).find(|figures| figures.trouble.is_none());
@@ -197,7 +197,7 @@ fn what_is_wrong_at_the_start_is_typed() {
     fake.set_machine("init_error", code::DRIVER_MISMATCH).expect("mismatch");
     let error = open(GpuChoice::Index(0)).err().expect("no nvml");
     assert_eq!(error.class(), Some(FailureClass::DriverMismatch));
-    assert!(error.to_string().contains(remedy(FailureClass::DriverMismatch)), "{error}");
+    assert!(error.to_string().contains(remedy(Side::Driver, FailureClass::DriverMismatch)), "{error}");
     let mut on_cpu = open(GpuChoice::Auto).expect("the cpu");
     assert!(!on_cpu.is_gpu() && on_cpu.gpu_id.as_str().starts_with("cpu-"));
     assert_eq!(class(&on_cpu.sample(None)), Some(FailureClass::DriverMismatch), "nothing is silent");

@@ -6,7 +6,10 @@
 use std::{os::unix::process::ExitStatusExt, process::ExitStatus};
 
 use rustix::process::Signal;
-use voxfleet_schema::failure::{Failure, FailureClass};
+use voxfleet_schema::{
+    failure::{Failure, FailureClass},
+    remedy::{self, Side},
+};
 
 use super::suspects::Death;
 use crate::engine::last_words::LastWords;
@@ -34,46 +37,16 @@ pub(super) struct Cause {
     pub(super) what: String,
     /// How the inputs it was working on are to be looked at; none: they have nothing to do with it.
     pub(super) death: Option<Death>,
-    /// What to do about it.
-    pub(super) remedy: &'static str,
+    /// Whose remedy helps.
+    pub(super) side: Side,
 }
 
 impl Cause {
     /// For people: what happened, and what to do about it.
     pub(super) fn failure(&self) -> Failure {
-        Failure::new(self.class, format!("{}; {}", self.what, self.remedy))
+        Failure::new(self.class, remedy::told(self.side, self.class, &self.what))
     }
 }
-
-/// What to do about a failure of the device or the engine.
-pub fn remedy(class: FailureClass) -> &'static str {
-    match class {
-        FailureClass::OutOfMemory => {
-            "a smaller or quantised model, fewer worker.decode_states or a larger worker.memory_reserve_percent leaves more \
-             room; `nvidia-smi` shows who else uses the device"
-        }
-        FailureClass::DeviceLost => {
-            "`nvidia-smi -q` and `dmesg | grep -i xid` say what the driver saw; reset or reboot the host, and replace the \
-             device if it happens again"
-        }
-        FailureClass::DriverMismatch => {
-            "install a driver as new as the CUDA runtime of this build, or a build for this card's architecture; after a \
-             driver upgrade reboot the host"
-        }
-        FailureClass::MissingLibrary => {
-            "install the CUDA runtime libraries that this build needs (`ldd` shows which), or run with worker.gpu = \"none\""
-        }
-        FailureClass::EngineCrash => "the engine is started again; an input that does this alone is set aside",
-        FailureClass::Timeout => {
-            "the engine is ended and started again; a longer worker.engine_stuck_ms helps where the machine is only slow"
-        }
-        _ => "the worker's log says more",
-    }
-}
-
-/// Of an engine that may not use its device, because its turn cannot be asked for.
-const NO_LOCK_REMEDY: &str = "worker.lock_file must be a file that this worker can open or make, on a disk that knows flock(2): \
-                              in containers, mount its folder into both";
 
 /// Whether a failure comes from the device and not from what it worked on.
 pub(super) fn is_of_the_device(class: FailureClass) -> bool {
@@ -90,7 +63,7 @@ pub(crate) fn is_of_this_worker(class: FailureClass) -> bool {
 pub(super) fn cause(seen: Seen<'_>) -> Cause {
     let Seen { status, stuck, wire, memory_kill, lines } = seen;
     let last = lines.last().map_or("", String::as_str);
-    let by = |class, what: String, death| Cause { class, what, death, remedy: remedy(class) };
+    let by = |class, what: String, death| Cause { class, what, death, side: Side::Engine };
     if stuck {
         let what = "the engine gave no sign of life and was ended".to_owned();
         return by(FailureClass::Timeout, what, Some(Death::Stuck));
@@ -102,7 +75,7 @@ pub(super) fn cause(seen: Seen<'_>) -> Cause {
         };
         let death = (words == LastWords::Assertion).then_some(Death::Crashed);
         let cause = by(words.class(), what, death);
-        return if words == LastWords::NoLock { Cause { remedy: NO_LOCK_REMEDY, ..cause } } else { cause };
+        return if words == LastWords::NoLock { Cause { side: Side::Lock, ..cause } } else { cause };
     }
     // The dynamic loader's code; nothing of ours ran.
     if status.and_then(|status| status.code()) == Some(127)
@@ -149,7 +122,7 @@ pub(super) fn not_spawned(error: &dyn std::error::Error) -> Cause {
         source = error.source();
     }
     let class = FailureClass::EngineCrash;
-    Cause { class, what, death: None, remedy: remedy(class) }
+    Cause { class, what, death: None, side: Side::Engine }
 }
 
 /// How often the kernel has killed something for want of memory, in this machine's life; 0 where it does not tell.
@@ -218,8 +191,9 @@ mod tests {
             assert_eq!((found.class, found.death), (class, death), "{seen:?}");
             let failure = found.failure();
             assert_eq!(failure.class, class);
-            let expected = if seen.status == exit(86) { NO_LOCK_REMEDY } else { remedy(class) };
-            assert!(failure.message.contains(expected) && !found.what.is_empty(), "{failure}");
+            let side = if seen.status == exit(86) { Side::Lock } else { Side::Engine };
+            assert_eq!(remedy::said(side, class, &failure.message), found.what);
+            assert!(!found.what.is_empty() && failure.message != found.what, "{failure}");
         }
     }
 
@@ -231,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_a_remedy_here_is_of_this_worker() {
+    fn what_ends_an_engine_is_of_this_worker() {
         use FailureClass::*;
         for class in [OutOfMemory, DeviceLost, DriverMismatch, MissingLibrary, EngineCrash, Timeout] {
             assert!(is_of_this_worker(class), "{class}");
@@ -239,15 +213,5 @@ mod tests {
         for class in [BadRequest, BadAudio, ModelMissing, ModelDoesNotFit, NoCapacity, Cancelled, Internal] {
             assert!(!is_of_this_worker(class), "{class}");
         }
-    }
-
-    #[test]
-    fn every_cause_has_a_remedy_of_its_own() {
-        use FailureClass::*;
-        let classes = [OutOfMemory, DeviceLost, DriverMismatch, MissingLibrary, EngineCrash, Timeout];
-        let remedies: std::collections::BTreeSet<&str> =
-            classes.into_iter().map(remedy).chain([NO_LOCK_REMEDY]).collect();
-        assert_eq!(remedies.len(), classes.len() + 1);
-        assert!(!remedies.contains(remedy(Internal)));
     }
 }

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use voxfleet_schema::{
     device::Standby,
     failure::{Failure, FailureClass},
+    remedy::{self, Side},
 };
 
 use super::{
@@ -27,6 +28,14 @@ const LONGEST: Duration = Duration::from_secs(30 * 60);
 const CRASHES_WITHIN: Duration = Duration::from_secs(60);
 /// ... when there are so many.
 const CRASHES: usize = 3;
+
+/// Until what failed is tried again for the first time.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Waits {
+    pub(crate) after: Duration,
+    /// After a driver or a library that did not fit: nobody installs one under a running process without a thought.
+    pub(crate) driver: Duration,
+}
 
 /// What a mark stands on.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -88,7 +97,7 @@ pub(super) struct Ended<'a> {
 #[derive(Debug)]
 pub(super) struct Fallback {
     gpu: bool,
-    restore_after: Duration,
+    waits: Waits,
     marks: BTreeMap<Place, Mark>,
     past: BTreeMap<Place, Past>,
     /// On the GPU, not explained otherwise.
@@ -101,10 +110,10 @@ pub(super) struct Fallback {
 
 impl Fallback {
     /// `gpu`: the worker is pinned to one.
-    pub(super) fn new(gpu: bool, restore_after: Duration) -> Self {
+    pub(super) fn new(gpu: bool, waits: Waits) -> Self {
         Self {
             gpu,
-            restore_after,
+            waits,
             marks: BTreeMap::new(),
             past: BTreeMap::new(),
             crashes: VecDeque::new(),
@@ -147,13 +156,12 @@ impl Fallback {
             None => self
                 .past
                 .get(&place)
-                .filter(|past| now.mono.saturating_duration_since(past.at) < past.lasted.max(self.restore_after))
+                .filter(|past| now.mono.saturating_duration_since(past.at) < past.lasted.max(self.waits.after))
                 .map(|past| (past.lasted, now.wall_ms)),
         };
-        // Nobody installs a driver or a library under a running process.
         let first = match class {
-            FailureClass::DriverMismatch | FailureClass::MissingLibrary => LONGEST,
-            _ => self.restore_after,
+            FailureClass::DriverMismatch | FailureClass::MissingLibrary => self.waits.driver,
+            _ => self.waits.after,
         };
         let lasts = before.map_or(first, |(lasts, _)| (lasts * 2).min(LONGEST.max(first)));
         let since_ms = before.map_or(now.wall_ms, |(_, since_ms)| since_ms);
@@ -303,7 +311,7 @@ impl Fallback {
     pub(super) fn failure_of(&self, now: Instant, model: &str) -> Option<Failure> {
         let mark = self.mark_of(model, self.on_cpu())?;
         let left = mark.until.saturating_duration_since(now).as_millis() as u64;
-        let text = format!("no memory for model {model}; {}", super::cause::remedy(mark.class));
+        let text = remedy::told(Side::Engine, mark.class, format_args!("no memory for model {model}"));
         Some(Failure { retry_after_ms: Some(left).filter(|ms| *ms > 0), ..Failure::new(mark.class, text) })
     }
 }
@@ -317,7 +325,7 @@ mod tests {
 
     use super::*;
 
-    const MINUTE: Duration = Duration::from_secs(60);
+    const WAITS: Waits = Waits { after: Duration::from_secs(60), driver: Duration::from_secs(1_200) };
 
     fn models() -> Vec<String> {
         ["medium", "small", "base"].map(str::to_owned).to_vec()
@@ -344,7 +352,7 @@ mod tests {
     }
 
     fn gpu() -> (Fallback, Clock) {
-        (Fallback::new(true, MINUTE), Clock(Instant::now()))
+        (Fallback::new(true, WAITS), Clock(Instant::now()))
     }
 
     #[test]
@@ -366,7 +374,7 @@ mod tests {
             (true, false, Timeout, Some("small"), None),
         ];
         for (gpu, on_cpu, class, culprit, expected) in cases {
-            let mut fallback = Fallback::new(gpu, MINUTE);
+            let mut fallback = Fallback::new(gpu, WAITS);
             let now = Clock(Instant::now()).at(0);
             let end = Ended { class, on_cpu, culprit };
             assert_eq!(fallback.ended(now, end, &models()), expected, "{gpu} {end:?}");
@@ -512,12 +520,14 @@ mod tests {
 
     #[test]
     fn drivers_are_not_tried_again_each_minute() {
-        let (mut fallback, clock) = gpu();
-        let end = Ended { class: FailureClass::DriverMismatch, on_cpu: false, culprit: None };
-        fallback.ended(clock.at(0), end, &models());
-        assert_eq!(fallback.due(clock.at(1_799).mono, |_| true), []);
-        assert_eq!(fallback.due(clock.at(1_800).mono, |_| true), [Place::Device]);
-        fallback.gave_up_trying();
-        assert_eq!(fallback.due(clock.at(1_801).mono, |_| true), [Place::Device]);
+        for class in [FailureClass::DriverMismatch, FailureClass::MissingLibrary] {
+            let (mut fallback, clock) = gpu();
+            let end = Ended { class, on_cpu: false, culprit: None };
+            fallback.ended(clock.at(0), end, &models());
+            assert_eq!(fallback.due(clock.at(1_199).mono, |_| true), []);
+            assert_eq!(fallback.due(clock.at(1_200).mono, |_| true), [Place::Device]);
+            fallback.gave_up_trying();
+            assert_eq!(fallback.due(clock.at(1_201).mono, |_| true), [Place::Device]);
+        }
     }
 }

@@ -14,10 +14,9 @@
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
     ladder::{english_only, may_stand_in, rung},
+    remedy::{self, Side},
     session::Policy,
 };
-
-use super::cause::remedy;
 
 /// What a session or job asks for, and may get.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,7 +145,7 @@ fn refusal(ask: &Ask, class: FailureClass, on_cpu: Option<FailureClass>) -> Fail
         (_, Some(_)) => format!("the engine runs on the CPU, not with model {model} on its GPU"),
         _ => "the GPU of this worker cannot be used".to_owned(),
     };
-    Failure::new(class, format!("{text}, and {allows}; {}", remedy(class)))
+    Failure::new(class, remedy::told(Side::Engine, class, format_args!("{text}, and {allows}")))
 }
 
 #[cfg(test)]

@@ -33,7 +33,7 @@ fn engine(models: &[&str], use_gpu: bool) -> (Engine, watch::Sender<Device>) {
         stuck_after: Duration::from_secs(5),
         idle_release: None,
         swap: false,
-        restore_after: Duration::from_secs(60),
+        waits: Waits { after: Duration::from_secs(60), driver: Duration::from_secs(1_800) },
         reserve_percent: 0,
     };
     let gpu = Device { index: use_gpu.then_some(0), total_mb: 16_000, free_mb: 16_000, ..Device::default() };

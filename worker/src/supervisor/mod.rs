@@ -44,7 +44,7 @@ use crate::{
     heartbeat::{self, Identity, Named, Sources},
     ipc::{EngineConfig, EngineKind},
     job::Means,
-    lifecycle::{Engine, EngineTerms, Program},
+    lifecycle::{Engine, EngineTerms, Program, Waits},
     measures::Measures,
     memory::Memory,
     preempt,
@@ -351,7 +351,10 @@ fn terms(config: &WorkerConfig) -> EngineTerms {
         stuck_after: Duration::from_millis(config.engine_stuck_ms),
         idle_release: Some(Duration::from_millis(config.idle_release_ms)).filter(|after| !after.is_zero()),
         swap: config.sharing == Sharing::Swap,
-        restore_after: Duration::from_millis(config.restore_after_ms),
+        waits: Waits {
+            after: Duration::from_millis(config.restore_after_ms),
+            driver: Duration::from_millis(config.restore_driver_after_ms),
+        },
         reserve_percent: config.memory_reserve_percent,
     }
 }

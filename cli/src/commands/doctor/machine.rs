@@ -62,13 +62,17 @@ mod worker {
     use std::path::Path;
 
     use sha2::{Digest as _, Sha256};
-    use voxfleet_schema::{device::DeviceTrouble, failure::FailureClass};
+    use voxfleet_schema::{
+        device::DeviceTrouble,
+        failure::FailureClass,
+        remedy::{self, Side, remedy},
+    };
     use voxfleet_worker::{
         WorkerConfig,
         config::GpuChoice,
         device::{self, Listed, Neighbour, Versions},
         engine::{models, vad::Silero},
-        ipc::EngineKind,
+        ipc::{EngineKind, ModelFile},
     };
 
     use super::super::Check;
@@ -127,9 +131,8 @@ mod worker {
 
     /// Its message ends with the remedy, which is the mend here.
     fn trouble(found: &DeviceTrouble) -> Check {
-        let remedy = device::remedy(found.class);
-        let said = found.message.strip_suffix(remedy).unwrap_or(&found.message);
-        Check::fail("gpu", format!("{}: {}", found.class, said.trim_end_matches("; ")), remedy)
+        let said = remedy::said(Side::Driver, found.class, &found.message);
+        Check::fail("gpu", format!("{}: {said}", found.class), remedy(Side::Driver, found.class))
     }
 
     fn pinned(config: &WorkerConfig, has_gpus: bool) -> Check {
@@ -227,11 +230,37 @@ mod worker {
                  these settings: ask with --set worker.models_dir=DIR to have that folder looked at",
             )];
         }
-        let look = |file: &voxfleet_worker::ipc::ModelFile| match models::check(&file.name, &file.path) {
+        files.iter().map(|file| model(file, config.prefetch.contains(&file.name))).collect()
+    }
+
+    /// `fetched`: a worker here brings what is missing.
+    fn model(file: &ModelFile, fetched: bool) -> Check {
+        if fetched && !file.path.exists() {
+            let mend = "sessions that want it wait until then; `voxfleet models pull` brings it before";
+            return Check::warn("models", format!("{} is not here, a worker fetches it at its start", file.name), mend);
+        }
+        match models::check(&file.name, &file.path) {
             Ok(facts) => Check::ok("models", format!("{}, about {} MB loaded", file.name, facts.expected_mb)),
-            Err(error) => Check::fail("models", error.to_string(), "fetch the file again"),
-        };
-        files.iter().map(look).collect()
+            Err(error) => Check::fail("models", error.to_string(), remedy(Side::Model, FailureClass::ModelMissing)),
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+        use crate::commands::doctor::Verdict;
+
+        #[test]
+        fn only_what_is_fetched_may_be_missing() {
+            let dir = tempfile::tempdir().expect("folder");
+            let file = ModelFile { name: "m".to_owned(), path: dir.path().join("m.bin") };
+            assert_eq!(model(&file, true).verdict, Verdict::Warn);
+            assert_eq!(model(&file, false).verdict, Verdict::Fail);
+            std::fs::write(&file.path, "half").expect("file");
+            let damaged = model(&file, true);
+            assert_eq!(damaged.verdict, Verdict::Fail, "one that is there is not fetched again");
+            assert!(damaged.mend.is_some_and(|mend| mend.contains("models pull")));
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! `voxfleet doctor`: what can be wrong, what is, and the mend. Changes nothing.
 
+mod fleet;
 mod machine;
 mod server;
 

@@ -10,7 +10,7 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::fleet::{FleetStatus, WorkerStatus};
 
-use super::Check;
+use super::{Check, fleet};
 use crate::{commands::status::heard, config::Settings};
 
 const ASK: Duration = Duration::from_secs(2);
@@ -180,6 +180,7 @@ async fn workers(nats: &Nats, jetstream: bool) -> Vec<Check> {
         ];
     }
     let mut checks = vec![Check::ok("workers", format!("{} beat", workers.len())), clock(&workers)];
+    checks.extend(fleet::look(workers.iter().map(|worker| &worker.heartbeat)));
     if jetstream && let Ok(consumers) = topology::list_worker_consumers(nats).await {
         let lacking = |w: &&WorkerStatus| !consumers.iter().any(|c| c.live && c.worker == w.heartbeat.worker());
         checks.extend(workers.iter().filter(lacking).map(|w| {

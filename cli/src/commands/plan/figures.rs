@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use voxfleet_schema::ladder;
 use voxfleet_store::models::{
     Catalog, Model, ModelError, ModelKind,
     measured::{DeviceKey, Figures, Measured, ModelKey},
@@ -12,8 +13,6 @@ use voxfleet_store::models::{
 const CONTEXT_MB: u64 = 530;
 /// What a session costs: four guaranteed MB of audio, and its window in the engine. Of the host where the device is a GPU.
 pub(super) const SESSION_MB: u64 = 6;
-/// The sizes of Whisper as they were published, best first. Their variants are named where they matter.
-const SIZES: [&str; 5] = ["large-v3", "medium", "small", "base", "tiny"];
 
 /// The kind of device, for what is not a model's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,8 +49,7 @@ impl Known {
 
     /// The published sizes, and what is here if `here` matters.
     pub(super) fn usual(&self, here: bool) -> Vec<&Model> {
-        let wanted =
-            |m: &&Model| SIZES.contains(&m.name.as_str()) || (here && self.path(m).is_some_and(|p| p.is_file()));
+        let wanted = |m: &&Model| ladder::is_plain_size(&m.name) || (here && self.path(m).is_some_and(|p| p.is_file()));
         self.whisper().filter(wanted).collect()
     }
 

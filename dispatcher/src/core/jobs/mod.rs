@@ -4,7 +4,8 @@
 //! | module | inputs |
 //! |---|---|
 //! | [`asks`] | submits, questions, cancels, lists |
-//! | [`placing`] | choosing a worker, writing the record, sending the work item |
+//! | [`placing`] | choosing a worker, sending the work item |
+//! | [`writing`] | writing the record, and what stands there |
 //! | [`endings`] | tries that failed, cancels, ends of chains |
 //! | [`upkeep`] | reconciliation, expiry |
 //! | [`telling`] | none: the events of all of them |
@@ -16,6 +17,7 @@ mod telling;
 #[cfg(test)]
 mod tests;
 mod upkeep;
+mod writing;
 
 use std::time::Duration;
 
