@@ -64,7 +64,7 @@ pub enum DeviceError {
         #[source]
         source: NvmlError,
     },
-    #[error("gpu {wanted} was asked for, and it does not answer; {}", remedy(FailureClass::DeviceLost))]
+    #[error("gpu {wanted} was asked for, and it does not answer; {}", remedy(Side::Driver, FailureClass::DeviceLost))]
     Lost {
         wanted: String,
         #[source]
