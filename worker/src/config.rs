@@ -149,6 +149,8 @@ pub struct WorkerConfig {
     /// NVIDIA's management library; none = the one that the loader finds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nvml_library: Option<PathBuf>,
+    /// `--all-gpus` looks so often for devices that did not answer, in ms.
+    pub survey_every_ms: u64,
     /// Share of the device's memory that is left free, beside what other tenants have.
     pub memory_reserve_percent: u8,
     /// Without work for so long the engine ends and leaves nothing on its device, in ms; 0 = never.
@@ -222,6 +224,8 @@ impl Default for WorkerConfig {
             provider: ProviderChoice::Auto,
             price_per_hour: None,
             nvml_library: None,
+            // A card that is reset is back within a minute; asking loads the driver's library anew.
+            survey_every_ms: 30_000,
             // What drivers and allocators take beside what is asked for.
             memory_reserve_percent: 5,
             // Longer than the pauses of a working day's calls, shorter than what a neighbour minds.
@@ -329,6 +333,10 @@ impl WorkerConfig {
             format!("worker.drain_ms: {}, allowed are 500 to 86400000", self.drain_ms),
         );
         check(
+            (100..=3_600_000).contains(&self.survey_every_ms),
+            format!("worker.survey_every_ms: {}, allowed are 100 to 3600000", self.survey_every_ms),
+        );
+        check(
             self.memory_reserve_percent <= 50,
             format!("worker.memory_reserve_percent: {}, the most is 50", self.memory_reserve_percent),
         );
@@ -345,7 +353,7 @@ impl WorkerConfig {
             (self.sharing == Sharing::Sequential) == self.lock_file.is_some(),
             "worker.lock_file: belongs to sharing = \"sequential\", which needs it".to_owned(),
         );
-        if let Some(Err(why)) = self.lock_file.as_deref().map(can_be_locked) {
+        if let Some(Err(why)) = self.lock_file.as_deref().map(|path| can_be_locked(path, may_make_files)) {
             check(false, format!("worker.lock_file: {why}"));
         }
         check(
@@ -527,16 +535,23 @@ fn not_here(name: &str) -> String {
     }
 }
 
-/// Whether a lock can be taken on this file, now or once it has been made; nothing is made here.
-fn can_be_locked(path: &Path) -> Result<(), String> {
+fn may_make_files(folder: &Path) -> bool {
+    use rustix::fs::Access;
+    rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK).is_ok()
+}
+
+/// Whether a lock can be taken on this file, now or once it has been made; nothing is made here. `may_make`: whether we may
+/// make files in this folder.
+fn can_be_locked(path: &Path, may_make: impl Fn(&Path) -> bool) -> Result<(), String> {
     match std::fs::File::open(path) {
         Ok(file) if file.metadata().is_ok_and(|m| m.is_dir()) => Err(format!("{} is a folder", path.display())),
         Ok(_) => Ok(()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let folder = path.parent().map(|folder| Path::new(".").join(folder));
-            match folder.is_some_and(|folder| folder.is_dir()) {
-                true => Ok(()),
-                false => Err(format!("the folder of {} is not there", path.display())),
+            let folder = path.parent().map(|folder| Path::new(".").join(folder)).filter(|folder| folder.is_dir());
+            match folder {
+                Some(folder) if may_make(&folder) => Ok(()),
+                Some(_) => Err(format!("{} is not there, and we may not make it", path.display())),
+                None => Err(format!("the folder of {} is not there", path.display())),
             }
         }
         Err(error) => Err(format!("{} cannot be opened: {error}", path.display())),

@@ -1,15 +1,19 @@
 //! `worker --all-gpus`: a worker process for each device of the machine, and this one to keep them running.
 //!
 //! A worker that fails is started again, one that ends in order (drained, or asked) stays ended. A stop is passed on to all.
-//! This process speaks to nobody else and loads no driver once it knows the devices' names.
+//! A card that does not answer at the start is asked for again and again, and gets its worker when it is back. This process
+//! speaks to nobody else, and loads no driver once it knows every device's name.
 
-use std::{ffi::OsString, io, os::unix::process::ExitStatusExt as _, process::ExitStatus, time::Duration};
+use std::{
+    collections::BTreeSet, ffi::OsString, io, os::unix::process::ExitStatusExt as _, path::PathBuf, pin::pin,
+    process::ExitStatus, time::Duration,
+};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
     process::Child,
-    task::JoinSet,
-    time::{Instant, timeout},
+    task::{JoinError, JoinSet},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use voxfleet_schema::device::DeviceTrouble;
@@ -41,7 +45,19 @@ pub enum EveryGpuError {
     #[error("{failed} of {all} workers could not be kept running")]
     Failed { failed: usize, all: usize },
     #[error("the task that keeps a worker running failed")]
-    Task(#[from] tokio::task::JoinError),
+    Task(#[from] JoinError),
+}
+
+impl EveryGpuError {
+    /// Whether trying again is of no use: what the driver says may be over in a moment, a wrong setting stays wrong.
+    pub fn is_of_settings(&self) -> bool {
+        match self {
+            EveryGpuError::Config(_) | EveryGpuError::NoCuda => true,
+            EveryGpuError::Nvml(_) | EveryGpuError::NoGpu | EveryGpuError::Failed { .. } | EveryGpuError::Task(_) => {
+                false
+            }
+        }
+    }
 }
 
 /// What of the configuration cannot hold for several workers at once.
@@ -77,33 +93,89 @@ pub async fn run(
     if !device::takes_gpus(config) {
         return Err(EveryGpuError::NoCuda);
     }
-    let library = config.nvml_library.clone();
-    let survey = tokio::task::spawn_blocking(move || device::survey(library.as_deref())).await?;
-    let Survey { devices, troubles, .. } = survey.map_err(EveryGpuError::Nvml)?;
-    for trouble in &troubles {
-        tracing::error!(class = %trouble.class, trouble.message, "a gpu gets no worker");
-    }
-    if devices.is_empty() {
+    let library = &config.nvml_library;
+    let Some(survey) = shutdown.run_until_cancelled(look(library.clone())).await else { return Ok(()) };
+    let mut site = Site::default();
+    let first = site.learn(Ok(survey?.map_err(EveryGpuError::Nvml)?));
+    if first.is_empty() {
         return Err(EveryGpuError::NoGpu);
     }
-    tracing::info!(workers = devices.len(), "a worker for each gpu");
+    tracing::info!(workers = first.len(), "a worker for each gpu");
     let mut keepers = JoinSet::new();
-    let all = devices.len();
-    for device in devices {
-        let keeper = Keeper {
-            args: of_device(&args, &device, all),
-            device,
-            patience: config.shutdown().max(Duration::from_millis(config.preemption.notice_ms)) + GRACE,
-            refusal,
-            shutdown: shutdown.clone(),
-        };
-        keepers.spawn(async move { keeper.keep().await });
-    }
+    let patience = config.shutdown().max(Duration::from_millis(config.preemption.notice_ms)) + GRACE;
+    let start = |keepers: &mut JoinSet<bool>, devices: Vec<Listed>, workers: usize| {
+        for device in devices {
+            let (args, shutdown) = (of_device(&args, &device, workers), shutdown.clone());
+            let keeper = Keeper { args, device, patience, refusal, shutdown };
+            keepers.spawn(async move { keeper.keep().await });
+        }
+    };
+    start(&mut keepers, first, site.workers());
+    let every = Duration::from_millis(config.survey_every_ms);
+    let again = || async {
+        sleep(every).await;
+        look(library.clone()).await
+    };
+    let mut looking = pin!(again());
     let mut failed = 0;
-    while let Some(ended) = keepers.join_next().await {
-        failed += usize::from(!ended?);
+    loop {
+        tokio::select! {
+            ended = keepers.join_next() => match ended {
+                Some(ended) => failed += usize::from(!ended?),
+                None => break,
+            },
+            survey = &mut looking, if site.lacks_some() && !shutdown.is_cancelled() => {
+                let back = site.learn(survey?);
+                start(&mut keepers, back, site.workers());
+                looking.set(again());
+            }
+        }
     }
-    if failed == 0 { Ok(()) } else { Err(EveryGpuError::Failed { failed, all }) }
+    if failed == 0 { Ok(()) } else { Err(EveryGpuError::Failed { failed, all: site.known.len() }) }
+}
+
+/// A driver may take its time, so on a blocking thread.
+async fn look(library: Option<PathBuf>) -> Result<Result<Survey, DeviceTrouble>, JoinError> {
+    tokio::task::spawn_blocking(move || device::survey(library.as_deref())).await
+}
+
+/// Which devices have been seen, and why others have not. Pure.
+#[derive(Debug, Default)]
+struct Site {
+    /// By their names; each has had its worker.
+    known: BTreeSet<String>,
+    /// As of the last survey.
+    troubles: Vec<DeviceTrouble>,
+}
+
+impl Site {
+    /// The devices that get a worker now.
+    fn learn(&mut self, survey: Result<Survey, DeviceTrouble>) -> Vec<Listed> {
+        let (devices, troubles) = match survey {
+            Ok(survey) => (survey.devices, survey.troubles),
+            Err(trouble) => (Vec::new(), vec![trouble]),
+        };
+        for trouble in troubles.iter().filter(|trouble| !self.troubles.contains(trouble)) {
+            tracing::error!(class = %trouble.class, trouble.message, "a gpu gets no worker until it answers");
+        }
+        let waited_for = !self.troubles.is_empty();
+        self.troubles = troubles;
+        let new: Vec<Listed> = devices.into_iter().filter(|device| self.known.insert(device.uuid.clone())).collect();
+        for device in new.iter().filter(|_| waited_for) {
+            tracing::info!(uuid = device.uuid, name = device.name, "a gpu answers again and gets its worker");
+        }
+        new
+    }
+
+    /// Whether there may be a device that has no worker yet.
+    fn lacks_some(&self) -> bool {
+        !self.troubles.is_empty()
+    }
+
+    /// Who will share the cores once all are back.
+    fn workers(&self) -> usize {
+        self.known.len() + self.troubles.len()
+    }
 }
 
 /// The words after the program's name: those of this process, one device, and how many share the cores.
@@ -222,7 +294,10 @@ fn told(status: &io::Result<ExitStatus>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use voxfleet_schema::failure::FailureClass;
+
     use super::*;
+    use crate::device::Versions;
 
     #[test]
     fn only_a_failure_is_started_again() {
@@ -255,6 +330,48 @@ mod tests {
         let args = of_device(&["worker".into(), "--slots".into(), "8".into()], &device, 2);
         let args: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
         assert_eq!(args, ["worker", "--slots", "8", "--gpu", "GPU-1", "--set", "worker.host_workers=2"]);
+    }
+
+    #[test]
+    fn a_card_that_comes_back_gets_a_worker_and_no_card_gets_two() {
+        let card = |index: u32| Listed {
+            index,
+            uuid: format!("GPU-{index}"),
+            name: "T4".into(),
+            total_mb: 16_000,
+            is_instance: false,
+        };
+        let lost = |message: &str| DeviceTrouble { class: FailureClass::DeviceLost, message: message.to_owned() };
+        let survey = |devices: &[u32], troubles: &[&str]| Survey {
+            versions: Versions::default(),
+            devices: devices.iter().map(|index| card(*index)).collect(),
+            troubles: troubles.iter().map(|message| lost(message)).collect(),
+        };
+        let mut site = Site::default();
+        for (what, found, started, lacks, workers) in [
+            ("one does not answer", Ok(survey(&[0, 2], &["gpu 1"])), &[0, 2][..], true, 3),
+            ("still", Ok(survey(&[0, 2], &["gpu 1"])), &[], true, 3),
+            ("nothing does", Err(lost("no driver")), &[], true, 3),
+            ("it is back", Ok(survey(&[0, 1, 2], &[])), &[1], false, 3),
+            ("and that was all", Ok(survey(&[0, 1, 2], &[])), &[], false, 3),
+        ] {
+            let new: Vec<u32> = site.learn(found).iter().map(|device| device.index).collect();
+            assert_eq!((&new[..], site.lacks_some(), site.workers()), (started, lacks, workers), "{what}");
+        }
+    }
+
+    #[test]
+    fn only_settings_are_never_tried_again() {
+        let trouble = DeviceTrouble { class: FailureClass::DriverMismatch, message: String::new() };
+        for (error, settings) in [
+            (EveryGpuError::Config(Vec::new()), true),
+            (EveryGpuError::NoCuda, true),
+            (EveryGpuError::Nvml(trouble), false),
+            (EveryGpuError::NoGpu, false),
+            (EveryGpuError::Failed { failed: 1, all: 2 }, false),
+        ] {
+            assert_eq!(error.is_of_settings(), settings, "{error}");
+        }
     }
 
     #[test]

@@ -162,7 +162,8 @@ pub(crate) async fn run(own: Nats, main: Nats, mut sources: Sources, stop: Cance
     }
 }
 
-/// Samples the device each second on a blocking thread.
+/// Samples the device each second on a blocking thread. A sampler that panics takes this task with it: a worker whose figures
+/// stand still is of no use.
 pub(crate) async fn sample_device(
     mut probe: Probe,
     engine: Engine,
@@ -202,10 +203,28 @@ pub(crate) async fn sample_device(
                 probe = back;
                 figures.send_replace(device);
             }
-            Err(error) => {
-                tracing::error!(%error, "device sampling ended");
-                break;
-            }
+            Err(error) => match error.try_into_panic() {
+                Ok(panicked) => std::panic::resume_unwind(panicked),
+                // The runtime is ending, and everything with it.
+                Err(_) => return,
+            },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::JoinSet;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_sampler_that_panics_does_not_end_in_silence() {
+        let (engine, _figures) = crate::lifecycle::tests::engine(&["small"], true);
+        let (figures, _device) = watch::channel(Device::default());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(sample_device(Probe::that_panics(), engine, figures, CancellationToken::new()));
+        let ended = tasks.join_next().await.expect("it ends");
+        assert!(ended.is_err_and(|error| error.is_panic()));
     }
 }

@@ -2,13 +2,16 @@
 //!
 //! Figures are those of the device's sampler, one each second: what is given as before is the last sample until then, what is
 //! given as after the first one behind it. The watching is pure; [`Memory::run`] feeds it.
+//!
+//! A job's own are those that began after it did: what was loaded for somebody before it is no stage of it. The release of the
+//! engine comes after the result, so no result tells it.
 
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use voxfleet_schema::{
     device::Device,
@@ -51,33 +54,35 @@ pub(crate) struct Change {
 struct Watcher {
     used_mb: u64,
     running: bool,
-    /// Since a load began.
-    loading: Option<u64>,
-    /// Over, and waiting for the first sample behind them.
-    over: Vec<(Stage, u64)>,
+    /// Since a load began: when, and what was in use.
+    loading: Option<(Instant, u64)>,
+    /// Over, and waiting for the first sample behind them: when they began, and what was in use.
+    over: Vec<(Stage, Instant, u64)>,
 }
 
 impl Watcher {
-    fn engine(&mut self, state: EngineRunState, models: &[ModelState]) {
+    fn engine(&mut self, now: Instant, state: EngineRunState, models: &[ModelState]) {
         let loads = models.iter().any(|model| model.state == Residency::Loading);
         match (self.loading, loads) {
-            (None, true) => self.loading = Some(self.used_mb),
-            (Some(before), false) => {
+            (None, true) => self.loading = Some((now, self.used_mb)),
+            (Some((began, before)), false) => {
                 self.loading = None;
-                self.over.push((Stage::Load, before));
+                self.over.push((Stage::Load, began, before));
             }
             _ => {}
         }
         let runs = !matches!(state, EngineRunState::Down | EngineRunState::Failed);
         if self.running && !runs {
-            self.over.push((Stage::Release, self.used_mb));
+            self.over.push((Stage::Release, now, self.used_mb));
         }
         self.running = runs;
     }
 
-    fn sample(&mut self, used_mb: u64) -> Vec<Change> {
+    /// Changes that are known now, with their beginnings.
+    fn sample(&mut self, used_mb: u64) -> Vec<(Instant, Change)> {
         self.used_mb = used_mb;
-        self.over.drain(..).map(|(stage, before_mb)| Change { stage, before_mb, after_mb: used_mb }).collect()
+        let known = |(stage, began, before_mb)| (began, Change { stage, before_mb, after_mb: used_mb });
+        self.over.drain(..).map(known).collect()
     }
 }
 
@@ -85,7 +90,7 @@ impl Watcher {
 #[derive(Debug, Clone)]
 pub(crate) struct Memory {
     device: watch::Receiver<Device>,
-    last: Arc<Mutex<BTreeMap<Stage, Change>>>,
+    last: Arc<Mutex<BTreeMap<Stage, (Instant, Change)>>>,
 }
 
 impl Memory {
@@ -98,23 +103,23 @@ impl Memory {
         self.device.borrow().used_mb
     }
 
-    /// A stage that the caller watches itself is over.
-    pub(crate) fn ended(&self, stage: Stage, before_mb: u64) -> Change {
+    /// A stage that the caller watches itself since `began` is over.
+    pub(crate) fn ended(&self, stage: Stage, began: Instant, before_mb: u64) -> Change {
         let change = Change { stage, before_mb, after_mb: self.used_mb() };
-        self.tell(change);
+        self.tell(began, change);
         change
     }
 
-    /// The last time there was such a stage.
-    pub(crate) fn last(&self, stage: Stage) -> Option<Change> {
-        locked(&self.last).get(&stage).copied()
+    /// The last time there was such a stage, if it began after `since`.
+    pub(crate) fn last(&self, stage: Stage, since: Instant) -> Option<Change> {
+        locked(&self.last).get(&stage).filter(|(began, _)| *began >= since).map(|(_, change)| *change)
     }
 
-    fn tell(&self, change: Change) {
+    fn tell(&self, began: Instant, change: Change) {
         let Change { stage, before_mb, after_mb } = change;
         tracing::info!(stage = stage.as_str(), before_mb, after_mb, "memory of a stage");
         metrics::stage_memory(change);
-        locked(&self.last).insert(stage, change);
+        locked(&self.last).insert(stage, (began, change));
     }
 
     /// Watches loads and releases until `stop`.
@@ -130,7 +135,7 @@ impl Memory {
                         return;
                     }
                     let status = status.borrow_and_update();
-                    watcher.engine(status.state, &status.models);
+                    watcher.engine(Instant::now(), status.state, &status.models);
                 }
                 changed = device.changed() => {
                     if changed.is_err() {
@@ -138,8 +143,8 @@ impl Memory {
                     }
                     let sample = device.borrow_and_update().clone();
                     metrics::device_memory(&sample);
-                    for change in watcher.sample(sample.used_mb) {
-                        self.tell(change);
+                    for (began, change) in watcher.sample(sample.used_mb) {
+                        self.tell(began, change);
                     }
                 }
             }
@@ -149,6 +154,8 @@ impl Memory {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn model(state: Residency) -> Vec<ModelState> {
@@ -158,40 +165,44 @@ mod tests {
     #[test]
     fn a_load_and_a_release_are_told_with_the_samples_around_them() {
         use EngineRunState::{Down, Ready, Restarting};
+        let begun = Instant::now();
+        let at = |seconds| begun + Duration::from_secs(seconds);
         let mut watcher = Watcher::default();
         assert_eq!(watcher.sample(10), []);
-        watcher.engine(Ready, &model(Residency::Available));
-        watcher.engine(Ready, &model(Residency::Loading));
+        watcher.engine(at(1), Ready, &model(Residency::Available));
+        watcher.engine(at(2), Ready, &model(Residency::Loading));
         assert_eq!(watcher.sample(60), [], "it goes on");
-        watcher.engine(Ready, &model(Residency::Loaded));
-        assert_eq!(watcher.sample(110), [Change { stage: Stage::Load, before_mb: 10, after_mb: 110 }]);
+        watcher.engine(at(3), Ready, &model(Residency::Loaded));
+        assert_eq!(watcher.sample(110), [(at(2), Change { stage: Stage::Load, before_mb: 10, after_mb: 110 })]);
         assert_eq!(watcher.sample(120), [], "told once");
-        watcher.engine(Restarting, &model(Residency::Available));
+        watcher.engine(at(4), Restarting, &model(Residency::Available));
         assert_eq!(watcher.sample(20), [], "it comes back");
-        watcher.engine(Ready, &model(Residency::Available));
+        watcher.engine(at(5), Ready, &model(Residency::Available));
         watcher.sample(130);
-        watcher.engine(Down, &model(Residency::Available));
-        assert_eq!(watcher.sample(0), [Change { stage: Stage::Release, before_mb: 130, after_mb: 0 }]);
+        watcher.engine(at(6), Down, &model(Residency::Available));
+        assert_eq!(watcher.sample(0), [(at(6), Change { stage: Stage::Release, before_mb: 130, after_mb: 0 })]);
     }
 
     #[test]
     fn a_load_that_dies_with_its_process_is_over_too() {
         let mut watcher = Watcher::default();
+        let now = Instant::now();
         watcher.sample(5);
-        watcher.engine(EngineRunState::Ready, &model(Residency::Loading));
-        watcher.engine(EngineRunState::Restarting, &model(Residency::Available));
-        assert_eq!(watcher.sample(6), [Change { stage: Stage::Load, before_mb: 5, after_mb: 6 }]);
+        watcher.engine(now, EngineRunState::Ready, &model(Residency::Loading));
+        watcher.engine(now, EngineRunState::Restarting, &model(Residency::Available));
+        assert_eq!(watcher.sample(6), [(now, Change { stage: Stage::Load, before_mb: 5, after_mb: 6 })]);
     }
 
     #[tokio::test]
-    async fn the_last_change_of_a_stage_is_kept() {
+    async fn the_last_change_of_a_stage_is_kept_for_those_who_came_before_it() {
         let (figures, device) = watch::channel(Device { used_mb: 7, ..Device::default() });
         let memory = Memory::new(device);
-        let before = memory.used_mb();
+        let (before, began) = (memory.used_mb(), Instant::now());
         figures.send_replace(Device { used_mb: 9, ..Device::default() });
-        let change = memory.ended(Stage::Transcribe, before);
+        let change = memory.ended(Stage::Transcribe, began, before);
         assert_eq!((change.before_mb, change.after_mb), (7, 9));
-        assert_eq!(memory.last(Stage::Transcribe), Some(change));
-        assert_eq!(memory.last(Stage::Load), None);
+        assert_eq!(memory.last(Stage::Transcribe, began), Some(change));
+        assert_eq!(memory.last(Stage::Transcribe, began + Duration::from_millis(1)), None, "somebody else's");
+        assert_eq!(memory.last(Stage::Load, began), None);
     }
 }

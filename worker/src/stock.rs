@@ -77,6 +77,16 @@ impl Stock {
         self.news.notify_one();
     }
 
+    #[cfg(test)]
+    pub(crate) fn fetching(&self, model: &str) {
+        self.set(model, Some(Absence::Fetching { percent: 0 }));
+    }
+
+    #[cfg(test)]
+    pub(crate) fn arrived(&self, model: &str) {
+        self.set(model, None);
+    }
+
     /// Fetches what is not here, until all of it is or `stop`.
     pub(crate) async fn fetch(&self, store: ModelStore, wanted: Vec<ModelFile>, stop: CancellationToken) {
         let mut missing: Vec<ModelFile> = wanted.into_iter().filter(|file| !file.path.is_file()).collect();

@@ -27,6 +27,10 @@ use crate::{
 #[cfg(not(feature = "worker"))]
 const DEFAULTS: (u64, u64) = (4, 2);
 
+/// What is called so that does not answer.
+#[cfg(feature = "worker")]
+const UNKNOWN_GPU: &str = "a gpu that does not answer";
+
 /// A card planned for.
 struct Target {
     card: Card,
@@ -35,7 +39,12 @@ struct Target {
     on: On,
     /// What the driver says against it.
     trouble: Option<String>,
+    /// What is in use on it may be a running worker's.
+    in_use_may_be_ours: bool,
 }
+
+/// A device of this machine as it is now; and of what is in use, what engines of workers have, if the driver tells.
+type Seen = (Device, Option<u64>);
 
 /// What was found for a card.
 struct Found {
@@ -44,6 +53,7 @@ struct Found {
     /// Variants of models better than the recommended one that are safe too.
     variants: Vec<Planned>,
     trouble: Option<String>,
+    in_use_may_be_ours: bool,
 }
 
 pub(crate) async fn run(args: &PlanArgs, context: &Context) -> anyhow::Result<Exit> {
@@ -119,16 +129,18 @@ async fn targets(args: &PlanArgs, settings: &Settings, known: &Known) -> anyhow:
             host_mb: None,
         };
         let key = known.described(&gpu.name, gpu.total_mb);
-        return Ok(vec![Target { card, key, on: On::Gpu, trouble: None }]);
+        return Ok(vec![Target { card, key, on: On::Gpu, trouble: None, in_use_may_be_ours: false }]);
     }
     let devices = look(settings).await?;
-    let host_mb = match devices.iter().any(|d| d.uuid.is_some()) {
+    let host_mb = match devices.iter().any(|(device, _)| device.uuid.is_some()) {
         true => look_at_host(settings).await?,
         false => None,
     };
-    let target = |device: Device| {
+    let target = |(device, engines_mb): Seen| {
         let on = if device.uuid.is_some() { On::Gpu } else { On::Cpu };
-        let others_mb = device.total_mb.saturating_sub(device.free_mb);
+        // What is planned takes the place of what our engines hold.
+        let others_mb = device.total_mb.saturating_sub(device.free_mb).saturating_sub(engines_mb.unwrap_or(0));
+        let in_use_may_be_ours = engines_mb.is_none() && others_mb > 0 && device.trouble.is_none();
         let now = (others_mb > 0).then(|| Tenant { name: "in use now".to_owned(), mb: others_mb });
         let key = DeviceKey { name: device.name.clone(), total_mb: device.total_mb };
         let tenants = now.into_iter().chain(args.tenants.iter().cloned()).collect();
@@ -136,41 +148,60 @@ async fn targets(args: &PlanArgs, settings: &Settings, known: &Known) -> anyhow:
         let trouble = device.trouble.map(|t| t.message);
         let (name, total_mb) = (device.name, device.total_mb);
         let card = Card { name, total_mb, tenants, safe_percent, most_percent, host_mb };
-        Target { card, key: Some(key), on, trouble }
+        Target { card, key: Some(key), on, trouble, in_use_may_be_ours }
     };
     Ok(devices.into_iter().map(target).collect())
 }
 
 /// The devices that workers here would use: each GPU, unless the settings name one, or the host.
 #[cfg(feature = "worker")]
-async fn look(settings: &Settings) -> anyhow::Result<Vec<Device>> {
-    use voxfleet_worker::config::GpuChoice;
-    let first = look_at(settings, settings.worker.gpu.clone()).await?;
-    let gpus = first.gpus.filter(|_| settings.worker.gpu == GpuChoice::Auto).unwrap_or(1);
-    let mut devices = vec![first];
-    for index in 0..gpus {
-        if devices[0].index.is_some_and(|first| first != index) {
-            devices.push(look_at(settings, GpuChoice::Index(index)).await?);
-        }
+async fn look(settings: &Settings) -> anyhow::Result<Vec<Seen>> {
+    use voxfleet_worker::{
+        config::GpuChoice,
+        device::{Survey, survey, takes_gpus},
+    };
+    let all = settings.worker.gpu == GpuChoice::Auto && takes_gpus(&settings.worker);
+    let library = settings.worker.nvml_library.clone().filter(|_| all);
+    let surveyed = match all {
+        true => tokio::task::spawn_blocking(move || survey(library.as_deref())).await.or_exit(Exit::Internal)?.ok(),
+        false => None,
+    };
+    let Some(Survey { devices, troubles, .. }) = surveyed.filter(|survey| !survey.devices.is_empty()) else {
+        // The one that is named, or the host in place of what is not there.
+        return Ok(vec![look_at(settings, settings.worker.gpu.clone()).await?]);
+    };
+    let mut seen = Vec::new();
+    for listed in devices {
+        seen.push(look_at(settings, GpuChoice::Uuid(listed.uuid)).await?);
     }
-    Ok(devices)
+    // Nobody can say what they are.
+    seen.extend(
+        troubles.into_iter().map(|trouble| {
+            (Device { name: UNKNOWN_GPU.to_owned(), trouble: Some(trouble), ..Device::default() }, None)
+        }),
+    );
+    Ok(seen)
 }
 
 #[cfg(feature = "worker")]
-async fn look_at(settings: &Settings, gpu: voxfleet_worker::config::GpuChoice) -> anyhow::Result<Device> {
+async fn look_at(settings: &Settings, gpu: voxfleet_worker::config::GpuChoice) -> anyhow::Result<Seen> {
     let config = voxfleet_worker::WorkerConfig { gpu, ..settings.worker.clone() };
-    let looked = tokio::task::spawn_blocking(move || voxfleet_worker::device::look(&config)).await;
-    looked.or_exit(Exit::Internal)?.or_exit(Exit::Config)
+    let looked = tokio::task::spawn_blocking(move || voxfleet_worker::device::look_apart(&config)).await;
+    looked.or_exit(Exit::Internal)?.map_err(|error| {
+        // A device that does not answer is no wrong setting.
+        let exit = if error.class().is_some() { Exit::Failure } else { Exit::Config };
+        crate::exit::coded(exit, error.into())
+    })
 }
 
 /// Free memory of the host, for the buffers of sessions.
 #[cfg(feature = "worker")]
 async fn look_at_host(settings: &Settings) -> anyhow::Result<Option<u64>> {
-    Ok(Some(look_at(settings, voxfleet_worker::config::GpuChoice::None).await?.free_mb))
+    Ok(Some(look_at(settings, voxfleet_worker::config::GpuChoice::None).await?.0.free_mb))
 }
 
 #[cfg(not(feature = "worker"))]
-async fn look(_settings: &Settings) -> anyhow::Result<Vec<Device>> {
+async fn look(_settings: &Settings) -> anyhow::Result<Vec<Seen>> {
     Err(anyhow::anyhow!("this build has no worker and can not look at the device; describe it with --gpu NAME:SIZE"))
         .or_exit(Exit::Usage)
 }
@@ -181,14 +212,17 @@ async fn look_at_host(_settings: &Settings) -> anyhow::Result<Option<u64>> {
 }
 
 fn find(target: Target, known: &Known, named: Option<&[&Model]>, wish: Wish) -> Found {
-    let Target { card, key, on, trouble } = target;
+    let Target { card, key, on, trouble, in_use_may_be_ours } = target;
+    if card.total_mb == 0 {
+        return Found { card, options: Vec::new(), variants: Vec::new(), trouble, in_use_may_be_ours };
+    }
     let needs =
         |models: &[&Model]| -> Vec<Needs> { models.iter().map(|model| known.needs(model, key.as_ref(), on)).collect() };
     // What is in the folder here says nothing of a card elsewhere.
     let here = card.host_mb.is_some() || on == On::Cpu;
     let options = plan(&card, &needs(&named.map_or_else(|| known.usual(here), <[&Model]>::to_vec)), wish);
     let variants = if named.is_some() { Vec::new() } else { variants(&card, &options, &needs, known, wish) };
-    Found { card, options, variants, trouble }
+    Found { card, options, variants, trouble, in_use_may_be_ours }
 }
 
 /// Of those that know many languages, for one language more is worth more than the next size.
@@ -214,7 +248,8 @@ fn variants(
 fn as_json(found: &[Found], wish: Wish) -> Value {
     let one = |found: &Found| {
         json!({
-            "device": found.card.name, "card": found.card, "trouble": found.trouble, "sessions": wish.sessions,
+            "device": found.card.name, "card": found.card, "trouble": found.trouble,
+            "in_use_may_be_ours": found.in_use_may_be_ours, "sessions": wish.sessions,
             "states": wish.states, "options": found.options, "variants": found.variants,
         })
     };

@@ -2,10 +2,7 @@
 
 use voxfleet_nats::topology::TopologyError;
 use voxfleet_store::models::InUse;
-use voxfleet_worker::{
-    WorkerConfig,
-    every_gpu::{self, EveryGpuError},
-};
+use voxfleet_worker::{WorkerConfig, every_gpu};
 
 use super::SERVICE_LOG;
 use crate::{
@@ -56,7 +53,8 @@ async fn all_gpus(config: &WorkerConfig, context: &Context) -> anyhow::Result<Ex
             tracing::info!("all workers stopped");
             Ok(Exit::Ok)
         }
-        Err(error @ (EveryGpuError::Failed { .. } | EveryGpuError::Task(_))) => Err(error).or_exit(Exit::Failure),
-        Err(error) => Err(error).or_exit(Exit::Config),
+        // Scripts that keep a worker running give up on a bad configuration, and try again on anything else.
+        Err(error) if error.is_of_settings() => Err(error).or_exit(Exit::Config),
+        Err(error) => Err(error).or_exit(Exit::Failure),
     }
 }

@@ -10,6 +10,7 @@ use voxfleet_audio::{Limits, decode::Decoder, entries::EntryMaker};
 use voxfleet_harness::{
     audio, checker, find,
     fleet::{self, Engine, Fleet},
+    process::voxfleet,
     wait::eventually,
 };
 use voxfleet_nats::{Nats, NatsConfig, api, subjects::Endpoint};
@@ -243,6 +244,47 @@ async fn a_cancelled_job_ends_its_chain_and_frees_its_slot() -> Result<()> {
     ensure!(next.record.state == JobState::Done, "{:?}", next.record);
     let finals = chain(&fleet, "next").await?;
     assert_eq!(aggregate(&fleet, &finals).await?["full_text"], text);
+    Ok(())
+}
+
+/// The figures in the result of a recording.
+async fn figures(nats: &Nats, fleet: &Fleet, job: &str) -> Result<Value> {
+    submit(nats, &request(job, audio::bursts(91, 80.0).wav())?).await?;
+    let ended = ended(nats, fleet, job).await?;
+    ensure!(ended.record.state == JobState::Done, "{:?}\n{}", ended.record, fleet.logs());
+    let result = aggregate(fleet, &chain(fleet, job).await?).await?;
+    assert_eq!(result["provider"], "runpod", "{result:#}");
+    Ok(result["performance_metrics"].clone())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_tells_its_own_memory_and_what_it_cost_on_a_rented_machine() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let rented = Fleet::builder().workers(1).engine(slow()).worker_env("RUNPOD_POD_ID", "pod-1");
+    let priced = rented.set("worker.price_per_hour", 0.5).set("worker.simulated.load_ms", 500);
+    let fleet = priced.set("worker.simulated.weights_mb", 200).start().await?;
+    let nats = connect(&fleet).await?;
+    let mb = |metrics: &Value, stage: &str| metrics["stages"][stage].as_f64();
+    let loading = figures(&nats, &fleet, "loading").await?;
+    let (before, after) = (mb(&loading, "load_before_mb"), mb(&loading, "load_after_mb"));
+    ensure!(before.zip(after).is_some_and(|(before, after)| after >= before + 150.0), "200 MB more: {loading:#}");
+    for metrics in [&loading, &figures(&nats, &fleet, "warm").await?] {
+        let whole = mb(metrics, "transcribe_after_mb").context("memory of the decoding")?;
+        ensure!(whole >= 200.0 && mb(metrics, "transcribe_before_mb").is_some(), "{metrics:#}");
+        let (times, cost) = (metrics["times_real_time"].as_f64(), metrics["cost_per_audio_hour"].as_f64());
+        let (times, cost) = times.zip(cost).context("a speed and a cost")?;
+        ensure!(times > 1.0 && (cost * times - 0.5).abs() < 1e-6, "{cost} at {times} x real time: {metrics:#}");
+        let is_first = std::ptr::eq(metrics, &loading);
+        ensure!(mb(metrics, "load_after_mb").is_some() == is_first, "the first alone has loaded: {metrics:#}");
+    }
+
+    let mut status = voxfleet(fleet.settings(), fleet.dir())?;
+    status.args(["status", "--json"]);
+    let output = tokio::task::spawn_blocking(move || status.output()).await??;
+    let status: Value = serde_json::from_slice(&output.stdout)?;
+    let heartbeat = &status["workers"][0]["heartbeat"];
+    ensure!((&heartbeat["provider"], &heartbeat["price_per_hour"]) == (&json!("runpod"), &json!(0.5)), "{status:#}");
+    ensure!(status["workers"][0]["cost_per_audio_hour"].is_f64(), "{status:#}");
     Ok(())
 }
 

@@ -22,6 +22,7 @@ fn every_mistake_is_named_at_once() {
         gpu: GpuChoice::Uuid("first".to_owned()),
         price_per_hour: Some(f64::NAN),
         shutdown_ms: 1,
+        survey_every_ms: 0,
         silero_model: Some("/nowhere/silero.onnx".into()),
         models: [("x/y".to_owned(), PathBuf::from("/nowhere/x.bin"))].into(),
         ..simulated()
@@ -34,6 +35,7 @@ fn every_mistake_is_named_at_once() {
         "worker.gpu:",
         "worker.price_per_hour:",
         "worker.shutdown_ms:",
+        "worker.survey_every_ms:",
         "worker.silero_model:",
         "worker.models:",
         "worker.models.x/y:",
@@ -65,6 +67,18 @@ fn turns_need_a_file_that_can_be_locked() {
         assert!(problems.starts_with("worker.lock_file:") && problems.contains(why), "{problems}");
     }
     assert_eq!(WorkerConfig { sharing: Sharing::Swap, ..good }.turns(), None);
+}
+
+#[test]
+fn a_lock_file_that_nobody_can_make_is_a_mistake() {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = folder.path().join("gpu.lock");
+    let asked = |may_make: bool| can_be_locked(&path, move |_| may_make);
+    assert_eq!(asked(true), Ok(()));
+    assert!(asked(false).is_err_and(|why| why.contains("may not make it")));
+    std::fs::write(&path, "").expect("a neighbour makes it");
+    assert_eq!(asked(false), Ok(()), "one that is there can be locked by whoever may read it");
+    assert!(may_make_files(folder.path()) && !may_make_files(Path::new("/nowhere")));
 }
 
 #[test]

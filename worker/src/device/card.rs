@@ -21,6 +21,9 @@ pub(crate) trait Card: Send {
     /// Its figures now, or why there are none. One that failed is tried again by later calls. `ours`: none without an engine.
     fn sample(&mut self, ours: Option<Ours>) -> Result<Device, DeviceTrouble>;
 
+    /// Of what is in use, what engines of workers have, whoever runs them; none where the driver does not tell whose it is.
+    fn engines_mb(&self) -> Option<u64>;
+
     /// What is known of it although it does not answer: all figures that change are 0 or absent.
     fn identity(&self) -> Device;
 }
@@ -102,6 +105,17 @@ pub(super) fn without_engine_mb(known: Option<u64>, ours: Option<Ours>, used_by_
     known.map(|known| known.min(used_by_all.saturating_sub(ours.resident_mb)))
 }
 
+/// Whether this is the command line of a worker's engine, as `/proc` shows it.
+fn is_engine(cmdline: &[u8]) -> bool {
+    let mut words = cmdline.split(|byte| *byte == 0).skip(1);
+    words.next() == Some(b"engine") && words.next() == Some(b"--fd")
+}
+
+/// Whether this process is a worker's engine, of this worker or of another.
+pub(super) fn runs_an_engine(pid: u32) -> bool {
+    std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|cmdline| is_engine(&cmdline))
+}
+
 /// Whether process ids here are those of the host, which drivers count in: the kernel's first namespace has this number.
 pub(super) fn pids_are_the_hosts() -> bool {
     const FIRST: &str = "pid:[4026531836]";
@@ -146,6 +160,20 @@ mod tests {
         assert_eq!(seen(engine(4_000), 6_500), (4_000, Some(2_500)));
         assert_eq!(seen(engine(4_000), 14_100), (4_600, Some(2_500)), "as much as ours may have; the others grew");
         assert_eq!(seen(None, 9_600), (0, Some(9_600)));
+    }
+
+    #[test]
+    fn engines_are_known_by_their_words() {
+        for (cmdline, engine) in [
+            (&b"/proc/self/exe\0engine\0--fd\09\0"[..], true),
+            (b"/opt/voxfleet\0engine\0--fd\012\0", true),
+            (b"voxfleet\0worker\0--gpu\00\0", false),
+            (b"other\0engine\0start\0", false),
+            (b"", false),
+        ] {
+            assert_eq!(is_engine(cmdline), engine, "{}", String::from_utf8_lossy(cmdline));
+        }
+        assert!(!runs_an_engine(std::process::id()));
     }
 
     #[test]

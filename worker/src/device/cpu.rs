@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use voxfleet_schema::device::{Device, DeviceTrouble};
 
-use super::card::{Card, Ours};
+use super::card::{Card, Ours, runs_an_engine};
 
 pub(super) struct Cpu {
     name: String,
@@ -23,6 +23,13 @@ impl Card for Cpu {
         let resident = |pid: u32| resident_kb(Path::new(&format!("/proc/{pid}/status")));
         let used_kb = resident(std::process::id()) + ours.map_or(0, |ours| resident(ours.pid));
         Ok(figures(self.identity(), &info, used_kb))
+    }
+
+    fn engines_mb(&self) -> Option<u64> {
+        let entries = fs::read_dir("/proc").ok()?.flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let engines = pids.filter(|pid| runs_an_engine(*pid));
+        Some(engines.map(|pid| resident_kb(Path::new(&format!("/proc/{pid}/status")))).sum::<u64>() / 1024)
     }
 
     fn identity(&self) -> Device {

@@ -22,7 +22,7 @@ mod tests;
 mod threads;
 mod xid;
 
-use std::{collections::HashSet, path::Path, time::Duration};
+use std::{collections::HashSet, path::Path, sync::Arc, time::Duration};
 
 use nvml_wrapper::{Nvml, error::NvmlError};
 use voxfleet_schema::{
@@ -33,7 +33,10 @@ use voxfleet_schema::{
     remedy::{Side, remedy},
 };
 
-pub(crate) use self::{card::Ours, threads::Sharers};
+pub(crate) use self::{
+    card::Ours,
+    threads::{Cores, Share},
+};
 use self::{
     card::{Card, trouble},
     cpu::Cpu,
@@ -93,7 +96,7 @@ pub(crate) struct Probe {
     lacks: Option<DeviceTrouble>,
     /// Told already.
     told: Option<DeviceTrouble>,
-    presence: Option<Presence>,
+    presence: Option<Arc<Presence>>,
     shared_with: Vec<String>,
     pub(crate) gpu_id: GpuId,
     pub(crate) host: String,
@@ -118,6 +121,24 @@ impl Probe {
             None => Box::new(Cpu::open()),
         };
         Ok(Self { card, uuid, lacks, told: None, presence: None, shared_with: Vec::new(), gpu_id, host })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn that_panics() -> Self {
+        struct Panics;
+        impl Card for Panics {
+            fn sample(&mut self, _: Option<Ours>) -> Result<Device, DeviceTrouble> {
+                panic!("thrown by a driver's binding")
+            }
+            fn engines_mb(&self) -> Option<u64> {
+                None
+            }
+            fn identity(&self) -> Device {
+                Device::default()
+            }
+        }
+        let config = WorkerConfig { gpu: GpuChoice::None, ..WorkerConfig::default() };
+        Self { card: Box::new(Panics), ..Self::open(&config).expect("the CPU") }
     }
 
     /// What `CUDA_VISIBLE_DEVICES` of the engine child must say: its one device, or none.
@@ -148,14 +169,14 @@ impl Probe {
     pub(crate) fn announce(&mut self, cache_dir: &Path) {
         let me = Neighbour { gpu_id: self.gpu_id.to_string(), uuid: self.uuid.clone() };
         match Presence::announce(cache_dir, &self.host, &me) {
-            Ok(presence) => self.presence = Some(presence),
+            Ok(presence) => self.presence = Some(Arc::new(presence)),
             Err(error) => tracing::info!(%error, "other workers of this host cannot see this one"),
         }
     }
 
-    /// Workers of this host, this one included.
-    pub(crate) fn workers_here(&self) -> usize {
-        1 + self.presence.as_ref().map_or(0, |presence| presence.others().len())
+    /// The way to a share of this host's cores.
+    pub(crate) fn cores(&self, config: &WorkerConfig) -> Cores {
+        Cores::new(config, self.presence.clone())
     }
 
     /// Names of other workers on the same device, told when they change. The CPU is everybody's.
@@ -202,6 +223,12 @@ impl Probe {
 /// The device a worker with this configuration would use, and its figures now. Blocks.
 pub fn look(config: &WorkerConfig) -> Result<Device, DeviceError> {
     Probe::open(config).map(|mut probe| probe.sample(None))
+}
+
+/// The same, for whoever plans what else fits; and of the memory in use, what engines of workers have, if the driver tells.
+/// Blocks.
+pub fn look_apart(config: &WorkerConfig) -> Result<(Device, Option<u64>), DeviceError> {
+    Probe::open(config).map(|mut probe| (probe.sample(None), probe.card.engines_mb()))
 }
 
 /// The workers of this host that use this cache folder. Blocks.

@@ -17,7 +17,9 @@ use voxfleet_schema::{
 };
 
 use super::{
-    card::{Card, Listing, Ours, Patience, own_memory_mb, pids_are_the_hosts, trouble, without_engine_mb},
+    card::{
+        Card, Listing, Ours, Patience, own_memory_mb, pids_are_the_hosts, runs_an_engine, trouble, without_engine_mb,
+    },
     xid::{self, Library},
 };
 use crate::session::unix_ms;
@@ -256,6 +258,19 @@ impl Card for Gpu {
                 Err(trouble)
             }
         }
+    }
+
+    fn engines_mb(&self) -> Option<u64> {
+        let device = self.nvml.as_ref()?.device_by_uuid(self.listed.uuid.as_str()).ok()?;
+        let processes = device.running_compute_processes().ok()?;
+        let engines = processes.iter().filter(|process| runs_an_engine(process.pid));
+        let listed = engines.map(|engine| match engine.used_gpu_memory {
+            UsedGpuMemory::Used(bytes) => Some(bytes / MB),
+            UsedGpuMemory::Unavailable => None,
+        });
+        let engines: Vec<u64> = listed.collect::<Option<_>>()?;
+        // Where the driver counts processes otherwise than we do, none that we know is not none.
+        (!engines.is_empty() || self.pids_are_the_hosts).then(|| engines.iter().sum())
     }
 
     fn identity(&self) -> Device {

@@ -282,7 +282,6 @@ fn two_workers_on_one_card_notice_each_other() {
         (vec!["gpu-c".into()], vec!["gpu-a".into()])
     );
     assert!(beside.sample(None).shared_with.is_empty(), "on a card of its own");
-    assert_eq!(beside.workers_here(), 3);
     drop(second);
     assert!(first.sample(None).shared_with.is_empty());
 }

@@ -55,6 +55,8 @@ pub(crate) struct Work {
     fetch_s: f64,
     /// What finals stand for when this worker took it.
     from_s: f64,
+    /// When this worker took it.
+    taken: Instant,
     begun: Instant,
     /// In use on the device when it began, in MB.
     before_mb: u64,
@@ -69,8 +71,10 @@ impl Work {
         aggregate.add(end);
         let transcribe = self.begun.elapsed().as_secs_f64();
         let times = Times { queue: self.queue_s, fetch: self.fetch_s, transcribe, from: self.from_s };
-        let decoded = self.memory.ended(Stage::Transcribe, self.before_mb);
-        let changes: Vec<Change> = self.memory.last(Stage::Load).into_iter().chain([decoded]).collect();
+        let decoded = self.memory.ended(Stage::Transcribe, self.begun, self.before_mb);
+        // A model that was here already is no load of this job.
+        let loaded = self.memory.last(Stage::Load, self.taken);
+        let changes: Vec<Change> = loaded.into_iter().chain([decoded]).collect();
         let result = aggregate.finish(self.rent, times, &changes);
         let bytes = codec::to_json(&result).map_err(|error| Failure::new(FailureClass::Internal, error.to_string()))?;
         let key = result_key(&end.id, &end.final_id);

@@ -107,6 +107,7 @@ impl Job {
     async fn prepare(&self) -> Result<Option<Work>, Failure> {
         let Means { shared, fetcher, media, limits, exe, rent, memory } = &self.means;
         let item = &self.item;
+        let taken = Instant::now();
         let from_sample = match last_final(&shared.chain, Kind::Job, &item.job).await {
             Ok(Some(last)) if last.value.end => return Ok(None),
             Ok(last) => last.map_or(0, |last| last.value.to_sample),
@@ -133,6 +134,7 @@ impl Job {
                 .max(0.0),
             fetch_s: begun.elapsed().as_secs_f64(),
             from_s: from_sample as f64 / f64::from(SAMPLE_RATE_HZ),
+            taken,
             begun: Instant::now(),
             before_mb: memory.used_mb(),
             memory: memory.clone(),

@@ -64,6 +64,13 @@ impl Engine {
         locked(&self.0.asked).clear();
         self.0.anew.store(false, Ordering::Relaxed);
         locked(&self.0.idle).begins();
+        let share = match spawn::share(&self.0.program, on_cpu).await {
+            Ok(share) => share,
+            Err(error) => {
+                tracing::error!(%error, "cores not shared out, no engine is started");
+                return LifeEnd::NotReady;
+            }
+        };
         let spawned = match spawn::spawn(&self.0.program, on_cpu).await {
             Ok(spawned) => spawned,
             Err(error) => {
@@ -83,7 +90,12 @@ impl Engine {
             stderr.spawn(link::forward_stderr(pipe, last_lines.clone()));
         }
         let (mut writing, mut reading) = (JoinSet::new(), JoinSet::new());
-        let mut config = EngineConfig { use_gpu: !on_cpu, ..self.0.config.clone() };
+        let mut config = EngineConfig {
+            use_gpu: !on_cpu,
+            decode_states: share.states,
+            decode_threads: share.threads,
+            ..self.0.config.clone()
+        };
         if on_cpu && self.0.config.use_gpu {
             // The card that is shared by turns is not used.
             config.turns = None;

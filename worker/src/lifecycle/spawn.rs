@@ -5,10 +5,14 @@ use std::path::PathBuf;
 use tokio::{
     net::UnixStream,
     process::{Child, ChildStderr},
+    task::JoinError,
 };
 
 pub(crate) use crate::spawner::SpawnError;
-use crate::spawner::{Environment, Launch, launch, number, socketpair};
+use crate::{
+    device::{Cores, Share},
+    spawner::{Environment, Launch, launch, number, socketpair},
+};
 
 /// What runs as the engine child.
 #[derive(Debug, Clone)]
@@ -19,6 +23,7 @@ pub(crate) struct Program {
     pub(crate) args: Vec<String>,
     /// `CUDA_VISIBLE_DEVICES`.
     pub(crate) visible_device: String,
+    pub(crate) cores: Cores,
 }
 
 /// A started child.
@@ -27,6 +32,12 @@ pub(crate) struct Spawned {
     pub(crate) child: Child,
     pub(crate) stderr: Option<ChildStderr>,
     pub(crate) socket: UnixStream,
+}
+
+/// Its share of the cores, among the workers that are here now.
+pub(crate) async fn share(program: &Program, on_cpu: bool) -> Result<Share, JoinError> {
+    let cores = program.cores.clone();
+    tokio::task::spawn_blocking(move || cores.share(!on_cpu)).await
 }
 
 /// `on_cpu`: it sees no device at all.

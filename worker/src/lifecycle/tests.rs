@@ -8,10 +8,14 @@ use voxfleet_schema::{
 };
 
 use super::*;
-use crate::ipc::{FromEngine, ModelFile, SimulatedConfig};
+use crate::{
+    config::WorkerConfig,
+    device::Cores,
+    ipc::{FromEngine, ModelFile, SimulatedConfig},
+};
 
 /// An engine with models of these names and what it is told of its device.
-fn engine(models: &[&str], use_gpu: bool) -> (Engine, watch::Sender<Device>) {
+pub(crate) fn engine(models: &[&str], use_gpu: bool) -> (Engine, watch::Sender<Device>) {
     let file = |name: &&str| ModelFile { name: (*name).to_owned(), path: format!("/nowhere/{name}.bin").into() };
     let config = EngineConfig {
         engine: EngineKind::Simulated,
@@ -27,7 +31,8 @@ fn engine(models: &[&str], use_gpu: bool) -> (Engine, watch::Sender<Device>) {
         simulated: SimulatedConfig::default(),
     };
     let exe = Some("/nowhere/voxfleet".into());
-    let program = Program { exe, args: vec!["engine".to_owned()], visible_device: "0".to_owned() };
+    let cores = Cores::new(&WorkerConfig::default(), None);
+    let program = Program { exe, args: vec!["engine".to_owned()], visible_device: "0".to_owned(), cores };
     let terms = EngineTerms {
         slots: 2,
         stuck_after: Duration::from_secs(5),
@@ -94,6 +99,15 @@ async fn an_engine_that_cannot_be_started_says_why_and_it_is_not_the_gpu() {
     assert_eq!(end.class, FailureClass::EngineCrash);
     assert!(end.message.contains("/nowhere/voxfleet") && end.message.contains("No such file"), "{}", end.message);
     assert!(!engine.wants_cpu());
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_started_for_a_model_that_has_no_room() {
+    let (engine, _figures) = engine(&["small"], true);
+    let load = || tokio::time::timeout(Duration::from_secs(1), engine.load("small".to_owned()));
+    assert!(load().await.is_err(), "it waits for a child");
+    engine.has_no_room("small");
+    assert!(matches!(load().await, Ok(Ok(()))), "it asks for none");
 }
 
 #[tokio::test]

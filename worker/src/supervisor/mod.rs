@@ -6,8 +6,9 @@
 //! | device | samples NVML or `/proc` |
 //! | engine | keeps the child alive ([`crate::lifecycle`]) |
 //! | relief | makes room where other tenants of the device grow ([`relief`]) |
-//! | serve | control requests, the sessions' tasks, the pull ([`serve`]), jobs ([`jobs`]) |
+//! | serve | control requests, the sessions' tasks, the pull ([`serve`]), jobs ([`jobs`]), loads ahead ([`ahead`]) |
 
+mod ahead;
 pub(crate) mod holdings;
 mod jobs;
 mod neighbours;
@@ -33,6 +34,7 @@ use voxfleet_store::{
 };
 
 use self::{
+    ahead::Ahead,
     holdings::Holdings,
     relief::{Follow, Relief},
     serve::{Reasons, Served},
@@ -40,9 +42,9 @@ use self::{
 use crate::{
     capacity::{Budget, HintPool},
     config::{Sharing, WorkerConfig},
-    device::{DeviceError, Probe, Sharers},
+    device::{DeviceError, Probe},
     heartbeat::{self, Identity, Named, Sources},
-    ipc::{EngineConfig, EngineKind},
+    ipc::EngineConfig,
     job::Means,
     lifecycle::{Engine, EngineTerms, Program, Waits},
     measures::Measures,
@@ -91,6 +93,7 @@ pub(crate) struct Supervisor {
     gpu_id: voxfleet_schema::id::GpuId,
     holdings: Arc<Holdings>,
     relief: Arc<Relief>,
+    ahead: Ahead,
     engine: Engine,
     shared: Shared,
     means: Means,
@@ -150,6 +153,7 @@ pub async fn run(
         exe: config.engine_exe.clone(),
         args: vec!["engine".to_owned()],
         visible_device: probe.visible_device().to_owned(),
+        cores: probe.cores(&config),
     };
     let news = Arc::new(Notify::new());
     let stock = Stock::new(Arc::clone(&news));
@@ -266,6 +270,7 @@ pub async fn run(
         gpu_id: identity.gpu_id.clone(),
         holdings,
         relief,
+        ahead: Ahead::default(),
         means: Means {
             shared: shared.clone(),
             fetcher: Fetcher::new(config.fetch.clone(), media.clone())?,
@@ -360,34 +365,15 @@ fn terms(config: &WorkerConfig) -> EngineTerms {
 }
 
 fn engine_config(config: &WorkerConfig, probe: &Probe, total_mb: u64) -> EngineConfig {
-    let sharers = Sharers {
-        cores: std::thread::available_parallelism().map_or(1, usize::from),
-        workers: probe.workers_here().max(config.host_workers as usize),
-        states: config.decode_states,
-        on_gpu: probe.is_gpu(),
-    };
-    let (decode_states, decode_threads) = match config.engine {
-        EngineKind::WhisperCpp => (sharers.states(), sharers.threads(config.decode_threads)),
-        // Its decodes wait and do not compute.
-        EngineKind::Simulated => (config.decode_states, 1),
-    };
-    if decode_states < config.decode_states || (1..config.decode_threads).contains(&decode_threads) {
-        tracing::warn!(
-            ?sharers,
-            decode_states,
-            decode_threads,
-            "fewer decode threads than configured: more than there are cores slow each other down"
-        );
-    }
-    tracing::info!(decode_states, decode_threads, cores = sharers.cores, workers = sharers.workers, "cores shared out");
     EngineConfig {
         engine: config.engine,
         models: config.model_files(),
         default_model: config.resolved_default_model(),
         silero_model: config.resolved_silero(),
         onnxruntime: config.resolved_onnxruntime(),
-        decode_states,
-        decode_threads,
+        // Each engine is told its share of the cores when it starts.
+        decode_states: config.decode_states,
+        decode_threads: config.decode_threads,
         use_gpu: probe.is_gpu(),
         reserve_mb: config.reserve_mb(total_mb),
         turns: config.turns(),

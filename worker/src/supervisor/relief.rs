@@ -110,6 +110,12 @@ impl Relief {
         self.changed.notified().await;
     }
 
+    /// Other tenants need the device.
+    #[cfg(test)]
+    pub(super) fn press(&self) {
+        self.set(Inner { level: Some(Pressure::NoNewWork), ..Inner::default() });
+    }
+
     /// Says whether anything is new to the fleet.
     fn set(&self, next: Inner) -> bool {
         let mut inner = locked(&self.inner);

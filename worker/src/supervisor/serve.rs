@@ -331,13 +331,15 @@ impl Supervisor {
         }
     }
 
+    /// One that waits for its file already is not waited for twice.
     fn prewarm(&self, loads: &mut JoinSet<()>, model: String) {
-        let (engine, stock) = (self.engine.clone(), self.stock.clone());
+        let Some(ahead) = self.ahead.begin(&model) else {
+            tracing::debug!(model, "on its way already");
+            return;
+        };
+        let (engine, stock, relief) = (self.engine.clone(), self.stock.clone(), Arc::clone(&self.relief));
         loads.spawn(async move {
-            stock.here(&model).await;
-            if let Err(error) = engine.load(model.clone()).await {
-                tracing::warn!(model, %error, "model not loaded ahead");
-            }
+            ahead.load(&engine, &stock, &relief).await;
         });
     }
 

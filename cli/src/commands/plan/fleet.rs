@@ -6,7 +6,7 @@ use anyhow::{Context as _, anyhow};
 use serde_json::json;
 use voxfleet_schema::plan::Risk;
 use voxfleet_store::models::plan::{
-    Needs, Wish,
+    GpuSpec, Needs, Wish,
     fleet::{CardUse, Fill, Fleet, FleetFile, How, Kind, Lost, Move, Outcome, Placed, ServiceEntry, outcome, standing},
 };
 
@@ -48,8 +48,8 @@ pub(super) fn read(text: &str, known: &Known, wish: Wish) -> anyhow::Result<Flee
     for service in file.services() {
         known.named(&service.models).or_exit(Exit::NotFound)?;
     }
-    let needs = |service: &ServiceEntry| -> Vec<Needs> {
-        let device = file.gpu_of(service).and_then(|gpu| known.described(&gpu.name, gpu.total_mb));
+    let needs = |service: &ServiceEntry, gpu: &GpuSpec| -> Vec<Needs> {
+        let device = known.described(&gpu.name, gpu.total_mb);
         let models = service.models.iter().filter_map(|name| known.catalog.get(name));
         models.map(|model| known.needs(model, device.as_ref(), On::Gpu)).collect()
     };
@@ -101,22 +101,27 @@ fn services(fleet: &Fleet, cards: &[CardUse]) -> String {
     for service in &fleet.services {
         let what = match &service.kind {
             Kind::Foreign { mb } => format!("not ours, {mb} MB"),
-            Kind::Ours { models, sessions, states } => {
-                let names: Vec<&str> = models.iter().map(|m| m.model.as_str()).collect();
+            Kind::Ours { needs, sessions, states } => {
+                let names: Vec<&str> = needs.first().into_iter().flatten().map(|m| m.model.as_str()).collect();
                 let (sessions, states) = (count(*sessions, "session"), count(*states, "decode state"));
                 format!("{}; {sessions}, {states} a card at most", names.join(" + "))
             }
         };
-        let held = cards.iter().flat_map(|c| &c.holds).find(|p| p.service == service.name);
+        let held = cards.iter().filter_map(|card| Some((card, card.holds.iter().find(|p| p.service == service.name)?)));
+        let held: Vec<(&str, String)> = held.map(|(card, placed)| (card.id.as_str(), made_of(placed))).collect();
         text += &format!("{}: {what}; limit {} %\n", service.name, service.limit_percent);
-        text += &format!(
-            "  on {}; reserves {}{}\n",
-            ids(&service.gpus),
-            ids(&service.reserves),
-            held.map_or_else(String::new, made_of)
-        );
+        text += &format!("  on {}; reserves {}{}\n", ids(&service.gpus), ids(&service.reserves), of_each(&held));
     }
     text
+}
+
+/// Once where all cards are alike, else card by card.
+fn of_each(held: &[(&str, String)]) -> String {
+    match held {
+        [] => String::new(),
+        [(_, first), rest @ ..] if rest.iter().all(|(_, other)| other == first) => format!("; {first}"),
+        several => several.iter().map(|(card, parts)| format!("\n  {card}: {parts}")).collect(),
+    }
 }
 
 fn made_of(placed: &Placed) -> String {
@@ -128,7 +133,7 @@ fn made_of(placed: &Placed) -> String {
         Fill::Sessions => "sessions",
     };
     let parts: Vec<String> = placed.parts.iter().map(|p| format!("{} {}", word(p.fill), p.mb)).collect();
-    format!("; {}", parts.join(" + "))
+    parts.join(" + ")
 }
 
 fn rows(cards: &[CardUse]) -> String {

@@ -17,7 +17,7 @@ fn card(gpu: &str, tenants: &[&str]) -> Target {
     let GpuSpec { name, total_mb } = gpu.parse().expect("a card");
     let tenants = tenants.iter().map(|t| t.parse().expect("a tenant")).collect();
     let card = Card { name, total_mb, tenants, safe_percent: 90, most_percent: 95, host_mb: None };
-    Target { card, key: None, on: On::Gpu, trouble: None }
+    Target { card, key: None, on: On::Gpu, trouble: None, in_use_may_be_ours: false }
 }
 
 #[test]
@@ -72,6 +72,41 @@ fn what_bounds_the_sessions_is_said() {
     let text = text::card(&found, WISH);
     assert!(text.contains("small: 3 sessions, by its measured speed") && !text.contains("base: "), "{text}");
     assert!(text.contains("it cannot be used now: device lost"), "{text}");
+}
+
+#[test]
+fn a_card_of_which_nothing_is_known_is_named_and_not_planned() {
+    let mut target = card("a gpu that does not answer:1GB", &[]);
+    target.card.total_mb = 0;
+    target.trouble = Some("gpu 1: lost".to_owned());
+    let found = find(target, &published(), None, WISH);
+    assert_eq!(text::card(&found, WISH), "a gpu that does not answer: gpu 1: lost");
+    assert_eq!(as_json(&[found], WISH)["options"], json!([]));
+}
+
+#[test]
+fn what_may_be_counted_twice_is_said() {
+    let mut found = find(card("L4:24GB", &["in use now=1GB"]), &published(), None, WISH);
+    assert!(!text::card(&found, WISH).contains("a running worker"));
+    found.in_use_may_be_ours = true;
+    assert!(text::card(&found, WISH).contains("may include the models of a running worker"));
+}
+
+#[test]
+fn each_card_of_a_fleet_has_its_own_figures() {
+    let dir = tempfile::tempdir().expect("folder");
+    let known = Known { measured: Some(Measured::in_cache(dir.path())), ..published() };
+    let base = known.catalog.get("base").expect("there");
+    let key = voxfleet_store::models::measured::ModelKey::of_catalog(base).expect("a key");
+    let figures = voxfleet_store::models::measured::Figures { weights_mb: Some(999), ..Default::default() };
+    let t4 = DeviceKey { name: "Tesla T4".to_owned(), total_mb: 15_109 };
+    known.measured.as_ref().expect("a folder").record(&t4, &key, figures).expect("recorded");
+    let fleet = "[[card]]\nid = \"a\"\ngpu = \"L4:24GB\"\n[[card]]\nid = \"b\"\ngpu = \"T4:15GB\"\n
+        [[service]]\nname = \"asr\"\ngpus = [\"a\", \"b\"]\nmodels = [\"base\"]\n";
+    let text = fleet::told(&fleet::read(fleet, &known, WISH).expect("valid"), &[]).expect("all");
+    for line in ["  a: context 530 + weights 142 + states 492", "  b: context 530 + weights 999 + states 492"] {
+        assert!(text.lines().any(|l| l == line), "{line}\n{text}");
+    }
 }
 
 #[test]

@@ -14,6 +14,9 @@ const VARIANTS: usize = 3;
 
 pub(super) fn card(found: &Found, wish: Wish) -> String {
     let Found { card, options, .. } = found;
+    if let (Some(trouble), true) = (&found.trouble, options.is_empty()) {
+        return format!("{}: {trouble}", card.name);
+    }
     let mut parts = vec![head(card, wish), rows(options)];
     if let Some(trouble) = &found.trouble {
         parts.insert(1, format!("it cannot be used now: {trouble}\n"));
@@ -108,6 +111,9 @@ fn origin(needs: &Needs) -> String {
 
 fn notes(found: &Found, wish: Wish) -> String {
     let mut text = String::new();
+    if found.in_use_may_be_ours {
+        text += "what is in use now may include the models of a running worker: the driver does not tell whose it is\n";
+    }
     if !found.variants.is_empty() {
         let best = found.variants.iter().take(VARIANTS);
         let named: Vec<String> =

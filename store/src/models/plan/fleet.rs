@@ -19,14 +19,13 @@ pub use file::{FleetError, FleetFile, ServiceEntry};
 #[derive(Debug, Clone, PartialEq)]
 pub enum Kind {
     Ours {
-        models: Vec<Needs>,
+        /// What its models need, in their order, on each card of the fleet.
+        needs: Vec<Vec<Needs>>,
         sessions: u64,
         states: u64,
     },
     /// MB over all its cards.
-    Foreign {
-        mb: u64,
-    },
+    Foreign { mb: u64 },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -291,19 +290,19 @@ impl<'a> Table<'a> {
         let room = share(self.fleet.cards[card].total_mb, percent).checked_sub(self.used_mb(card))?;
         match &self.fleet.services[wanted.index].kind {
             Kind::Foreign { .. } => (wanted.mb <= room).then(|| wanted.clone()),
-            Kind::Ours { models, states, .. } => fit_models(models, *states, room, wanted),
+            Kind::Ours { needs, states, .. } => fit_models(needs.get(card)?, *states, room, wanted),
         }
     }
 
     /// The sessions of a lost card of ours on another card of its service: the models are there already.
     fn share(&self, old: &Placed, failed: &[usize]) -> Option<(usize, Placed)> {
         let service = &self.fleet.services[old.index];
-        let Kind::Ours { models, .. } = &service.kind else { return None };
+        let Kind::Ours { needs, .. } = &service.kind else { return None };
         let alive = |to: &&usize| !failed.contains(to);
         let holder = |to: usize| self.holds[to].iter().find(|p| p.index == old.index);
         service.gpus.iter().filter(alive).find_map(|to| {
             let there = holder(*to)?;
-            let each = models.iter().map(|m| m.session.mb).max().unwrap_or(0);
+            let each = needs.get(*to)?.iter().map(|m| m.session.mb).max().unwrap_or(0);
             let mb = old.sessions.saturating_mul(each);
             let room = share(self.fleet.cards[*to].total_mb, self.limit_percent(*to)).checked_sub(self.used_mb(*to))?;
             let parts = if mb == 0 { Vec::new() } else { vec![Part { fill: Fill::Sessions, mb }] };

@@ -79,14 +79,8 @@ impl FleetFile {
         &self.services
     }
 
-    /// Cards as described, for whoever knows measured figures of them.
-    pub fn gpu_of(&self, service: &ServiceEntry) -> Option<&GpuSpec> {
-        let first = service.gpus.first()?;
-        self.cards.iter().find(|c| c.id == *first).map(|c| &c.gpu)
-    }
-
-    /// `needs` of a service's models, in their order; `sessions` and `states` for services that name none.
-    pub fn fleet(&self, needs: impl Fn(&ServiceEntry) -> Vec<Needs>, sessions: u64, states: u64) -> Fleet {
+    /// `needs` of a service's models on a card like this, in their order; `sessions` and `states` for services that name none.
+    pub fn fleet(&self, needs: impl Fn(&ServiceEntry, &GpuSpec) -> Vec<Needs>, sessions: u64, states: u64) -> Fleet {
         let place = |id: &String| self.cards.iter().position(|c| c.id == *id);
         let places = |ids: &[String]| ids.iter().filter_map(place).collect::<Vec<_>>();
         let service = |entry: &ServiceEntry| Service {
@@ -97,7 +91,7 @@ impl FleetFile {
             kind: match entry.memory {
                 Some(size) => Kind::Foreign { mb: size.mb },
                 None => Kind::Ours {
-                    models: needs(entry),
+                    needs: self.cards.iter().map(|card| needs(entry, &card.gpu)).collect(),
                     sessions: entry.sessions.unwrap_or(sessions.saturating_mul(entry.gpus.len() as u64)),
                     states: entry.states.unwrap_or(states),
                 },
@@ -264,7 +258,7 @@ mod tests {
     fn the_dispatchers_name_of_the_limit_is_taken_too() {
         let text =
             format!("{CARDS}[[service]]\nname = \"s\"\ngpus = [\"a\"]\nmemory = \"1GB\"\nmemory_limit_percent = 80\n");
-        let fleet = FleetFile::parse(&text).expect("valid").fleet(|_| Vec::new(), 4, 2);
+        let fleet = FleetFile::parse(&text).expect("valid").fleet(|_, _| Vec::new(), 4, 2);
         assert_eq!((fleet.services[0].limit_percent, fleet.services[0].gpus.as_slice()), (80, &[0][..]));
     }
 }

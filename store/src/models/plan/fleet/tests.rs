@@ -1,12 +1,12 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::models::plan::{Figure, tests::needs};
+use crate::models::plan::{Figure, GpuSpec, tests::needs};
 
 const EIGHT: &str = include_str!("../../../../../examples/fleet-eight-cards.toml");
 
 fn eight() -> Fleet {
-    let of = |service: &ServiceEntry| service.models.iter().map(|name| needs(name)).collect();
+    let of = |service: &ServiceEntry, _: &GpuSpec| service.models.iter().map(|name| needs(name)).collect();
     FleetFile::parse(EIGHT).expect("valid").fleet(of, 4, 2)
 }
 
@@ -78,7 +78,7 @@ fn eight_cards_lose_nothing_until_the_reserves_are_gone() {
 }
 
 fn small(text: &str) -> Fleet {
-    let of = |service: &ServiceEntry| service.models.iter().map(|name| needs(name)).collect();
+    let of = |service: &ServiceEntry, _: &GpuSpec| service.models.iter().map(|name| needs(name)).collect();
     FleetFile::parse(text).expect("valid").fleet(of, 4, 2)
 }
 
@@ -92,6 +92,27 @@ fn a_small_reserve_takes_what_it_can() {
     // 13,824 - 10,240 is less than large-v3 with one state.
     assert_eq!((outcome.moves[0].missing.as_slice(), outcome.risk), (&["large-v3".to_owned()][..], Risk::Tight));
     assert_eq!((outcome.moves[0].mb, outcome.cards[0].used_mb), (1_164, 11_404));
+}
+
+#[test]
+fn each_card_has_figures_of_its_own() {
+    let text = "[[card]]\nid = \"a\"\ngpu = \"L4:24GB\"\n[[card]]\nid = \"b\"\ngpu = \"T4:15GB\"\n
+         [[card]]\nid = \"r\"\ngpu = \"A10:24GB\"\n[[service]]\nname = \"asr\"\ngpus = [\"a\", \"b\"]\nreserves = [\"r\"]\nmodels = [\"base\"]\n";
+    // As if each had been measured.
+    let of = |_: &ServiceEntry, gpu: &GpuSpec| {
+        let weights = match gpu.name.as_str() {
+            "L4" => 100,
+            "T4" => 200,
+            _ => 300,
+        };
+        vec![Needs { weights: Figure::choose(Some(weights), 0), ..needs("base") }]
+    };
+    let fleet = FleetFile::parse(text).expect("valid").fleet(of, 4, 2);
+    let weights = |placed: &Placed| placed.parts.iter().find(|p| p.fill == Fill::Weights).map(|p| p.mb);
+    let (cards, _) = standing(&fleet);
+    assert_eq!([&cards[0], &cards[1]].map(|card| weights(&card.holds[0])), [Some(100), Some(200)]);
+    let after = outcome(&fleet, &[0]);
+    assert_eq!((after.cards[1].id.as_str(), weights(&after.cards[1].holds[0])), ("r", Some(300)));
 }
 
 #[test]
@@ -145,7 +166,7 @@ proptest! {
             limit_percent: *limit_percent,
             kind: match foreign {
                 Some(mb) => Kind::Foreign { mb: *mb },
-                None => Kind::Ours { models: vec![needs("medium"), ours.clone()], sessions: *sessions, states: 2 },
+                None => Kind::Ours { needs: vec![vec![needs("medium"), ours.clone()]; count], sessions: *sessions, states: 2 },
             },
         };
         let fleet = Fleet {
