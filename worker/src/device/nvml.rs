@@ -261,7 +261,7 @@ impl Card for Gpu {
     }
 
     fn engines_mb(&self) -> Option<u64> {
-        let device = self.nvml.as_ref()?.device_by_uuid(self.listed.uuid.as_str()).ok()?;
+        let device = self.library.as_ref()?.nvml.device_by_uuid(self.listed.uuid.as_str()).ok()?;
         let processes = device.running_compute_processes().ok()?;
         let engines = processes.iter().filter(|process| runs_an_engine(process.pid));
         let listed = engines.map(|engine| match engine.used_gpu_memory {
