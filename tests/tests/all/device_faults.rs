@@ -162,19 +162,10 @@ async fn row(row: &Row) -> Result<()> {
     }
     let well = doctor(&site.fleet).await?;
     ensure!(well.len() == 1 && well[0]["verdict"] == "ok", "{well:#?}");
-    // One decode that hangs beside others that go on is noticed when those rest: here all of them hang.
-    let all_hang = row.fault == "hang";
-    if all_hang {
-        site.card.fault_always(row.fault, 0)?;
-    } else {
-        site.card.fault(row.fault, 0)?;
-    }
+    site.card.fault(row.fault, 0)?;
     let cause = || async { site.engine().await.filter(|engine| engine["last_end"]["class"] == row.class) };
     let engine = eventually(format!("an end by {}", row.class), SOON, cause).await;
     let engine = engine.with_context(|| site.fleet.logs())?;
-    if all_hang {
-        site.card.clear()?;
-    }
     let class: FailureClass = serde_json::from_value(json!(row.class))?;
     let mend = remedy(Side::Engine, class);
     let message = engine["last_end"]["message"].as_str().unwrap_or_default();

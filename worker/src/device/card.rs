@@ -165,9 +165,9 @@ mod tests {
     #[test]
     fn engines_are_known_by_their_words() {
         for (cmdline, engine) in [
-            (&b"/proc/self/exe\0engine\0--fd\09\0"[..], true),
-            (b"/opt/voxfleet\0engine\0--fd\012\0", true),
-            (b"voxfleet\0worker\0--gpu\00\0", false),
+            (&b"/proc/self/exe\0engine\0--fd\x009\0"[..], true),
+            (b"/opt/voxfleet\0engine\0--fd\x0012\0", true),
+            (b"voxfleet\0worker\0--gpu\x000\0", false),
             (b"other\0engine\0start\0", false),
             (b"", false),
         ] {

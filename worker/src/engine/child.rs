@@ -9,6 +9,7 @@ mod desk;
 mod neighbour;
 mod pace;
 mod shelf;
+mod signs;
 mod turns;
 mod unseen;
 

@@ -17,6 +17,7 @@ use super::{
     neighbour::{LockError, Neighbour, Turn},
     pace::{Pace, Spent},
     shelf::{Shelved, shelve},
+    signs::Signs,
     unseen::{Blind, guarded},
 };
 use crate::{
@@ -84,6 +85,7 @@ pub(super) struct Desk {
     /// Whom the device is shared with by turns.
     neighbour: Option<Neighbour>,
     pub(super) pace: Pace,
+    signs: Signs,
     totals: Totals,
     /// What was last told: totals, signs of life, working.
     told: (Totals, u64, bool),
@@ -111,6 +113,7 @@ impl Desk {
             stepping: false,
             neighbour,
             pace,
+            signs: Signs::default(),
             totals: Totals::default(),
             told: (Totals::default(), 0, false),
         }
@@ -126,11 +129,18 @@ impl Desk {
         !self.pool.all_idle() || self.sessions.values().any(|s| s.ready.is_some() || s.dirty) || self.loading()
     }
 
-    /// Told while there is work and it moves, and once when it begins or ends: a hung decode is silent.
+    /// Told while there is work and all of it moves, and once when it begins or ends: a hung decode is silent.
     pub(super) fn progress(&mut self, now: Instant) -> Said {
         let working = self.working();
-        let flags = self.sessions.values().flat_map(|s| s.decoding.iter().chain(&s.partial));
-        let looks = flags.map(Cancel::looks).fold(0, u64::wrapping_add);
+        let running = self.sessions.iter().flat_map(|(handle, session)| {
+            let (of_final, of_partial) = (session.decoding.iter(), session.partial.iter());
+            of_final.map(|flag| ((*handle, true), flag)).chain(of_partial.map(|flag| ((*handle, false), flag)))
+        });
+        let running: Vec<_> = running.map(|(decode, flag)| (decode, flag.looks())).collect();
+        let looks = running.iter().fold(0, |sum: u64, (_, looks)| sum.wrapping_add(*looks));
+        if !self.signs.all_move(now, running.into_iter()) {
+            return Ok(());
+        }
         let waits = self.loads(now) || self.neighbour.as_ref().is_some_and(Neighbour::waits);
         let signs = (self.totals, looks, working);
         if signs == self.told && !(working && waits) {
