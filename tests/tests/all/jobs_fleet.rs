@@ -249,7 +249,7 @@ async fn a_cancelled_job_ends_its_chain_and_frees_its_slot() -> Result<()> {
 
 /// The figures in the result of a recording.
 async fn figures(nats: &Nats, fleet: &Fleet, job: &str) -> Result<Value> {
-    submit(nats, &request(job, audio::bursts(91, 80.0).wav())?).await?;
+    submit(nats, &request(job, audio::bursts(91, 60.0).wav())?).await?;
     let ended = ended(nats, fleet, job).await?;
     ensure!(ended.record.state == JobState::Done, "{:?}\n{}", ended.record, fleet.logs());
     let result = aggregate(fleet, &chain(fleet, job).await?).await?;
