@@ -238,7 +238,7 @@ mod tests {
             "not heard",
             "90 %",
             "tiny.en",
-            "large loading 42 %, base loading  ",
+            "large loading 42 %, base loading\n",
         ] {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");
         }
