@@ -953,5 +953,10 @@ case $VERB in
         cargo fmt --all --check || die "cargo fmt --check: run cargo fmt"
         step "cargo fmt --check"
         build "cargo clippy" cargo clippy --workspace --all-targets -- -D warnings
+        # What images and the CUDA build are made of.
+        for features_ in '' worker dispatcher worker,dispatcher; do
+            build "cargo clippy, slim: ${features_:-nothing}" \
+                cargo clippy -p voxfleet --no-default-features --features "$features_" -- -D warnings
+        done
         ;;
 esac

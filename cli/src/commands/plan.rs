@@ -106,11 +106,11 @@ fn lines(settings: &Settings) -> (u8, u8) {
     #[cfg(feature = "dispatcher")]
     let safe = 100_u8.saturating_sub(settings.dispatcher.reserve_percent);
     #[cfg(not(feature = "dispatcher"))]
-    let safe = plan::SAFE_PERCENT;
+    let safe = voxfleet_store::models::plan::SAFE_PERCENT;
     #[cfg(feature = "worker")]
     let most = 100_u8.saturating_sub(settings.worker.memory_reserve_percent);
     #[cfg(not(feature = "worker"))]
-    let most = plan::MOST_PERCENT;
+    let most = voxfleet_store::models::plan::MOST_PERCENT;
     #[cfg(not(any(feature = "dispatcher", feature = "worker")))]
     let _unread = settings;
     (safe, most)

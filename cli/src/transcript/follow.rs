@@ -68,7 +68,7 @@ pub(crate) enum Seen<'a> {
     /// New, each once.
     Final(&'a Final),
     /// As it came, old epochs and all.
-    Partial(&'a Partial),
+    Partial(#[cfg_attr(not(feature = "bench"), expect(dead_code, reason = "the demo looks at it"))] &'a Partial),
     Event(&'a Event),
 }
 

@@ -138,6 +138,7 @@ impl Screen {
         Voice { style: self.style, multi: self.multi.clone() }
     }
 
+    #[cfg(feature = "bench")]
     pub(crate) fn paint(&self) -> Paint {
         self.paint
     }
