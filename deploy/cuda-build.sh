@@ -164,9 +164,10 @@ for arch in $(printf '%s' "$ARCHITECTURES" | tr ';' ' '); do
     printf '%s\n' "$known" | grep -qx "compute_$number" || die "this nvcc knows no compute_$number; it knows $(printf '%s' "$known" | tr '\n' ' ')"
 done
 
-# Where crates and sources lie must not show in the binary.
+# Where crates and sources lie, and what is built of them, must not show in the binary.
 CARGO_HOME_=${CARGO_HOME:-${HOME:-/root}/.cargo}
-MAP="-ffile-prefix-map=$ROOT=. -ffile-prefix-map=$CARGO_HOME_=cargo -ffile-prefix-map=$TOOLKIT=cuda"
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$ROOT/target/cuda}"
+MAP="-ffile-prefix-map=$CARGO_TARGET_DIR=target -ffile-prefix-map=$ROOT=. -ffile-prefix-map=$CARGO_HOME_=cargo -ffile-prefix-map=$TOOLKIT=cuda"
 export CUDACXX="$NVCC" CUDAToolkit_ROOT="$TOOLKIT" CMAKE_CUDA_ARCHITECTURES="$ARCHITECTURES"
 export CFLAGS="${CFLAGS:-} $MAP" CXXFLAGS="${CXXFLAGS:-} $MAP"
 CMAKE_CUDA_FLAGS="-Xcompiler=-fPIC"
@@ -175,7 +176,6 @@ export CMAKE_CUDA_FLAGS
 # For machines that are not this one; every rented x86 host has AVX2.
 export GGML_NATIVE=OFF GGML_SSE42=ON GGML_AVX=ON GGML_AVX2=ON GGML_FMA=ON GGML_F16C=ON GGML_BMI2=ON
 export WHISPER_DONT_GENERATE_BINDINGS=1 CARGO_PROFILE_RELEASE_STRIP=symbols
-export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$ROOT/target/cuda}"
 # $ORIGIN is the loader's word for the folder of the binary.
 # shellcheck disable=SC2016
 RUSTFLAGS="${RUSTFLAGS:-} -L native=$LIB -L native=$LIB/stubs -C link-arg=-Wl,-rpath,\$ORIGIN/lib"
