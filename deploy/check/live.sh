@@ -317,8 +317,9 @@ run_cores() {
     set -- $(sed -n 's/^  \(VOXFLEET__WORKER__[A-Z_]*\): "\(.*\)"$/\1=\2/p' "$ROOT/deploy/compose/laptop.yml")
     workers_=$(grep -c '^  worker-[0-9]*:$' "$ROOT/deploy/compose/laptop.yml")
     cores_=$(python3 -c 'import os; print(*sorted(os.sched_getaffinity(0))[:2], sep=",")')
-    # Each has a cache of its own there, so it does not see the others.
+    # Each has a cache of its own there, so it does not see the others. The cores are counted when its engine starts.
     start "$WORK/cores.log" in_root "$seed_" VOXFLEET_MODELS=micro.en-q8_0 VOXFLEET__LOG__FORMAT=json "$@" \
+        VOXFLEET__WORKER__PRELOAD=micro.en-q8_0 \
         taskset -c "$cores_" voxfleet-entry worker --gpu none --gpu-id laptop-0
     worker=$PID
     until_ok 15 grep -q '"cores shared out"' "$WORK/cores.log" || :
