@@ -57,16 +57,19 @@ fn step_all(
             Step::Starved => return Ok(false),
             Step::Ended => return Ok(true),
             Step::Draft(draft) => finals.push(*draft),
-            Step::Final(window) => {
-                let begin = std::time::Instant::now();
-                let (heard, guards) = match hear(recognizer, &window) {
-                    Ok(judged) => (Ok(judged.hypothesis), judged.guards.into_iter().map(str::to_owned).collect()),
-                    Err(error) if ends_session(&error) => return Err(error),
-                    Err(error) => (Err(error), Vec::new()),
-                };
-                let decode_ms = begin.elapsed().as_millis() as u64;
-                let timings = Timings { decode_ms, ..Timings::default() };
-                finals.extend(stream.complete(heard, guards, recognizer.info(), timings).map(|draft| *draft));
+            Step::Final(windows) => {
+                for (part, window) in windows.iter().enumerate() {
+                    let begin = std::time::Instant::now();
+                    let (heard, guards) = match hear(recognizer, window) {
+                        Ok(judged) => (Ok(judged.hypothesis), judged.guards.into_iter().map(str::to_owned).collect()),
+                        Err(error) if ends_session(&error) => return Err(error),
+                        Err(error) => (Err(error), Vec::new()),
+                    };
+                    let decode_ms = begin.elapsed().as_millis() as u64;
+                    let timings = Timings { decode_ms, ..Timings::default() };
+                    let draft = stream.complete(part, heard, guards, recognizer.info(), timings);
+                    finals.extend(draft.map(|draft| *draft));
+                }
             }
         }
     }

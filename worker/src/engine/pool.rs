@@ -115,6 +115,8 @@ pub fn hear(recognizer: &mut dyn Recognizer, window: &Window) -> Result<Judged, 
 /// One window for a thread.
 pub struct Job {
     pub handle: u64,
+    /// Which of its final's windows it is.
+    pub part: usize,
     pub model: Model,
     pub window: Window,
     /// Since when it could have been decoded.
@@ -125,6 +127,7 @@ pub struct Job {
 pub struct Done {
     pub thread: usize,
     pub handle: u64,
+    pub part: usize,
     pub window: Window,
     pub heard: Result<Judged, EngineError>,
     pub info: RecognizerInfo,
@@ -299,9 +302,9 @@ fn decode_loop<E: From<Done>>(number: usize, orders: &Receiver<Order>, events: &
                 }
             },
         };
-        let Job { handle, window, .. } = *job;
+        let Job { handle, part, window, .. } = *job;
         let took = begin.elapsed();
-        let done = Done { thread: number, handle, window, heard, info, queued, took, state_mb };
+        let done = Done { thread: number, handle, part, window, heard, info, queued, took, state_mb };
         if events.send(done.into()).is_err() {
             // The engine loop has ended, and so does this.
             return;

@@ -333,10 +333,10 @@ fn soak(model: &Model, seconds: usize) -> Soak {
                 Step::Starved => break,
                 Step::Ended => panic!("nothing ended it"),
                 Step::Draft(_) => result.finals += 1,
-                Step::Final(window) => {
-                    let heard = recognizer.decode(&[window]).pop().expect("answer");
+                Step::Final(windows) => {
+                    let heard = recognizer.decode(&windows).pop().expect("answer");
                     let timings = Default::default();
-                    stream.complete(heard, Vec::new(), recognizer.info(), timings).expect("a final");
+                    stream.complete(0, heard, Vec::new(), recognizer.info(), timings).expect("a final");
                     result.finals += 1;
                 }
             }

@@ -1,7 +1,7 @@
 //! What the engine loop keeps: sessions, models, the pool, and the way out.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     os::unix::net::UnixStream,
     sync::Arc,
     time::{Duration, Instant},
@@ -15,7 +15,7 @@ use voxfleet_schema::{
 
 use super::{
     neighbour::{LockError, Neighbour, Turn},
-    pace::{Pace, Spent},
+    pace::{Pace, Role, Spent, Stretch},
     shelf::{Shelved, shelve},
     signs::Signs,
     unseen::{Blind, guarded},
@@ -41,10 +41,12 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 pub(super) struct Session {
     pub(super) stream: SessionStream,
     pub(super) model: String,
-    /// A final's window that waits for a thread, and since when.
-    pub(super) ready: Option<(Window, Instant)>,
-    /// The window of a final is being decoded.
-    pub(super) decoding: Option<Cancel>,
+    /// Windows of a final that wait for a thread, with their numbers.
+    pub(super) ready: VecDeque<(usize, Window)>,
+    /// Since when there are any.
+    pub(super) ready_at: Instant,
+    /// Windows of a final that are being decoded.
+    pub(super) decoding: BTreeMap<usize, Cancel>,
     /// A partial is being decoded.
     pub(super) partial: Option<Cancel>,
     pub(super) last_partial: Instant,
@@ -126,7 +128,7 @@ impl Desk {
 
     /// Whether something is being decoded or loaded, or waits for it.
     pub(super) fn working(&self) -> bool {
-        !self.pool.all_idle() || self.sessions.values().any(|s| s.ready.is_some() || s.dirty) || self.loading()
+        !self.pool.all_idle() || self.sessions.values().any(|s| !s.ready.is_empty() || s.dirty) || self.loading()
     }
 
     /// Told while there is work and all of it moves, and once when it begins or ends: a hung decode is silent.
@@ -134,7 +136,7 @@ impl Desk {
         let working = self.working();
         let running = self.sessions.iter().flat_map(|(handle, session)| {
             let (of_final, of_partial) = (session.decoding.iter(), session.partial.iter());
-            of_final.map(|flag| ((*handle, true), flag)).chain(of_partial.map(|flag| ((*handle, false), flag)))
+            of_final.map(|(n, flag)| ((*handle, Some(*n)), flag)).chain(of_partial.map(|flag| ((*handle, None), flag)))
         });
         let running: Vec<_> = running.map(|(decode, flag)| (decode, flag.looks())).collect();
         let looks = running.iter().fold(0, |sum: u64, (_, looks)| sum.wrapping_add(*looks));
@@ -191,7 +193,7 @@ impl Desk {
         session.finishing = true;
         session.dirty = false;
         session.partial.iter().for_each(Cancel::cancel);
-        if session.ready.is_some() || session.decoding.is_some() {
+        if session.has_begun() {
             return Ok(());
         }
         self.say(&FromEngine::Finished { handle })
@@ -214,8 +216,9 @@ impl Desk {
         let session = Session {
             stream: SessionStream::new(options, start, self.vads.create()),
             model: model.clone(),
-            ready: None,
-            decoding: None,
+            ready: VecDeque::new(),
+            ready_at: Instant::now(),
+            decoding: BTreeMap::new(),
             partial: None,
             last_partial: Instant::now(),
             background,
@@ -337,11 +340,12 @@ impl Desk {
                         break;
                     }
                 }
-                Ok(Step::Final(window)) => {
+                Ok(Step::Final(windows)) => {
                     // What it would say has just been overtaken.
                     session.partial.iter().for_each(Cancel::cancel);
                     let Some(why) = session.parked() else {
-                        session.ready = Some((window, Instant::now()));
+                        session.ready = windows.into_iter().enumerate().collect();
+                        session.ready_at = Instant::now();
                         break;
                     };
                     if let Some(draft) = session.stream.set_aside(why) {
@@ -399,15 +403,22 @@ impl Desk {
 
     /// Of live sessions alone: recordings have no partials.
     fn say_what_it_cost(&mut self, done: &Done) -> Said {
-        let is_final = done.window.purpose == Purpose::Final;
+        let of_final = (done.window.purpose == Purpose::Final).then_some(done.part);
         let on_cpu = done.info.device == "cpu";
-        let pool_ms = self.pace.over((done.handle, is_final), Instant::now(), done.took, on_cpu);
+        let pool_ms = self.pace.over((done.handle, of_final), Instant::now(), done.took, on_cpu);
         let audio_ms = done.window.samples.len() as u64 / 16;
         let Some(session) = self.sessions.get_mut(&done.handle).filter(|session| !session.background) else {
             return Ok(());
         };
-        match session.spent.add(is_final, done.heard.is_ok(), audio_ms, pool_ms) {
-            Some(pool_ms) => self.say(&FromEngine::Lived { model: done.info.model.clone(), audio_ms, pool_ms }),
+        let role = match of_final {
+            None => Role::Partial,
+            Some(_) if session.ready.is_empty() && session.decoding.len() <= 1 => Role::Last,
+            Some(_) => Role::Part,
+        };
+        match session.spent.add(role, done.heard.is_ok(), audio_ms, pool_ms) {
+            Some(Stretch { audio_ms, pool_ms }) => {
+                self.say(&FromEngine::Lived { model: done.info.model.clone(), audio_ms, pool_ms })
+            }
             None => Ok(()),
         }
     }
@@ -418,7 +429,7 @@ impl Desk {
         let Some(session) = self.sessions.get_mut(&handle) else {
             return Ok(());
         };
-        session.decoding = None;
+        session.decoding.remove(&done.part);
         // What it would say has just been said.
         session.partial.iter().for_each(Cancel::cancel);
         let (heard, guards) = match done.heard {
@@ -434,13 +445,14 @@ impl Desk {
             decode_ms: done.took.as_millis() as u64,
             ..Timings::default()
         };
-        let draft = session.stream.complete(heard, guards, &done.info, timings);
+        let Some(draft) = session.stream.complete(done.part, heard, guards, &done.info, timings) else {
+            // Other windows of it are not decoded yet.
+            return Ok(());
+        };
         let finishing = session.finishing;
         session.dirty = !finishing;
-        if let Some(draft) = draft {
-            session.went_beyond(draft.to_sample);
-            self.say(&FromEngine::Final { handle, draft })?;
-        }
+        session.went_beyond(draft.to_sample);
+        self.say(&FromEngine::Final { handle, draft })?;
         if finishing {
             self.say(&FromEngine::Finished { handle })?;
         }
@@ -497,6 +509,11 @@ impl Desk {
 }
 
 impl Session {
+    /// A final waits for its text.
+    fn has_begun(&self) -> bool {
+        !self.ready.is_empty() || !self.decoding.is_empty()
+    }
+
     /// A final has ended there.
     fn went_beyond(&mut self, to_sample: u64) {
         self.suspect.take_if(|suspect| suspect.beyond < to_sample);
@@ -510,6 +527,6 @@ impl Session {
 
     fn cancel(&self) {
         self.stream.cancel();
-        self.decoding.iter().chain(&self.partial).for_each(Cancel::cancel);
+        self.decoding.values().chain(&self.partial).for_each(Cancel::cancel);
     }
 }

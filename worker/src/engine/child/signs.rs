@@ -39,14 +39,14 @@ mod tests {
         let mut signs = Signs::default();
         let mut look =
             |ms, running: &[(Decode, u64)]| signs.all_move(begin + Duration::from_millis(ms), running.iter().copied());
-        let (hangs, moves) = ((1, true), (2, false));
+        let (hangs, moves) = ((1, Some(0)), (1, Some(1)));
         assert!(look(0, &[(hangs, 3), (moves, 1)]));
         assert!(look(999, &[(hangs, 3), (moves, 40)]));
         assert!(!look(1_000, &[(hangs, 3), (moves, 41)]));
         // Others come and go.
-        assert!(!look(5_000, &[(hangs, 3), ((3, true), 0)]));
+        assert!(!look(5_000, &[(hangs, 3), ((3, Some(0)), 0)]));
         // It was slow, and looks again; then it is over.
-        assert!(look(5_100, &[(hangs, 4), ((3, true), 1)]));
+        assert!(look(5_100, &[(hangs, 4), ((3, Some(0)), 1)]));
         assert!(look(9_000, &[]));
         // A new one of the same session begins anew.
         assert!(look(9_100, &[(hangs, 4)]));
