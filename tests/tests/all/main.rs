@@ -79,6 +79,7 @@ mod operator;
 mod poison;
 mod prefetch;
 mod pressure;
+mod split;
 mod standby;
 mod third_party;
 mod viewer;

@@ -1,6 +1,8 @@
 //! The stream by itself, with a threshold for a VAD and a checksum for a recognizer: any sample lost, doubled or moved
 //! changes a text.
 
+mod split;
+
 use proptest::prelude::*;
 use voxfleet_schema::transcript::VadKind;
 
