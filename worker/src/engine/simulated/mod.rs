@@ -320,6 +320,7 @@ mod tests {
             prompt: String::new(),
             language: None,
             task: Task::Transcribe,
+            hearing: None,
             cancel: Cancel::default(),
         }
     }

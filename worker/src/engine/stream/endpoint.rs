@@ -83,6 +83,11 @@ impl Endpointer {
         (start < end).then_some(start..end)
     }
 
+    /// The frame pushed last, where it is speech.
+    pub(super) fn speaks(&self) -> Option<std::ops::Range<u64>> {
+        self.speaking.then(|| self.at - FRAME..self.at)
+    }
+
     /// Takes the next frame.
     pub(super) fn push(&mut self, probability: f32, limits: Limits) -> Option<Cut> {
         let start = self.at;

@@ -13,7 +13,10 @@ mod agreement;
 mod digest;
 mod endpoint;
 mod segment;
+mod speakers;
 mod words;
+
+pub(crate) use self::speakers::limits_of;
 
 use std::{collections::VecDeque, ops::Range};
 
@@ -29,10 +32,14 @@ use self::{
     digest::{Barrier, Digest, Piece},
     endpoint::Cut,
     segment::Segment,
+    speakers::Tellers,
 };
 use crate::{
-    engine::{Cancel, EngineError, Hypothesis, Purpose, RecognizerInfo, Vad, Window},
-    ipc::{FinalDraft, PartialDraft, StartPoint, StreamNote},
+    engine::{
+        Cancel, EngineError, Hypothesis, Purpose, RecognizerInfo, Vad, Window,
+        diarize::{Heard, Hearing, Listened},
+    },
+    ipc::{FinalDraft, PartialDraft, RevisionDraft, StartPoint, StreamNote, Told},
 };
 
 /// Audio between two partials, in samples (1 s).
@@ -65,6 +72,15 @@ struct Pending {
     window: Range<u64>,
 }
 
+/// What a final says.
+#[derive(Default)]
+struct Text {
+    segments: Vec<voxfleet_schema::transcript::Segment>,
+    guards: Vec<String>,
+    listened: Listened,
+    error: Option<Failure>,
+}
+
 /// One session (or job) in the engine.
 pub struct SessionStream {
     options: SessionOptions,
@@ -89,6 +105,10 @@ pub struct SessionStream {
     /// End of the audio the last partial covered, and of the one being decoded.
     partial_to: u64,
     partial_pending: Option<u64>,
+    /// Where speakers are asked for.
+    tellers: Option<Tellers>,
+    /// A file job: nobody waits for its next words.
+    recording: bool,
     /// Taken over, and nothing has been heard of it here yet.
     unheard: bool,
     cancel: Cancel,
@@ -116,15 +136,23 @@ impl SessionStream {
             language: options.language.clone().or_else(|| after.and_then(|a| a.resume.language.clone())),
             checkpoint_missing: start.checkpoint_missing,
             lost: start.lost,
-            checkpoint: start.checkpoint,
             agreement: Agreement::default(),
             partial_to: from,
             partial_pending: None,
+            tellers: Tellers::new(options, &start),
+            recording: false,
             unheard: start.taken_over,
             cancel: Cancel::default(),
             notes: Vec::new(),
             consumed_bytes: 0,
+            checkpoint: start.checkpoint,
         }
+    }
+
+    /// Its words wait for their speakers.
+    pub fn of_recording(mut self) -> Self {
+        self.recording = true;
+        self
     }
 
     /// Another detector from here on.
@@ -172,6 +200,10 @@ impl SessionStream {
             if let Some(barrier) = piece.barrier
                 && !self.is_done(piece, barrier)
             {
+                if barrier == Barrier::End && self.owes_speakers() {
+                    // No final comes behind it that could bring them.
+                    return Ok(Step::Starved);
+                }
                 let (seq, place) = (piece.seq, piece.end_sample());
                 self.segment.flush_to(place);
                 if let Some(cut) = self.segment.listen(self.vad.as_mut(), self.options.endpoint_ms)? {
@@ -219,14 +251,14 @@ impl SessionStream {
         let audio = AudioRange { from_seq, to_seq };
         match window {
             Some(range) => {
-                let window = self.window(range.clone(), Purpose::Final);
+                let mut window = self.window(range.clone(), Purpose::Final);
+                window.hearing = self.hearing(&range, to, end);
                 self.pending = Some(Pending { to, audio, speech_final, end, window: range });
                 Step::Final(window)
             }
             None => {
                 let pending = Pending { to, audio, speech_final, end, window: to..to };
-                let nobody = RecognizerInfo::none();
-                Step::Draft(self.draft(pending, Vec::new(), Vec::new(), None, &nobody, Timings::default()))
+                Step::Draft(self.draft(pending, Text::default(), &RecognizerInfo::none(), Timings::default()))
             }
         }
     }
@@ -241,8 +273,37 @@ impl SessionStream {
             prompt: words::prompt(&self.options.hotwords, self.options.prompt.as_deref().unwrap_or(""), tail),
             language: self.language.clone(),
             task: self.options.task,
+            hearing: None,
             cancel: self.cancel.clone(),
         }
+    }
+
+    /// What is to be heard of the speakers of a window that ends a stretch at `to`.
+    fn hearing(&self, window: &Range<u64>, to: u64, end: bool) -> Option<Box<Hearing>> {
+        self.tellers.as_ref()?;
+        Some(Box::new(Hearing {
+            index: self.index,
+            samples: self.segment.samples(window),
+            from_sample: window.start,
+            speech: speakers::inside(self.segment.spoken(), window),
+            patient: self.recording || end,
+            waited_ms: to.saturating_sub(window.end) / 16,
+        }))
+    }
+
+    /// Takes what was heard of the speakers of an earlier final.
+    pub fn heard_late(&mut self, index: u64, heard: Result<Heard, String>) {
+        self.tellers.iter_mut().for_each(|tellers| tellers.heard(index, heard.clone()));
+    }
+
+    /// Whether an earlier final still waits for its speakers.
+    pub fn owes_speakers(&self) -> bool {
+        self.tellers.as_ref().is_some_and(Tellers::owes)
+    }
+
+    /// Speakers of earlier finals, to be said behind the final that was just drafted.
+    pub fn take_revisions(&mut self) -> Vec<RevisionDraft> {
+        self.tellers.as_mut().map(Tellers::take_revisions).unwrap_or_default()
     }
 
     /// Takes what the recognizer heard in the last [`Step::Final`], after the guards. A failed decode becomes a final
@@ -251,6 +312,7 @@ impl SessionStream {
         &mut self,
         heard: Result<Hypothesis, EngineError>,
         guards: Vec<String>,
+        listened: Listened,
         info: &RecognizerInfo,
         mut timings: Timings,
     ) -> Option<Box<FinalDraft>> {
@@ -269,16 +331,24 @@ impl SessionStream {
             }
             Err(error) => (Vec::new(), Some(Failure::new(error.class(), error.to_string()))),
         };
-        Some(self.draft(pending, segments, guards, error, info, timings))
+        if let Listened::Heard(Ok(heard)) = &listened {
+            timings.diarize_ms = heard.took.as_millis() as u64;
+        }
+        Some(self.draft(pending, Text { segments, guards, listened, error }, info, timings))
     }
 
     /// Sets the last [`Step::Final`] aside undecoded: a final without segments that says why, with the same boundaries.
     pub fn set_aside(&mut self, why: Failure) -> Option<Box<FinalDraft>> {
         let pending = self.pending.take()?;
-        let nobody = RecognizerInfo::none();
-        let mut draft = self.draft(pending, Vec::new(), Vec::new(), Some(why), &nobody, Timings::default());
+        let text = Text { error: Some(why), ..Text::default() };
+        let mut draft = self.draft(pending, text, &RecognizerInfo::none(), Timings::default());
         draft.parked = true;
         Some(draft)
+    }
+
+    /// Index of the next final.
+    pub fn index(&self) -> u64 {
+        self.index
     }
 
     /// First sample of the present stretch: the end of the last final.
@@ -287,16 +357,13 @@ impl SessionStream {
     }
 
     /// Makes the pending final and starts the next stretch from its resume point.
-    fn draft(
-        &mut self,
-        pending: Pending,
-        segments: Vec<voxfleet_schema::transcript::Segment>,
-        guards: Vec<String>,
-        error: Option<Failure>,
-        info: &RecognizerInfo,
-        timings: Timings,
-    ) -> Box<FinalDraft> {
+    fn draft(&mut self, pending: Pending, text: Text, info: &RecognizerInfo, timings: Timings) -> Box<FinalDraft> {
         let from = self.segment.from;
+        let Text { segments, guards, listened, error } = text;
+        let Told { segments, turns, speakers } = match &mut self.tellers {
+            Some(tellers) => tellers.tell(self.index, segments, listened),
+            None => Told { segments, turns: Vec::new(), speakers: None },
+        };
         let resume = self.restart(pending.to);
         self.last = Some((pending.audio.to_seq, pending.end));
         self.ended = pending.end;
@@ -308,8 +375,8 @@ impl SessionStream {
             audio: pending.audio,
             resume,
             segments,
-            turns: Vec::new(),
-            speakers: None,
+            turns,
+            speakers,
             speech_final: pending.speech_final,
             end: pending.end,
             lost: self.lost.take(),
@@ -331,13 +398,15 @@ impl SessionStream {
         segments: &[voxfleet_schema::transcript::Segment],
         guard_hit: bool,
     ) -> Option<Checkpoint> {
+        let voices = self.tellers.as_ref().and_then(Tellers::voices);
         if !self.options.carry_prompt {
-            return None;
+            self.checkpoint = Checkpoint { index: self.index, voices, ..Checkpoint::default() };
+            return self.checkpoint.voices.is_some().then(|| self.checkpoint.clone());
         }
         let pieces =
             std::iter::once(self.checkpoint.prompt_tail.as_str()).chain(segments.iter().map(|s| s.text.as_str()));
         let prompt_tail = words::tail(&voxfleet_schema::transcript::join_text(pieces), PROMPT_TAIL_CHARS).to_owned();
-        self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit, voices: None };
+        self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit, voices };
         Some(self.checkpoint.clone())
     }
 

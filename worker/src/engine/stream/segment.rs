@@ -31,6 +31,8 @@ pub(super) struct Segment {
     endpointer: Option<Endpointer>,
     /// Samples of `audio` that the VAD has heard.
     heard: usize,
+    /// Where somebody spoke, as far as the VAD has heard, in session samples.
+    spoken: Vec<Range<u64>>,
     rate_hz: u32,
 }
 
@@ -44,6 +46,7 @@ impl Segment {
             run: None,
             endpointer: None,
             heard: 0,
+            spoken: Vec::new(),
             rate_hz: 16_000,
         }
     }
@@ -95,8 +98,10 @@ impl Segment {
         let limits = Limits::new(endpoint_ms, self.rate_hz);
         while let Some(frame) = self.audio.get(self.heard..).and_then(|rest| rest.first_chunk::<VAD_FRAME>()) {
             self.heard += VAD_FRAME;
-            if let Some(cut) = endpointer.push(vad.speech_probability(frame)?, limits) {
-                return Ok(Some(cut));
+            let cut = endpointer.push(vad.speech_probability(frame)?, limits);
+            note_speech(&mut self.spoken, endpointer);
+            if cut.is_some() {
+                return Ok(cut);
             }
         }
         Ok(None)
@@ -113,7 +118,13 @@ impl Segment {
         self.heard = self.audio.len();
         // A cut that falls into the padding is the flush itself.
         let _ = endpointer.push(vad.speech_probability(&frame)?, Limits::new(endpoint_ms, self.rate_hz));
+        note_speech(&mut self.spoken, endpointer);
         Ok(())
+    }
+
+    /// Where somebody spoke, in order.
+    pub(super) fn spoken(&self) -> &[Range<u64>] {
+        &self.spoken
     }
 
     /// Speech heard so far, up to `limit`.
@@ -132,5 +143,14 @@ impl Segment {
         let index =
             |sample: u64| usize::try_from(sample.saturating_sub(base)).unwrap_or(usize::MAX).min(self.audio.len());
         self.audio[index(range.start)..index(range.end)].to_vec()
+    }
+}
+
+/// Adds the frame that was pushed last, if it is speech.
+fn note_speech(spoken: &mut Vec<Range<u64>>, endpointer: &Endpointer) {
+    let Some(frame) = endpointer.speaks() else { return };
+    match spoken.last_mut().filter(|last| last.end == frame.start) {
+        Some(last) => last.end = frame.end,
+        None => spoken.push(frame),
     }
 }

@@ -49,7 +49,13 @@ fn run(options: &SessionOptions, start: StartPoint, entries: &[RawEntry]) -> Vec
                 Step::Draft(draft) => finals.push(*draft),
                 Step::Final(window) => {
                     let heard = checksum(&window);
-                    let draft = stream.complete(Ok(heard), Vec::new(), &RecognizerInfo::none(), Timings::default());
+                    let draft = stream.complete(
+                        Ok(heard),
+                        Vec::new(),
+                        Listened::NotAsked,
+                        &RecognizerInfo::none(),
+                        Timings::default(),
+                    );
                     finals.push(*draft.expect("a final was pending"));
                 }
             }
@@ -65,6 +71,7 @@ fn after(index: usize, f: &FinalDraft) -> StartPoint {
         to_seq: f.audio.to_seq,
         end: f.end,
         resume: f.resume.clone(),
+        speakers: f.speakers.clone(),
     };
     let checkpoint = f.checkpoint.clone().unwrap_or_default();
     StartPoint { after: Some(Box::new(after)), checkpoint, ..StartPoint::beginning() }
@@ -221,7 +228,9 @@ fn a_failed_decode_is_said_in_the_final() {
     assert!(matches!(stream.step(), Ok(Step::Final(_))));
     assert!(matches!(stream.step(), Ok(Step::Starved)), "it waits for the answer");
     let failed = Err(EngineError::Decode("no".into()));
-    let draft = stream.complete(failed, Vec::new(), &RecognizerInfo::none(), Timings::default()).expect("draft");
+    let draft = stream
+        .complete(failed, Vec::new(), Listened::NotAsked, &RecognizerInfo::none(), Timings::default())
+        .expect("draft");
     assert!(draft.end && draft.segments.is_empty() && draft.error.is_some());
     assert!(matches!(stream.step(), Ok(Step::Ended)));
 }
@@ -257,7 +266,13 @@ fn permits_come_back() {
         given += entry.payload.len() as u64 + ENTRY_COST;
         stream.push(entry);
         while let Ok(Step::Final(_) | Step::Draft(_)) = stream.step() {
-            stream.complete(Ok(Hypothesis::default()), Vec::new(), &RecognizerInfo::none(), Timings::default());
+            stream.complete(
+                Ok(Hypothesis::default()),
+                Vec::new(),
+                Listened::NotAsked,
+                &RecognizerInfo::none(),
+                Timings::default(),
+            );
         }
         back += stream.take_consumed();
         most = most.max(given - back);
@@ -280,7 +295,13 @@ fn flushes_that_are_done_are_not_kept() {
         stream.push(entry.clone());
         while let Ok(Step::Final(window)) = stream.step() {
             let heard = Ok(checksum(&window));
-            finals.extend(stream.complete(heard, Vec::new(), &RecognizerInfo::none(), Timings::default()));
+            finals.extend(stream.complete(
+                heard,
+                Vec::new(),
+                Listened::NotAsked,
+                &RecognizerInfo::none(),
+                Timings::default(),
+            ));
         }
         back += stream.take_consumed();
         assert!(given - back < 9 * (3_200 + ENTRY_COST) + 3 * ENTRY_COST, "{} bytes kept", given - back);
