@@ -31,3 +31,6 @@ pub mod windows;
 
 /// Sample rate of everything in this crate, in Hz.
 pub const RATE_HZ: u32 = 16_000;
+
+/// Our own speaker encoder, which needs no download; its card is beside it.
+pub const ENCODER: &[u8] = include_bytes!("../encoder/encoder.onnx");

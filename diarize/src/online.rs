@@ -25,6 +25,9 @@ pub const MOST_VOICES: usize = 256;
 /// Of voices that became part of another one, so many are remembered.
 const MOST_ABSORBED: usize = 4_096;
 
+/// More voices than a label can have had by then.
+const LOST_VOICES: u32 = 65_536;
+
 /// How many people there are, as far as the caller knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Limits {
@@ -122,6 +125,15 @@ impl Voices {
             next_label: 1,
             last: None,
             absorbed: Vec::new(),
+        }
+    }
+
+    /// Goes on behind so many labels whose voices are lost: none of them is given again, nor a number of their voices.
+    pub fn after(labels: u32) -> Self {
+        Self {
+            next_voice: labels.saturating_mul(LOST_VOICES).saturating_add(1),
+            next_label: labels + 1,
+            ..Self::new("")
         }
     }
 
@@ -390,6 +402,14 @@ impl Voices {
                 labels.insert(*gone, label);
             }
         }
+        labels
+    }
+
+    /// The label that each voice has now.
+    pub fn now(&self) -> BTreeMap<u32, u32> {
+        let mut labels: BTreeMap<u32, u32> = self.voices.iter().map(|voice| (voice.number, voice.label)).collect();
+        let gone: Vec<_> = self.absorbed.iter().filter_map(|(gone, into)| Some((*gone, *labels.get(into)?))).collect();
+        labels.extend(gone);
         labels
     }
 

@@ -19,10 +19,7 @@ const EDGES: [(&str, &[&str]); 10] = [
     ("voxfleet-nats", &["voxfleet-schema"]),
     ("voxfleet-store", &["voxfleet-schema", "voxfleet-nats"]),
     ("voxfleet-dispatcher", &["voxfleet-schema", "voxfleet-nats"]),
-    (
-        "voxfleet-worker",
-        &["voxfleet-schema", "voxfleet-audio", "voxfleet-diarize", "voxfleet-nats", "voxfleet-store"],
-    ),
+    ("voxfleet-worker", &["voxfleet-schema", "voxfleet-audio", "voxfleet-diarize", "voxfleet-nats", "voxfleet-store"]),
     // What checks the product does not share its code.
     ("voxfleet-harness", &[]),
     (
