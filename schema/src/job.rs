@@ -379,7 +379,7 @@ pub struct JobResult {
     pub language: Option<String>,
     /// Length of the recording, in s.
     pub duration: f64,
-    /// Empty without diarization.
+    /// Who spoke when, in order of their starts. Empty where speakers were not asked for.
     pub speaker_turns: Vec<SpeakerTurn>,
     /// Where the worker is rented: `vast_ai`, `runpod`, `lambda`, `local`.
     pub provider: String,
@@ -394,6 +394,8 @@ pub struct ResultSegment {
     pub end: f64,
     pub text: String,
     pub speaker: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel: Option<u16>,
     /// 0 to 1.
     pub confidence: f32,
 }
@@ -404,6 +406,8 @@ pub struct AlignedSegment {
     pub end: f64,
     pub text: String,
     pub speaker: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel: Option<u16>,
     pub words: Vec<AlignedWord>,
 }
 
@@ -415,6 +419,9 @@ pub struct AlignedWord {
     /// Confidence, 0 to 1.
     pub score: f32,
     pub speaker: Option<String>,
+    /// Who spoke over it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlapped_by: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -429,7 +436,8 @@ pub struct SpeakerTurn {
 pub struct PerformanceMetrics {
     /// From the start on the worker that finished it to the aggregate.
     pub total_duration: f64,
-    /// `fetch`, `transcribe` (wall clock), `decode` (inside the model, summed over its states), `queue` (submitted to
+    /// `fetch`, `transcribe` (wall clock), `decode` (inside the model, summed over its states), `diarize` (listening to who
+    /// speaks, beside it), `queue` (submitted to
     /// started), in s. Memory in use by the worker on its device, in MB: `transcribe_before_mb`, `transcribe_after_mb`, and
     /// `load_before_mb`, `load_after_mb` of the last model that it loaded.
     pub stages: BTreeMap<String, f64>,

@@ -47,8 +47,23 @@ fn segment() -> Segment {
             end_ms: 1_679,
             confidence: 0.5,
             speaker: Some("S1".into()),
+            overlapped_by: Some("S2".into()),
         }],
     }
+}
+
+fn turns() -> Vec<Turn> {
+    vec![Turn { start_ms: 1_500, end_ms: 2_100, speaker: "S1".into(), voice: Some(4) }]
+}
+
+fn speakers() -> Option<Speakers> {
+    Some(Speakers {
+        by: SpeakersBy::Changes,
+        labels: 2,
+        late: true,
+        afresh: true,
+        why: Some("no segmentation model".into()),
+    })
 }
 
 fn full_final() -> Final {
@@ -70,6 +85,8 @@ fn full_final() -> Final {
         checkpoint_seq: Some(9),
         checkpoint_missing: true,
         segments: vec![segment()],
+        turns: turns(),
+        speakers: speakers(),
         words_omitted: true,
         speech_final: true,
         end: true,
@@ -77,7 +94,13 @@ fn full_final() -> Final {
         error: Some(Failure::new(FailureClass::EngineCrash, "the engine ended")),
         result: Some("object://asr_media/call-7".into()),
         guards: vec!["repetition".into()],
-        timings: Timings { queued_ms: 2, decode_ms: 80, audio_ms: 1_000, word_timing: Some(WordTiming::TokenEstimate) },
+        timings: Timings {
+            queued_ms: 2,
+            decode_ms: 80,
+            audio_ms: 1_000,
+            diarize_ms: 30,
+            word_timing: Some(WordTiming::TokenEstimate),
+        },
     }
 }
 
@@ -86,6 +109,8 @@ fn smallest_final() -> Final {
         checkpoint_seq: None,
         checkpoint_missing: false,
         segments: Vec::new(),
+        turns: Vec::new(),
+        speakers: None,
         words_omitted: false,
         speech_final: false,
         end: false,
@@ -168,6 +193,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
             kind: "whisper_cpp".into(),
             effective_device: "cuda:NVIDIA H100".into(),
             vad: VadKind::Silero,
+            speakers: SpeakersBy::Segmentation,
             ms_since_progress: 0,
             restarts: 1,
             crashes: 1,
@@ -266,6 +292,8 @@ fn what_people_may_look_at_is_pinned_json() {
             revision: 1,
             epoch: 2,
             segments: vec![segment()],
+            turns: turns(),
+            speakers: speakers(),
         },
     );
     json("event", &event());

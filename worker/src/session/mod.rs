@@ -15,6 +15,7 @@ mod life;
 mod open;
 mod outputs;
 mod park;
+mod reconsider;
 mod store;
 
 use std::{
@@ -57,6 +58,7 @@ pub(crate) use self::{
     hints::{HintQueue, WaitingHint},
     open::last_final,
     outputs::{Names, unix_ms},
+    reconsider::revisions,
 };
 use crate::{
     capacity::{Budget, locked},

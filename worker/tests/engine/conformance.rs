@@ -42,6 +42,7 @@ fn window(samples: Vec<f32>, purpose: Purpose) -> Window {
         prompt: String::new(),
         language: None,
         task: Task::Transcribe,
+        hearing: None,
         cancel: Cancel::default(),
     }
 }
@@ -366,7 +367,9 @@ fn soak(model: &Model, seconds: usize) -> Soak {
                 Step::Final(windows) => {
                     let heard = recognizer.decode(&windows).pop().expect("answer");
                     let timings = Default::default();
-                    stream.complete(0, heard, Vec::new(), recognizer.info(), timings).expect("a final");
+                    stream
+                        .complete(0, heard, Vec::new(), Default::default(), recognizer.info(), timings)
+                        .expect("a final");
                     result.finals += 1;
                 }
             }

@@ -17,18 +17,19 @@ use super::{
     neighbour::{LockError, Neighbour, Turn},
     pace::{Pace, Role, Spent, Stretch},
     shelf::{Shelved, shelve},
-    signs::Signs,
+    signs::{Sign, Signs},
     unseen::{Blind, guarded},
 };
 use crate::{
     engine::{
         Cancel, EngineError, Purpose, Window,
+        diarize::{HeardLate, Listened},
         pool::{Done, Pool, ends_session},
         stream::{SessionStream, Step},
         vad::VadFactory,
     },
     ipc::{
-        EngineConfig, EntryFor, FromEngine, StartPoint, Suspect, ToEngine,
+        EngineConfig, EntryFor, FinalDraft, FromEngine, StartPoint, Suspect, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
@@ -49,6 +50,8 @@ pub(super) struct Session {
     pub(super) decoding: BTreeMap<usize, Cancel>,
     /// A partial is being decoded.
     pub(super) partial: Option<Cancel>,
+    /// Finals whose speakers are still being listened to.
+    listening: Vec<(u64, Cancel)>,
     pub(super) last_partial: Instant,
     /// A file job: live sessions come first.
     pub(super) background: bool,
@@ -135,10 +138,12 @@ impl Desk {
     pub(super) fn progress(&mut self, now: Instant) -> Said {
         let working = self.working();
         let running = self.sessions.iter().flat_map(|(handle, session)| {
-            let (of_final, of_partial) = (session.decoding.iter(), session.partial.iter());
-            of_final.map(|(n, flag)| ((*handle, Some(*n)), flag)).chain(of_partial.map(|flag| ((*handle, None), flag)))
+            let of_final = session.decoding.iter().map(|(part, flag)| (Sign::Final(*handle, *part), flag));
+            let of_partial = session.partial.iter().map(|flag| (Sign::Partial(*handle), flag));
+            let of_speakers = session.listening.iter().map(|(index, flag)| (Sign::Speakers(*handle, *index), flag));
+            of_final.chain(of_partial).chain(of_speakers)
         });
-        let running: Vec<_> = running.map(|(decode, flag)| (decode, flag.looks())).collect();
+        let running: Vec<_> = running.map(|(sign, flag)| (sign, flag.looks())).collect();
         let looks = running.iter().fold(0, |sum: u64, (_, looks)| sum.wrapping_add(*looks));
         if !self.signs.all_move(now, running.into_iter()) {
             return Ok(());
@@ -212,14 +217,17 @@ impl Desk {
         if let Err(error) = self.want(&model) {
             return self.fail(handle, &error);
         }
+        let stream = SessionStream::new(options, start, self.vads.create());
+        let stream = if background { stream.of_recording() } else { stream };
         let unseen = suspect.as_ref().filter(|suspect| suspect.blind).and_then(|suspect| suspect.park.clone());
         let session = Session {
-            stream: SessionStream::new(options, start, self.vads.create()),
+            stream,
             model: model.clone(),
             ready: VecDeque::new(),
             ready_at: Instant::now(),
             decoding: BTreeMap::new(),
             partial: None,
+            listening: Vec::new(),
             last_partial: Instant::now(),
             background,
             dirty: true,
@@ -335,7 +343,7 @@ impl Desk {
                         (draft.error, draft.parked, session.finishing) = (Some(why), true, true);
                     }
                     let over = session.finishing;
-                    self.say(&FromEngine::Final { handle, draft })?;
+                    self.say_final(handle, draft)?;
                     if over {
                         break;
                     }
@@ -352,7 +360,7 @@ impl Desk {
                         session.went_beyond(draft.to_sample);
                         session.finishing |= session.unseen.take().is_some();
                         let over = session.finishing;
-                        self.say(&FromEngine::Final { handle, draft })?;
+                        self.say_final(handle, draft)?;
                         if over {
                             break;
                         }
@@ -393,9 +401,14 @@ impl Desk {
         }
         self.say_what_it_cost(&done)?;
         let handle = done.handle;
+        let late = matches!(done.listened, Listened::Late(_));
         match done.window.purpose {
             Purpose::Final => self.final_done(done)?,
             Purpose::Partial => self.partial_done(&done)?,
+        }
+        if late {
+            // It is still at work on this one.
+            return Ok(());
         }
         // After what came of it: a death in between finds it blamed rather than forgotten.
         self.say(&FromEngine::Over { handle })
@@ -445,18 +458,47 @@ impl Desk {
             decode_ms: done.took.as_millis() as u64,
             ..Timings::default()
         };
-        let Some(draft) = session.stream.complete(done.part, heard, guards, &done.info, timings) else {
+        if let Listened::Late(flag) = &done.listened {
+            session.listening.push((session.stream.index(), flag.clone()));
+        }
+        let completed = session.stream.complete(done.part, heard, guards, done.listened, &done.info, timings);
+        let Some(draft) = completed else {
             // Other windows of it are not decoded yet.
             return Ok(());
         };
         let finishing = session.finishing;
         session.dirty = !finishing;
         session.went_beyond(draft.to_sample);
-        self.say(&FromEngine::Final { handle, draft })?;
+        self.say_final(handle, draft)?;
         if finishing {
             self.say(&FromEngine::Finished { handle })?;
         }
         self.say_what_it_left(handle)
+    }
+
+    /// A final, and behind it, where its checkpoint stands, what is known by now of the speakers of those before it. Readers
+    /// go when they have seen the end: there it comes first.
+    fn say_final(&mut self, handle: u64, draft: Box<FinalDraft>) -> Said {
+        let revisions = self.sessions.get_mut(&handle).map(|session| session.stream.take_revisions());
+        let revisions = revisions.into_iter().flatten().map(|revision| Box::new(revision));
+        let revisions = revisions.map(|revision| FromEngine::Revision { handle, revision });
+        let (end, said) = (draft.end, FromEngine::Final { handle, draft });
+        let messages: Vec<_> = match end {
+            true => revisions.chain([said]).collect(),
+            false => std::iter::once(said).chain(revisions).collect(),
+        };
+        messages.iter().try_for_each(|message| self.say(message))
+    }
+
+    pub(super) fn heard_late(&mut self, late: HeardLate) -> Said {
+        let HeardLate { handle, index, heard } = late;
+        if let Some(session) = self.sessions.get_mut(&handle) {
+            session.listening.retain(|(listening, _)| *listening != index);
+            session.stream.heard_late(index, heard);
+            // Its end may have waited for it.
+            session.dirty = !session.finishing;
+        }
+        self.say(&FromEngine::Over { handle })
     }
 
     fn partial_done(&mut self, done: &Done) -> Said {
@@ -528,5 +570,6 @@ impl Session {
     fn cancel(&self) {
         self.stream.cancel();
         self.decoding.values().chain(&self.partial).for_each(Cancel::cancel);
+        self.listening.iter().for_each(|(_, flag)| flag.cancel());
     }
 }

@@ -324,6 +324,7 @@ mod tests {
             prompt: String::new(),
             language: None,
             task: Task::Transcribe,
+            hearing: None,
             cancel: Cancel::default(),
         }
     }

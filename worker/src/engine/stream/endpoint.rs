@@ -86,6 +86,8 @@ pub(super) enum Cut {
 pub(super) struct Speech {
     pub(super) channel: usize,
     pub(super) range: Range<u64>,
+    /// The same without padding.
+    pub(super) spoken: Range<u64>,
     /// The channel has been silent behind it for long enough: it will not grow.
     pub(super) over: bool,
 }
@@ -112,7 +114,8 @@ impl Utterance {
             return None;
         }
         let range = self.begin()..(self.end + PADDING).min(self.over.unwrap_or(limit)).min(limit);
-        (range.start < range.end).then_some(Speech { channel: self.channel, range, over: self.over.is_some() })
+        let spoken = self.start..self.end.min(limit);
+        (range.start < range.end).then_some(Speech { channel: self.channel, range, spoken, over: self.over.is_some() })
     }
 }
 
@@ -149,6 +152,11 @@ impl Endpointer {
         let mut speech: Vec<Speech> = self.utterances().filter_map(|u| u.speech(limit)).collect();
         speech.sort_by_key(|s| (s.range.start, s.channel));
         speech
+    }
+
+    /// The frame pushed last, where it is speech.
+    pub(super) fn speaks(&self) -> Option<Range<u64>> {
+        self.ears.iter().any(|ear| ear.speaking).then(|| self.at - FRAME..self.at)
     }
 
     fn utterances(&self) -> impl Iterator<Item = &Utterance> {

@@ -18,7 +18,10 @@ mod endpoint;
 mod parts;
 mod pcm;
 mod segment;
+mod speakers;
 mod words;
+
+pub(crate) use self::speakers::limits_of;
 
 use std::{collections::VecDeque, ops::Range};
 
@@ -33,12 +36,16 @@ use self::{
     agreement::Agreement,
     digest::{Barrier, Digest, Piece},
     endpoint::Cut,
-    parts::{Answer, Joined, Pending},
+    parts::{Answer, Joined, Part, Pending},
     segment::{Detectors, Segment},
+    speakers::Tellers,
 };
 use crate::{
-    engine::{Cancel, EngineError, Hypothesis, Purpose, RecognizerInfo, Vad, Window},
-    ipc::{FinalDraft, PartialDraft, StartPoint, StreamNote},
+    engine::{
+        Cancel, EngineError, Hypothesis, Purpose, RecognizerInfo, Vad, Window,
+        diarize::{Heard, Hearing, Listened},
+    },
+    ipc::{FinalDraft, PartialDraft, RevisionDraft, StartPoint, StreamNote, Told},
 };
 
 /// Audio between two partials, in samples (1 s).
@@ -85,6 +92,10 @@ pub struct SessionStream {
     /// End of the audio the last partial of each channel covered, and the window of the one being decoded.
     partial_to: Vec<u64>,
     partial_pending: Option<(usize, Range<u64>)>,
+    /// Where speakers are asked for.
+    tellers: Option<Tellers>,
+    /// A file job: nobody waits for its next words.
+    recording: bool,
     /// Taken over, and nothing has been heard of it here yet.
     unheard: bool,
     cancel: Cancel,
@@ -112,15 +123,23 @@ impl SessionStream {
             language: options.language.clone().or_else(|| after.and_then(|a| a.resume.language.clone())),
             checkpoint_missing: start.checkpoint_missing,
             lost: start.lost,
-            checkpoint: start.checkpoint,
             agreement: Agreement::default(),
             partial_to: Vec::new(),
             partial_pending: None,
+            tellers: Tellers::new(options, &start),
+            recording: false,
             unheard: start.taken_over,
             cancel: Cancel::default(),
             notes: Vec::new(),
             consumed_bytes: 0,
+            checkpoint: start.checkpoint,
         }
+    }
+
+    /// Its words wait for their speakers.
+    pub fn of_recording(mut self) -> Self {
+        self.recording = true;
+        self
     }
 
     /// Another detector from here on.
@@ -168,6 +187,10 @@ impl SessionStream {
             if let Some(barrier) = piece.barrier
                 && !self.is_done(piece, barrier)
             {
+                if barrier == Barrier::End && self.owes_speakers() {
+                    // No final comes behind it that could bring them.
+                    return Ok(Step::Starved);
+                }
                 let (seq, place) = (piece.seq, piece.end_sample());
                 self.segment.flush_to(place);
                 if let Some(cut) = self.segment.listen(&mut self.vads, self.options.endpoint_ms)? {
@@ -217,7 +240,11 @@ impl SessionStream {
         if pending.parts.is_empty() {
             return Step::Draft(self.draft(pending, Joined::nothing(None)));
         }
-        let windows = pending.parts.iter().map(|p| self.window(p.channel, &p.window, Purpose::Final)).collect();
+        let window_of = |part: &Part| {
+            let hearing = self.hearing(&part.window, to, end);
+            Window { hearing, ..self.window(part.channel, &part.window, Purpose::Final) }
+        };
+        let windows = pending.parts.iter().map(window_of).collect();
         self.pending = Some(pending);
         Step::Final(windows)
     }
@@ -232,8 +259,37 @@ impl SessionStream {
             prompt: words::prompt(&self.options.hotwords, self.options.prompt.as_deref().unwrap_or(""), tail),
             language: self.language.clone(),
             task: self.options.task,
+            hearing: None,
             cancel: self.cancel.clone(),
         }
+    }
+
+    /// What is to be heard of the speakers of a window that ends a stretch at `to`. Only where channels are mixed.
+    fn hearing(&self, window: &Range<u64>, to: u64, end: bool) -> Option<Box<Hearing>> {
+        self.tellers.as_ref()?;
+        Some(Box::new(Hearing {
+            index: self.index,
+            samples: self.segment.samples(0, window),
+            from_sample: window.start,
+            speech: speakers::inside(self.segment.spoken(), window),
+            patient: self.recording || end,
+            waited_ms: to.saturating_sub(window.end) / 16,
+        }))
+    }
+
+    /// Takes what was heard of the speakers of an earlier final.
+    pub fn heard_late(&mut self, index: u64, heard: Result<Heard, String>) {
+        self.tellers.iter_mut().for_each(|tellers| tellers.heard(index, heard.clone()));
+    }
+
+    /// Whether an earlier final still waits for its speakers.
+    pub fn owes_speakers(&self) -> bool {
+        self.tellers.as_ref().is_some_and(Tellers::owes)
+    }
+
+    /// Speakers of earlier finals, to be said behind the final that was just drafted.
+    pub fn take_revisions(&mut self) -> Vec<RevisionDraft> {
+        self.tellers.as_mut().map(Tellers::take_revisions).unwrap_or_default()
     }
 
     /// Takes what the recognizer heard in one window of the last [`Step::Final`], counted from 0, after the guards. With the
@@ -243,10 +299,11 @@ impl SessionStream {
         part: usize,
         heard: Result<Hypothesis, EngineError>,
         guards: Vec<String>,
+        listened: Listened,
         info: &RecognizerInfo,
         timings: Timings,
     ) -> Option<Box<FinalDraft>> {
-        let answer = Answer { heard, guards, info: info.clone(), timings };
+        let answer = Answer { heard, guards, listened, info: info.clone(), timings };
         let mut pending = self.pending.take_if(|pending| pending.take(part, answer))?;
         self.unheard = false;
         let joined = pending.join(self.segment.from, &self.options);
@@ -264,6 +321,11 @@ impl SessionStream {
         Some(draft)
     }
 
+    /// Index of the next final.
+    pub fn index(&self) -> u64 {
+        self.index
+    }
+
     /// First sample of the present stretch: the end of the last final.
     pub fn from_sample(&self) -> u64 {
         self.segment.from
@@ -271,8 +333,12 @@ impl SessionStream {
 
     /// Makes the pending final and starts the next stretch from its resume point.
     fn draft(&mut self, pending: Pending, joined: Joined) -> Box<FinalDraft> {
-        let Joined { segments, guards, error, info, timings } = joined;
+        let Joined { segments, turns, listened, guards, error, info, timings } = joined;
         let from = self.segment.from;
+        let Told { segments, turns, speakers } = match &mut self.tellers {
+            Some(tellers) => tellers.tell(self.index, segments, listened),
+            None => Told { segments, turns, speakers: speakers::by_channels(&self.options) },
+        };
         let resume = self.restart(pending.to);
         self.last = Some((pending.audio.to_seq, pending.end));
         self.ended = pending.end;
@@ -284,6 +350,8 @@ impl SessionStream {
             audio: pending.audio,
             resume,
             segments,
+            turns,
+            speakers,
             speech_final: pending.speech_final,
             end: pending.end,
             lost: self.lost.take(),
@@ -305,13 +373,15 @@ impl SessionStream {
         segments: &[voxfleet_schema::transcript::Segment],
         guard_hit: bool,
     ) -> Option<Checkpoint> {
+        let voices = self.tellers.as_ref().and_then(Tellers::voices);
         if !self.options.carry_prompt {
-            return None;
+            self.checkpoint = Checkpoint { index: self.index, voices, ..Checkpoint::default() };
+            return self.checkpoint.voices.is_some().then(|| self.checkpoint.clone());
         }
         let pieces =
             std::iter::once(self.checkpoint.prompt_tail.as_str()).chain(segments.iter().map(|s| s.text.as_str()));
         let prompt_tail = words::tail(&voxfleet_schema::transcript::join_text(pieces), PROMPT_TAIL_CHARS).to_owned();
-        self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit };
+        self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit, voices };
         Some(self.checkpoint.clone())
     }
 

@@ -5,17 +5,18 @@ use std::ops::Range;
 use voxfleet_schema::{
     failure::Failure,
     session::SessionOptions,
-    transcript::{AudioRange, Segment, Timings},
+    transcript::{AudioRange, Segment, Timings, Turn},
 };
 
 use super::{endpoint::Speech, words};
-use crate::engine::{EngineError, Hypothesis, RecognizerInfo};
+use crate::engine::{EngineError, Hypothesis, RecognizerInfo, diarize::Listened};
 
 /// What came of one window.
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) heard: Result<Hypothesis, EngineError>,
     pub(super) guards: Vec<String>,
+    pub(super) listened: Listened,
     pub(super) info: RecognizerInfo,
     pub(super) timings: Timings,
 }
@@ -25,6 +26,7 @@ pub(super) struct Answer {
 pub(super) struct Part {
     pub(super) channel: usize,
     pub(super) window: Range<u64>,
+    spoken: Range<u64>,
     answer: Option<Answer>,
 }
 
@@ -43,6 +45,10 @@ pub(super) struct Pending {
 #[derive(Debug)]
 pub(super) struct Joined {
     pub(super) segments: Vec<Segment>,
+    /// Of channels that are split.
+    pub(super) turns: Vec<Turn>,
+    /// Of the only window, where channels are mixed.
+    pub(super) listened: Listened,
     /// Each once.
     pub(super) guards: Vec<String>,
     /// Of the first window that could not be decoded; the others' text stands beside it.
@@ -55,13 +61,15 @@ impl Joined {
     /// Nothing was decoded.
     pub(super) fn nothing(error: Option<Failure>) -> Self {
         let (info, timings) = (RecognizerInfo::none(), Timings::default());
-        Self { segments: Vec::new(), guards: Vec::new(), error, info, timings }
+        let (segments, turns, listened) = (Vec::new(), Vec::new(), Listened::NotAsked);
+        Self { segments, turns, listened, guards: Vec::new(), error, info, timings }
     }
 }
 
 impl Pending {
     pub(super) fn parts_of(speech: Vec<Speech>) -> Vec<Part> {
-        speech.into_iter().map(|s| Part { channel: s.channel, window: s.range, answer: None }).collect()
+        let part = |s: Speech| Part { channel: s.channel, window: s.range, spoken: s.spoken, answer: None };
+        speech.into_iter().map(part).collect()
     }
 
     /// Takes an answer; says whether it was the last that was waited for.
@@ -78,10 +86,20 @@ impl Pending {
         let mut joined = Joined::nothing(None);
         let several = self.parts.len() > 1;
         for (n, part) in std::mem::take(&mut self.parts).into_iter().enumerate() {
-            let Some(Answer { heard, guards, info, timings }) = part.answer else { continue };
+            let Some(Answer { heard, guards, listened, info, timings }) = part.answer else { continue };
             if n == 0 {
-                joined.info = info;
+                if let Listened::Heard(Ok(heard)) = &listened {
+                    joined.timings.diarize_ms = heard.took.as_millis() as u64;
+                }
+                (joined.info, joined.listened) = (info, listened);
             }
+            let speaker = options.speaker_of(part.channel);
+            joined.turns.extend(speaker.clone().map(|speaker| Turn {
+                start_ms: part.spoken.start / 16,
+                end_ms: part.spoken.end / 16,
+                speaker,
+                voice: None,
+            }));
             let all = &mut joined.timings;
             all.queued_ms = all.queued_ms.max(timings.queued_ms);
             all.decode_ms += timings.decode_ms;
@@ -95,7 +113,7 @@ impl Pending {
                 Ok(hypothesis) => {
                     all.word_timing = all.word_timing.or(hypothesis.word_timing);
                     let mut segments = words::place(&hypothesis, &part.window, from..self.to);
-                    if let Some(speaker) = options.speaker_of(part.channel) {
+                    if let Some(speaker) = speaker {
                         words::attribute(&mut segments, part.channel, &speaker);
                     }
                     joined.segments.extend(segments);
@@ -129,11 +147,21 @@ mod tests {
     fn answer(heard: Result<Hypothesis, EngineError>, guard: &str, decode_ms: u64) -> Answer {
         let guards = (!guard.is_empty()).then(|| guard.to_owned()).into_iter().collect();
         let timings = Timings { queued_ms: decode_ms, decode_ms, ..Timings::default() };
-        Answer { heard, guards, info: RecognizerInfo { model: "m".to_owned(), ..RecognizerInfo::none() }, timings }
+        let listened = Listened::NotAsked;
+        Answer {
+            heard,
+            guards,
+            listened,
+            info: RecognizerInfo { model: "m".to_owned(), ..RecognizerInfo::none() },
+            timings,
+        }
     }
 
     fn joined(order: [usize; 3], third: &Result<Hypothesis, EngineError>) -> Joined {
-        let speech = |channel, range: Range<u64>| Speech { channel, range, over: true };
+        let speech = |channel, range: Range<u64>| {
+            let spoken = range.start + 2_400..range.end - 2_400;
+            Speech { channel, range, spoken, over: true }
+        };
         let speech = vec![speech(1, 16_000..32_000), speech(0, 24_000..40_000), speech(1, 48_000..64_000)];
         let audio = AudioRange { from_seq: 1, to_seq: 2 };
         let parts = Pending::parts_of(speech);

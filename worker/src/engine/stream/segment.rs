@@ -83,6 +83,8 @@ pub(super) struct Segment {
     endpointer: Option<Endpointer>,
     /// Samples of the tracks that the VADs have heard.
     heard: usize,
+    /// Where somebody spoke, as far as the VADs have heard, in session samples.
+    spoken: Vec<Range<u64>>,
     format: AudioFormat,
 }
 
@@ -96,6 +98,7 @@ impl Segment {
             run: None,
             endpointer: None,
             heard: 0,
+            spoken: Vec::new(),
             format: AudioFormat::default(),
         }
     }
@@ -176,8 +179,10 @@ impl Segment {
                 return Ok(None);
             };
             self.heard += VAD_FRAME;
-            if let Some(cut) = endpointer.push(&vads.listen(&frames)?, limits) {
-                return Ok(Some(cut));
+            let cut = endpointer.push(&vads.listen(&frames)?, limits);
+            note_speech(&mut self.spoken, endpointer);
+            if cut.is_some() {
+                return Ok(cut);
             }
         }
     }
@@ -198,7 +203,13 @@ impl Segment {
         self.heard = len;
         // A cut that falls into the padding is the flush itself.
         let _ = endpointer.push(&vads.listen(&padded.iter().collect::<Vec<_>>())?, limits);
+        note_speech(&mut self.spoken, endpointer);
         Ok(())
+    }
+
+    /// Where somebody spoke, in order.
+    pub(super) fn spoken(&self) -> &[Range<u64>] {
+        &self.spoken
     }
 
     /// Speech heard so far, up to `limit`, in order of where it begins.
@@ -220,5 +231,14 @@ impl Segment {
         let base = self.base.unwrap_or(self.from);
         let index = |sample: u64| usize::try_from(sample.saturating_sub(base)).unwrap_or(usize::MAX).min(track.len());
         track[index(range.start)..index(range.end)].to_vec()
+    }
+}
+
+/// Adds the frame that was pushed last, if it is speech.
+fn note_speech(spoken: &mut Vec<Range<u64>>, endpointer: &Endpointer) {
+    let Some(frame) = endpointer.speaks() else { return };
+    match spoken.last_mut().filter(|last| last.end == frame.start) {
+        Some(last) => last.end = frame.end,
+        None => spoken.push(frame),
     }
 }

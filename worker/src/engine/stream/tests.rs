@@ -57,7 +57,8 @@ fn run(options: &SessionOptions, start: StartPoint, entries: &[RawEntry]) -> Vec
                     // The last one first: the order of answers is a matter of load.
                     for (part, window) in windows.iter().enumerate().rev() {
                         let (heard, nobody) = (Ok(checksum(window)), RecognizerInfo::none());
-                        let draft = stream.complete(part, heard, Vec::new(), &nobody, Timings::default());
+                        let draft =
+                            stream.complete(part, heard, Vec::new(), Listened::NotAsked, &nobody, Timings::default());
                         assert_eq!(draft.is_some(), part == 0, "with the last answer");
                         finals.extend(draft.map(|draft| *draft));
                     }
@@ -75,6 +76,7 @@ fn after(index: usize, f: &FinalDraft) -> StartPoint {
         to_seq: f.audio.to_seq,
         end: f.end,
         resume: f.resume.clone(),
+        speakers: f.speakers.clone(),
     };
     let checkpoint = f.checkpoint.clone().unwrap_or_default();
     StartPoint { after: Some(Box::new(after)), checkpoint, ..StartPoint::beginning() }
@@ -231,7 +233,9 @@ fn a_failed_decode_is_said_in_the_final() {
     assert!(matches!(stream.step(), Ok(Step::Final(_))));
     assert!(matches!(stream.step(), Ok(Step::Starved)), "it waits for the answer");
     let failed = Err(EngineError::Decode("no".into()));
-    let draft = stream.complete(0, failed, Vec::new(), &RecognizerInfo::none(), Timings::default()).expect("draft");
+    let draft = stream
+        .complete(0, failed, Vec::new(), Listened::NotAsked, &RecognizerInfo::none(), Timings::default())
+        .expect("draft");
     assert!(draft.end && draft.segments.is_empty() && draft.error.is_some());
     assert!(matches!(stream.step(), Ok(Step::Ended)));
 }
@@ -267,7 +271,14 @@ fn permits_come_back() {
         given += entry.payload.len() as u64 + ENTRY_COST;
         stream.push(entry);
         while let Ok(Step::Final(_) | Step::Draft(_)) = stream.step() {
-            stream.complete(0, Ok(Hypothesis::default()), Vec::new(), &RecognizerInfo::none(), Timings::default());
+            stream.complete(
+                0,
+                Ok(Hypothesis::default()),
+                Vec::new(),
+                Listened::NotAsked,
+                &RecognizerInfo::none(),
+                Timings::default(),
+            );
         }
         back += stream.take_consumed();
         most = most.max(given - back);
@@ -290,7 +301,14 @@ fn flushes_that_are_done_are_not_kept() {
         stream.push(entry.clone());
         while let Ok(Step::Final(windows)) = stream.step() {
             let heard = Ok(checksum(&windows[0]));
-            finals.extend(stream.complete(0, heard, Vec::new(), &RecognizerInfo::none(), Timings::default()));
+            finals.extend(stream.complete(
+                0,
+                heard,
+                Vec::new(),
+                Listened::NotAsked,
+                &RecognizerInfo::none(),
+                Timings::default(),
+            ));
         }
         back += stream.take_consumed();
         assert!(given - back < 9 * (3_200 + ENTRY_COST) + 3 * ENTRY_COST, "{} bytes kept", given - back);

@@ -1,6 +1,6 @@
 //! Channels heard one by one.
 
-use voxfleet_schema::session::Channels;
+use voxfleet_schema::{session::Channels, transcript::SpeakersBy};
 
 use super::*;
 
@@ -42,6 +42,14 @@ fn a_final_covers_all_channels_and_names_them() {
     let pcm = together(&[call(&PATTERN, 16_000), after_silence(1_000, &SECOND, 16_000)]);
     let finals = whole(&entries(&pcm, 6_400, &[("Asr-Format", "pcm_s16le;channels=2")]));
     check_chain(&finals, pcm.len() as u64 / 4);
+    assert!(finals.iter().all(|f| f.speakers.as_ref().is_some_and(|s| s.by == SpeakersBy::Channels)));
+    // One turn for each window.
+    let turns: Vec<(String, u64)> =
+        finals.iter().flat_map(|f| &f.turns).map(|t| (t.speaker.clone(), t.start_ms)).collect();
+    assert_eq!(turns.len(), said(&finals).len());
+    assert!(turns.iter().zip(said(&finals)).all(|((speaker, at), (channel, from, _))| {
+        *speaker == format!("ch{}", channel.expect("a channel")) && (from..from + 151).contains(at)
+    }));
     let speakers = |f: &FinalDraft| -> Vec<String> { f.segments.iter().flat_map(|s| s.speaker.clone()).collect() };
     assert!(finals.iter().any(|f| speakers(f).contains(&"ch0".into()) && speakers(f).contains(&"ch1".into())));
     for f in &finals {
@@ -170,9 +178,11 @@ fn a_channel_that_could_not_be_decoded_leaves_the_others_their_text() {
     assert_eq!(windows.len(), 2);
     let nobody = RecognizerInfo::none();
     let failed = Err(EngineError::Decode("no".into()));
-    assert!(stream.complete(1, failed, Vec::new(), &nobody, Timings::default()).is_none());
+    assert!(stream.complete(1, failed, Vec::new(), Listened::NotAsked, &nobody, Timings::default()).is_none());
     assert!(matches!(stream.step(), Ok(Step::Starved)), "it waits for the other answer");
-    let draft = stream.complete(0, Ok(checksum(&windows[0])), Vec::new(), &nobody, Timings::default()).expect("draft");
+    let draft = stream
+        .complete(0, Ok(checksum(&windows[0])), Vec::new(), Listened::NotAsked, &nobody, Timings::default())
+        .expect("draft");
     assert_eq!(draft.segments.iter().map(|s| s.channel).collect::<Vec<_>>(), [Some(0)]);
     assert!(draft.end && draft.error.as_ref().is_some_and(|e| e.message.contains("channel 1")), "{:?}", draft.error);
     assert!(matches!(stream.step(), Ok(Step::Ended)));
@@ -220,7 +230,14 @@ fn many_channels_are_held_in_bounded_memory() {
         while let Ok(Step::Final(windows)) = stream.step() {
             decoded = decoded.max(windows.iter().map(|w| size_of_val(w.samples.as_slice())).sum());
             for (part, window) in windows.iter().enumerate() {
-                stream.complete(part, Ok(checksum(window)), Vec::new(), &RecognizerInfo::none(), Timings::default());
+                stream.complete(
+                    part,
+                    Ok(checksum(window)),
+                    Vec::new(),
+                    Listened::NotAsked,
+                    &RecognizerInfo::none(),
+                    Timings::default(),
+                );
             }
             finals += 1;
         }
