@@ -11,8 +11,10 @@ use serde_json::Value;
 use voxfleet_harness::find;
 
 /// Crates of ours that each crate may name; dispatcher and worker never meet.
-const EDGES: [(&str, &[&str]); 9] = [
+const EDGES: [(&str, &[&str]); 10] = [
     ("voxfleet-schema", &[]),
+    // What measures the product knows nothing of it.
+    ("voxfleet-eval", &[]),
     ("voxfleet-audio", &["voxfleet-schema"]),
     ("voxfleet-nats", &["voxfleet-schema"]),
     ("voxfleet-store", &["voxfleet-schema", "voxfleet-nats"]),
@@ -29,6 +31,7 @@ const EDGES: [(&str, &[&str]); 9] = [
             "voxfleet-store",
             "voxfleet-dispatcher",
             "voxfleet-worker",
+            "voxfleet-eval",
             "voxfleet-harness",
         ],
     ),
