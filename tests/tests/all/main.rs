@@ -81,6 +81,7 @@ mod poison;
 mod prefetch;
 mod pressure;
 mod speakers;
+mod split;
 mod standby;
 mod third_party;
 mod viewer;

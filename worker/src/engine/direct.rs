@@ -72,20 +72,23 @@ fn step_all(
             Step::Starved => return Ok(false),
             Step::Ended => return Ok(true),
             Step::Draft(draft) => finals.push(*draft),
-            Step::Final(window) => {
-                let begin = std::time::Instant::now();
-                let (heard, guards) = match hear(recognizer, &window) {
-                    Ok(judged) => (Ok(judged.hypothesis), judged.guards.into_iter().map(str::to_owned).collect()),
-                    Err(error) if ends_session(&error) => return Err(error),
-                    Err(error) => (Err(error), Vec::new()),
-                };
-                let decode_ms = begin.elapsed().as_millis() as u64;
-                let timings = Timings { decode_ms, ..Timings::default() };
-                let listened = match (&window.hearing, listener.as_deref_mut()) {
-                    (Some(hearing), Some(listener)) => Listened::Heard(listener.hear(hearing, &window.cancel)),
-                    _ => Listened::NotAsked,
-                };
-                finals.extend(stream.complete(heard, guards, listened, recognizer.info(), timings).map(|draft| *draft));
+            Step::Final(windows) => {
+                for (part, window) in windows.iter().enumerate() {
+                    let begin = std::time::Instant::now();
+                    let (heard, guards) = match hear(recognizer, window) {
+                        Ok(judged) => (Ok(judged.hypothesis), judged.guards.into_iter().map(str::to_owned).collect()),
+                        Err(error) if ends_session(&error) => return Err(error),
+                        Err(error) => (Err(error), Vec::new()),
+                    };
+                    let decode_ms = begin.elapsed().as_millis() as u64;
+                    let timings = Timings { decode_ms, ..Timings::default() };
+                    let listened = match (&window.hearing, listener.as_deref_mut()) {
+                        (Some(hearing), Some(listener)) => Listened::Heard(listener.hear(hearing, &window.cancel)),
+                        _ => Listened::NotAsked,
+                    };
+                    let draft = stream.complete(part, heard, guards, listened, recognizer.info(), timings);
+                    finals.extend(draft.map(|draft| *draft));
+                }
             }
         }
     }

@@ -196,6 +196,9 @@ pub trait Vad: Send {
     /// Forgets everything heard.
     fn reset(&mut self);
 
+    /// A new one of the same kind, for another channel of the same session.
+    fn another(&self) -> Box<dyn Vad>;
+
     /// Probability of speech in the next [`VAD_FRAME`] samples, 0 to 1.
     fn speech_probability(&mut self, frame: &[f32; VAD_FRAME]) -> Result<f32, EngineError>;
 }

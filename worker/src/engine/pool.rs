@@ -117,6 +117,8 @@ pub fn hear(recognizer: &mut dyn Recognizer, window: &Window) -> Result<Judged, 
 /// One window for a thread.
 pub struct Job {
     pub handle: u64,
+    /// Which of its final's windows it is.
+    pub part: usize,
     pub model: Model,
     pub window: Window,
     /// Since when it could have been decoded.
@@ -127,6 +129,7 @@ pub struct Job {
 pub struct Done {
     pub thread: usize,
     pub handle: u64,
+    pub part: usize,
     pub window: Window,
     pub heard: Result<Judged, EngineError>,
     pub listened: Listened,
@@ -320,14 +323,14 @@ where
                 }
             },
         };
-        let Job { handle, window, .. } = *job;
+        let Job { handle, part, window, .. } = *job;
         let took = begin.elapsed();
         let listened = match listening {
             None => Listened::NotAsked,
             Some(Ok(listening)) => listening.wait(took),
             Some(Err(error)) => Listened::Heard(Err(format!("no thread to listen: {error}"))),
         };
-        let done = Done { thread: number, handle, window, heard, listened, info, queued, took, state_mb };
+        let done = Done { thread: number, handle, part, window, heard, listened, info, queued, took, state_mb };
         if events.send(done.into()).is_err() {
             // The engine loop has ended, and so does this.
             return;

@@ -79,7 +79,11 @@ struct SileroStream {
 
 impl SileroStream {
     fn new(silero: &Silero) -> Self {
-        Self { session: silero.session.clone(), input: vec![0.0; CONTEXT + VAD_FRAME], state: vec![0.0; STATE] }
+        Self::with(silero.session.clone())
+    }
+
+    fn with(session: Arc<Mutex<Session>>) -> Self {
+        Self { session, input: vec![0.0; CONTEXT + VAD_FRAME], state: vec![0.0; STATE] }
     }
 
     fn infer(&mut self) -> Result<f32, ort::Error> {
@@ -112,6 +116,10 @@ impl Vad for SileroStream {
     fn reset(&mut self) {
         self.input.fill(0.0);
         self.state.fill(0.0);
+    }
+
+    fn another(&self) -> Box<dyn Vad> {
+        Box::new(Self::with(self.session.clone()))
     }
 
     fn speech_probability(&mut self, frame: &[f32; VAD_FRAME]) -> Result<f32, EngineError> {
@@ -171,6 +179,10 @@ impl Vad for EnergyVad {
 
     fn reset(&mut self) {
         *self = Self::default();
+    }
+
+    fn another(&self) -> Box<dyn Vad> {
+        Box::new(Self::default())
     }
 
     fn speech_probability(&mut self, frame: &[f32; VAD_FRAME]) -> Result<f32, EngineError> {

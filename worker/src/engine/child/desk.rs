@@ -1,7 +1,7 @@
 //! What the engine loop keeps: sessions, models, the pool, and the way out.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     os::unix::net::UnixStream,
     sync::Arc,
     time::{Duration, Instant},
@@ -15,7 +15,7 @@ use voxfleet_schema::{
 
 use super::{
     neighbour::{LockError, Neighbour, Turn},
-    pace::{Pace, Spent},
+    pace::{Pace, Role, Spent, Stretch},
     shelf::{Shelved, shelve},
     signs::{Sign, Signs},
     unseen::{Blind, guarded},
@@ -42,10 +42,12 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 pub(super) struct Session {
     pub(super) stream: SessionStream,
     pub(super) model: String,
-    /// A final's window that waits for a thread, and since when.
-    pub(super) ready: Option<(Window, Instant)>,
-    /// The window of a final is being decoded.
-    pub(super) decoding: Option<Cancel>,
+    /// Windows of a final that wait for a thread, with their numbers.
+    pub(super) ready: VecDeque<(usize, Window)>,
+    /// Since when there are any.
+    pub(super) ready_at: Instant,
+    /// Windows of a final that are being decoded.
+    pub(super) decoding: BTreeMap<usize, Cancel>,
     /// A partial is being decoded.
     pub(super) partial: Option<Cancel>,
     /// Finals whose speakers are still being listened to.
@@ -129,14 +131,14 @@ impl Desk {
 
     /// Whether something is being decoded or loaded, or waits for it.
     pub(super) fn working(&self) -> bool {
-        !self.pool.all_idle() || self.sessions.values().any(|s| s.ready.is_some() || s.dirty) || self.loading()
+        !self.pool.all_idle() || self.sessions.values().any(|s| !s.ready.is_empty() || s.dirty) || self.loading()
     }
 
     /// Told while there is work and all of it moves, and once when it begins or ends: a hung decode is silent.
     pub(super) fn progress(&mut self, now: Instant) -> Said {
         let working = self.working();
         let running = self.sessions.iter().flat_map(|(handle, session)| {
-            let of_final = session.decoding.iter().map(|flag| (Sign::Final(*handle), flag));
+            let of_final = session.decoding.iter().map(|(part, flag)| (Sign::Final(*handle, *part), flag));
             let of_partial = session.partial.iter().map(|flag| (Sign::Partial(*handle), flag));
             let of_speakers = session.listening.iter().map(|(index, flag)| (Sign::Speakers(*handle, *index), flag));
             of_final.chain(of_partial).chain(of_speakers)
@@ -196,7 +198,7 @@ impl Desk {
         session.finishing = true;
         session.dirty = false;
         session.partial.iter().for_each(Cancel::cancel);
-        if session.ready.is_some() || session.decoding.is_some() {
+        if session.has_begun() {
             return Ok(());
         }
         self.say(&FromEngine::Finished { handle })
@@ -221,8 +223,9 @@ impl Desk {
         let session = Session {
             stream,
             model: model.clone(),
-            ready: None,
-            decoding: None,
+            ready: VecDeque::new(),
+            ready_at: Instant::now(),
+            decoding: BTreeMap::new(),
             partial: None,
             listening: Vec::new(),
             last_partial: Instant::now(),
@@ -345,11 +348,12 @@ impl Desk {
                         break;
                     }
                 }
-                Ok(Step::Final(window)) => {
+                Ok(Step::Final(windows)) => {
                     // What it would say has just been overtaken.
                     session.partial.iter().for_each(Cancel::cancel);
                     let Some(why) = session.parked() else {
-                        session.ready = Some((window, Instant::now()));
+                        session.ready = windows.into_iter().enumerate().collect();
+                        session.ready_at = Instant::now();
                         break;
                     };
                     if let Some(draft) = session.stream.set_aside(why) {
@@ -412,15 +416,22 @@ impl Desk {
 
     /// Of live sessions alone: recordings have no partials.
     fn say_what_it_cost(&mut self, done: &Done) -> Said {
-        let is_final = done.window.purpose == Purpose::Final;
+        let of_final = (done.window.purpose == Purpose::Final).then_some(done.part);
         let on_cpu = done.info.device == "cpu";
-        let pool_ms = self.pace.over((done.handle, is_final), Instant::now(), done.took, on_cpu);
+        let pool_ms = self.pace.over((done.handle, of_final), Instant::now(), done.took, on_cpu);
         let audio_ms = done.window.samples.len() as u64 / 16;
         let Some(session) = self.sessions.get_mut(&done.handle).filter(|session| !session.background) else {
             return Ok(());
         };
-        match session.spent.add(is_final, done.heard.is_ok(), audio_ms, pool_ms) {
-            Some(pool_ms) => self.say(&FromEngine::Lived { model: done.info.model.clone(), audio_ms, pool_ms }),
+        let role = match of_final {
+            None => Role::Partial,
+            Some(_) if session.ready.is_empty() && session.decoding.len() <= 1 => Role::Last,
+            Some(_) => Role::Part,
+        };
+        match session.spent.add(role, done.heard.is_ok(), audio_ms, pool_ms) {
+            Some(Stretch { audio_ms, pool_ms }) => {
+                self.say(&FromEngine::Lived { model: done.info.model.clone(), audio_ms, pool_ms })
+            }
             None => Ok(()),
         }
     }
@@ -431,7 +442,7 @@ impl Desk {
         let Some(session) = self.sessions.get_mut(&handle) else {
             return Ok(());
         };
-        session.decoding = None;
+        session.decoding.remove(&done.part);
         // What it would say has just been said.
         session.partial.iter().for_each(Cancel::cancel);
         let (heard, guards) = match done.heard {
@@ -450,13 +461,15 @@ impl Desk {
         if let Listened::Late(flag) = &done.listened {
             session.listening.push((session.stream.index(), flag.clone()));
         }
-        let draft = session.stream.complete(heard, guards, done.listened, &done.info, timings);
+        let completed = session.stream.complete(done.part, heard, guards, done.listened, &done.info, timings);
+        let Some(draft) = completed else {
+            // Other windows of it are not decoded yet.
+            return Ok(());
+        };
         let finishing = session.finishing;
         session.dirty = !finishing;
-        if let Some(draft) = draft {
-            session.went_beyond(draft.to_sample);
-            self.say_final(handle, draft)?;
-        }
+        session.went_beyond(draft.to_sample);
+        self.say_final(handle, draft)?;
         if finishing {
             self.say(&FromEngine::Finished { handle })?;
         }
@@ -538,6 +551,11 @@ impl Desk {
 }
 
 impl Session {
+    /// A final waits for its text.
+    fn has_begun(&self) -> bool {
+        !self.ready.is_empty() || !self.decoding.is_empty()
+    }
+
     /// A final has ended there.
     fn went_beyond(&mut self, to_sample: u64) {
         self.suspect.take_if(|suspect| suspect.beyond < to_sample);
@@ -551,7 +569,7 @@ impl Session {
 
     fn cancel(&self) {
         self.stream.cancel();
-        self.decoding.iter().chain(&self.partial).for_each(Cancel::cancel);
+        self.decoding.values().chain(&self.partial).for_each(Cancel::cancel);
         self.listening.iter().for_each(|(_, flag)| flag.cancel());
     }
 }

@@ -11,8 +11,8 @@ use std::{
 /// What runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Sign {
-    /// The decode of a session's final.
-    Final(u64),
+    /// The decode of a window of a session's final.
+    Final(u64, usize),
     Partial(u64),
     /// Somebody listens to the speakers of one that has been said.
     Speakers(u64, u64),
@@ -47,7 +47,7 @@ mod tests {
         let mut signs = Signs::default();
         let mut look =
             |ms, running: &[(Sign, u64)]| signs.all_move(begin + Duration::from_millis(ms), running.iter().copied());
-        let (hangs, moves) = (Sign::Final(1), Sign::Partial(2));
+        let (hangs, moves) = (Sign::Final(1, 0), Sign::Final(1, 1));
         assert!(look(0, &[(hangs, 3), (moves, 1)]));
         assert!(look(999, &[(hangs, 3), (moves, 40)]));
         assert!(!look(1_000, &[(hangs, 3), (moves, 41)]));

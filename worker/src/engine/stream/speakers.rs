@@ -134,6 +134,12 @@ impl Tellers {
     }
 }
 
+/// What each final says where channels are split.
+pub(super) fn by_channels(options: &SessionOptions) -> Option<Speakers> {
+    let by = Speakers { by: SpeakersBy::Channels, labels: 0, late: false, afresh: false, why: None };
+    (options.channels == Channels::Split).then_some(by)
+}
+
 /// How many people the session expects.
 pub(crate) fn limits_of(options: &SessionOptions) -> Limits {
     Limits { min_speakers: options.min_speakers.map(usize::from), max_speakers: options.max_speakers.map(usize::from) }
