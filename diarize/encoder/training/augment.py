@@ -41,7 +41,7 @@ class Channel:
         knots = np.linspace(0, 1, 9)
         out = np.empty((batch, len(f)), np.float32)
         for b in range(batch):
-            db = np.interp(np.sqrt(f / f[-1]), knots, rng.normal(0, rng.choice([0, 2, 5]), 9)) + rng.uniform(-6, 6) * f / f[-1]
+            db = np.interp(np.sqrt(f / f[-1]), knots, rng.normal(0, rng.choice([0, 1, 2, 4]), 9)) + rng.uniform(-6, 6) * f / f[-1]
             kind = rng.random()
             if kind < 0.2:                                              # telephone or old recording
                 low, high = rng.uniform(50, 350), rng.uniform(3000, 3950)
@@ -65,16 +65,16 @@ class Channel:
         x = x / level(x)
         size = -(-(n + 8000) // 4096) * 4096
         spectrum = torch.fft.rfft(x, size)
-        k = self.some(batch, 0.5)
+        k = self.some(batch, 0.4)
         spectrum[k] *= torch.fft.rfft(self.rooms[torch.from_numpy(rng.integers(0, len(self.rooms), len(k)))], size)
         spectrum *= self.response(batch, spectrum.shape[1])
         y = torch.fft.irfft(spectrum, size)[:, :n]
         y = y / level(y)
-        # Noise of 3 to 40 dB in three of four, other voices of 8 to 25 dB in a quarter.
-        k = self.some(batch, 0.75)
+        # Noise of 5 to 40 dB in two of three, other voices of 8 to 25 dB in a sixth.
+        k = self.some(batch, 0.67)
         start = int(rng.integers(0, self.noise.shape[1] - n))
-        y[k] += self.noise[torch.from_numpy(rng.integers(0, len(self.noise), len(k))), start:start + n] * 10 ** (-self.draw(len(k), 3, 40) / 20)
-        k = self.some(batch, 0.25)
+        y[k] += self.noise[torch.from_numpy(rng.integers(0, len(self.noise), len(k))), start:start + n] * 10 ** (-self.draw(len(k), 5, 40) / 20)
+        k = self.some(batch, 0.17)
         babble = x[(k + 2) % batch] + x[(k + 4) % batch] * (self.draw(len(k), 0, 1) < 0.5)
         y[k] += babble / level(babble) * 10 ** (-self.draw(len(k), 8, 25) / 20)
         y = y / y.abs().amax(1, keepdim=True).clamp(min=1e-5)
