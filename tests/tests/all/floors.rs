@@ -11,8 +11,10 @@ use serde_json::Value;
 use voxfleet_harness::find;
 
 /// Crates of ours that each crate may name; dispatcher and worker never meet.
-const EDGES: [(&str, &[&str]); 10] = [
+const EDGES: [(&str, &[&str]); 11] = [
     ("voxfleet-schema", &[]),
+    // What measures the product knows nothing of it.
+    ("voxfleet-eval", &[]),
     ("voxfleet-audio", &["voxfleet-schema"]),
     // Who spoke when is signal and decision code that knows neither wire nor models.
     ("voxfleet-diarize", &[]),
@@ -32,6 +34,7 @@ const EDGES: [(&str, &[&str]); 10] = [
             "voxfleet-store",
             "voxfleet-dispatcher",
             "voxfleet-worker",
+            "voxfleet-eval",
             "voxfleet-harness",
         ],
     ),

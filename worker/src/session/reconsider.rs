@@ -5,38 +5,20 @@
 
 use std::collections::BTreeMap;
 
-use voxfleet_diarize::online::{Tuning, Voices};
 use voxfleet_nats::{
     retry::Backoff,
     transcript::{Chain, ChainError},
 };
 use voxfleet_schema::{
-    codec,
     id::{Kind, StreamId},
-    session::SessionOptions,
     transcript::{Final, Revision},
 };
 
 use super::{Session, outputs::Names};
 use crate::{
-    engine::{
-        diarize::{attribute, relabel},
-        stream::limits_of,
-    },
+    engine::diarize::{again, attribute, changes, relabel},
     ipc::FinalDraft,
 };
-
-/// Labels of voices that are other than those shown. Pure.
-fn changes(draft: &FinalDraft, options: &SessionOptions) -> BTreeMap<u32, u32> {
-    let bytes = draft.checkpoint.as_ref().and_then(|checkpoint| checkpoint.voices.as_ref());
-    let Some(voices) = bytes.and_then(|bytes| codec::from_msgpack::<Voices>(bytes).ok()) else {
-        return BTreeMap::new();
-    };
-    let shown = voices.now();
-    let mut labels = voices.reconsider(limits_of(options), &Tuning::default());
-    labels.retain(|voice, label| shown.get(voice).is_some_and(|shown| shown != label));
-    labels
-}
 
 /// Revises what the end final and those before it say of their speakers.
 pub(super) async fn before_the_end(
@@ -46,13 +28,11 @@ pub(super) async fn before_the_end(
     last_index: Option<u64>,
 ) -> Result<(), ChainError> {
     let options = session.desired.borrow().options.clone();
-    let changes = changes(draft, &options);
+    let changes = changes(draft.checkpoint.as_ref(), &options);
     if changes.is_empty() {
         return Ok(());
     }
-    if relabel(&mut draft.turns, &changes) {
-        draft.segments = attribute(std::mem::take(&mut draft.segments), &draft.turns);
-    }
+    again(draft, &changes);
     let Some(last_index) = last_index else { return Ok(()) };
     let (names, chain) = (&session.names, &session.shared.chain);
     let mut revised = revisions(chain, names.kind, &names.id).await?;

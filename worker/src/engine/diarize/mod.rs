@@ -3,11 +3,13 @@
 //! | module | does |
 //! |---|---|
 //! | [`networks`] | segmentation and speaker encoder through ONNX Runtime |
+//! | [`again`] | all voices once more, at the end |
 //! | [`attribute`] | turns and words under their labels |
 //! | [`ears`] | the thread that listens while its decode thread decodes |
 //!
 //! What is heard depends on the window alone. Whose label a voice gets is decided by the stream, in the order of its finals.
 
+mod again;
 mod attribute;
 mod ears;
 mod networks;
@@ -27,8 +29,9 @@ use voxfleet_diarize::{
 };
 use voxfleet_schema::transcript::SpeakersBy;
 
+pub(crate) use self::again::{again, changes};
 pub(crate) use self::attribute::{attribute, relabel, turns_of};
-pub use self::ears::HeardLate;
+pub use self::{again::reconsidered, ears::HeardLate};
 pub(super) use self::ears::{Ears, Listening};
 use self::networks::{Encoder, EncoderFile, Segmentation};
 use super::Cancel;
