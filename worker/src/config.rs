@@ -143,6 +143,9 @@ pub struct WorkerConfig {
     /// A speaker encoder as ONNX file: WeSpeaker's, CAM++ or TitaNet; none = ours.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub speaker_encoder: Option<PathBuf>,
+    /// Memory that must be left on the host for sessions with `diarize=auto` to be listened to; below it their channels are
+    /// told apart, or nobody.
+    pub diarize_needs_mb: u64,
     pub decode_states: usize,
     /// Threads of each decode state; 0 = as many as this host's workers can have without sharing cores.
     pub decode_threads: usize,
@@ -224,6 +227,8 @@ impl Default for WorkerConfig {
             onnxruntime: None,
             segmentation_model: None,
             speaker_encoder: None,
+            // Two states' networks and what they compute in, with room for the decode beside them.
+            diarize_needs_mb: 512,
             // Two decodes overlap well; more wait for one device anyway.
             decode_states: 2,
             // states x threads must not exceed the cores, of which machines have two or two hundred.
@@ -516,6 +521,7 @@ impl WorkerConfig {
         DiarizeConfig {
             segmentation: self.segmentation_model.clone().or_else(found).or_else(cached),
             encoder: self.speaker_encoder.clone(),
+            needs_mb: self.diarize_needs_mb,
         }
     }
 

@@ -34,6 +34,15 @@ pub(crate) struct OptionArgs {
     /// Words to expect, separated by commas
     #[arg(long, value_name = "WORDS")]
     pub(crate) hotwords: Option<String>,
+    /// Who speaks: on, off, or auto where it can be had [default: off]
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub(crate) diarize: Option<String>,
+    /// With --diarize: at least so many people [default: found]
+    #[arg(long, value_name = "N")]
+    pub(crate) min_speakers: Option<u16>,
+    /// With --diarize: at most so many people [default: found]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_speakers: Option<u16>,
     /// mix, or split: each channel transcribed by itself, a speaker each [default: mix]
     #[arg(long, value_name = "CHANNELS")]
     pub(crate) channels: Option<String>,
@@ -66,6 +75,9 @@ impl Typed<'_> {
             ("task", self.flags.task.clone()),
             ("prompt", self.flags.prompt.clone()),
             ("hotwords", self.flags.hotwords.clone()),
+            ("diarize", self.flags.diarize.clone()),
+            ("min_speakers", self.flags.min_speakers.map(|n| n.to_string())),
+            ("max_speakers", self.flags.max_speakers.map(|n| n.to_string())),
             ("channels", self.flags.channels.clone()),
             ("channel_names", self.flags.channel_names.clone()),
             ("endpoint_ms", self.flags.endpoint_ms.map(|ms| ms.to_string())),

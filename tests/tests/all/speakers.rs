@@ -63,7 +63,7 @@ fn can_listen() -> Option<PathBuf> {
 
 /// What the engine says alone, its listener beside it.
 fn alone(number: u32, library: &std::path::Path) -> Result<Vec<FinalDraft>> {
-    let config = DiarizeConfig { segmentation: segmentation(), encoder: None };
+    let config = DiarizeConfig { segmentation: segmentation(), encoder: None, ..DiarizeConfig::default() };
     let mut listener = Listener::open(&config, Some(library)).map_err(anyhow::Error::msg)?;
     let options = SessionOptions { diarize: Diarize::On, ..SessionOptions::default() };
     let log = direct::log(&audio::call(number)?, 200);

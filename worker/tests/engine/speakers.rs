@@ -33,7 +33,7 @@ fn segmentation() -> Option<PathBuf> {
 
 /// With segmentation, where it is there, and without.
 fn ways() -> Vec<DiarizeConfig> {
-    let by = |segmentation| DiarizeConfig { segmentation, encoder: None };
+    let by = |segmentation| DiarizeConfig { segmentation, encoder: None, ..DiarizeConfig::default() };
     segmentation().map(|file| by(Some(file))).into_iter().chain([by(None)]).collect()
 }
 

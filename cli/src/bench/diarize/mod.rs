@@ -48,12 +48,12 @@ const SEGMENTATION: &str = "models/pyannote-segmentation-3.0.fp32.onnx";
 #[command(after_help = "Examples:
   voxfleet bench diarize
   voxfleet bench diarize --without-segmentation --json
-  VOXFLEET_TEST_DATA=/data voxfleet bench diarize --set ami30 --set digits
+  VOXFLEET_TEST_DATA=/data voxfleet bench diarize --only ami30 --only digits
 
 The segmentation network is VOXFLEET_TEST_DATA/models/pyannote-segmentation-3.0.fp32.onnx unless one is named.")]
 pub(crate) struct DiarizeArgs {
     /// Only these sets
-    #[arg(long = "set", value_name = "NAME")]
+    #[arg(long = "only", value_name = "NAME")]
     sets: Vec<String>,
     /// Another segmentation network
     #[arg(long, value_name = "FILE")]
@@ -81,7 +81,7 @@ impl Rig {
         let library = library.or_else(|| there(find::cache().join("lib/libonnxruntime.so")));
         let segmentation = args.segmentation.clone().or_else(|| there(sets::data().join(SEGMENTATION)));
         let segmentation = segmentation.filter(|_| !args.without_segmentation);
-        let config = DiarizeConfig { segmentation, encoder: args.encoder.clone() };
+        let config = DiarizeConfig { segmentation, encoder: args.encoder.clone(), ..DiarizeConfig::default() };
         let listener = Listener::open(&config, library.as_deref()).map_err(|why| anyhow!("{why}"))?;
         let silero = there(find::cache().join("models/silero_vad.onnx"));
         let detector = vad::best_available(silero.as_deref(), library.as_deref()).0;
@@ -159,7 +159,7 @@ const SETS: [&str; 6] = ["synth_offline", "synth_stream", "sample", "ami30", "am
 
 pub(super) fn run(args: &DiarizeArgs) -> Result<Value> {
     let unknown = args.sets.iter().find(|set| !SETS.contains(&set.as_str()));
-    super::usage(unknown.is_none(), &format!("--set: the sets are {}", SETS.join(", ")))?;
+    super::usage(unknown.is_none(), &format!("--only: the sets are {}", SETS.join(", ")))?;
     let (mut rig, config) = Rig::new(args)?;
     let (mut rows, mut skipped) = (Vec::new(), Vec::new());
     let (mut audio_s, mut listened_s) = (0.0, 0.0);

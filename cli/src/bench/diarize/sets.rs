@@ -43,7 +43,8 @@ impl Recording {
     pub(super) fn log(&self) -> Vec<RawEntry> {
         let format = (ASR_FORMAT.to_owned(), self.format.to_string());
         let chunk = self.format.rate_hz as usize / 5 * self.format.frame_bytes();
-        let pieces = (0..self.pcm.len()).step_by(chunk).map(|from| self.pcm.slice(from..(from + chunk).min(self.pcm.len())));
+        let pieces =
+            (0..self.pcm.len()).step_by(chunk).map(|from| self.pcm.slice(from..(from + chunk).min(self.pcm.len())));
         let mut log: Vec<RawEntry> =
             pieces.zip(1..).map(|(payload, seq)| RawEntry { seq, headers: vec![format.clone()], payload }).collect();
         let end = vec![format, (ASR_END.to_owned(), "1".to_owned())];

@@ -8,8 +8,9 @@ use std::{
 };
 
 use voxfleet_schema::{
+    event::What,
     failure::{Failure, FailureClass},
-    session::SessionOptions,
+    session::{Channels, Diarize, SessionOptions},
     transcript::Timings,
 };
 
@@ -23,13 +24,13 @@ use super::{
 use crate::{
     engine::{
         Cancel, EngineError, Purpose, Window,
-        diarize::{HeardLate, Listened},
+        diarize::{HeardLate, Listened, lacking},
         pool::{Done, Pool, ends_session},
         stream::{SessionStream, Step},
         vad::VadFactory,
     },
     ipc::{
-        EngineConfig, EntryFor, FinalDraft, FromEngine, StartPoint, Suspect, ToEngine,
+        EngineConfig, EntryFor, FinalDraft, FromEngine, StartPoint, StreamNote, Suspect, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
@@ -217,7 +218,16 @@ impl Desk {
         if let Err(error) = self.want(&model) {
             return self.fail(handle, &error);
         }
-        let stream = SessionStream::new(options, start, self.vads.create());
+        let lacking = Some(self.config.diarize.needs_mb).filter(|_| options.diarize == Diarize::Auto).and_then(lacking);
+        let mut because = None;
+        let stream = match lacking.filter(|_| options.channels != Channels::Split) {
+            Some(why) => {
+                let seq = start.first_seq();
+                because = Some(StreamNote { what: What::Degraded, seq, failure: None, detail: why.clone() });
+                SessionStream::by_channels(options, start, self.vads.create(), why)
+            }
+            None => SessionStream::new(options, start, self.vads.create()),
+        };
         let stream = if background { stream.of_recording() } else { stream };
         let unseen = suspect.as_ref().filter(|suspect| suspect.blind).and_then(|suspect| suspect.park.clone());
         let session = Session {
@@ -238,6 +248,9 @@ impl Desk {
             spent: Spent::default(),
         };
         self.sessions.insert(handle, session);
+        if let Some(note) = because {
+            self.say(&FromEngine::Note { handle, note })?;
+        }
         if was == self.models.get(&model).map(|m| m.state) { Ok(()) } else { self.say_models() }
     }
 

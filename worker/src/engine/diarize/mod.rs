@@ -2,6 +2,7 @@
 //!
 //! | module | does |
 //! |---|---|
+//! | [`memory`] | whether there is memory to listen |
 //! | [`networks`] | segmentation and speaker encoder through ONNX Runtime |
 //! | [`again`] | all voices once more, at the end |
 //! | [`attribute`] | turns and words under their labels |
@@ -12,6 +13,7 @@
 mod again;
 mod attribute;
 mod ears;
+mod memory;
 mod networks;
 
 use std::{
@@ -31,9 +33,10 @@ use voxfleet_schema::transcript::SpeakersBy;
 
 pub(crate) use self::again::{again, changes};
 pub(crate) use self::attribute::{attribute, relabel, turns_of};
-pub use self::{again::reconsidered, ears::HeardLate};
 pub(super) use self::ears::{Ears, Listening};
+pub(crate) use self::memory::lacking;
 use self::networks::{Encoder, EncoderFile, Segmentation};
+pub use self::{again::reconsidered, ears::HeardLate};
 use super::Cancel;
 
 /// What an engine listens with.
@@ -44,6 +47,8 @@ pub struct DiarizeConfig {
     pub segmentation: Option<PathBuf>,
     /// A speaker encoder; none = ours.
     pub encoder: Option<PathBuf>,
+    /// Sessions that ask for speakers if they can be had get them where so much memory is left on the host, in MB.
+    pub needs_mb: u64,
 }
 
 /// One window to listen to.

@@ -94,6 +94,8 @@ pub struct SessionStream {
     partial_pending: Option<(usize, Range<u64>)>,
     /// Where speakers are asked for.
     tellers: Option<Tellers>,
+    /// Why nobody listens although speakers are asked for: channels are told apart instead.
+    unheard_because: Option<String>,
     /// A file job: nobody waits for its next words.
     recording: bool,
     /// Taken over, and nothing has been heard of it here yet.
@@ -127,6 +129,7 @@ impl SessionStream {
             partial_to: Vec::new(),
             partial_pending: None,
             tellers: Tellers::new(options, &start),
+            unheard_because: None,
             recording: false,
             unheard: start.taken_over,
             cancel: Cancel::default(),
@@ -134,6 +137,14 @@ impl SessionStream {
             consumed_bytes: 0,
             checkpoint: start.checkpoint,
         }
+    }
+
+    /// The same where speakers were asked for if they can be had, and cannot: each channel is somebody then.
+    pub fn by_channels(options: &SessionOptions, start: StartPoint, vad: Box<dyn Vad>, why: String) -> Self {
+        // They remember the labels that were shown.
+        let tellers = Tellers::new(options, &start);
+        let split = SessionOptions { channels: Channels::Split, ..options.clone() };
+        Self { tellers, unheard_because: Some(why), ..Self::new(&split, start, vad) }
     }
 
     /// Its words wait for their speakers.
@@ -266,7 +277,7 @@ impl SessionStream {
 
     /// What is to be heard of the speakers of a window that ends a stretch at `to`. Only where channels are mixed.
     fn hearing(&self, window: &Range<u64>, to: u64, end: bool) -> Option<Box<Hearing>> {
-        self.tellers.as_ref()?;
+        self.tellers.as_ref().filter(|_| self.unheard_because.is_none())?;
         Some(Box::new(Hearing {
             index: self.index,
             samples: self.segment.samples(0, window),
@@ -335,8 +346,12 @@ impl SessionStream {
     fn draft(&mut self, pending: Pending, joined: Joined) -> Box<FinalDraft> {
         let Joined { segments, turns, listened, guards, error, info, timings } = joined;
         let from = self.segment.from;
+        let mono = self.pieces.iter().all(|piece| piece.format.channels == 1);
         let Told { segments, turns, speakers } = match &mut self.tellers {
-            Some(tellers) => tellers.tell(self.index, segments, listened),
+            Some(tellers) => match &self.unheard_because {
+                Some(why) => tellers.by_channels(segments, turns, mono, why),
+                None => tellers.tell(self.index, segments, listened),
+            },
             None => Told { segments, turns, speakers: speakers::by_channels(&self.options) },
         };
         let resume = self.restart(pending.to);

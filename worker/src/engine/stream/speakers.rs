@@ -12,7 +12,7 @@ use voxfleet_diarize::online::{Limits, Tuning, Voices};
 use voxfleet_schema::{
     codec,
     session::{Channels, Diarize, SessionOptions},
-    transcript::{Segment, Speakers, SpeakersBy},
+    transcript::{Segment, Speakers, SpeakersBy, Turn},
 };
 
 use crate::{
@@ -111,6 +111,29 @@ impl Tellers {
         };
         let afresh = std::mem::take(&mut self.afresh);
         let speakers = Speakers { by, labels: self.voices.labels(), late: false, afresh, why };
+        self.last = Some(speakers.clone());
+        Told { segments, turns, speakers: Some(speakers) }
+    }
+
+    /// What a final says while nobody listens: each channel is somebody, and of one channel nobody knows. Labels and voices
+    /// stay as they are.
+    pub(super) fn by_channels(
+        &mut self,
+        mut segments: Vec<Segment>,
+        mut turns: Vec<Turn>,
+        mono: bool,
+        why: &str,
+    ) -> Told {
+        if mono {
+            turns.clear();
+            for segment in &mut segments {
+                (segment.speaker, segment.channel) = (None, None);
+                segment.words.iter_mut().for_each(|word| word.speaker = None);
+            }
+        }
+        let by = if mono { SpeakersBy::None } else { SpeakersBy::Channels };
+        let why = Some(why.to_owned());
+        let speakers = Speakers { by, labels: self.voices.labels(), late: false, afresh: false, why };
         self.last = Some(speakers.clone());
         Told { segments, turns, speakers: Some(speakers) }
     }

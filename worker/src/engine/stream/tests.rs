@@ -45,7 +45,10 @@ fn checksum(window: &Window) -> Hypothesis {
 /// Runs entries to starvation and returns the finals.
 fn run(options: &SessionOptions, start: StartPoint, entries: &[RawEntry]) -> Vec<FinalDraft> {
     let first = start.first_seq();
-    let mut stream = SessionStream::new(options, start, Box::new(Loudness));
+    through(SessionStream::new(options, start, Box::new(Loudness)), first, entries)
+}
+
+fn through(mut stream: SessionStream, first: u64, entries: &[RawEntry]) -> Vec<FinalDraft> {
     let mut finals = Vec::new();
     for entry in entries.iter().filter(|e| e.seq >= first) {
         stream.push(entry.clone());

@@ -38,6 +38,35 @@ fn check_resumes(log: &[RawEntry], whole: &[FinalDraft]) {
 }
 
 #[test]
+fn where_nobody_listens_channels_are_told_apart() {
+    let auto = SessionOptions { diarize: voxfleet_schema::session::Diarize::Auto, ..SessionOptions::default() };
+    let unheard = |start: StartPoint, log: &[RawEntry]| {
+        let first = start.first_seq();
+        through(SessionStream::by_channels(&auto, start, Box::new(Loudness), "no room".to_owned()), first, log)
+    };
+    let (one, other) = (call(&PATTERN, 16_000), after_silence(1_000, &SECOND, 16_000));
+    let stereo = entries(&together(&[one.clone(), other]), 6_400, &[("Asr-Format", "pcm_s16le;channels=2")]);
+    let split = whole(&stereo);
+    let finals = unheard(StartPoint::beginning(), &stereo);
+    assert_eq!((essence(&finals), said(&finals)), (essence(&split), said(&split)));
+    let told: Vec<_> = finals.iter().filter_map(|f| f.speakers.clone()).map(|s| (s.by, s.why)).collect();
+    assert_eq!(told, vec![(SpeakersBy::Channels, Some("no room".to_owned())); finals.len()]);
+    // Labels that were shown before stay taken.
+    let mut start = after(1, &finals[1]);
+    if let Some(speakers) = start.after.as_mut().and_then(|after| after.speakers.as_mut()) {
+        speakers.labels = 3;
+    }
+    let rest = unheard(start, &stereo);
+    assert!(rest.iter().all(|f| f.speakers.as_ref().is_some_and(|s| s.labels == 3)));
+    // Of one channel nobody knows who speaks, and it is what it is without them.
+    let mono = entries(&one, 6_400, &[]);
+    let finals = unheard(StartPoint::beginning(), &mono);
+    assert_eq!(essence(&finals), essence(&run(&SessionOptions::default(), StartPoint::beginning(), &mono)));
+    assert!(finals.iter().all(|f| f.turns.is_empty() && f.segments.iter().all(|s| s.speaker.is_none())));
+    assert!(finals.iter().all(|f| f.speakers.as_ref().is_some_and(|s| s.by == SpeakersBy::None)));
+}
+
+#[test]
 fn a_final_covers_all_channels_and_names_them() {
     let pcm = together(&[call(&PATTERN, 16_000), after_silence(1_000, &SECOND, 16_000)]);
     let finals = whole(&entries(&pcm, 6_400, &[("Asr-Format", "pcm_s16le;channels=2")]));
@@ -70,6 +99,10 @@ fn one_channel_is_what_it_is_without_splitting() {
         let log = entries(&call(&PATTERN, rate), 6_400, &[("Asr-Format", format)]);
         let mixed = run(&SessionOptions::default(), StartPoint::beginning(), &log);
         let mut apart = whole(&log);
+        for draft in &mut apart {
+            assert_eq!(std::mem::take(&mut draft.turns).len(), draft.segments.len());
+            assert_eq!(draft.speakers.take().map(|s| s.by), Some(SpeakersBy::Channels));
+        }
         for segment in apart.iter_mut().flat_map(|f| &mut f.segments) {
             assert_eq!((segment.channel.take(), segment.speaker.take().as_deref()), (Some(0), Some("ch0")));
         }
