@@ -52,6 +52,7 @@ pub(crate) fn request(job: &str, data: Vec<u8>) -> Result<JobRequest> {
         name: None,
         options: SessionOptions::default(),
         result_ttl_s: None,
+        part: None,
     })
 }
 

@@ -279,6 +279,8 @@ pub async fn run(
             exe: config.engine_exe.clone(),
             rent: config.rent(),
             memory,
+            nats: nats.clone(),
+            split: config.split(),
         },
         shared,
         engine,

@@ -281,6 +281,11 @@ impl SessionStream {
         Some(draft)
     }
 
+    /// Answers the last [`Step::Final`] undecoded, for whoever asks for the boundaries alone.
+    pub fn pass_over(&mut self) -> Option<Box<FinalDraft>> {
+        self.complete(Ok(Hypothesis::default()), Vec::new(), &RecognizerInfo::none(), Timings::default())
+    }
+
     /// First sample of the present stretch: the end of the last final.
     pub fn from_sample(&self) -> u64 {
         self.segment.from
