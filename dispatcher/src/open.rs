@@ -222,7 +222,7 @@ mod tests {
         assert_eq!(class(&[], b"OggS"), FailureClass::UnsupportedFormat);
         assert_eq!(class(&[("Asr-Format", "pcm_f32le")], &[0, 0, 0xc0, 0x7f]), FailureClass::BadAudio);
         assert_eq!(class(&[("Asr-Opt-Colour", "red")], b"ab"), FailureClass::BadRequest);
-        assert_eq!(class(&[("Asr-Opt-Diarize", "true")], b"ab"), FailureClass::BadRequest);
+        assert_eq!(class(&[("Asr-Opt-Diarize", "perhaps")], b"ab"), FailureClass::BadRequest);
         assert_eq!(first(&entry(1, &[("Asr-End", "1")], b"")), First::Mark);
         assert_eq!(first(&entry(1, &[("Asr-Flush", "1")], b"")), First::Mark);
         let First::Opens(opener) = first(&entry(7, &[("Asr-Opt-Endpoint-Ms", "300"), ("Asr-End", "1")], b"ab")) else {

@@ -122,6 +122,8 @@ pub(crate) fn end_final(id_text: &str, index: u64, epoch: u64, to_seq: u64) -> F
         checkpoint_seq: None,
         checkpoint_missing: false,
         segments: Vec::new(),
+        turns: Vec::new(),
+        speakers: None,
         words_omitted: false,
         speech_final: true,
         end: true,

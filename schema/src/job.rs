@@ -457,7 +457,7 @@ pub struct JobResult {
     pub language: Option<String>,
     /// Length of the recording, in s.
     pub duration: f64,
-    /// Empty without diarization.
+    /// Who spoke when, in order of their starts. Empty where speakers were not asked for.
     pub speaker_turns: Vec<SpeakerTurn>,
     /// Where the worker is rented: `vast_ai`, `runpod`, `lambda`, `local`.
     pub provider: String,
@@ -472,6 +472,8 @@ pub struct ResultSegment {
     pub end: f64,
     pub text: String,
     pub speaker: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel: Option<u16>,
     /// 0 to 1.
     pub confidence: f32,
 }
@@ -482,6 +484,8 @@ pub struct AlignedSegment {
     pub end: f64,
     pub text: String,
     pub speaker: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel: Option<u16>,
     pub words: Vec<AlignedWord>,
 }
 
@@ -493,6 +497,9 @@ pub struct AlignedWord {
     /// Confidence, 0 to 1.
     pub score: f32,
     pub speaker: Option<String>,
+    /// Who spoke over it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlapped_by: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -57,6 +57,51 @@ pub enum Channels {
     Unknown,
 }
 
+/// Whether a session asks for who spoke. `true`, `false` or `"auto"` in JSON.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Diarize {
+    #[default]
+    Off,
+    /// Wherever it goes, it is diarized.
+    On,
+    /// Diarized while there is memory for it; then by channel, or not at all, and each final says which.
+    Auto,
+    Unknown,
+}
+
+impl Serialize for Diarize {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Diarize::Off => serializer.serialize_bool(false),
+            Diarize::On => serializer.serialize_bool(true),
+            Diarize::Auto => serializer.serialize_str("auto"),
+            Diarize::Unknown => serializer.serialize_str("unknown"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Diarize {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Said {
+            Bool(bool),
+            Word(String),
+        }
+        Ok(match Said::deserialize(deserializer) {
+            Ok(Said::Bool(false)) => Diarize::Off,
+            Ok(Said::Bool(true)) => Diarize::On,
+            Ok(Said::Word(word)) => match word.as_str() {
+                "auto" => Diarize::Auto,
+                "on" => Diarize::On,
+                "off" => Diarize::Off,
+                _ => Diarize::Unknown,
+            },
+            Err(_) => return Err(serde::de::Error::custom(format_args!("diarize is {DIARIZES}"))),
+        })
+    }
+}
+
 /// What a session asks for. Requests are strict (an unknown option or value is an error to its sender); stored records
 /// are read with [`SessionOptions`]' defaults for what an older writer did not know.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -77,7 +122,7 @@ pub struct SessionOptions {
     /// Words to expect; they go in front of the prompt.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub hotwords: Vec<String>,
-    pub diarize: bool,
+    pub diarize: Diarize,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_speakers: Option<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -102,7 +147,7 @@ impl Default for SessionOptions {
             prompt: None,
             carry_prompt: false,
             hotwords: Vec::new(),
-            diarize: false,
+            diarize: Diarize::Off,
             min_speakers: None,
             max_speakers: None,
             channels: Channels::Mix,
@@ -131,6 +176,7 @@ pub enum OptionError {
 pub const MAX_PROMPT_BYTES: usize = 4_096;
 pub const MAX_HOTWORDS: usize = 100;
 const MAX_WORD_BYTES: usize = 64;
+const DIARIZES: &str = "true, false or auto";
 const TASKS: &str = "transcribe or translate";
 const CHANNELS: &str = "mix or split";
 const POLICIES: &str = "exact_model, allow_smaller, allow_cpu or force_cpu";
@@ -171,7 +217,7 @@ impl SessionOptions {
             "hotwords" => {
                 self.hotwords = value.split(',').map(|w| w.trim().to_owned()).filter(|w| !w.is_empty()).collect();
             }
-            "diarize" => self.diarize = boolean(name, value)?,
+            "diarize" => self.diarize = diarize(name, value)?,
             "min_speakers" => self.min_speakers = Some(number(name, value)?),
             "max_speakers" => self.max_speakers = Some(number(name, value)?),
             "channels" => self.channels = word(name, value, Channels::Unknown, CHANNELS)?,
@@ -217,7 +263,7 @@ impl SessionOptions {
         if !(1..=1_800).contains(&self.idle_timeout_s) {
             return bad("idle_timeout_s", &self.idle_timeout_s, "1 to 1800");
         }
-        if !self.diarize && (self.min_speakers.is_some() || self.max_speakers.is_some()) {
+        if self.diarize == Diarize::Off && (self.min_speakers.is_some() || self.max_speakers.is_some()) {
             return Err(OptionError::Contradiction("min_speakers and max_speakers need diarize"));
         }
         if self.min_speakers == Some(0) || self.max_speakers == Some(0) {
@@ -228,13 +274,10 @@ impl SessionOptions {
         {
             return Err(OptionError::Contradiction("min_speakers is above max_speakers"));
         }
-        if self.diarize && self.channels == Channels::Split {
+        if self.diarize == Diarize::On && self.channels == Channels::Split {
             return Err(OptionError::Contradiction("channels=split names who speaks already, diarize contradicts it"));
         }
-        // Honest refusals: silently transcribing without speakers would look like success.
-        if self.diarize {
-            return Err(OptionError::NotAvailable("diarize"));
-        }
+        // An honest refusal: silently transcribing mixed channels would look like success.
         if self.channels == Channels::Split {
             return Err(OptionError::NotAvailable("channels=split"));
         }
@@ -247,6 +290,7 @@ impl SessionOptions {
     fn unknown_word(&self) -> Option<(&'static str, &'static str)> {
         [
             ("task", self.task == Task::Unknown, TASKS),
+            ("diarize", self.diarize == Diarize::Unknown, DIARIZES),
             ("channels", self.channels == Channels::Unknown, CHANNELS),
             ("policy", self.policy == Policy::Unknown, POLICIES),
             ("priority", self.priority == Priority::Unknown, PRIORITIES),
@@ -269,6 +313,16 @@ fn boolean(name: &'static str, value: &str) -> Result<bool, OptionError> {
         "1" | "true" | "on" => Ok(true),
         "0" | "false" | "off" => Ok(false),
         _ => Err(OptionError::BadValue { name, value: short(value), expected: "true or false" }),
+    }
+}
+
+fn diarize(name: &'static str, value: &str) -> Result<Diarize, OptionError> {
+    match value {
+        "auto" => Ok(Diarize::Auto),
+        _ => match boolean(name, value) {
+            Ok(on) => Ok(if on { Diarize::On } else { Diarize::Off }),
+            Err(_) => Err(OptionError::BadValue { name, value: short(value), expected: DIARIZES }),
+        },
     }
 }
 
@@ -484,6 +538,26 @@ mod tests {
     }
 
     #[test]
+    fn diarization_is_asked_for_in_three_ways() {
+        for (json, header, meant) in
+            [("true", "1", Diarize::On), ("false", "off", Diarize::Off), ("\"auto\"", "auto", Diarize::Auto)]
+        {
+            let request = format!(r#"{{"session":"a","options":{{"diarize":{json}}}}}"#);
+            let read: OpenRequest = serde_json::from_str(&request).expect("reads");
+            assert_eq!(read.options.diarize, meant);
+            assert_eq!(serde_json::to_string(&meant).expect("JSON"), json);
+            let mut options = SessionOptions::default();
+            options.set("diarize", header).expect("a header's value");
+            assert_eq!(options.diarize, meant);
+        }
+        for wrong in ["3", "\"perhaps\"", "null"] {
+            let request = format!(r#"{{"session":"a","options":{{"diarize":{wrong}}}}}"#);
+            let error = serde_json::from_str::<OpenRequest>(&request).expect_err("refused").to_string();
+            assert!(error.contains("diarize") && error.contains("true, false or auto"), "{error}");
+        }
+    }
+
+    #[test]
     fn every_option_can_be_set_by_header() {
         let values = [
             "micro.en",
@@ -524,10 +598,12 @@ mod tests {
         assert_eq!(with(|_| ()), Ok(()));
         assert!(matches!(with(|o| o.min_speakers = Some(2)), Err(OptionError::Contradiction(_))));
         assert!(matches!(
-            with(|o| (o.diarize, o.min_speakers, o.max_speakers) = (true, Some(3), Some(2))),
+            with(|o| (o.diarize, o.min_speakers, o.max_speakers) = (Diarize::On, Some(3), Some(2))),
             Err(OptionError::Contradiction(_))
         ));
-        assert!(matches!(with(|o| o.diarize = true), Err(OptionError::NotAvailable(_))));
+        assert_eq!(with(|o| (o.diarize, o.max_speakers) = (Diarize::Auto, Some(3))), Ok(()));
+        let both = |o: &mut SessionOptions| (o.diarize, o.channels) = (Diarize::On, Channels::Split);
+        assert!(matches!(with(both), Err(OptionError::Contradiction(_))));
         for change in [
             (|o: &mut SessionOptions| o.endpoint_ms = 0) as fn(&mut SessionOptions),
             |o| o.idle_timeout_s = 1_801,

@@ -61,6 +61,51 @@ pub struct Word {
     pub confidence: f32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speaker: Option<String>,
+    /// Who spoke over it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlapped_by: Option<String>,
+}
+
+/// How the speakers of a final were told apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SpeakersBy {
+    /// A segmentation network and voices.
+    Segmentation,
+    /// Voice activity, voices, and where they change: no overlap is seen.
+    Changes,
+    /// Each channel is somebody.
+    Channels,
+    /// Not at all, though it was asked for.
+    None,
+    #[serde(other)]
+    Unknown,
+}
+
+/// What a final says about its speakers, where they were asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Speakers {
+    pub by: SpeakersBy,
+    /// The words did not wait for them; a revision follows.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub late: bool,
+    /// The voices of earlier finals are not known here: whoever had a label before has a new one from here on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub afresh: bool,
+    /// Why not better.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// Somebody spoke, words or not. Turns of two people may overlap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Turn {
+    pub start_ms: u64,
+    pub end_ms: u64,
+    pub speaker: String,
+    /// Number of the voice in this chain: one person may have several until it is known that they are one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub voice: Option<u32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -161,6 +206,11 @@ pub struct Final {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub checkpoint_missing: bool,
     pub segments: Vec<Segment>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub turns: Vec<Turn>,
+    /// None where speakers were not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speakers: Option<Speakers>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub words_omitted: bool,
     /// Speech ended here by itself: an endpoint, a flush or an end, not a full window.
@@ -230,7 +280,7 @@ pub struct Partial {
     pub progress: Option<JobProgress>,
 }
 
-/// Replaces the segments of a final.
+/// Replaces the segments, turns and speakers of a final.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Revision {
     pub kind: Kind,
@@ -239,6 +289,10 @@ pub struct Revision {
     pub revision: u64,
     pub epoch: u64,
     pub segments: Vec<Segment>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub turns: Vec<Turn>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speakers: Option<Speakers>,
 }
 
 /// What a session knows beyond its last final. MessagePack; viewers cannot read it.
@@ -251,4 +305,7 @@ pub struct Checkpoint {
     pub prompt_tail: String,
     /// A guard struck in the last final: the prompt is not carried over it.
     pub guard_hit: bool,
+    /// The voices heard so far, as the diarizer keeps them; none without diarization.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub voices: Option<bytes::Bytes>,
 }

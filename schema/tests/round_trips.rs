@@ -62,7 +62,14 @@ fn segments() -> impl Strategy<Value = Vec<Segment>> {
             confidence,
             words: words
                 .into_iter()
-                .map(|(text, start_ms, end_ms, confidence)| Word { text, start_ms, end_ms, confidence, speaker: None })
+                .map(|(text, start_ms, end_ms, confidence)| Word {
+                    text,
+                    start_ms,
+                    end_ms,
+                    confidence,
+                    speaker: None,
+                    overlapped_by: None,
+                })
                 .collect(),
         }),
         0..3,
@@ -92,6 +99,8 @@ fn finals() -> impl Strategy<Value = Final> {
             checkpoint_seq: flags.2,
             lost: flags.2.map(|n| Lost { from_seq: n, to_seq: n }),
             guards: flags.3,
+            turns: vec![Turn { start_ms: a, end_ms: b, speaker: "S1".into(), voice: flags.2.map(|n| n as u32) }],
+            speakers: flags.0.then_some(Speakers { by: SpeakersBy::None, late: flags.1, afresh: flags.0, why: None }),
             segments,
             kind: Kind::Session,
             device: "cpu".into(),
@@ -117,7 +126,7 @@ fn session_options() -> impl Strategy<Value = SessionOptions> {
         task: if flags.0 { Task::Translate } else { Task::Transcribe },
         carry_prompt: flags.1,
         interim: flags.2,
-        diarize: flags.3,
+        diarize: if flags.3 { Diarize::Auto } else { Diarize::Off },
         channels: if flags.0 { Channels::Mix } else { Channels::Split },
         policy: [Policy::ExactModel, Policy::AllowSmaller, Policy::AllowCpu, Policy::ForceCpu][flags.4],
         priority: [Priority::High, Priority::Normal, Priority::Low][flags.5],
@@ -165,7 +174,7 @@ proptest! {
         index in any::<u64>(), tail in text(), hit in any::<bool>(),
         headers in prop::collection::vec((text(), text()), 0..4), payload in prop::collection::vec(any::<u8>(), 0..64),
     ) {
-        both_codecs(&Checkpoint { index, prompt_tail: tail, guard_hit: hit })?;
+        both_codecs(&Checkpoint { index, prompt_tail: tail, guard_hit: hit, voices: Some(bytes::Bytes::from_static(b"\x00\xff")) })?;
         let entry = RawEntry { seq: index, headers, payload: payload.into() };
         let bytes = codec::to_msgpack(&entry).expect("MessagePack");
         prop_assert_eq!(codec::from_msgpack::<RawEntry>(&bytes).expect("reads"), entry);

@@ -148,6 +148,7 @@ fn result_segment(s: &Segment, id: u64) -> ResultSegment {
         end: seconds(s.end_ms),
         text: s.text.trim().to_owned(),
         speaker: s.speaker.clone(),
+        channel: s.channel,
         confidence: s.confidence,
     }
 }
@@ -159,12 +160,14 @@ fn aligned_segment(s: &Segment) -> AlignedSegment {
         end: seconds(w.end_ms),
         score: w.confidence,
         speaker: w.speaker.clone(),
+        overlapped_by: w.overlapped_by.clone(),
     });
     AlignedSegment {
         start: seconds(s.start_ms),
         end: seconds(s.end_ms),
         text: s.text.trim().to_owned(),
         speaker: s.speaker.clone(),
+        channel: s.channel,
         words: words.collect(),
     }
 }
@@ -178,7 +181,16 @@ mod tests {
         let mut segments = a_final(index, 1, "g", text).segments;
         segments[0].speaker = Some("B".to_owned());
         let id = StreamId::new("s").expect("id");
-        Revision { kind: Kind::Session, id, index, revision: number, epoch: 1, segments }
+        Revision {
+            kind: Kind::Session,
+            id,
+            index,
+            revision: number,
+            epoch: 1,
+            segments,
+            turns: Vec::new(),
+            speakers: None,
+        }
     }
 
     #[test]

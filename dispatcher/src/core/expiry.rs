@@ -168,6 +168,8 @@ pub(crate) fn closing_final(
         checkpoint_seq: last.and_then(|f| f.checkpoint_seq),
         checkpoint_missing: false,
         segments: Vec::new(),
+        turns: Vec::new(),
+        speakers: None,
         words_omitted: false,
         speech_final: true,
         end: true,

@@ -263,6 +263,8 @@ pub fn closing_final(record: &JobRecord, last: Option<&Final>, final_id: String)
         checkpoint_seq: last.and_then(|f| f.checkpoint_seq),
         checkpoint_missing: false,
         segments: Vec::new(),
+        turns: Vec::new(),
+        speakers: None,
         words_omitted: false,
         speech_final: true,
         end: true,

@@ -121,6 +121,7 @@ fn job_result() -> JobResult {
             end: 2.25,
             text: "good".into(),
             speaker: Some("S1".into()),
+            channel: Some(1),
             confidence: 0.75,
         }],
         aligned_segments: vec![AlignedSegment {
@@ -128,12 +129,14 @@ fn job_result() -> JobResult {
             end: 2.25,
             text: "good".into(),
             speaker: Some("S1".into()),
+            channel: Some(1),
             words: vec![AlignedWord {
                 word: "good".into(),
                 start: 1.5,
                 end: 2.0,
                 score: 0.5,
                 speaker: Some("S1".into()),
+                overlapped_by: Some("S2".into()),
             }],
         }],
         language: Some("en".into()),

@@ -8,7 +8,15 @@ use crate::{msgpack, people::resume};
 
 #[test]
 fn what_only_machines_exchange_is_pinned_messagepack() {
-    msgpack("checkpoint", &Checkpoint { index: 3, prompt_tail: "good morning".into(), guard_hit: true });
+    msgpack(
+        "checkpoint",
+        &Checkpoint {
+            index: 3,
+            prompt_tail: "good morning".into(),
+            guard_hit: true,
+            voices: Some(Bytes::from_static(&[1, 0, 255])),
+        },
+    );
     msgpack(
         "raw_entry",
         &RawEntry {

@@ -23,7 +23,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use voxfleet_schema::{
     codec,
     id::{GpuId, Incarnation, StreamId, WorkerName},
-    session::{Channels, Policy, Priority, SessionOptions, Task},
+    session::{Channels, Diarize, Policy, Priority, SessionOptions, Task},
 };
 
 fn fixture(name: &str) -> PathBuf {
@@ -105,7 +105,7 @@ fn options() -> SessionOptions {
         prompt: Some("a call".into()),
         carry_prompt: true,
         hotwords: vec!["oslo".into(), "paris".into()],
-        diarize: true,
+        diarize: Diarize::On,
         min_speakers: Some(1),
         max_speakers: Some(2),
         channels: Channels::Split,

@@ -47,8 +47,17 @@ fn segment() -> Segment {
             end_ms: 1_679,
             confidence: 0.5,
             speaker: Some("S1".into()),
+            overlapped_by: Some("S2".into()),
         }],
     }
+}
+
+fn turns() -> Vec<Turn> {
+    vec![Turn { start_ms: 1_500, end_ms: 2_100, speaker: "S1".into(), voice: Some(4) }]
+}
+
+fn speakers() -> Option<Speakers> {
+    Some(Speakers { by: SpeakersBy::Changes, late: true, afresh: true, why: Some("no segmentation model".into()) })
 }
 
 fn full_final() -> Final {
@@ -70,6 +79,8 @@ fn full_final() -> Final {
         checkpoint_seq: Some(9),
         checkpoint_missing: true,
         segments: vec![segment()],
+        turns: turns(),
+        speakers: speakers(),
         words_omitted: true,
         speech_final: true,
         end: true,
@@ -86,6 +97,8 @@ fn smallest_final() -> Final {
         checkpoint_seq: None,
         checkpoint_missing: false,
         segments: Vec::new(),
+        turns: Vec::new(),
+        speakers: None,
         words_omitted: false,
         speech_final: false,
         end: false,
@@ -266,6 +279,8 @@ fn what_people_may_look_at_is_pinned_json() {
             revision: 1,
             epoch: 2,
             segments: vec![segment()],
+            turns: turns(),
+            speakers: speakers(),
         },
     );
     json("event", &event());

@@ -50,6 +50,8 @@ pub(super) fn a_final(id: &str, index: u64, epoch: u64) -> Result<Final> {
         checkpoint_seq: None,
         checkpoint_missing: false,
         segments: Vec::new(),
+        turns: Vec::new(),
+        speakers: None,
         words_omitted: false,
         speech_final: true,
         end: false,
@@ -245,7 +247,8 @@ async fn long_finals_leave_out_words_and_longer_ones_are_refused() -> Result<()>
     let server = NatsServer::start().await?;
     let nats = ready(vec![server.url()], 1).await?;
     let chain = Chain::new(&nats);
-    let word = Word { text: "word".into(), start_ms: 0, end_ms: 1, confidence: 0.5, speaker: None };
+    let word =
+        Word { text: "word".into(), start_ms: 0, end_ms: 1, confidence: 0.5, speaker: None, overlapped_by: None };
     let segment = |text: String, words: usize| Segment {
         id: 0,
         start_ms: 0,
@@ -276,7 +279,7 @@ async fn checkpoints_belong_to_their_session() -> Result<()> {
     let nats = ready(vec![server.url()], 1).await?;
     let chain = Chain::new(&nats);
     let (a, b) = (StreamId::new("a")?, StreamId::new("b")?);
-    let checkpoint = Checkpoint { index: 7, prompt_tail: "so far".into(), guard_hit: true };
+    let checkpoint = Checkpoint { index: 7, prompt_tail: "so far".into(), guard_hit: true, voices: None };
     let seq = chain.checkpoint_put(Kind::Session, &a, &checkpoint).await?;
     ensure!(chain.checkpoint_get(Kind::Session, &a, seq).await? == Some(checkpoint));
     ensure!(chain.checkpoint_get(Kind::Session, &b, seq).await?.is_none());

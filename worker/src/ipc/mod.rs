@@ -15,7 +15,7 @@ use voxfleet_schema::{
     failure::Failure,
     fleet::ModelState,
     session::SessionOptions,
-    transcript::{AudioRange, Checkpoint, Final, Lost, Resume, Segment, Timings, VadKind},
+    transcript::{AudioRange, Checkpoint, Final, Lost, Resume, Segment, Speakers, Timings, Turn, VadKind},
 };
 
 /// Bytes each log entry counts beside its payload while the engine keeps it: its place in the queue, its share of the
@@ -357,6 +357,8 @@ pub struct FinalDraft {
     pub audio: AudioRange,
     pub resume: Resume,
     pub segments: Vec<Segment>,
+    pub turns: Vec<Turn>,
+    pub speakers: Option<Speakers>,
     pub speech_final: bool,
     pub end: bool,
     pub lost: Option<Lost>,

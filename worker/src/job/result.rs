@@ -57,6 +57,7 @@ impl Aggregate {
                 end,
                 text: text.to_owned(),
                 speaker: segment.speaker.clone(),
+                channel: segment.channel,
                 confidence: segment.confidence,
             });
             let words = segment.words.iter().map(|word| AlignedWord {
@@ -65,12 +66,14 @@ impl Aggregate {
                 end: seconds(word.end_ms),
                 score: word.confidence,
                 speaker: word.speaker.clone(),
+                overlapped_by: word.overlapped_by.clone(),
             });
             self.aligned.push(AlignedSegment {
                 start,
                 end,
                 text: text.to_owned(),
                 speaker: segment.speaker.clone(),
+                channel: segment.channel,
                 words: words.collect(),
             });
         }
@@ -141,7 +144,14 @@ mod tests {
             channel: None,
             language: Some(language.to_owned()),
             confidence: 0.5,
-            words: vec![Word { text: format!(" {text}"), start_ms, end_ms, confidence: 0.25, speaker: None }],
+            words: vec![Word {
+                text: format!(" {text}"),
+                start_ms,
+                end_ms,
+                confidence: 0.25,
+                speaker: None,
+                overlapped_by: None,
+            }],
         }
     }
 

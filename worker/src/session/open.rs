@@ -157,7 +157,7 @@ mod tests {
     #[test]
     fn a_checkpoint_that_is_gone_is_said() {
         let last = final_of(0);
-        let found = Checkpoint { index: 0, prompt_tail: "so far".to_owned(), guard_hit: false };
+        let found = Checkpoint { index: 0, prompt_tail: "so far".to_owned(), guard_hit: false, voices: None };
         let with = |checkpoint| start_point(&last, checkpoint, ResumeChunk::There);
         assert!(!with(None).checkpoint_missing);
         assert!(with(Some(None)).checkpoint_missing);

@@ -313,6 +313,8 @@ impl SessionStream {
             audio: pending.audio,
             resume,
             segments,
+            turns: Vec::new(),
+            speakers: None,
             speech_final: pending.speech_final,
             end: pending.end,
             lost: self.lost.take(),
@@ -340,7 +342,7 @@ impl SessionStream {
         let pieces =
             std::iter::once(self.checkpoint.prompt_tail.as_str()).chain(segments.iter().map(|s| s.text.as_str()));
         let prompt_tail = words::tail(&voxfleet_schema::transcript::join_text(pieces), PROMPT_TAIL_CHARS).to_owned();
-        self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit };
+        self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit, voices: None };
         Some(self.checkpoint.clone())
     }
 

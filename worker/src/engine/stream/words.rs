@@ -40,6 +40,7 @@ pub(super) fn place(heard: &Hypothesis, window: &Range<u64>, range: Range<u64>) 
             end_ms: at(w.end_ms.max(w.start_ms)),
             confidence: w.confidence.clamp(0.0, 1.0),
             speaker: None,
+            overlapped_by: None,
         });
         segments.push(Segment {
             id: segments.len() as u32,
