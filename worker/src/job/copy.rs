@@ -125,6 +125,9 @@ impl Copy {
                 }
             };
             let last = self.last.as_ref().map(|last| &last.value);
+            if value.gpu_id != job.handle.names.gpu_id {
+                work.shared.store(true, std::sync::atomic::Ordering::Relaxed);
+            }
             let mut value = adopted(value, &job.item.job, job.handle.epoch(), last, wanted.end);
             if value.end {
                 job.handle.figures.enter(JobStage::Finishing);

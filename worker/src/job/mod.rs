@@ -5,11 +5,11 @@
 //! | [`recording`] | the recording as a log of entries, decoded in a process of its own |
 //! | [`task`] | fetches it, runs it as a session, says how that ended |
 //! | [`result`] | the aggregate from the chain; pure |
-//! | [`whole`] | a long recording whose parts others do; it uses the four below |
+//! | [`whole`] | a long recording whose parts others do; it uses the three below |
 //! | [`parts`] | where it is cut, what is known of each part, whose turn it is; pure |
 //! | [`scout`] | cuts it, far ahead of whoever decodes it |
 //! | [`copy`] | from the chain of a part into the chain of the whole |
-//! | [`part`] | a part as a job of its own |
+//! | [`part`], [`kept`] | a part as a job of its own; its recording, until the next part of it comes |
 //!
 //! The chain is the only state: a job that moves goes on behind its last final, and one whose end final stands is done,
 //! whoever wrote it.
@@ -38,6 +38,7 @@
 //! finds the chains of its parts, copies what is done, and gives out again what was begun: whoever still has it keeps it.
 
 mod copy;
+mod kept;
 mod part;
 mod parts;
 mod recording;
@@ -49,7 +50,7 @@ mod whole;
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -69,6 +70,7 @@ use voxfleet_schema::{
 };
 
 pub(crate) use self::{
+    kept::Kept,
     part::start_of,
     task::{Job, JobEnd, Means, Split, job_options},
 };
@@ -112,6 +114,8 @@ pub(crate) struct Work {
     pause_at: AtomicU64,
     /// The last final that the session has stored, for whoever goes on behind it.
     stored: Mutex<Option<StoredFinal>>,
+    /// Other workers had parts of it: what it cost is not what this one did.
+    shared: AtomicBool,
 }
 
 impl Work {
@@ -124,6 +128,7 @@ impl Work {
             part: Some(part),
             pause_at: AtomicU64::new(u64::MAX),
             stored: Mutex::default(),
+            shared: AtomicBool::new(false),
             ..*self
         }
     }
@@ -145,7 +150,9 @@ impl Work {
         // A model that was here already is no load of this job.
         let loaded = self.memory.last(Stage::Load, self.taken);
         let changes: Vec<Change> = loaded.into_iter().chain([decoded]).collect();
-        let result = aggregate.finish(self.rent, times, &changes);
+        let shared = self.shared.load(Ordering::Relaxed);
+        let rent = if shared { Rent { price_per_hour: None, ..self.rent } } else { self.rent };
+        let result = aggregate.finish(rent, times, &changes);
         let bytes = codec::to_json(&result).map_err(|error| Failure::new(FailureClass::Internal, error.to_string()))?;
         let key = result_key(&end.id, &end.final_id);
         let bytes = bytes::Bytes::from(bytes);

@@ -62,6 +62,8 @@ fn mark_of(names: &Names, epoch: u64, part: &JobPart) -> Final {
         checkpoint_seq: None,
         checkpoint_missing: false,
         segments: Vec::new(),
+        turns: Vec::new(),
+        speakers: None,
         words_omitted: false,
         speech_final: false,
         end: false,

@@ -57,6 +57,11 @@ impl Recording {
         Ok(Self::new(file, self.name.clone(), self.limits.clone(), self.exe.clone()))
     }
 
+    /// The entry that comes next, were it read on from where it is.
+    pub(super) async fn position(&self) -> u64 {
+        self.running.lock().await.as_ref().map_or(1, |running| running.next)
+    }
+
     pub(crate) fn facts(&self) -> Facts {
         *crate::capacity::locked(&self.facts)
     }

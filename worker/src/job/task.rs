@@ -2,7 +2,10 @@
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64},
+    },
 };
 
 use tokio::time::Instant;
@@ -18,11 +21,11 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     id::Kind,
     job::{AudioUrl, JobStage, WorkItem},
-    session::{Channels, SessionOptions},
+    session::{Channels, Diarize, SessionOptions},
 };
 use voxfleet_store::fetch::Fetcher;
 
-use super::{Recording, Work, part::mark, recording::Facts};
+use super::{Kept, Recording, Work, part::mark, recording::Facts};
 use crate::{
     memory::Memory,
     provider::Rent,
@@ -42,6 +45,7 @@ pub(crate) struct Means {
     pub(crate) memory: Memory,
     pub(crate) nats: Nats,
     pub(crate) split: Split,
+    pub(crate) kept: Kept,
 }
 
 /// Which recordings others may have parts of, in samples.
@@ -59,7 +63,7 @@ impl Split {
     fn concerns(self, item: &WorkItem, total_ms: Option<u64>) -> bool {
         let options = &item.options;
         let long = total_ms.is_none_or(|ms| ms * (u64::from(SAMPLE_RATE_HZ) / 1_000) >= self.longer_than);
-        let apart = !options.carry_prompt && !options.diarize && options.channels == Channels::Mix;
+        let apart = !options.carry_prompt && options.diarize == Diarize::Off && options.channels == Channels::Mix;
         self.longer_than < u64::MAX && long && apart && item.part.is_none() && !item.suspect
     }
 }
@@ -110,6 +114,10 @@ impl Job {
         }
         let end = self.handle.session(self.means.shared.clone(), Some(Arc::clone(&work))).run().await;
         self.tell_damage(work.recording.facts());
+        if let (Some(part), End::Done) = (&self.item.part, &end) {
+            let (recording, at) = (Arc::clone(&work.recording), work.recording.position().await);
+            self.means.kept.put(part.parent.clone(), recording, work.bytes, at, Instant::now());
+        }
         match end {
             End::Done => JobEnd::Done,
             End::LetGo { .. } => JobEnd::LetGo,
@@ -154,18 +162,26 @@ impl Job {
         }
         let from_sample = last.as_ref().map_or(0, |last| last.value.to_sample);
         let begun = Instant::now();
-        let url =
-            AudioUrl::parse(&item.audio).map_err(|error| Failure::new(FailureClass::BadRequest, error.to_string()))?;
-        self.handle.figures.enter(JobStage::Fetching);
-        let spooled = fetcher.spool(&url).await.map_err(|error| error.failure())?;
-        tracing::info!(job = %item.job, bytes = spooled.bytes, fetch_ms = begun.elapsed().as_millis() as u64, "recording fetched");
-        if item.part.as_ref().is_some_and(|part| part.recording_bytes != spooled.bytes) {
+        let here = item.part.as_ref().and_then(|part| {
+            let seq = part.from.as_ref().map_or(1, |start| start.resume.seq);
+            self.means.kept.take(&part.parent, seq)
+        });
+        let (recording, bytes) = match here {
+            Some(here) => here,
+            None => {
+                let url = AudioUrl::parse(&item.audio)
+                    .map_err(|error| Failure::new(FailureClass::BadRequest, error.to_string()))?;
+                self.handle.figures.enter(JobStage::Fetching);
+                let spooled = fetcher.spool(&url).await.map_err(|error| error.failure())?;
+                tracing::info!(job = %item.job, bytes = spooled.bytes, fetch_ms = begun.elapsed().as_millis() as u64, "recording fetched");
+                let name = item.name.clone().or(spooled.name);
+                (Recording::new(spooled.file, name, limits.clone(), exe.clone()), spooled.bytes)
+            }
+        };
+        if item.part.as_ref().is_some_and(|part| part.recording_bytes != bytes) {
             let why = "the recording is no longer the one that this is a part of";
             return Err(Failure::new(FailureClass::BadRequest, why));
         }
-        let bytes = spooled.bytes;
-        let name = item.name.clone().or(spooled.name);
-        let recording = Recording::new(spooled.file, name, limits.clone(), exe.clone());
         recording.probe().await?;
         self.handle.figures.length(recording.facts().total_ms);
         self.handle.figures.enter(JobStage::Transcribing);
@@ -185,6 +201,7 @@ impl Job {
             part: item.part.clone(),
             pause_at: AtomicU64::new(u64::MAX),
             stored: Mutex::default(),
+            shared: AtomicBool::new(false),
         };
         Ok(Some((work, last)))
     }
@@ -192,4 +209,38 @@ impl Job {
 
 pub(super) fn worker_stops() -> Failure {
     Failure::new(FailureClass::NoCapacity, "the worker is stopping")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_long_recording_whose_finals_stand_alone_is_split() {
+        let item = |change: fn(&mut WorkItem)| {
+            let item = serde_json::json!({
+                "job": "j", "epoch": 1, "attempt": 1, "audio": "https://h/a", "options": {}, "submitted_ms": 1,
+                "assigned_ms": 2,
+            });
+            let mut item: WorkItem = serde_json::from_value(item).expect("an item");
+            change(&mut item);
+            item
+        };
+        let split = Split { longer_than: 600 * 16_000, part_samples: 120 * 16_000 };
+        let whole = item(|_| ());
+        let concerns = [None, Some(599_999), Some(600_000)].map(|total_ms| split.concerns(&whole, total_ms));
+        assert_eq!(concerns, [true, false, true], "one that does not say how long it is may be long");
+        assert!(!Split { longer_than: u64::MAX, ..split }.concerns(&whole, None), "switched off");
+        let part = serde_json::json!({ "parent": "p", "number": 0, "vad": "energy", "recording_bytes": 1 });
+        let part: voxfleet_schema::job::JobPart = serde_json::from_value(part).expect("a part");
+        assert!(!split.concerns(&WorkItem { part: Some(part), ..whole }, None), "a part has none");
+        for change in [
+            |item: &mut WorkItem| item.options.carry_prompt = true,
+            |item: &mut WorkItem| item.options.diarize = Diarize::Auto,
+            |item: &mut WorkItem| item.options.channels = Channels::Split,
+            |item: &mut WorkItem| item.suspect = true,
+        ] {
+            assert!(!split.concerns(&item(change), None));
+        }
+    }
 }

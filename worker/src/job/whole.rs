@@ -15,7 +15,7 @@ use std::{
 };
 
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, sleep_until},
 };
 use voxfleet_nats::{jobs::publish_job, transcript::StoredFinal};
@@ -41,13 +41,15 @@ use crate::{
     capacity::locked,
     ipc::{AfterFinal, FinalDraft, StartPoint},
     lifecycle::{Engine, Known},
-    session::{End, Handle, Names, last_final},
+    session::{Desired, End, Handle, Names, last_final},
 };
 
 /// How often chains of parts are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// And that which is being copied, while it grows.
 const COPY_EVERY: Duration = Duration::from_millis(100);
+/// When nothing happens.
+const IDLE: Duration = Duration::from_millis(25);
 /// A part has no result that would have to be kept.
 const PART_TTL_S: u32 = 60;
 /// Samples in a millisecond.
@@ -134,7 +136,7 @@ impl Job {
                 looking = whole.look();
                 whole.look_at = now + LOOK_EVERY;
             }
-            let idle_until = whole.look_at.min(whole.copy_at.max(now + COPY_EVERY / 2));
+            let idle_until = whole.look_at.min(whole.copy_at).max(now + IDLE);
             tokio::select! {
                 Some((draft, vad)) = found.recv() => whole.cut(&draft, vad),
                 over = resolve(&mut scouting) => {
@@ -165,11 +167,9 @@ impl Job {
                     }
                 }
                 () = sleep_until(idle_until) => {}
-                changed = wishes.wait_for(|wish| wish.finish), if !stopping => {
+                () = finish(&mut wishes), if !stopping => {
                     stopping = true;
-                    if let (Ok(_), Some(handle)) = (changed, &decoded_by) {
-                        handle.finish();
-                    }
+                    decoded_by.iter().for_each(|handle| handle.finish());
                 }
             }
         }
@@ -437,6 +437,14 @@ struct Here<'a> {
 impl Drop for Here<'_> {
     fn drop(&mut self) {
         self.engine.forget(self.names);
+    }
+}
+
+/// Waits until nothing new is to be begun.
+async fn finish(wishes: &mut watch::Receiver<Desired>) {
+    if wishes.wait_for(|wish| wish.finish).await.is_err() {
+        // Its sender is the job's own handle.
+        std::future::pending().await
     }
 }
 

@@ -487,7 +487,7 @@ enum Opened<'a> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    pub(crate) use super::outputs::tests::final_of;
+    pub(crate) use super::outputs::tests::{draft, final_of};
     use super::*;
 
     #[test]

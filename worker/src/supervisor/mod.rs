@@ -45,7 +45,7 @@ use crate::{
     device::{DeviceError, Probe},
     heartbeat::{self, Identity, Named, Sources},
     ipc::EngineConfig,
-    job::Means,
+    job::{Kept, Means},
     lifecycle::{Engine, EngineTerms, Program, Waits},
     measures::Measures,
     memory::Memory,
@@ -249,6 +249,8 @@ pub async fn run(
         }
     });
 
+    let kept = Kept::default();
+    tasks.spawn(kept.clone().run(stop_tasks.clone()));
     let shared = Shared {
         chain: Chain::new(&nats),
         log: AudioLog::new(&nats),
@@ -281,6 +283,7 @@ pub async fn run(
             memory,
             nats: nats.clone(),
             split: config.split(),
+            kept,
         },
         shared,
         engine,
