@@ -222,6 +222,9 @@ pub(crate) struct ListArgs {
     /// How many at most
     #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub(crate) limit: u32,
+    /// The parts of this long recording, which the list leaves out
+    #[arg(long, value_name = "JOB")]
+    pub(crate) parts_of: Option<StreamId>,
     /// Show them again every two seconds, until Ctrl-C
     #[arg(long)]
     pub(crate) watch: bool,
