@@ -89,8 +89,9 @@ pub(crate) fn of_final(f: &Final, paint: Paint, lag_ms: Option<u64>) -> Option<S
     if text.is_empty() && notes.is_empty() {
         return None;
     }
-    let range = match (f.segments.first(), f.segments.last()) {
-        (Some(first), Some(last)) => (first.start_ms, last.end_ms),
+    // Segments of several channels overlap.
+    let range = match (f.segments.first(), f.segments.iter().map(|s| s.end_ms).max()) {
+        (Some(first), Some(last)) => (first.start_ms, last),
         _ => (samples_ms(f.from_sample), samples_ms(f.to_sample)),
     };
     let mut line = format!(

@@ -99,6 +99,10 @@ fn one_channel_is_what_it_is_without_splitting() {
         let log = entries(&call(&PATTERN, rate), 6_400, &[("Asr-Format", format)]);
         let mixed = run(&SessionOptions::default(), StartPoint::beginning(), &log);
         let mut apart = whole(&log);
+        for draft in &mut apart {
+            assert_eq!(std::mem::take(&mut draft.turns).len(), draft.segments.len());
+            assert_eq!(draft.speakers.take().map(|s| s.by), Some(SpeakersBy::Channels));
+        }
         for segment in apart.iter_mut().flat_map(|f| &mut f.segments) {
             assert_eq!((segment.channel.take(), segment.speaker.take().as_deref()), (Some(0), Some("ch0")));
         }
