@@ -5,7 +5,8 @@
 DATA is the folder with digits/ and diarization/ami30 (see MODEL_CARD.md). Sets: `digits` (takes of a speaker joined until they
 are long enough, 8 kHz), `ami same clip` and `ami across` (single-speaker stretches of far-field meetings, pairs within a clip
 and between clips), `calls` (the seven voices of the test calls, turns from all calls, pairs from all calls; `calls same
-call` within one). Beside the encoder stands a baseline: mean and deviation of each mel band, standardised over the set.
+call` within one). Beside the encoder stand two baselines: mean and deviation of each mel band (which knows the microphone, as the encoder cannot:
+its input is mean-free), and the deviation alone (which has the encoder's input); both standardised over the set.
 Intervals: bootstrap over pieces (drawn with replacement, pairs of a piece with itself left out), 95 %.
 """
 import argparse
@@ -140,7 +141,7 @@ def main():
     net = onnxruntime.InferenceSession(args.encoder, options, providers=["CPUExecutionProvider"])
     everywhere, within, across = (lambda a, b: np.full(len(a), True)), (lambda a, b: a == b), (lambda a, b: a != b)
     rows = []
-    print("set              s    pieces  encoder EER %            baseline EER %           cosine same 5/50/95 %      cosine different 5/50/95 %")
+    print("set              s    pieces  encoder EER %            mean+deviation EER %     deviation EER %   pairs same  different   cosine same 5/50/95 %      cosine different 5/50/95 %")
     for seconds in LENGTHS:
         for maker, where, sets in ((digits, args.data, [("digits", everywhere)]),
                                    (ami, args.data, [("ami same clip", within), ("ami across", across)]),
@@ -151,13 +152,14 @@ def main():
             base = np.stack([np.concatenate([f.mean(0), f.std(0)]) for f in feats])
             base = (base - base.mean(0)) / base.std(0)
             for name, pairs in sets:
+                bare = rate(base[:, 80:], pieces, pairs, 1)
                 ours, other = rate(embeddings, pieces, pairs, args.draws), rate(base, pieces, pairs, args.draws)
                 if ours is None:
                     continue
-                rows.append({"set": name, "seconds": seconds, **ours, "baseline_eer": other["eer"], "baseline_interval": other["interval"]})
+                rows.append({"set": name, "seconds": seconds, **ours, "deviation_eer": bare["eer"] if bare else None, "baseline_eer": other["eer"], "baseline_interval": other["interval"]})
                 s, d = ours["cosine_same"], ours["cosine_different"]
                 print(f"{name:16} {seconds:3.1f}  {ours['pieces']:4}    {ours['eer']:5.2f} [{ours['interval'][0]:5.2f}, {ours['interval'][1]:5.2f}]"
-                      f"     {other['eer']:5.2f} [{other['interval'][0]:5.2f}, {other['interval'][1]:5.2f}]"
+                      f"     {other['eer']:5.2f} [{other['interval'][0]:5.2f}, {other['interval'][1]:5.2f}]         {bare['eer']:5.2f}        {ours['same']:5}      {ours['different']:5}  "
                       f"     {s[0]:5.2f} {s[2]:5.2f} {s[4]:5.2f}        {d[0]:5.2f} {d[2]:5.2f} {d[4]:5.2f}", flush=True)
     speed = {}
     for seconds in (1.5, 10):
