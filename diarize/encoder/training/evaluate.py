@@ -113,7 +113,7 @@ def rate(embeddings, pieces, pairs, draws=300):
     ok = pairs(clip[i], clip[j])
     i, j = i[ok], j[ok]
     scores, same = (e @ e.T)[i, j], who[i] == who[j]
-    if same.sum() < 5 or (~same).sum() < 5:
+    if same.sum() < 20 or (~same).sum() < 20:
         return None
     rng, boot = np.random.default_rng(0), []
     for _ in range(draws):
@@ -152,7 +152,7 @@ def main():
             base = np.stack([np.concatenate([f.mean(0), f.std(0)]) for f in feats])
             base = (base - base.mean(0)) / base.std(0)
             for name, pairs in sets:
-                bare = rate(base[:, 80:], pieces, pairs, 1)
+                bare = rate(base[:, 80:], pieces, pairs, 20)
                 ours, other = rate(embeddings, pieces, pairs, args.draws), rate(base, pieces, pairs, args.draws)
                 if ours is None:
                     continue
