@@ -113,7 +113,7 @@ def rate(embeddings, pieces, pairs, draws=300):
     ok = pairs(clip[i], clip[j])
     i, j = i[ok], j[ok]
     scores, same = (e @ e.T)[i, j], who[i] == who[j]
-    if same.sum() < 5 or (~same).sum() < 5:
+    if same.sum() < 20 or (~same).sum() < 20:
         return None
     rng, boot = np.random.default_rng(0), []
     for _ in range(draws):
@@ -126,6 +126,25 @@ def rate(embeddings, pieces, pairs, draws=300):
             "interval": [round(100 * float(v), 2) for v in np.quantile(boot, [0.025, 0.975])],
             "pieces": len(e), "same": int(same.sum()), "different": int((~same).sum()),
             "cosine_same": q(scores[same]), "cosine_different": q(scores[~same])}
+
+
+def whole_turns(net, folder):
+    """Average-linkage clusters of the reference turns of each call: at which cosines there are two, and pure."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+    for path in sorted(glob.glob(f"{folder}/call-0?.json")):
+        x, turns, e = read(path[:-5] + ".flac"), json.load(open(path))["turns"], []
+        for t in turns:
+            f = fbank(x[int(t["start"] * RATE):int(t["end"] * RATE)])
+            v = net.run(["embs"], {"feats": (f - f.mean(0))[None].astype(np.float32)})[0][0]
+            e.append(v / np.linalg.norm(v))
+        who = np.array([t["voice"] for t in turns])
+        tree, right = linkage(np.array(e), "average", metric="cosine"), []
+        for at in np.arange(0.05, 0.8, 0.05):
+            label = fcluster(tree, 1 - at, "distance")
+            if len(set(label)) == len(set(who)) and all(len(set(who[label == c])) == 1 for c in set(label)):
+                right.append(float(at))
+        shown = f"cosine {right[0]:.2f} to {right[-1]:.2f}" if right else "none"
+        print(f"{os.path.basename(path)[:-5]}: {len(turns)} whole turns, clusters exactly the speakers at: {shown}")
 
 
 def main():
@@ -152,7 +171,7 @@ def main():
             base = np.stack([np.concatenate([f.mean(0), f.std(0)]) for f in feats])
             base = (base - base.mean(0)) / base.std(0)
             for name, pairs in sets:
-                bare = rate(base[:, 80:], pieces, pairs, 1)
+                bare = rate(base[:, 80:], pieces, pairs, 20)
                 ours, other = rate(embeddings, pieces, pairs, args.draws), rate(base, pieces, pairs, args.draws)
                 if ours is None:
                     continue
@@ -161,6 +180,7 @@ def main():
                 print(f"{name:16} {seconds:3.1f}  {ours['pieces']:4}    {ours['eer']:5.2f} [{ours['interval'][0]:5.2f}, {ours['interval'][1]:5.2f}]"
                       f"     {other['eer']:5.2f} [{other['interval'][0]:5.2f}, {other['interval'][1]:5.2f}]         {bare['eer']:5.2f}        {ours['same']:5}      {ours['different']:5}  "
                       f"     {s[0]:5.2f} {s[2]:5.2f} {s[4]:5.2f}        {d[0]:5.2f} {d[2]:5.2f} {d[4]:5.2f}", flush=True)
+    whole_turns(net, args.calls)
     speed = {}
     for seconds in (1.5, 10):
         x = np.random.default_rng(0).standard_normal((1, int(seconds * 100), 80)).astype(np.float32)
