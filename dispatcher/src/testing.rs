@@ -77,6 +77,7 @@ pub(crate) fn beat(gpu: &str, incarnation: &str) -> Heartbeat {
             state: EngineRunState::Ready,
             kind: "simulated".to_owned(),
             effective_device: "cuda:test".to_owned(),
+            speakers: voxfleet_schema::transcript::SpeakersBy::Segmentation,
             vad: VadKind::Silero,
             ms_since_progress: 0,
             restarts: 0,

@@ -514,7 +514,8 @@ pub struct SpeakerTurn {
 pub struct PerformanceMetrics {
     /// From the start on the worker that finished it to the aggregate.
     pub total_duration: f64,
-    /// `fetch`, `transcribe` (wall clock), `decode` (inside the model, summed over its states), `queue` (submitted to
+    /// `fetch`, `transcribe` (wall clock), `decode` (inside the model, summed over its states), `diarize` (listening to who
+    /// speaks, beside it), `queue` (submitted to
     /// started), in s. Memory in use by the worker on its device, in MB: `transcribe_before_mb`, `transcribe_after_mb`, and
     /// `load_before_mb`, `load_after_mb` of the last model that it loaded.
     pub stages: BTreeMap<String, f64>,

@@ -14,7 +14,7 @@ use voxfleet_store::{
 };
 
 use crate::{
-    ipc::{EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
+    ipc::{DiarizeConfig, EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
     job::Split,
     preempt::PreemptionConfig,
     provider::{ProviderChoice, Rent},
@@ -142,6 +142,15 @@ pub struct WorkerConfig {
     pub silero_model: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub onnxruntime: Option<PathBuf>,
+    /// pyannote's segmentation-3.0, which sees overlapping speech; none = the one among the models, if it is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub segmentation_model: Option<PathBuf>,
+    /// A speaker encoder as ONNX file: WeSpeaker's, CAM++ or TitaNet; none = ours.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub speaker_encoder: Option<PathBuf>,
+    /// Memory that must be left on the host for sessions with `diarize=auto` to be listened to; below it their channels are
+    /// told apart, or nobody.
+    pub diarize_needs_mb: u64,
     pub decode_states: usize,
     /// Threads of each decode state; 0 = as many as this host's workers can have without sharing cores.
     pub decode_threads: usize,
@@ -225,6 +234,10 @@ impl Default for WorkerConfig {
             catalog: None,
             silero_model: None,
             onnxruntime: None,
+            segmentation_model: None,
+            speaker_encoder: None,
+            // Two states' networks and what they compute in, with room for the decode beside them.
+            diarize_needs_mb: 512,
             // Two decodes overlap well; more wait for one device anyway.
             decode_states: 2,
             // states x threads must not exceed the cores, of which machines have two or two hundred.
@@ -381,7 +394,13 @@ impl WorkerConfig {
             check(is_model_name(name), format!("worker.models: {name:?} is not a name for a model"));
             check(path.is_file(), format!("worker.models.{name}: {} is not a file", path.display()));
         }
-        for (field, path) in [("silero_model", &self.silero_model), ("onnxruntime", &self.onnxruntime)] {
+        let files = [
+            ("silero_model", &self.silero_model),
+            ("onnxruntime", &self.onnxruntime),
+            ("segmentation_model", &self.segmentation_model),
+            ("speaker_encoder", &self.speaker_encoder),
+        ];
+        for (field, path) in files {
             if let Some(path) = path {
                 check(path.is_file(), format!("worker.{field}: {} is not a file", path.display()));
             }
@@ -507,6 +526,18 @@ impl WorkerConfig {
         self.onnxruntime.clone().or_else(|| self.cached(Path::new("lib/libonnxruntime.so")))
     }
 
+    /// What this worker tells speakers apart with.
+    pub fn diarize(&self) -> DiarizeConfig {
+        let pulled = |dir: &PathBuf| Some(dir.join(SEGMENTATION_FILE)).filter(|path| path.is_file());
+        let found = || self.models_dir.as_ref().and_then(pulled);
+        let cached = || self.cached(&Path::new("models").join(SEGMENTATION_FILE));
+        DiarizeConfig {
+            segmentation: self.segmentation_model.clone().or_else(found).or_else(cached),
+            encoder: self.speaker_encoder.clone(),
+            needs_mb: self.diarize_needs_mb,
+        }
+    }
+
     fn cached(&self, path: &Path) -> Option<PathBuf> {
         Some(self.cache_dir.as_ref()?.join(path)).filter(|p| p.is_file())
     }
@@ -541,6 +572,9 @@ impl WorkerConfig {
         SESSION_SHARE_MB * MB
     }
 }
+
+/// Under this name `voxfleet models pull pyannote-segmentation-3.0` keeps it.
+const SEGMENTATION_FILE: &str = "pyannote-segmentation-3.0.onnx";
 
 /// Per hour, in whatever currency: above what anybody rents a device for.
 const MOST_PRICE: f64 = 100_000.0;

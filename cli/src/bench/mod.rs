@@ -7,6 +7,7 @@
 //! | [`allocate`] | one routing decision, on fleets of 4 to 1,000 GPUs |
 //! | [`coldstart`] | from the start of a worker, or of a session, to its first words: cold, preloaded, prewarmed, warm |
 //! | [`detection`] | shorter and shorter heartbeats on a busy machine: where false verdicts begin |
+//! | [`diarize`] | who spoke when and who said which word, on recordings whose speakers are known |
 //! | [`engine`] | speed of the bare engine by model shape, threads, encoder context, flash attention and states |
 //! | [`failover`] | workers killed in mid-word: time to the verdict and to the next words, nothing lost, nothing twice |
 //! | [`latency`] | from the end of a word to its first partial and to its final, and how many sessions this CPU carries |
@@ -29,6 +30,7 @@ mod allocate;
 mod chaos;
 mod coldstart;
 mod detection;
+mod diarize;
 mod engine;
 mod failover;
 mod jobs;
@@ -68,6 +70,7 @@ Examples:
   voxfleet bench chaos --minutes 3 --seed 1
   voxfleet bench coldstart
   voxfleet bench detection
+  voxfleet bench diarize
   voxfleet bench engine --models micro
   voxfleet bench failover --kills 20
   voxfleet bench latency --quick
@@ -99,6 +102,8 @@ enum Bench {
     Coldstart(coldstart::ColdstartArgs),
     /// How soon a death can be known on a busy machine, and where false verdicts begin
     Detection(detection::DetectionArgs),
+    /// Errors of speaker labels on recordings whose speakers are known, and what listening costs
+    Diarize(diarize::DiarizeArgs),
     /// Speed of the bare engine by model shape, threads, context, flash attention and decode states
     Engine(engine::EngineArgs),
     /// Workers killed in mid-word: time to the verdict and to the next words
@@ -144,6 +149,7 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Coldstart(args) => coldstart::run(args).await,
             Bench::Longfile(args) => longfile::run(args).await,
             Bench::Detection(args) => detection::run(args).await,
+            Bench::Diarize(args) => tokio::task::spawn_blocking(move || diarize::run(&args)).await?,
             Bench::Engine(args) => tokio::task::spawn_blocking(move || engine::run(&args)).await?,
             Bench::Failover(args) => failover::run(args).await,
             Bench::Latency(args) => latency::run(args).await,

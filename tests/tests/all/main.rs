@@ -17,6 +17,7 @@
 //! | [`dispatcher_jobs`] | the same for file jobs: submit, queue, give out, fail, cancel, expire, take over |
 //! | [`fleet_map`] | who serves, who stands in, who gives back |
 //! | [`fleet_routing`] | where sessions land on a whole fleet, who is refused, and a burst of opens |
+//! | [`speakers`] | who said what: live, recordings, workers killed at every final |
 //! | [`standby`] | dispatchers that stop, die and come back |
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
 //! | [`long_jobs`] | long recordings whose parts are done by all workers |
@@ -81,6 +82,8 @@ mod operator;
 mod poison;
 mod prefetch;
 mod pressure;
+mod speakers;
+mod split;
 mod standby;
 mod third_party;
 mod viewer;

@@ -48,6 +48,7 @@ mod task;
 mod whole;
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -66,7 +67,7 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     id::Kind,
     job::{AudioUrl, JobPart, result_key},
-    transcript::Final,
+    transcript::{Final, Revision},
 };
 
 pub(crate) use self::{
@@ -82,6 +83,7 @@ use crate::{
     capacity::locked,
     memory::{Change, Memory, Stage},
     provider::Rent,
+    session::revisions,
 };
 
 /// How long a store that does not answer is asked again; then the job is tried elsewhere, from its last final.
@@ -142,7 +144,11 @@ impl Work {
     /// Writes the aggregate that `end`, which is not stored yet, is to name; gives its URL.
     pub(crate) async fn aggregate(&self, chain: &Chain, end: &Final) -> Result<String, Failure> {
         let mut aggregate = Aggregate::default();
-        self.read_chain(chain, end, &mut aggregate).await?;
+        let mut revised = match end.speakers {
+            Some(_) => revisions(chain, Kind::Job, &end.id).await.map_err(|error| unreadable(&error))?,
+            None => BTreeMap::new(),
+        };
+        self.read_chain(chain, end, &mut revised, &mut aggregate).await?;
         aggregate.add(end);
         let transcribe = self.begun.elapsed().as_secs_f64();
         let times = Times { queue: self.queue_s, fetch: self.fetch_s, transcribe, from: self.from_s };
@@ -174,14 +180,24 @@ impl Work {
     }
 
     /// Every final before `end`, from the leader.
-    async fn read_chain(&self, chain: &Chain, end: &Final, aggregate: &mut Aggregate) -> Result<(), Failure> {
+    async fn read_chain(
+        &self,
+        chain: &Chain,
+        end: &Final,
+        revised: &mut BTreeMap<u64, Revision>,
+        aggregate: &mut Aggregate,
+    ) -> Result<(), Failure> {
         let (mut from, mut next_index) = (0, 0);
         let mut backoff = Backoff::default();
         let began = Instant::now();
         while next_index < end.index {
             match chain.next_final(Kind::Job, &end.id, from).await {
                 Ok(Some(stored)) if stored.value.index == next_index => {
-                    aggregate.add(&stored.value);
+                    let mut value = stored.value;
+                    if let Some(revision) = revised.remove(&value.index) {
+                        (value.segments, value.turns) = (revision.segments, revision.turns);
+                    }
+                    aggregate.add(&value);
                     (from, next_index) = (stored.seq + 1, next_index + 1);
                     backoff = Backoff::default();
                 }
@@ -192,7 +208,7 @@ impl Work {
                 }
                 Ok(_) => return Err(expired(next_index)),
                 Err(error @ (ChainError::Foreign { .. } | ChainError::Encode(_))) => {
-                    return Err(Failure::new(FailureClass::Internal, format!("the chain cannot be read: {error}")));
+                    return Err(unreadable(&error));
                 }
                 Err(error) if began.elapsed() >= PATIENCE => {
                     return Err(Failure::new(FailureClass::Unavailable, format!("the chain cannot be read: {error}")));
@@ -205,6 +221,10 @@ impl Work {
         }
         Ok(())
     }
+}
+
+fn unreadable(error: &ChainError) -> Failure {
+    Failure::new(FailureClass::Internal, format!("the chain cannot be read: {error}"))
 }
 
 /// A result without its beginning would pass for a whole one.

@@ -17,7 +17,7 @@ use crate::{
 pub(crate) fn start_of(part: &JobPart) -> StartPoint {
     let after = part.from.as_deref().map(|start| {
         let (to_sample, to_seq, resume) = (start.to_sample, start.to_seq, start.resume.clone());
-        Box::new(AfterFinal { index: 0, to_sample, to_seq, end: false, resume })
+        Box::new(AfterFinal { index: 0, to_sample, to_seq, end: false, resume, speakers: None })
     });
     StartPoint { after, ..StartPoint::beginning() }
 }

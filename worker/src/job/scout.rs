@@ -12,7 +12,7 @@ use voxfleet_schema::{
 use super::Recording;
 use crate::{
     ipc::{AfterFinal, ENTRY_COST, FinalDraft, StartPoint},
-    lifecycle::{EngineDown, Treatment},
+    lifecycle::{Draft, EngineDown, Treatment},
     session::{MAX_RECORDED_ENTRY, Names, REOPEN_PAUSE, Shared},
 };
 
@@ -80,16 +80,19 @@ impl Scout {
             tokio::pin!(room_again);
             room_again.as_mut().enable();
             let taken = session.outbox().take();
-            for draft in taken.finals {
+            for drafted in taken.drafts {
+                // Nobody speaks where nobody listens.
+                let Draft::Final(draft) = drafted else { continue };
                 start.after = Some(Box::new(AfterFinal {
                     index: start.after.as_ref().map_or(0, |after| after.index + 1),
                     to_sample: draft.to_sample,
                     to_seq: draft.audio.to_seq,
                     end: draft.end,
                     resume: draft.resume.clone(),
+                    speakers: draft.speakers.clone(),
                 }));
                 let end = draft.end;
-                if cuts.send((Box::new(draft), link.vad)).await.is_err() || end {
+                if cuts.send((draft, link.vad)).await.is_err() || end {
                     return Some(Over::Ended);
                 }
             }

@@ -72,7 +72,12 @@ impl Engine {
                     locked(&self.0.progress).covered(Instant::now(), samples * 1_000 / u64::from(SAMPLE_RATE_HZ));
                 }
                 if let Some(outbox) = outbox {
-                    outbox.final_draft(*draft);
+                    outbox.final_draft(draft);
+                }
+            }
+            FromEngine::Revision { handle, revision } => {
+                if let Some(outbox) = outbox(handle) {
+                    outbox.revision(revision);
                 }
             }
             FromEngine::Finished { handle } => {

@@ -24,11 +24,11 @@ use super::{
     footing::Standing,
     outputs::LagAlarm,
     park,
-    store::{Kept, StoreFailed, store},
+    store::{Kept, StoreFailed, Stored, store_draft},
 };
 use crate::{
-    ipc::{ENTRY_COST, FinalDraft, PartialDraft, StartPoint},
-    lifecycle::EngineSession,
+    ipc::{ENTRY_COST, PartialDraft, StartPoint},
+    lifecycle::{Draft, EngineSession},
 };
 
 /// Finals that may wait to be stored before the session stops feeding.
@@ -72,7 +72,7 @@ pub(super) struct Life<'a> {
     epoch: u64,
     last: Option<StoredFinal>,
     feed: Feed,
-    drafts: VecDeque<FinalDraft>,
+    drafts: VecDeque<Draft>,
     /// An end was drafted; what the engine drafts behind it belongs to the next epoch.
     end_drafted: bool,
     /// Since when the oldest draft could not be stored.
@@ -134,7 +134,7 @@ impl<'a> Life<'a> {
         let engine = Arc::clone(&self.engine);
         let _hints = session.hints.read();
         let max_entry = if session.work.is_some() { MAX_RECORDED_ENTRY } else { shared.max_entry };
-        let mut storing: Running<'a, Result<Kept, StoreFailed>> = None;
+        let mut storing: Running<'a, Result<Stored, StoreFailed>> = None;
         let mut sending: Running<'a, Result<(), PublishError>> = None;
         let mut reading: Running<'a, Result<Option<RawEntry>, ReadFailed>> = None;
         loop {
@@ -149,7 +149,7 @@ impl<'a> Life<'a> {
                 match self.drafts.pop_front() {
                     Some(draft) => {
                         self.storing_since.get_or_insert_with(Instant::now);
-                        storing = Some(Box::pin(store(
+                        storing = Some(Box::pin(store_draft(
                             session,
                             draft,
                             self.epoch,
@@ -244,7 +244,14 @@ impl<'a> Life<'a> {
         if taken.notes_dropped > 0 {
             tracing::warn!(id = %names.id, dropped = taken.notes_dropped, "too many notes at once");
         }
-        for mut draft in taken.finals {
+        for drafted in taken.drafts {
+            let mut draft = match drafted {
+                Draft::Final(draft) => draft,
+                revision @ Draft::Revision(_) => {
+                    self.drafts.push_back(revision);
+                    continue;
+                }
+            };
             if let Some(part) = self.session.work.as_ref().and_then(|work| work.part.as_ref()) {
                 // What comes behind it is another part's.
                 draft.end = part.ends_at(draft.to_sample, draft.end);
@@ -263,7 +270,7 @@ impl<'a> Life<'a> {
                 // A final comes as soon as it can be said: what the engine was handed beyond it is how far it is behind. Who
                 // is far behind has no time for partials.
                 self.engine_lag_ms = self.feed.uncovered_ms(self.engine.outbox().account.used());
-                self.drafts.push_back(draft);
+                self.drafts.push_back(Draft::Final(draft));
             }
         }
         if let Some(partial) = taken.partial
@@ -400,10 +407,15 @@ impl<'a> Life<'a> {
     }
 
     /// What became of a final.
-    fn kept(&mut self, kept: Result<Kept, StoreFailed>) -> Option<Next> {
+    fn kept(&mut self, stored: Result<Stored, StoreFailed>) -> Option<Next> {
         let session = self.session;
         let id = &session.names.id;
         self.storing_since = None;
+        let kept = match stored {
+            Ok(Stored::Revision) => return None,
+            Ok(Stored::Final(kept)) => Ok(*kept),
+            Err(error) => Err(error),
+        };
         match kept {
             Err(StoreFailed::Chain(error)) => Some(Next::Stop(session.chain_failed(self.epoch, &error))),
             Err(StoreFailed::Aggregate(failure)) => Some(Next::Stop(End::Failed(failure))),

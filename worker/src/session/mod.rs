@@ -15,6 +15,7 @@ mod life;
 mod open;
 mod outputs;
 mod park;
+mod reconsider;
 mod store;
 
 use std::{
@@ -58,6 +59,7 @@ pub(crate) use self::{
     life::MAX_RECORDED_ENTRY,
     open::last_final,
     outputs::{Names, unix_ms},
+    reconsider::revisions,
 };
 use crate::{
     capacity::{Budget, locked},

@@ -382,6 +382,7 @@ fn engine_config(config: &WorkerConfig, probe: &Probe, total_mb: u64) -> EngineC
         use_gpu: probe.is_gpu(),
         reserve_mb: config.reserve_mb(total_mb),
         turns: config.turns(),
+        diarize: config.diarize(),
         simulated: config.simulated.clone(),
     }
 }

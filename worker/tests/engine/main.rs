@@ -19,5 +19,6 @@ mod conformance;
 mod neighbour;
 mod official;
 mod rig;
+mod speakers;
 mod support;
 mod suspects;

@@ -39,6 +39,7 @@ pub(crate) fn simulated_config(simulated: SimulatedConfig) -> EngineConfig {
         use_gpu: false,
         reserve_mb: 0,
         turns: None,
+        diarize: Default::default(),
         simulated,
     }
 }
