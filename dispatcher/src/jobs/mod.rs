@@ -40,6 +40,9 @@ pub struct JobEnd {
     pub duration_ms: u64,
 }
 
+/// A part that its parent has begun is left to it while it stores a final at least so often: longer than one takes to decode.
+const PARENT_AT_IT: Duration = Duration::from_secs(30);
+
 /// Samples in a millisecond of the transcript's clock.
 const SAMPLES_PER_MS: u64 = 16;
 
@@ -87,6 +90,8 @@ pub struct Job {
     /// Monotonic time at which the stage began.
     pub since: Duration,
     pub chain: Option<JobMark>,
+    /// Monotonic time at which its chain was last seen to grow.
+    pub grown: Duration,
     /// Whose slot it is counted against.
     pub charged: Option<WorkerName>,
     /// Workers that had no room for it, and the number of the heartbeat they had sent then.
@@ -128,6 +133,7 @@ impl Job {
             stage: Stage::Settled,
             since: now,
             chain,
+            grown: now,
             charged: None,
             refused: Vec::new(),
             failed: Vec::new(),
@@ -181,6 +187,12 @@ impl Job {
     /// This try has stored a final.
     pub fn progressed(&self) -> bool {
         self.chain.as_ref().is_some_and(|c| c.epoch == self.record.epoch)
+    }
+
+    /// A part that was given to nobody, and has a chain that grows: who has the whole is at it.
+    pub fn is_done_by_its_parent(&self, now: Duration) -> bool {
+        let given = self.record.part.is_none() || self.record.epoch > 0;
+        !given && self.chain.is_some() && now.saturating_sub(self.grown) < PARENT_AT_IT
     }
 
     /// Takes a final that is newer than what is known; false if it is not.

@@ -339,8 +339,9 @@ impl Parts {
         }
     }
 
-    /// What is decoded here next, when nothing is. In order, but parts that others have are theirs: first what the chain of
-    /// the whole waits for, then what nobody was asked for, then what nobody has begun.
+    /// What is decoded here next, when nothing is. Parts that others have are theirs: first what the chain of the whole waits
+    /// for, then what nobody was asked for, then what nobody has begun. Of those the last: the dispatcher begins with the
+    /// first, and of two who do the same part one works for nothing.
     pub(super) fn turn(&self, now: Instant) -> Turn {
         let Some((number, head)) = self.head().filter(|_| self.open()) else {
             return if self.head().is_none() && self.ended { Turn::Wait } else { Turn::Direct { until: None } };
@@ -350,17 +351,17 @@ impl Parts {
             let until = head.bounds.back().filter(|_| head.whole).map(|last| last.to_sample);
             return Turn::Direct { until };
         }
-        let first = |wanted: fn(&State) -> bool| {
+        let open = |wanted: fn(&State) -> bool| {
             let parts = self.parts.iter().filter(|(_, part)| part.whole && part.begins != Begins::Before);
-            let mut found = parts.filter(|(_, part)| wanted(&part.state)).map(|(number, _)| *number);
-            found.next()
+            parts.filter(move |(_, part)| wanted(&part.state)).map(|(number, _)| *number)
         };
         match &head.state {
             State::Unseen => return Turn::Wait,
             State::Free | State::Asked => return Turn::Part(number),
             State::Begun { .. } | State::Done | State::Failed(_) => {}
         }
-        if let Some(next) = first(|state| *state == State::Free).or_else(|| first(|state| *state == State::Asked)) {
+        let unasked = open(|state| *state == State::Free).next();
+        if let Some(next) = unasked.or_else(|| open(|state| *state == State::Asked).next_back()) {
             return Turn::Part(next);
         }
         let stalled = |at: Instant| now.saturating_duration_since(at) >= STALLED;

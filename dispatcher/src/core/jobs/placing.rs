@@ -277,7 +277,8 @@ impl Core {
         if self.jobs.book.queued() > 0 && self.roster.free(false, now.mono) > 0 {
             let ready = |id: &&StreamId| {
                 let job = self.jobs.book.job(id);
-                job.is_some_and(|job| job.record.not_before_ms.is_none_or(|at| at <= now.unix_ms))
+                let due = |job: &Job| job.record.not_before_ms.is_none_or(|at| at <= now.unix_ms);
+                job.is_some_and(|job| due(job) && !job.is_done_by_its_parent(now.mono))
             };
             let queue: Vec<StreamId> = self.jobs.book.queue().filter(ready).cloned().collect();
             let mut hopeless = HashSet::new();

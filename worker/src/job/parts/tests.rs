@@ -149,6 +149,10 @@ fn who_has_the_whole_does_what_nobody_else_does_and_in_order() {
     parts.ours(4, now);
     parts.over(Some(4), true, now);
     assert_eq!(parts.turn(now), Turn::Part(3), "that nobody has begun");
+    let mut two = free(0, 5_000, now);
+    (1..5).for_each(|number| two.given_out(number));
+    two.seen(0, begun(0), now);
+    assert_eq!(two.turn(now), Turn::Part(4), "the last of them: others begin with the first");
     parts.seen(3, begun(0), now);
     parts.stored(1_200);
     assert_eq!(parts.head().map(|(number, _)| number), Some(1));

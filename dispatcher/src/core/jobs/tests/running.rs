@@ -65,8 +65,19 @@ fn a_part_that_its_parent_has_begun_is_gone_on_with() {
     world.store(&id("part"), 4, None);
     world.core.job(JobInput::Submit { call: CallId(2), submission: part("part", "whole") }, world.now);
     world.run();
+    assert_eq!(world.state("part"), JobState::Queued, "its parent is at it");
+    let holds = |w: &mut World| {
+        w.beat(0, |b| b.held = vec![holds_job("whole", 1)]);
+        w.beat(1, |_| ());
+    };
+    world.seconds(20, holds);
+    world.store(&id("part"), 4, None);
+    world.core.job(JobInput::Chain { id: id("part"), mark: world.stored.last(&id("part")) }, world.now);
+    world.seconds(20, holds);
+    assert_eq!(world.state("part"), JobState::Queued, "and gets on");
+    world.seconds(15, holds);
     let record = world.key("part");
-    assert_eq!((record.state, record.epoch), (JobState::Assigned, 5), "above that of who began it");
+    assert_eq!((record.state, record.epoch), (JobState::Assigned, 5), "no longer, and above its epoch");
     // Anybody else's chain is not gone on with.
     world.store(&id("other"), 1, None);
     world.submit(3, "other");
