@@ -22,7 +22,7 @@ use voxfleet_schema::{
     codec,
     event::Event,
     id::{Kind, StreamId, WorkerName},
-    transcript::{Partial, Revision},
+    transcript::Partial,
 };
 
 use crate::{Nats, ServerError, raw};
@@ -139,14 +139,6 @@ impl Publisher {
         let body = codec::to_json(partial)?.into();
         let sent = self.nats.client().publish_with_headers(subject, raw::json_headers(), body).await;
         Ok(sent.map_err(ServerError::from)?)
-    }
-
-    /// Replaces a final's segments. Fenced: `expect_last` is the sequence of the last revision of this chain, 0 for none.
-    /// Returns its own.
-    pub async fn revision(&self, revision: &Revision, expect_last: u64) -> Result<u64, PublishError> {
-        let subject = self.nats.subjects().revision(revision.kind, &revision.id);
-        let message = raw::json_message(codec::to_json(revision)?).expected_last_subject_sequence(expect_last);
-        Ok(raw::publish(&self.nats, subject, message).await?.sequence)
     }
 
     /// Puts away what failed for good, with everything a person needs to see why.

@@ -10,7 +10,7 @@ use crate::{
     job::JobProgress,
     nought,
     session::SessionOptions,
-    transcript::VadKind,
+    transcript::{SpeakersBy, VadKind},
 };
 
 /// Where a worker is rented.
@@ -139,6 +139,9 @@ pub struct EngineState {
     /// The device it really runs on: `cpu` or `cuda:<name>`.
     pub effective_device: String,
     pub vad: VadKind,
+    /// How it tells speakers apart.
+    #[serde(default)]
+    pub speakers: SpeakersBy,
     /// Since it last moved forward; 0 when it has no work.
     pub ms_since_progress: u64,
     pub restarts: u32,

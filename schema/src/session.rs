@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    audio::MAX_CHANNELS,
     device::Instead,
     failure::{Failure, FailureClass},
     id::{Kind, StreamId, WorkerName},
@@ -128,6 +129,9 @@ pub struct SessionOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_speakers: Option<u16>,
     pub channels: Channels,
+    /// Who is on each channel, from the first on; those without a name are `ch0`, `ch1`, ... Needs `channels=split`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub channel_names: Vec<String>,
     /// Publish partials.
     pub interim: bool,
     /// Silence that ends an utterance, in ms. 100 to 5000; 500 keeps sentences whole and adds half a second to a final.
@@ -151,6 +155,7 @@ impl Default for SessionOptions {
             min_speakers: None,
             max_speakers: None,
             channels: Channels::Mix,
+            channel_names: Vec::new(),
             interim: true,
             endpoint_ms: 500,
             policy: Policy::AllowCpu,
@@ -175,6 +180,8 @@ pub enum OptionError {
 /// Longest prompt, in bytes: Whisper looks at its last 224 tokens only.
 pub const MAX_PROMPT_BYTES: usize = 4_096;
 pub const MAX_HOTWORDS: usize = 100;
+/// Longest name of a channel, in bytes: it stands beside every word.
+pub const MAX_CHANNEL_NAME_BYTES: usize = 32;
 const MAX_WORD_BYTES: usize = 64;
 const DIARIZES: &str = "true, false or auto";
 const TASKS: &str = "transcribe or translate";
@@ -184,7 +191,7 @@ const PRIORITIES: &str = "high, normal or low";
 
 impl SessionOptions {
     /// Names of all options, as in JSON and (with `Asr-Opt-` and dashes) in headers.
-    pub const NAMES: [&'static str; 15] = [
+    pub const NAMES: [&'static str; 16] = [
         "model",
         "language",
         "task",
@@ -195,6 +202,7 @@ impl SessionOptions {
         "min_speakers",
         "max_speakers",
         "channels",
+        "channel_names",
         "interim",
         "endpoint_ms",
         "policy",
@@ -202,7 +210,7 @@ impl SessionOptions {
         "idle_timeout_s",
     ];
 
-    /// Sets one option from text, as a header carries it. Hotwords are separated by commas.
+    /// Sets one option from text, as a header carries it. Hotwords and names of channels are separated by commas.
     pub fn set(&mut self, name: &str, value: &str) -> Result<(), OptionError> {
         let Some(name) = Self::NAMES.iter().find(|n| **n == name) else {
             return Err(OptionError::UnknownName(short(name)));
@@ -221,6 +229,7 @@ impl SessionOptions {
             "min_speakers" => self.min_speakers = Some(number(name, value)?),
             "max_speakers" => self.max_speakers = Some(number(name, value)?),
             "channels" => self.channels = word(name, value, Channels::Unknown, CHANNELS)?,
+            "channel_names" => self.channel_names = value.split(',').map(|n| n.trim().to_owned()).collect(),
             "interim" => self.interim = boolean(name, value)?,
             "endpoint_ms" => self.endpoint_ms = number(name, value)?,
             "policy" => self.policy = word(name, value, Policy::Unknown, POLICIES)?,
@@ -274,18 +283,38 @@ impl SessionOptions {
         {
             return Err(OptionError::Contradiction("min_speakers is above max_speakers"));
         }
+        if !self.channel_names.is_empty() && self.channels != Channels::Split {
+            return Err(OptionError::Contradiction("channel_names need channels=split"));
+        }
+        if self.channel_names.len() > usize::from(MAX_CHANNELS) {
+            return bad("channel_names", &self.channel_names.len(), "at most 64 names");
+        }
+        for (channel, name) in self.channel_names.iter().enumerate() {
+            if !is_channel_name(channel, name) {
+                return bad(
+                    "channel_names",
+                    name,
+                    "1 to 32 bytes without white space or commas, ch0 for channel 0 only",
+                );
+            }
+            if self.channel_names[..channel].contains(name) {
+                return bad("channel_names", name, "the name of one channel");
+            }
+        }
         if self.diarize == Diarize::On && self.channels == Channels::Split {
             return Err(OptionError::Contradiction("channels=split names who speaks already, diarize contradicts it"));
-        }
-        // An honest refusal: silently transcribing mixed channels would look like success.
-        if self.channels == Channels::Split {
-            return Err(OptionError::NotAvailable("channels=split"));
         }
         Ok(())
     }
 }
 
 impl SessionOptions {
+    /// Who speaks on a channel, counted from 0; nobody is named where channels are mixed.
+    pub fn speaker_of(&self, channel: usize) -> Option<String> {
+        let name = || self.channel_names.get(channel).cloned().unwrap_or_else(|| format!("ch{channel}"));
+        (self.channels == Channels::Split).then(name)
+    }
+
     /// The first option whose word this version does not know, and what it may be.
     fn unknown_word(&self) -> Option<(&'static str, &'static str)> {
         [
@@ -298,6 +327,13 @@ impl SessionOptions {
         .into_iter()
         .find_map(|(name, unknown, expected)| unknown.then_some((name, expected)))
     }
+}
+
+/// A label that can stand in a header and in front of a line, and is not what another channel is called by itself.
+fn is_channel_name(channel: usize, name: &str) -> bool {
+    let fits = (1..=MAX_CHANNEL_NAME_BYTES).contains(&name.len());
+    let of_another = name.strip_prefix("ch").and_then(|n| n.parse::<usize>().ok()).is_some_and(|n| n != channel);
+    fits && !of_another && !name.contains(|c: char| c == ',' || c.is_whitespace() || c.is_control())
 }
 
 fn short(text: &str) -> String {
@@ -570,6 +606,7 @@ mod tests {
             "1",
             "2",
             "mix",
+            "agent,customer",
             "false",
             "300",
             "exact_model",
@@ -581,11 +618,49 @@ mod tests {
             options.set(name, value).expect(name);
         }
         assert_eq!(options.hotwords, ["oslo", "paris"]);
+        assert_eq!(options.channel_names, ["agent", "customer"]);
         assert_eq!((options.policy, options.priority), (Policy::ExactModel, Priority::High));
         let json = serde_json::to_value(&options).expect("json");
         for name in SessionOptions::NAMES {
             assert!(json.get(name).is_some(), "{name} is missing in JSON");
         }
+    }
+
+    #[test]
+    fn channels_have_names_of_their_own_or_numbers() {
+        let split = |names: &[&str]| SessionOptions {
+            channels: Channels::Split,
+            channel_names: names.iter().map(|n| (*n).to_owned()).collect(),
+            ..SessionOptions::default()
+        };
+        for names in [&[][..], &["agent"], &["agent", "kunde-7", "日本"], &["ch0", "ch1"], &["chris"], &["x"; 1]] {
+            assert_eq!(split(names).validate(), Ok(()), "{names:?}");
+        }
+        let long = "x".repeat(33);
+        let many: Vec<String> = (0..65).map(|n| format!("s{n}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        for names in [
+            &["agent", "agent"][..],
+            &[""],
+            &["the agent"],
+            &["a\n"],
+            &["a,b"],
+            &["ch1"],
+            &["a", "ch0"],
+            &[&long],
+            &many,
+        ] {
+            let refused = split(names).validate();
+            assert!(
+                matches!(refused, Err(OptionError::BadValue { name: "channel_names", .. })),
+                "{names:?}: {refused:?}"
+            );
+        }
+        let mixed = SessionOptions { channels: Channels::Mix, ..split(&["agent"]) };
+        assert!(matches!(mixed.validate(), Err(OptionError::Contradiction(_))));
+        assert_eq!(mixed.speaker_of(0), None);
+        let of = |channel| split(&["agent"]).speaker_of(channel);
+        assert_eq!((of(0).as_deref(), of(1).as_deref()), (Some("agent"), Some("ch1")));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::{
     failure::Failure,
     id::{GpuId, Kind, StreamId},
     job::JobProgress,
+    nought,
     source::SourceState,
 };
 
@@ -67,7 +68,7 @@ pub struct Word {
 }
 
 /// How the speakers of a final were told apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SpeakersBy {
     /// A segmentation network and voices.
@@ -77,6 +78,7 @@ pub enum SpeakersBy {
     /// Each channel is somebody.
     Channels,
     /// Not at all, though it was asked for.
+    #[default]
     None,
     #[serde(other)]
     Unknown,
@@ -86,6 +88,9 @@ pub enum SpeakersBy {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Speakers {
     pub by: SpeakersBy,
+    /// Labels shown in this chain so far: the next new one is `S` and this plus one.
+    #[serde(default, skip_serializing_if = "nought")]
+    pub labels: u32,
     /// The words did not wait for them; a revision follows.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub late: bool,
@@ -173,6 +178,9 @@ pub struct Timings {
     pub decode_ms: u64,
     /// Audio decoded, in ms.
     pub audio_ms: u64,
+    /// Listening to who speaks, beside the decode.
+    #[serde(skip_serializing_if = "nought")]
+    pub diarize_ms: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub word_timing: Option<WordTiming>,
 }

@@ -7,14 +7,15 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use voxfleet_schema::{fleet::Provider, id::GpuId, session::is_model_name};
+use voxfleet_schema::{SAMPLE_RATE_HZ, fleet::Provider, id::GpuId, session::is_model_name};
 use voxfleet_store::{
     fetch::FetchConfig,
     models::{Catalog, ModelKind},
 };
 
 use crate::{
-    ipc::{EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
+    ipc::{DiarizeConfig, EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
+    job::Split,
     preempt::PreemptionConfig,
     provider::{ProviderChoice, Rent},
 };
@@ -113,6 +114,10 @@ pub struct WorkerConfig {
     pub job_slots: u32,
     /// Longest recording, in s.
     pub max_recording_s: u64,
+    /// Parts of longer recordings are given to other workers, in s; 0 = of none.
+    pub split_jobs_over_s: u64,
+    /// Length of such a part, in s.
+    pub job_part_s: u64,
     /// Memory of the process that decodes a recording, in MB.
     pub decoder_memory_mb: u64,
     /// A decoder that says nothing for so long is ended, in ms.
@@ -137,6 +142,15 @@ pub struct WorkerConfig {
     pub silero_model: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub onnxruntime: Option<PathBuf>,
+    /// pyannote's segmentation-3.0, which sees overlapping speech; none = the one among the models, if it is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub segmentation_model: Option<PathBuf>,
+    /// A speaker encoder as ONNX file: WeSpeaker's, CAM++ or TitaNet; none = ours.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub speaker_encoder: Option<PathBuf>,
+    /// Memory that must be left on the host for sessions with `diarize=auto` to be listened to; below it their channels are
+    /// told apart, or nobody.
+    pub diarize_needs_mb: u64,
     pub decode_states: usize,
     /// Threads of each decode state; 0 = as many as this host's workers can have without sharing cores.
     pub decode_threads: usize,
@@ -201,6 +215,10 @@ impl Default for WorkerConfig {
             job_slots: 1,
             // A day: longer recordings are split by whoever makes them.
             max_recording_s: 86_400,
+            // Shorter ones are done within a minute anyway, and a fleet has more of them.
+            split_jobs_over_s: 600,
+            // Seconds of work for a GPU: what it costs to begin one is little beside it, and at the end nobody waits long.
+            job_part_s: 120,
             // An m4a's index for a day of audio is about 20 MB; libraries and the binary itself need the rest.
             decoder_memory_mb: 512,
             // A decoder works thousands of times faster than this; a silent one hangs.
@@ -216,6 +234,10 @@ impl Default for WorkerConfig {
             catalog: None,
             silero_model: None,
             onnxruntime: None,
+            segmentation_model: None,
+            speaker_encoder: None,
+            // Two states' networks and what they compute in, with room for the decode beside them.
+            diarize_needs_mb: 512,
             // Two decodes overlap well; more wait for one device anyway.
             decode_states: 2,
             // states x threads must not exceed the cores, of which machines have two or two hundred.
@@ -273,6 +295,10 @@ impl WorkerConfig {
         check(
             (1..=31 * 86_400).contains(&self.max_recording_s),
             format!("worker.max_recording_s: {}, allowed are 1 to {}", self.max_recording_s, 31 * 86_400),
+        );
+        check(
+            (5..=3_600).contains(&self.job_part_s),
+            format!("worker.job_part_s: {}, allowed are 5 to 3600", self.job_part_s),
         );
         check(
             (64..=65_536).contains(&self.decoder_memory_mb),
@@ -368,7 +394,13 @@ impl WorkerConfig {
             check(is_model_name(name), format!("worker.models: {name:?} is not a name for a model"));
             check(path.is_file(), format!("worker.models.{name}: {} is not a file", path.display()));
         }
-        for (field, path) in [("silero_model", &self.silero_model), ("onnxruntime", &self.onnxruntime)] {
+        let files = [
+            ("silero_model", &self.silero_model),
+            ("onnxruntime", &self.onnxruntime),
+            ("segmentation_model", &self.segmentation_model),
+            ("speaker_encoder", &self.speaker_encoder),
+        ];
+        for (field, path) in files {
             if let Some(path) = path {
                 check(path.is_file(), format!("worker.{field}: {} is not a file", path.display()));
             }
@@ -494,6 +526,18 @@ impl WorkerConfig {
         self.onnxruntime.clone().or_else(|| self.cached(Path::new("lib/libonnxruntime.so")))
     }
 
+    /// What this worker tells speakers apart with.
+    pub fn diarize(&self) -> DiarizeConfig {
+        let pulled = |dir: &PathBuf| Some(dir.join(SEGMENTATION_FILE)).filter(|path| path.is_file());
+        let found = || self.models_dir.as_ref().and_then(pulled);
+        let cached = || self.cached(&Path::new("models").join(SEGMENTATION_FILE));
+        DiarizeConfig {
+            segmentation: self.segmentation_model.clone().or_else(found).or_else(cached),
+            encoder: self.speaker_encoder.clone(),
+            needs_mb: self.diarize_needs_mb,
+        }
+    }
+
     fn cached(&self, path: &Path) -> Option<PathBuf> {
         Some(self.cache_dir.as_ref()?.join(path)).filter(|p| p.is_file())
     }
@@ -504,6 +548,15 @@ impl WorkerConfig {
             max_seconds: self.max_recording_s,
             memory_mb: self.decoder_memory_mb,
             stall: std::time::Duration::from_millis(self.decoder_stall_ms),
+        }
+    }
+
+    /// Which recordings others may have parts of.
+    pub(crate) fn split(&self) -> Split {
+        let samples = |seconds: u64| seconds.saturating_mul(u64::from(SAMPLE_RATE_HZ));
+        Split {
+            longer_than: if self.split_jobs_over_s == 0 { u64::MAX } else { samples(self.split_jobs_over_s) },
+            part_samples: samples(self.job_part_s),
         }
     }
 
@@ -519,6 +572,9 @@ impl WorkerConfig {
         SESSION_SHARE_MB * MB
     }
 }
+
+/// Under this name `voxfleet models pull pyannote-segmentation-3.0` keeps it.
+const SEGMENTATION_FILE: &str = "pyannote-segmentation-3.0.onnx";
 
 /// Per hour, in whatever currency: above what anybody rents a device for.
 const MOST_PRICE: f64 = 100_000.0;

@@ -51,14 +51,14 @@ use voxfleet_schema::{
     device::EngineEnd,
     fleet::{Device, EngineRunState, EngineState, ModelState, Residency},
     id::{Kind, StreamId},
-    transcript::VadKind,
+    transcript::{SpeakersBy, VadKind},
 };
 
 pub(crate) use self::{
     cause::is_of_this_worker,
     fallback::Waits,
     ladder::{Ask, Footing},
-    outbox::Outbox,
+    outbox::{Draft, Outbox},
     pressure::{Gauge, Memory},
     session::{EngineSession, Opening},
     spawn::Program,
@@ -74,6 +74,7 @@ use self::{
 };
 use crate::{
     capacity::{Account, Budget, locked},
+    engine::diarize,
     ipc::{EngineConfig, EngineKind, ToEngine},
     session::Names,
 };
@@ -101,6 +102,7 @@ pub(crate) struct EngineStatus {
     pub(crate) engine: String,
     pub(crate) device: String,
     pub(crate) vad: VadKind,
+    pub(crate) speakers: SpeakersBy,
     pub(crate) restarts: u32,
     pub(crate) models: Vec<ModelState>,
 }
@@ -250,6 +252,7 @@ impl Engine {
             engine: engine.to_owned(),
             device: "none".to_owned(),
             vad,
+            speakers: diarize::expected(&config.diarize, config.onnxruntime.as_deref()).0,
             restarts: 0,
             models: link::models_of(&config),
         };
@@ -309,6 +312,7 @@ impl Engine {
             effective_device: self.effective_device(&status),
             kind: status.engine,
             vad: status.vad,
+            speakers: status.speakers,
             ms_since_progress: progress.ms_since_progress,
             restarts: status.restarts,
             crashes: locked(&self.0.suspects).crashes(now),

@@ -119,6 +119,7 @@ pub(crate) struct DemoArgs {
 #[command(after_help = "Examples:
   voxfleet stream call.flac --wait
   voxfleet stream call.wav --session call-7 --speed 4 --language en -o interim=false
+  voxfleet stream stereo.wav --channels split --channel-names agent,customer --wait
   arecord -q -f S16_LE -r 16000 -c 1 -t raw | voxfleet stream - --session mic --wait
   voxfleet stream --open --format 'pcm_s16le;rate=8000' phone.raw")]
 pub(crate) struct StreamArgs {

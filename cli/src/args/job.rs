@@ -34,6 +34,21 @@ pub(crate) struct OptionArgs {
     /// Words to expect, separated by commas
     #[arg(long, value_name = "WORDS")]
     pub(crate) hotwords: Option<String>,
+    /// Who speaks: on, off, or auto where it can be had [default: off]
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub(crate) diarize: Option<String>,
+    /// With --diarize: at least so many people [default: found]
+    #[arg(long, value_name = "N")]
+    pub(crate) min_speakers: Option<u16>,
+    /// With --diarize: at most so many people [default: found]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_speakers: Option<u16>,
+    /// mix, or split: each channel transcribed by itself, a speaker each [default: mix]
+    #[arg(long, value_name = "CHANNELS")]
+    pub(crate) channels: Option<String>,
+    /// With split: who is on the channels from the first on, separated by commas [default: ch0,ch1,...]
+    #[arg(long, value_name = "NAMES")]
+    pub(crate) channel_names: Option<String>,
     /// Silence that ends an utterance, 100 to 5000 [default: 500]
     #[arg(long, value_name = "MS")]
     pub(crate) endpoint_ms: Option<u32>,
@@ -60,6 +75,11 @@ impl Typed<'_> {
             ("task", self.flags.task.clone()),
             ("prompt", self.flags.prompt.clone()),
             ("hotwords", self.flags.hotwords.clone()),
+            ("diarize", self.flags.diarize.clone()),
+            ("min_speakers", self.flags.min_speakers.map(|n| n.to_string())),
+            ("max_speakers", self.flags.max_speakers.map(|n| n.to_string())),
+            ("channels", self.flags.channels.clone()),
+            ("channel_names", self.flags.channel_names.clone()),
             ("endpoint_ms", self.flags.endpoint_ms.map(|ms| ms.to_string())),
             ("policy", self.flags.policy.clone()),
             ("priority", self.flags.priority.clone()),
@@ -110,7 +130,8 @@ impl JobArgs {
 #[command(after_help = "Examples:
   voxfleet transcribe call.mp3
   voxfleet transcribe call.flac -f srt -o call.srt --language en
-  voxfleet transcribe meeting.flac --option diarize=true -f rttm -o meeting.rttm
+  voxfleet transcribe meeting.flac --diarize true -f rttm -o meeting.rttm
+  voxfleet transcribe stereo.wav --channels split --channel-names agent,customer
   voxfleet transcribe https://example.com/interview.m4a -f json | jq -r .full_text
   voxfleet transcribe s3://calls/2024/17.ogg --id call-17 --priority low --detach
   ffmpeg -i talk.mkv -f wav - | voxfleet transcribe - -f vtt
@@ -205,6 +226,9 @@ pub(crate) struct ListArgs {
     /// How many at most
     #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub(crate) limit: u32,
+    /// The parts of this long recording, which the list leaves out
+    #[arg(long, value_name = "JOB")]
+    pub(crate) parts_of: Option<StreamId>,
     /// Show them again every two seconds, until Ctrl-C
     #[arg(long)]
     pub(crate) watch: bool,
@@ -321,12 +345,15 @@ mod tests {
             language: Some("de".to_owned()),
             endpoint_ms: Some(300),
             priority: Some("low".to_owned()),
+            channels: Some("split".to_owned()),
+            channel_names: Some("agent, customer".to_owned()),
             ..OptionArgs::default()
         };
         let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
         let others = [pair("interim", "false"), pair("endpoint_ms", "900")];
         let options = Typed { flags: &flags, others: &others }.parsed().expect("options");
         assert_eq!((options.language.as_deref(), options.endpoint_ms, options.interim), (Some("de"), 900, false));
+        assert_eq!(options.speaker_of(1).as_deref(), Some("customer"));
         assert!(Typed { flags: &flags, others: &[pair("colour", "red")] }.parsed().is_err());
     }
 }

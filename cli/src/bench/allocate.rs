@@ -12,7 +12,7 @@ use voxfleet_schema::{
     fleet::{Device, EngineRunState, EngineState, Heartbeat, ModelState, Provider, Residency, Slots, WorkerHealth},
     id::{GpuId, Incarnation},
     session::SessionOptions,
-    transcript::VadKind,
+    transcript::{SpeakersBy, VadKind},
 };
 
 use super::{progress, rounded, usage};
@@ -149,6 +149,7 @@ fn heartbeat(n: usize, slots: u32) -> Result<Heartbeat> {
             kind: "simulated".to_owned(),
             effective_device: "cuda:made up".to_owned(),
             vad: VadKind::Silero,
+            speakers: SpeakersBy::Segmentation,
             ms_since_progress: 0,
             restarts: 0,
             crashes: 0,

@@ -7,9 +7,11 @@
 //! | [`allocate`] | one routing decision, on fleets of 4 to 1,000 GPUs |
 //! | [`coldstart`] | from the start of a worker, or of a session, to its first words: cold, preloaded, prewarmed, warm |
 //! | [`detection`] | shorter and shorter heartbeats on a busy machine: where false verdicts begin |
+//! | [`diarize`] | who spoke when and who said which word, on recordings whose speakers are known |
 //! | [`engine`] | speed of the bare engine by model shape, threads, encoder context, flash attention and states |
 //! | [`failover`] | workers killed in mid-word: time to the verdict and to the next words, nothing lost, nothing twice |
 //! | [`latency`] | from the end of a word to its first partial and to its final, and how many sessions this CPU carries |
+//! | [`longfile`] | one long recording on 1, 2, 4 and 8 workers: how much sooner it is done |
 //! | [`memory`] | memory of one engine with 1 to 16 live sessions |
 //! | [`peers`] | text and speed of our engine beside whisper.cpp by itself |
 //! | [`pipeline`] | audio through NATS and the fleet against the same engine called directly, live and ([`jobs`]) as a file |
@@ -28,10 +30,12 @@ mod allocate;
 mod chaos;
 mod coldstart;
 mod detection;
+mod diarize;
 mod engine;
 mod failover;
 mod jobs;
 mod latency;
+mod longfile;
 mod memory;
 mod models;
 mod peers;
@@ -66,9 +70,11 @@ Examples:
   voxfleet bench chaos --minutes 3 --seed 1
   voxfleet bench coldstart
   voxfleet bench detection
+  voxfleet bench diarize
   voxfleet bench engine --models micro
   voxfleet bench failover --kills 20
   voxfleet bench latency --quick
+  voxfleet bench longfile
   voxfleet bench memory --model base --format q8_0
   voxfleet bench peers
   voxfleet bench pipeline --jobs
@@ -96,12 +102,16 @@ enum Bench {
     Coldstart(coldstart::ColdstartArgs),
     /// How soon a death can be known on a busy machine, and where false verdicts begin
     Detection(detection::DetectionArgs),
+    /// Errors of speaker labels on recordings whose speakers are known, and what listening costs
+    Diarize(diarize::DiarizeArgs),
     /// Speed of the bare engine by model shape, threads, context, flash attention and decode states
     Engine(engine::EngineArgs),
     /// Workers killed in mid-word: time to the verdict and to the next words
     Failover(failover::FailoverArgs),
     /// From the end of a word to its first partial and its final, with one session and with the most this CPU carries
     Latency(latency::LatencyArgs),
+    /// One long recording on 1, 2, 4 and 8 simulated workers: how much sooner is it done, and is the text the same?
+    Longfile(longfile::LongfileArgs),
     /// Memory of one worker's engine with 1 to 16 live sessions on one loaded model
     Memory(memory::MemoryArgs),
     /// Our engine beside whisper.cpp by itself: text and speed
@@ -137,7 +147,9 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Chaos(args) => chaos::run(args).await,
             Bench::Allocate(args) => tokio::task::spawn_blocking(move || allocate::run(&args)).await?,
             Bench::Coldstart(args) => coldstart::run(args).await,
+            Bench::Longfile(args) => longfile::run(args).await,
             Bench::Detection(args) => detection::run(args).await,
+            Bench::Diarize(args) => tokio::task::spawn_blocking(move || diarize::run(&args)).await?,
             Bench::Engine(args) => tokio::task::spawn_blocking(move || engine::run(&args)).await?,
             Bench::Failover(args) => failover::run(args).await,
             Bench::Latency(args) => latency::run(args).await,

@@ -134,6 +134,7 @@ pub(super) fn weigh(args: &WeighArgs) -> Result<Value> {
         prompt: String::new(),
         language: Some("en".to_owned()),
         task: voxfleet_schema::session::Task::Transcribe,
+        hearing: None,
         cancel: Cancel::default(),
     };
     let mut states = Vec::new();

@@ -88,7 +88,11 @@ async fn submit(args: &SubmitArgs, wish: &Wish, nats: &Nats, context: &Context) 
 }
 
 async fn list(args: &ListArgs, nats: &Nats, context: &Context) -> anyhow::Result<Exit> {
-    let request = JobListRequest { state: args.state.map(JobState::from), limit: Some(args.limit) };
+    let request = JobListRequest {
+        state: args.state.map(JobState::from),
+        limit: Some(args.limit),
+        parts_of: args.parts_of.clone(),
+    };
     loop {
         let list = ask::list(nats, &request).await?;
         if args.output.json {

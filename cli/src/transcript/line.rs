@@ -2,7 +2,7 @@
 
 use voxfleet_schema::{
     event::Event,
-    transcript::{Final, Partial, Word},
+    transcript::{Final, Partial, Segment, Word},
 };
 
 /// Colours where they are wanted: on a terminal.
@@ -51,13 +51,31 @@ pub(crate) fn clock(ms: u64) -> String {
     }
 }
 
+/// The text, with the name of whoever speaks where it changes.
+fn spoken(segments: &[Segment], paint: Paint) -> String {
+    let mut text = String::new();
+    let mut before: Option<&str> = None;
+    for segment in segments.iter().filter(|segment| !segment.text.trim().is_empty()) {
+        let speaker = segment.speaker.as_deref();
+        if !text.is_empty() {
+            text.push_str(if speaker == before { " " } else { "  " });
+        }
+        if let Some(name) = speaker.filter(|_| speaker != before) {
+            text.push_str(&paint.green(&format!("{name}: ")));
+        }
+        text.push_str(&paint.bold(segment.text.trim()));
+        before = speaker;
+    }
+    text
+}
+
 fn samples_ms(samples: u64) -> u64 {
     samples * 1000 / u64::from(voxfleet_schema::SAMPLE_RATE_HZ)
 }
 
 /// A final without text (silence, lost audio) has a line only when it says something.
 pub(crate) fn of_final(f: &Final, paint: Paint, lag_ms: Option<u64>) -> Option<String> {
-    let text = f.text();
+    let text = spoken(&f.segments, paint);
     let mut notes = Vec::new();
     if let Some(lost) = &f.lost {
         notes.push(format!("audio {} to {} was gone before anyone could transcribe it", lost.from_seq, lost.to_seq));
@@ -71,15 +89,16 @@ pub(crate) fn of_final(f: &Final, paint: Paint, lag_ms: Option<u64>) -> Option<S
     if text.is_empty() && notes.is_empty() {
         return None;
     }
-    let range = match (f.segments.first(), f.segments.last()) {
-        (Some(first), Some(last)) => (first.start_ms, last.end_ms),
+    // Segments of several channels overlap.
+    let range = match (f.segments.first(), f.segments.iter().map(|s| s.end_ms).max()) {
+        (Some(first), Some(last)) => (first.start_ms, last),
         _ => (samples_ms(f.from_sample), samples_ms(f.to_sample)),
     };
     let mut line = format!(
         "{} {}  {}",
         paint.dim(&format!("{}-{}", clock(range.0), clock(range.1))),
         paint.cyan(f.gpu_id.as_str()),
-        paint.bold(&text)
+        text
     );
     if let Some(lag) = lag_ms {
         line.push_str(&paint.dim(&format!("  +{:.1} s", lag as f64 / 1000.0)));
@@ -139,6 +158,20 @@ mod tests {
         assert_eq!(of_final(&f, PLAIN, Some(640)).as_deref(), Some("00:03.0-00:03.9 cpu-h-0  good morning  +0.6 s"));
         assert_eq!(of_partial(&a_partial(None, 1, "g", 24_000), PLAIN), "00:00.0-00:01.5 g  good morning  lag 0.4 s");
         assert_eq!(of_words(&f, PLAIN).as_deref(), Some("good morning 3.00"));
+    }
+
+    #[test]
+    fn speakers_are_named_where_they_change() {
+        let mut f = a_final(0, 1, "g", "good");
+        let said = |text: &str, speaker: Option<&str>| Segment {
+            text: text.to_owned(),
+            speaker: speaker.map(str::to_owned),
+            ..f.segments[0].clone()
+        };
+        f.segments = vec![said("good", Some("S1")), said("morning", Some("S1")), said("hello", Some("S2"))];
+        assert_eq!(of_final(&f, PLAIN, None).as_deref(), Some("00:00.0-00:00.9 g  S1: good morning  S2: hello"));
+        f.segments[2].speaker = None;
+        assert_eq!(of_final(&f, PLAIN, None).as_deref(), Some("00:00.0-00:00.9 g  S1: good morning  hello"));
     }
 
     #[test]

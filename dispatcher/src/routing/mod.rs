@@ -16,7 +16,7 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     fleet::WorkerHealth,
     id::WorkerName,
-    session::{Policy, SessionOptions},
+    session::{Diarize, Policy, SessionOptions},
     transcript::VadKind,
 };
 
@@ -280,6 +280,9 @@ impl Roster {
         }
         if request.vad.is_some_and(|vad| vad != row.vad) {
             return Err(Refusal::OtherVad);
+        }
+        if request.options.diarize == Diarize::On && !row.speakers {
+            return Err(Refusal::NoSpeakers);
         }
         let device_ok = match request.options.policy {
             // What a newer version means is not known here: as if nothing had been said.

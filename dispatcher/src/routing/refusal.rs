@@ -17,6 +17,7 @@ pub enum Refusal {
     Reserved,
     /// The session keeps the VAD kind of its finals.
     OtherVad,
+    NoSpeakers,
     /// The policy keeps it off CPUs, or on them.
     WrongDevice,
     ModelNotHere,
@@ -41,7 +42,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [Refusal; 23] = [
+    const ALL: [Refusal; 24] = [
         Refusal::Joining,
         Refusal::Suspect,
         Refusal::Dead,
@@ -51,6 +52,7 @@ impl Refusal {
         Refusal::OtherService,
         Refusal::Reserved,
         Refusal::OtherVad,
+        Refusal::NoSpeakers,
         Refusal::WrongDevice,
         Refusal::ModelNotHere,
         Refusal::ModelMissing,
@@ -89,6 +91,7 @@ impl Refusal {
             Refusal::OtherService => "serves another service",
             Refusal::Reserved => "held in reserve",
             Refusal::OtherVad => "other vad kind",
+            Refusal::NoSpeakers => "cannot tell speakers apart",
             Refusal::WrongDevice => "policy excludes this device",
             Refusal::ModelNotHere => "model not here",
             Refusal::ModelMissing => "model missing",

@@ -8,7 +8,7 @@ use std::{
 use voxfleet_schema::{
     fleet::{Heartbeat, WorkerHealth},
     id::{GpuId, WorkerName},
-    transcript::VadKind,
+    transcript::{SpeakersBy, VadKind},
 };
 
 use super::fit::{self, Names, Shelf, Standing};
@@ -92,6 +92,7 @@ pub(super) struct Row {
     /// It decodes slower than speech under the work it has.
     pub(super) slow: bool,
     pub(super) vad: VadKind,
+    pub(super) speakers: bool,
     pub(super) duty: Duty,
     own: [Places; 2],
     /// Of sessions and of jobs, with those of the GPU's other incarnations.
@@ -122,7 +123,7 @@ impl Row {
     /// Whether somebody who found no room before may find it now, `before` being the same worker earlier.
     fn offers_more(&self, before: &Self) -> bool {
         let same = |a: &Self, b: &Self| {
-            let key = |r: &Self| (r.health, r.superseded, r.cpu, r.hot, r.pressed, r.slow, r.vad, r.duty);
+            let key = |r: &Self| (r.health, r.superseded, r.cpu, r.hot, r.pressed, r.slow, r.vad, r.speakers, r.duty);
             key(a) == key(b) && a.shelf == b.shelf
         };
         let freed = (0..2).any(|kind| self.places[kind].free() > before.places[kind].free());
@@ -243,6 +244,7 @@ impl Roster {
             // What it measured under work that is gone says nothing of a worker that is idle.
             slow: slow && seen.sessions + seen.jobs > 0,
             vad: beat.engine.vad,
+            speakers: !matches!(beat.engine.speakers, SpeakersBy::None | SpeakersBy::Unknown),
             duty: seen.duty,
             own,
             places: own,

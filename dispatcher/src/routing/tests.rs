@@ -4,6 +4,7 @@ mod random;
 use voxfleet_schema::{
     device::Pressure,
     fleet::{Heartbeat, Residency},
+    transcript::SpeakersBy,
 };
 
 use super::*;
@@ -105,6 +106,7 @@ fn each_filter_names_its_reason() {
     };
     let full = |g: &mut Gpu| g.used = 4;
     let other_vad = |g: &mut Gpu| g.beat.engine.vad = VadKind::Energy;
+    let deaf = |g: &mut Gpu| g.beat.engine.speakers = SpeakersBy::None;
     let no_model = |g: &mut Gpu| g.beat.models.clear();
     let failed = |g: &mut Gpu| g.beat.models[0].state = Residency::Failed;
     let missing = |g: &mut Gpu| g.beat.models[0].state = Residency::Missing;
@@ -114,11 +116,12 @@ fn each_filter_names_its_reason() {
     let tight = |g: &mut Gpu| g.beat.device.free_mb = 2_400 + 851;
     let tiny = |g: &mut Gpu| g.beat.device.total_mb = 900;
     type Change = fn(&mut Gpu);
-    let cases: [(Change, Refusal); 12] = [
+    let cases: [(Change, Refusal); 13] = [
         (hot, Refusal::TooHot),
         (slow, Refusal::TooSlow),
         (full, Refusal::NoSlot),
         (other_vad, Refusal::OtherVad),
+        (deaf, Refusal::NoSpeakers),
         (no_model, Refusal::ModelNotHere),
         (failed, Refusal::ModelFailed),
         (missing, Refusal::ModelMissing),
@@ -128,7 +131,7 @@ fn each_filter_names_its_reason() {
         (tight, Refusal::ModelDoesNotFitNow),
         (tiny, Refusal::ModelTooLarge),
     ];
-    let options = SessionOptions::default();
+    let options = SessionOptions { diarize: Diarize::On, ..SessionOptions::default() };
     let request = Request { vad: Some(VadKind::Silero), ..Request::new(&options, true) };
     for (change, refusal) in cases {
         let mut fleet = gpus(2);

@@ -69,7 +69,7 @@ pub enum Outcome {
 /// The chain of one account.
 #[derive(Debug, Clone)]
 pub struct Chain {
-    nats: Nats,
+    pub(super) nats: Nats,
 }
 
 impl Chain {

@@ -8,6 +8,7 @@
 mod chain;
 #[cfg(test)]
 mod model;
+mod revising;
 mod storing;
 
 use std::marker::PhantomData;

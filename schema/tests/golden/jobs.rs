@@ -21,6 +21,7 @@ fn job_request() -> JobRequest {
         name: Some("call.mp3".into()),
         options: options(),
         result_ttl_s: Some(3_600),
+        part: None,
     }
 }
 
@@ -32,6 +33,7 @@ fn inline_request() -> JobRequest {
         name: None,
         options: SessionOptions::default(),
         result_ttl_s: None,
+        part: None,
     }
 }
 
@@ -68,6 +70,7 @@ pub(crate) fn job_record() -> JobRecord {
             cpu: false,
             class: FailureClass::ModelMissing,
         }),
+        part: None,
     }
 }
 
@@ -105,6 +108,7 @@ fn work_item() -> WorkItem {
         submitted_ms: 1_700_000_000_000,
         assigned_ms: 1_700_000_000_500,
         suspect: true,
+        part: None,
     }
 }
 

@@ -109,6 +109,7 @@ fn options() -> SessionOptions {
         min_speakers: Some(1),
         max_speakers: Some(2),
         channels: Channels::Split,
+        channel_names: vec![],
         interim: false,
         endpoint_ms: 300,
         policy: Policy::ExactModel,

@@ -57,7 +57,13 @@ fn turns() -> Vec<Turn> {
 }
 
 fn speakers() -> Option<Speakers> {
-    Some(Speakers { by: SpeakersBy::Changes, late: true, afresh: true, why: Some("no segmentation model".into()) })
+    Some(Speakers {
+        by: SpeakersBy::Changes,
+        labels: 2,
+        late: true,
+        afresh: true,
+        why: Some("no segmentation model".into()),
+    })
 }
 
 fn full_final() -> Final {
@@ -88,7 +94,13 @@ fn full_final() -> Final {
         error: Some(Failure::new(FailureClass::EngineCrash, "the engine ended")),
         result: Some("object://asr_media/call-7".into()),
         guards: vec!["repetition".into()],
-        timings: Timings { queued_ms: 2, decode_ms: 80, audio_ms: 1_000, word_timing: Some(WordTiming::TokenEstimate) },
+        timings: Timings {
+            queued_ms: 2,
+            decode_ms: 80,
+            audio_ms: 1_000,
+            diarize_ms: 30,
+            word_timing: Some(WordTiming::TokenEstimate),
+        },
     }
 }
 
@@ -181,6 +193,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
             kind: "whisper_cpp".into(),
             effective_device: "cuda:NVIDIA H100".into(),
             vad: VadKind::Silero,
+            speakers: SpeakersBy::Segmentation,
             ms_since_progress: 0,
             restarts: 1,
             crashes: 1,

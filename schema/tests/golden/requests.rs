@@ -8,7 +8,7 @@ use voxfleet_schema::{
     fleet::{Assignment, ControlReply, ControlRequest, DrainRequest, Drained},
     id::Kind,
     job::Inline,
-    session::{Closed, OpenRequest, Opened, Reply, SessionRequest, SessionSubjects},
+    session::{Channels, Closed, OpenRequest, Opened, Reply, SessionOptions, SessionRequest, SessionSubjects},
     transcript::AudioRange,
 };
 
@@ -17,6 +17,9 @@ use crate::{jobs::job_record, json, options, stream, worker};
 #[test]
 fn requests_and_answers_are_pinned_json() {
     json("open_request", &OpenRequest { session: stream("call-7"), options: options() });
+    let names = vec!["agent".into(), "customer".into()];
+    let split = SessionOptions { channels: Channels::Split, channel_names: names, ..SessionOptions::default() };
+    json("open_request_split", &OpenRequest { session: stream("call-8"), options: split });
     json("session_request", &SessionRequest { session: stream("call-7") });
     let opened = Opened {
         session: stream("call-7"),

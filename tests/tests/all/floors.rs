@@ -11,15 +11,17 @@ use serde_json::Value;
 use voxfleet_harness::find;
 
 /// Crates of ours that each crate may name; dispatcher and worker never meet.
-const EDGES: [(&str, &[&str]); 10] = [
+const EDGES: [(&str, &[&str]); 11] = [
     ("voxfleet-schema", &[]),
     // What measures the product knows nothing of it.
     ("voxfleet-eval", &[]),
     ("voxfleet-audio", &["voxfleet-schema"]),
+    // Who spoke when is signal and decision code that knows neither wire nor models.
+    ("voxfleet-diarize", &[]),
     ("voxfleet-nats", &["voxfleet-schema"]),
     ("voxfleet-store", &["voxfleet-schema", "voxfleet-nats"]),
     ("voxfleet-dispatcher", &["voxfleet-schema", "voxfleet-nats"]),
-    ("voxfleet-worker", &["voxfleet-schema", "voxfleet-audio", "voxfleet-nats", "voxfleet-store"]),
+    ("voxfleet-worker", &["voxfleet-schema", "voxfleet-audio", "voxfleet-diarize", "voxfleet-nats", "voxfleet-store"]),
     // What checks the product does not share its code.
     ("voxfleet-harness", &[]),
     (
@@ -27,6 +29,7 @@ const EDGES: [(&str, &[&str]); 10] = [
         &[
             "voxfleet-schema",
             "voxfleet-audio",
+            "voxfleet-diarize",
             "voxfleet-nats",
             "voxfleet-store",
             "voxfleet-dispatcher",

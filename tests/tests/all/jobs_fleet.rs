@@ -52,6 +52,7 @@ pub(crate) fn request(job: &str, data: Vec<u8>) -> Result<JobRequest> {
         name: None,
         options: SessionOptions::default(),
         result_ttl_s: None,
+        part: None,
     })
 }
 
@@ -73,7 +74,7 @@ pub(crate) async fn ended(nats: &Nats, fleet: &Fleet, job: &str) -> Result<JobSt
 }
 
 /// The chain, as a plain client reads it, checked link by link: nothing missing, nothing twice.
-async fn chain(fleet: &Fleet, job: &str) -> Result<Vec<Value>> {
+pub(crate) async fn chain(fleet: &Fleet, job: &str) -> Result<Vec<Value>> {
     let read = checker::read(&fleet.js(), "ASR_TRANSCRIPT", &format!("asr.v1.transcript.job.{job}.final")).await?;
     let finals: Vec<Value> = read.iter().map(|m| serde_json::from_slice(&m.payload)).collect::<Result<_, _>>()?;
     let mut at = 0;
@@ -88,7 +89,7 @@ async fn chain(fleet: &Fleet, job: &str) -> Result<Vec<Value>> {
 }
 
 /// The aggregate that the chain's end names, by plain object store.
-async fn aggregate(fleet: &Fleet, finals: &[Value]) -> Result<Value> {
+pub(crate) async fn aggregate(fleet: &Fleet, finals: &[Value]) -> Result<Value> {
     let url = finals.last().and_then(|f| f["result"].as_str()).context("the end final names no result")?;
     let key = url.strip_prefix("object://asr_media/").context("another store")?;
     let store = fleet.js().get_object_store("asr_media").await?;
@@ -176,7 +177,7 @@ async fn long_job(nats: &Nats, fleet: &Fleet, job: &str) -> Result<String> {
 }
 
 /// Waits until at least `n` finals stand and the job has not ended.
-async fn under_way(fleet: &Fleet, job: &str, n: usize) -> Result<()> {
+pub(crate) async fn under_way(fleet: &Fleet, job: &str, n: usize) -> Result<()> {
     let subject = format!("asr.v1.transcript.job.{job}.final");
     eventually("finals", PATIENCE, || async {
         let finals = checker::read(&fleet.js(), "ASR_TRANSCRIPT", &subject).await.ok()?;

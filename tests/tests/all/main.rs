@@ -17,8 +17,10 @@
 //! | [`dispatcher_jobs`] | the same for file jobs: submit, queue, give out, fail, cancel, expire, take over |
 //! | [`fleet_map`] | who serves, who stands in, who gives back |
 //! | [`fleet_routing`] | where sessions land on a whole fleet, who is refused, and a burst of opens |
+//! | [`speakers`] | who said what: live, recordings, workers killed at every final |
 //! | [`standby`] | dispatchers that stop, die and come back |
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
+//! | [`long_jobs`] | long recordings whose parts are done by all workers |
 //! | [`load_progress`], [`measured`] | how far a load is, while it goes on; how fast a model is, for whoever plans |
 //! | [`device_ladder`], [`device_idle`] | a device that fails or is needed elsewhere: less runs meanwhile, and nothing where nobody needs it |
 //! | [`device_site`] | workers on GPUs behind a library of NVIDIA's interface: pinned, watched, lost, one for each card |
@@ -63,6 +65,7 @@ mod jobs_sources;
 mod live_micro;
 mod live_simulated;
 mod load_progress;
+mod long_jobs;
 mod measured;
 mod models;
 mod mutants;
@@ -79,6 +82,8 @@ mod operator;
 mod poison;
 mod prefetch;
 mod pressure;
+mod speakers;
+mod split;
 mod standby;
 mod third_party;
 mod viewer;

@@ -31,7 +31,7 @@ use voxfleet_schema::{
     fleet::{ControlReply, ControlRequest, Device, EngineRunState, EngineState, Heartbeat, Provider, Slots},
     id::{Kind, StreamId},
     session::{Reply, SessionRequest},
-    transcript::{Partial, VadKind},
+    transcript::{Partial, SpeakersBy, VadKind},
 };
 
 use super::nats_topology::{connected, ready, worker};
@@ -74,6 +74,7 @@ fn heartbeat(gpu: &str) -> Result<Heartbeat> {
             kind: "simulated".into(),
             effective_device: "cpu".into(),
             vad: VadKind::Energy,
+            speakers: SpeakersBy::None,
             ms_since_progress: 0,
             restarts: 0,
             crashes: 0,

@@ -8,6 +8,7 @@
 mod desk;
 mod neighbour;
 mod pace;
+mod scout;
 mod shelf;
 mod signs;
 mod turns;
@@ -27,12 +28,14 @@ use std::{
 };
 
 use rustix::process::getppid;
+use voxfleet_schema::transcript::{SpeakersBy, VadKind};
 
 use self::{
     desk::Desk,
     neighbour::{LockError, Neighbour, Turn},
 };
 use super::{
+    diarize::{self, HeardLate, Listener},
     last_words::{self, LastWords, leave},
     pool::{Done, Loaded, Pool},
     simulated::{self, PoisonedVads, card},
@@ -78,6 +81,8 @@ enum Event {
     Over(TransportError),
     Done(Box<Done>),
     Loaded(Box<Loaded>),
+    /// Who spoke in a window whose words have gone out.
+    HeardLate(Box<HeardLate>),
     /// The lock shared with a neighbour is ours, or cannot be had.
     Turn(Box<Turn>),
 }
@@ -85,6 +90,12 @@ enum Event {
 impl From<Done> for Event {
     fn from(done: Done) -> Self {
         Event::Done(Box::new(done))
+    }
+}
+
+impl From<HeardLate> for Event {
+    fn from(late: HeardLate) -> Self {
+        Event::HeardLate(Box::new(late))
     }
 }
 
@@ -140,9 +151,12 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
             whisper::leave_free(config.reserve_mb);
         }
     }
-    let (vads, notes) = prepare(&config);
+    let (vads, mut notes) = prepare(&config);
+    let (speakers, why) = speakers(&config, vads.kind());
+    notes.extend(why);
     let ready = FromEngine::Ready {
         vad: vads.kind(),
+        speakers,
         device: match config.engine {
             EngineKind::WhisperCpp => whisper::device(config.use_gpu),
             EngineKind::Simulated => simulated::device(config.use_gpu).to_owned(),
@@ -199,6 +213,17 @@ fn prepare(config: &EngineConfig) -> (Arc<dyn VadFactory>, Vec<String>) {
     (vads, notes)
 }
 
+/// How speakers are told apart here. Nothing is opened before somebody asks for them, unless there is reason to doubt that it
+/// can be.
+fn speakers(config: &EngineConfig, vad: VadKind) -> (SpeakersBy, Option<String>) {
+    let library = config.onnxruntime.as_deref();
+    let doubtful = config.silero_model.is_some() && vad != VadKind::Silero;
+    match doubtful.then(|| Listener::open(&config.diarize, library)) {
+        Some(Err(why)) => (SpeakersBy::None, Some(format!("no speakers: {why}"))),
+        _ => diarize::expected(&config.diarize, library),
+    }
+}
+
 fn read_frames(mut reader: BlockingReader<UnixStream>, events: &SyncSender<Event>) {
     loop {
         let event = match reader.next::<ToEngine>() {
@@ -244,6 +269,7 @@ fn run(desk: &mut Desk, inbox: &Receiver<Event>, parent: Option<rustix::process:
                 Event::Over(error) => return Err(error.into()),
                 Event::Done(done) => desk.done(*done)?,
                 Event::Loaded(loaded) => desk.loaded(*loaded)?,
+                Event::HeardLate(late) => desk.heard_late(*late)?,
                 Event::Turn(turn) => desk.turn_begins(*turn)?,
             }
         }

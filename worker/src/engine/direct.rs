@@ -5,6 +5,7 @@ use voxfleet_schema::{audio::RawEntry, session::SessionOptions, transcript::Timi
 
 use super::{
     EngineError, Recognizer,
+    diarize::{Listened, Listener},
     pool::{ends_session, hear},
     stream::{SessionStream, Step},
     vad::VadFactory,
@@ -19,6 +20,19 @@ pub fn transcribe_log(
     start: StartPoint,
     recognizer: &mut dyn Recognizer,
     vads: &dyn VadFactory,
+    partials: Option<&mut dyn FnMut(PartialDraft)>,
+) -> Result<Vec<FinalDraft>, EngineError> {
+    transcribe_with_speakers(log, options, start, recognizer, vads, None, partials)
+}
+
+/// The same with somebody who listens to who speaks, as in a recording: words wait for their speakers.
+pub fn transcribe_with_speakers(
+    log: &[RawEntry],
+    options: &SessionOptions,
+    start: StartPoint,
+    recognizer: &mut dyn Recognizer,
+    vads: &dyn VadFactory,
+    mut listener: Option<&mut Listener>,
     mut partials: Option<&mut dyn FnMut(PartialDraft)>,
 ) -> Result<Vec<FinalDraft>, EngineError> {
     let first_seq = start.first_seq();
@@ -26,7 +40,7 @@ pub fn transcribe_log(
     let mut finals = Vec::new();
     for entry in log.iter().filter(|e| e.seq >= first_seq) {
         stream.push(entry.clone());
-        if step_all(&mut stream, recognizer, &mut finals)? {
+        if step_all(&mut stream, recognizer, listener.as_deref_mut(), &mut finals)? {
             break;
         }
         if let Some(report) = partials.as_mut()
@@ -50,6 +64,7 @@ pub fn transcribe_log(
 fn step_all(
     stream: &mut SessionStream,
     recognizer: &mut dyn Recognizer,
+    mut listener: Option<&mut Listener>,
     finals: &mut Vec<FinalDraft>,
 ) -> Result<bool, EngineError> {
     loop {
@@ -57,16 +72,23 @@ fn step_all(
             Step::Starved => return Ok(false),
             Step::Ended => return Ok(true),
             Step::Draft(draft) => finals.push(*draft),
-            Step::Final(window) => {
-                let begin = std::time::Instant::now();
-                let (heard, guards) = match hear(recognizer, &window) {
-                    Ok(judged) => (Ok(judged.hypothesis), judged.guards.into_iter().map(str::to_owned).collect()),
-                    Err(error) if ends_session(&error) => return Err(error),
-                    Err(error) => (Err(error), Vec::new()),
-                };
-                let decode_ms = begin.elapsed().as_millis() as u64;
-                let timings = Timings { decode_ms, ..Timings::default() };
-                finals.extend(stream.complete(heard, guards, recognizer.info(), timings).map(|draft| *draft));
+            Step::Final(windows) => {
+                for (part, window) in windows.iter().enumerate() {
+                    let begin = std::time::Instant::now();
+                    let (heard, guards) = match hear(recognizer, window) {
+                        Ok(judged) => (Ok(judged.hypothesis), judged.guards.into_iter().map(str::to_owned).collect()),
+                        Err(error) if ends_session(&error) => return Err(error),
+                        Err(error) => (Err(error), Vec::new()),
+                    };
+                    let decode_ms = begin.elapsed().as_millis() as u64;
+                    let timings = Timings { decode_ms, ..Timings::default() };
+                    let listened = match (&window.hearing, listener.as_deref_mut()) {
+                        (Some(hearing), Some(listener)) => Listened::Heard(listener.hear(hearing, &window.cancel)),
+                        _ => Listened::NotAsked,
+                    };
+                    let draft = stream.complete(part, heard, guards, listened, recognizer.info(), timings);
+                    finals.extend(draft.map(|draft| *draft));
+                }
             }
         }
     }

@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`resample`] | any input rate -> 16 kHz, sample-exact |
 //! | [`vad`] | voice activity: Silero through ONNX Runtime, or by energy |
+//! | [`diarize`] | who speaks: the networks beside each decode thread |
+//! | [`onnx`] | how ONNX models are opened |
 //! | [`stream`] | log entries -> samples -> VAD -> windows -> finals; pure, boundaries depend on the log alone |
 //! | [`whisper`], [`simulated`] | recognizers: whisper.cpp, and text made from the samples themselves |
 //! | [`models`] | a model file is checked here before the C++ code sees it |
@@ -17,10 +19,12 @@
 
 pub mod checksum;
 pub mod child;
+pub mod diarize;
 pub mod direct;
 pub mod guards;
 pub mod last_words;
 pub mod models;
+mod onnx;
 pub mod pool;
 pub mod resample;
 pub mod simulated;
@@ -92,6 +96,11 @@ impl Cancel {
         self.0.cancelled.load(Ordering::Relaxed)
     }
 
+    /// The same, without a sign of life.
+    pub fn was_cancelled(&self) -> bool {
+        self.0.cancelled.load(Ordering::Relaxed)
+    }
+
     /// How often somebody looked: while this grows, the decode moves.
     pub fn looks(&self) -> u64 {
         self.0.looks.load(Ordering::Relaxed)
@@ -118,6 +127,8 @@ pub struct Window {
     /// None = detect.
     pub language: Option<String>,
     pub task: Task,
+    /// Who speaks is to be heard as well.
+    pub hearing: Option<Box<diarize::Hearing>>,
     pub cancel: Cancel,
 }
 
@@ -184,6 +195,9 @@ pub trait Vad: Send {
 
     /// Forgets everything heard.
     fn reset(&mut self);
+
+    /// A new one of the same kind, for another channel of the same session.
+    fn another(&self) -> Box<dyn Vad>;
 
     /// Probability of speech in the next [`VAD_FRAME`] samples, 0 to 1.
     fn speech_probability(&mut self, frame: &[f32; VAD_FRAME]) -> Result<f32, EngineError>;

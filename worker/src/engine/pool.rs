@@ -8,6 +8,7 @@ use std::{
     collections::HashMap,
     io,
     panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
     sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -15,6 +16,7 @@ use std::{
 
 use super::{
     EngineError, Hypothesis, Recognizer, RecognizerInfo, Window,
+    diarize::{DiarizeConfig, Ears, HeardLate, Listened, Listening},
     guards::{Judged, judge},
     models,
     simulated::{self, SimulatedModel},
@@ -115,6 +117,8 @@ pub fn hear(recognizer: &mut dyn Recognizer, window: &Window) -> Result<Judged, 
 /// One window for a thread.
 pub struct Job {
     pub handle: u64,
+    /// Which of its final's windows it is.
+    pub part: usize,
     pub model: Model,
     pub window: Window,
     /// Since when it could have been decoded.
@@ -125,8 +129,10 @@ pub struct Job {
 pub struct Done {
     pub thread: usize,
     pub handle: u64,
+    pub part: usize,
     pub window: Window,
     pub heard: Result<Judged, EngineError>,
+    pub listened: Listened,
     pub info: RecognizerInfo,
     pub queued: Duration,
     pub took: Duration,
@@ -176,16 +182,17 @@ impl Pool {
     /// Room for as many waiting loads as there are models: each is asked for once at a time.
     pub fn start<E>(config: &EngineConfig, events: &SyncSender<E>) -> io::Result<Self>
     where
-        E: From<Done> + From<Loaded> + Send + 'static,
+        E: From<Done> + From<Loaded> + From<HeardLate> + Send + 'static,
     {
         let mut threads = Vec::new();
         for number in 0..config.decode_states.max(1) {
             // One job, and each model forgotten once.
             let (orders, queue) = sync_channel(1 + config.models.len());
             let events = events.clone();
+            let ears = (config.diarize.clone(), config.onnxruntime.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("decode-{number}"))
-                .spawn(move || decode_loop(number, &queue, &events))?;
+                .spawn(move || decode_loop(number, ears, &queue, &events))?;
             threads.push(DecodeThread { orders, thread, idle: true, warm: Vec::new() });
         }
         let (loads, queue) = sync_channel(config.models.len().max(1));
@@ -268,10 +275,17 @@ impl Pool {
     }
 }
 
-fn decode_loop<E: From<Done>>(number: usize, orders: &Receiver<Order>, events: &SyncSender<E>) {
+/// What a decode thread's listener is made of.
+type EarsOf = (DiarizeConfig, Option<PathBuf>);
+
+fn decode_loop<E>(number: usize, ears_of: EarsOf, orders: &Receiver<Order>, events: &SyncSender<E>)
+where
+    E: From<Done> + From<HeardLate> + Send + 'static,
+{
+    let mut ears: Option<Ears> = None;
     let mut states: HashMap<String, Box<dyn Recognizer>> = HashMap::new();
     while let Ok(order) = orders.recv() {
-        let job = match order {
+        let mut job = match order {
             Order::Decode(job) => job,
             Order::Forget(model, dropping) => {
                 states.remove(&model);
@@ -283,6 +297,16 @@ fn decode_loop<E: From<Done>>(number: usize, orders: &Receiver<Order>, events: &
         let info = job.model.info().clone();
         let queued = begin.duration_since(job.ready_at);
         let before = Taken::from_now(job.model.is_on_gpu());
+        let listening = job.window.hearing.take().map(|hearing| {
+            let ears = match &mut ears {
+                Some(ears) => ears,
+                none => {
+                    let (config, library) = ears_of.clone();
+                    none.insert(Ears::start(format!("ears-{number}"), config, library, events.clone())?)
+                }
+            };
+            Ok::<Listening, io::Error>(ears.begin(job.handle, *hearing, job.window.cancel.clone()))
+        });
         // A state whose decode panicked is not put back: the next job makes a new one.
         let state = match states.remove(&info.model) {
             Some(state) => Ok((state, false)),
@@ -299,9 +323,14 @@ fn decode_loop<E: From<Done>>(number: usize, orders: &Receiver<Order>, events: &
                 }
             },
         };
-        let Job { handle, window, .. } = *job;
+        let Job { handle, part, window, .. } = *job;
         let took = begin.elapsed();
-        let done = Done { thread: number, handle, window, heard, info, queued, took, state_mb };
+        let listened = match listening {
+            None => Listened::NotAsked,
+            Some(Ok(listening)) => listening.wait(took),
+            Some(Err(error)) => Listened::Heard(Err(format!("no thread to listen: {error}"))),
+        };
+        let done = Done { thread: number, handle, part, window, heard, listened, info, queued, took, state_mb };
         if events.send(done.into()).is_err() {
             // The engine loop has ended, and so does this.
             return;

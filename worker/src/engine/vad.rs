@@ -1,25 +1,18 @@
 //! Voice activity detection: Silero through ONNX Runtime, and a detector by energy for where it cannot be had.
 //!
-//! One Silero session serves all streams; what a stream remembers is in its own [`Vad`]. ONNX Runtime is loaded when the
-//! engine starts, from a path it is given: a missing or foreign library is a typed error, and the engine says in its
-//! notes which detector it uses instead and why.
+//! One Silero session serves all streams; what a stream remembers is in its own [`Vad`]. Where ONNX Runtime or the model is
+//! missing, the engine says in its notes which detector it uses instead and why.
 
 use std::{
     collections::VecDeque,
-    io::Read,
-    panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
-use ort::{
-    environment::Environment,
-    session::{Session, builder::GraphOptimizationLevel},
-    value::TensorRef,
-};
+use ort::{session::Session, value::TensorRef};
 use voxfleet_schema::{SAMPLE_RATE_HZ, transcript::VadKind};
 
-use super::{EngineError, VAD_FRAME, Vad};
+use super::{EngineError, VAD_FRAME, Vad, onnx};
 
 /// Makes a detector for each stream; all of one engine are of one kind.
 pub trait VadFactory: Send + Sync {
@@ -54,10 +47,7 @@ const STATE: usize = 2 * 128;
 impl Silero {
     /// Loads ONNX Runtime (once per process: a later path is not looked at) and the model, and tries it out.
     pub fn load(model: &Path, library: &Path) -> Result<Self, EngineError> {
-        // ort panics where a library has the right name and the wrong inside.
-        let loaded = catch_unwind(AssertUnwindSafe(|| open_session(model, library)));
-        let session =
-            loaded.unwrap_or_else(|_| Err(EngineError::Vad(format!("{} is not usable", library.display()))))?;
+        let session = onnx::open(onnx::Model::File(model), library).map_err(EngineError::Vad)?;
         let silero = Self { session: Arc::new(Mutex::new(session)) };
         // A model with other inputs or outputs shows here, not in the middle of a call.
         SileroStream::new(&silero).speech_probability(&[0.0; VAD_FRAME])?;
@@ -67,58 +57,6 @@ impl Silero {
 
 fn failed(what: &str) -> impl Fn(ort::Error) -> EngineError + '_ {
     move |error| EngineError::Vad(format!("{what}: {error}"))
-}
-
-fn open_session(model: &Path, library: &Path) -> Result<Session, EngineError> {
-    check_library(library)?;
-    if !model.is_file() {
-        return Err(EngineError::Vad(format!("{} is not there", model.display())));
-    }
-    let environment = environment(library)?;
-    let setting = |e: ort::Error<ort::session::builder::SessionBuilder>| EngineError::Vad(e.to_string());
-    // One thread that does not spin: frames are tiny, and the cores belong to the decoder.
-    Session::builder(&environment)
-        .map_err(failed("making a session"))?
-        .with_intra_threads(1)
-        .map_err(setting)?
-        .with_inter_threads(1)
-        .map_err(setting)?
-        .with_intra_op_spinning(false)
-        .map_err(setting)?
-        .with_inter_op_spinning(false)
-        .map_err(setting)?
-        .with_optimization_level(GraphOptimizationLevel::Level3)
-        .map_err(setting)?
-        .commit_from_file(model)
-        .map_err(failed("loading the Silero model"))
-}
-
-/// ONNX Runtime's environment: one per process, of the first library that worked.
-fn environment(library: &Path) -> Result<Environment, EngineError> {
-    static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
-    let mut known = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(environment) = known.as_ref() {
-        return Ok(environment.clone());
-    }
-    let environment = ort::init_from(library)
-        .map_err(|e| EngineError::Vad(e.to_string()))?
-        .with_name("voxfleet")
-        .with_telemetry(false)
-        .build()
-        .map_err(failed("starting ONNX Runtime"))?;
-    Ok(known.insert(environment).clone())
-}
-
-/// What is no shared library at all is told apart before the dynamic linker sees it.
-fn check_library(library: &Path) -> Result<(), EngineError> {
-    let unusable = |why: String| EngineError::Vad(format!("{}: {why}", library.display()));
-    let mut magic = [0u8; 4];
-    let mut file = std::fs::File::open(library).map_err(|e| unusable(e.to_string()))?;
-    file.read_exact(&mut magic).map_err(|e| unusable(e.to_string()))?;
-    if cfg!(target_os = "linux") && magic != *b"\x7fELF" {
-        return Err(unusable("not a shared library".to_owned()));
-    }
-    Ok(())
 }
 
 impl VadFactory for Silero {
@@ -141,7 +79,11 @@ struct SileroStream {
 
 impl SileroStream {
     fn new(silero: &Silero) -> Self {
-        Self { session: silero.session.clone(), input: vec![0.0; CONTEXT + VAD_FRAME], state: vec![0.0; STATE] }
+        Self::with(silero.session.clone())
+    }
+
+    fn with(session: Arc<Mutex<Session>>) -> Self {
+        Self { session, input: vec![0.0; CONTEXT + VAD_FRAME], state: vec![0.0; STATE] }
     }
 
     fn infer(&mut self) -> Result<f32, ort::Error> {
@@ -174,6 +116,10 @@ impl Vad for SileroStream {
     fn reset(&mut self) {
         self.input.fill(0.0);
         self.state.fill(0.0);
+    }
+
+    fn another(&self) -> Box<dyn Vad> {
+        Box::new(Self::with(self.session.clone()))
     }
 
     fn speech_probability(&mut self, frame: &[f32; VAD_FRAME]) -> Result<f32, EngineError> {
@@ -233,6 +179,10 @@ impl Vad for EnergyVad {
 
     fn reset(&mut self) {
         *self = Self::default();
+    }
+
+    fn another(&self) -> Box<dyn Vad> {
+        Box::new(Self::default())
     }
 
     fn speech_probability(&mut self, frame: &[f32; VAD_FRAME]) -> Result<f32, EngineError> {

@@ -9,13 +9,15 @@
 pub mod transport;
 
 use serde::{Deserialize, Serialize};
+
+pub use crate::engine::diarize::DiarizeConfig;
 use voxfleet_schema::{
     audio::RawEntry,
     event::What,
     failure::Failure,
     fleet::ModelState,
     session::SessionOptions,
-    transcript::{AudioRange, Checkpoint, Final, Lost, Resume, Segment, Speakers, Timings, Turn, VadKind},
+    transcript::{AudioRange, Checkpoint, Final, Lost, Resume, Segment, Speakers, SpeakersBy, Timings, Turn, VadKind},
 };
 
 /// Bytes each log entry counts beside its payload while the engine keeps it: its place in the queue, its share of the
@@ -52,11 +54,21 @@ pub struct AfterFinal {
     pub to_seq: u64,
     pub end: bool,
     pub resume: Resume,
+    /// What it said of its speakers.
+    #[serde(default)]
+    pub speakers: Option<Speakers>,
 }
 
 impl From<&Final> for AfterFinal {
     fn from(f: &Final) -> Self {
-        Self { index: f.index, to_sample: f.to_sample, to_seq: f.audio.to_seq, end: f.end, resume: f.resume.clone() }
+        Self {
+            index: f.index,
+            to_sample: f.to_sample,
+            to_seq: f.audio.to_seq,
+            end: f.end,
+            resume: f.resume.clone(),
+            speakers: f.speakers.clone(),
+        }
     }
 }
 
@@ -103,6 +115,8 @@ pub struct EngineConfig {
     /// Decode only while holding a lock that a neighbour may take too.
     #[serde(default)]
     pub turns: Option<TurnsConfig>,
+    #[serde(default)]
+    pub diarize: DiarizeConfig,
     pub simulated: SimulatedConfig,
 }
 
@@ -205,6 +219,9 @@ pub enum ToEngine {
         background: bool,
         #[serde(default)]
         suspect: Option<Suspect>,
+        /// Nothing is decoded: its finals say where a recording is cut, and how much speech there is.
+        #[serde(default)]
+        scout: bool,
     },
     /// Say `Pong`.
     Ping {
@@ -247,6 +264,7 @@ pub enum FromEngine {
     /// It is up; nothing is loaded yet.
     Ready {
         vad: VadKind,
+        speakers: SpeakersBy,
         device: String,
         engine: String,
         notes: Vec<String>,
@@ -275,6 +293,11 @@ pub enum FromEngine {
     Final {
         handle: u64,
         draft: Box<FinalDraft>,
+    },
+    /// The speakers of an earlier final; it goes into the chain behind the finals that were sent before.
+    Revision {
+        handle: u64,
+        revision: Box<RevisionDraft>,
     },
     /// A window of the stretch that begins at this sample goes to a decode thread. Said before it does, so that whoever
     /// finds the child dead knows what it was doing.
@@ -344,6 +367,24 @@ pub struct PartialDraft {
     pub tentative: String,
     /// Handed to the engine minus decoded.
     pub lag_ms: u64,
+}
+
+/// Segments with their speakers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Told {
+    pub segments: Vec<Segment>,
+    pub turns: Vec<Turn>,
+    pub speakers: Option<Speakers>,
+}
+
+/// What replaces that of an earlier final.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RevisionDraft {
+    /// Of the final.
+    pub index: u64,
+    pub segments: Vec<Segment>,
+    pub turns: Vec<Turn>,
+    pub speakers: Option<Speakers>,
 }
 
 /// A final as the engine knows it; the supervisor adds names, index, ids and the checkpoint's sequence.

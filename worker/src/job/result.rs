@@ -6,7 +6,7 @@ use crate::memory::Change;
 use voxfleet_schema::{
     SAMPLE_RATE_HZ,
     fleet::Provider,
-    job::{AlignedSegment, AlignedWord, JobResult, PerformanceMetrics, ResultSegment},
+    job::{AlignedSegment, AlignedWord, JobResult, PerformanceMetrics, ResultSegment, SpeakerTurn},
     transcript::{Final, join_text},
 };
 
@@ -23,11 +23,16 @@ pub(crate) struct Times {
     pub(crate) from: f64,
 }
 
+/// Turns overlap, so a piece of one may not stand behind the other pieces of it.
+const SPEAKERS_AT_ONCE: usize = 8;
+
 /// Takes finals in the order of their chain.
 #[derive(Debug, Default)]
 pub(crate) struct Aggregate {
     segments: Vec<ResultSegment>,
     aligned: Vec<AlignedSegment>,
+    turns: Vec<SpeakerTurn>,
+    diarize_ms: u64,
     /// Bytes of text by language: what was said most decides.
     languages: BTreeMap<String, usize>,
     decode_ms: u64,
@@ -41,7 +46,16 @@ fn seconds(ms: u64) -> f64 {
 impl Aggregate {
     pub(crate) fn add(&mut self, value: &Final) {
         self.decode_ms += value.timings.decode_ms;
+        self.diarize_ms += value.timings.diarize_ms;
         self.to_sample = self.to_sample.max(value.to_sample);
+        for turn in &value.turns {
+            let (start, end) = (seconds(turn.start_ms), seconds(turn.end_ms));
+            match self.turns.iter_mut().rev().take(SPEAKERS_AT_ONCE).find(|last| last.speaker == turn.speaker) {
+                // Pieces of one turn.
+                Some(last) if last.end >= start => last.end = last.end.max(end),
+                _ => self.turns.push(SpeakerTurn { speaker: turn.speaker.clone(), start, end }),
+            }
+        }
         for segment in &value.segments {
             let text = segment.text.trim();
             if text.is_empty() {
@@ -93,6 +107,9 @@ impl Aggregate {
             ("decode", seconds(self.decode_ms)),
         ];
         let mut stages: BTreeMap<String, f64> = seconds_of.map(|(name, s)| (name.to_owned(), s)).into();
+        if self.diarize_ms > 0 {
+            stages.insert("diarize".to_owned(), seconds(self.diarize_ms));
+        }
         for Change { stage, before_mb, after_mb } in memory {
             stages.insert(format!("{}_before_mb", stage.as_str()), *before_mb as f64);
             stages.insert(format!("{}_after_mb", stage.as_str()), *after_mb as f64);
@@ -103,7 +120,7 @@ impl Aggregate {
             aligned_segments: self.aligned,
             language: self.languages.into_iter().max_by_key(|(_, bytes)| *bytes).map(|(language, _)| language),
             duration,
-            speaker_turns: Vec::new(),
+            speaker_turns: self.turns,
             provider: provider_name(rent.provider).to_owned(),
             performance_metrics: PerformanceMetrics {
                 total_duration: total,

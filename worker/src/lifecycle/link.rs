@@ -79,14 +79,14 @@ pub(super) async fn read_frames(socket: OwnedReadHalf, engine: Engine, ready: mp
             Err(error) => return error,
         };
         match message {
-            FromEngine::Ready { vad, device, engine: name, notes } if !is_ready => {
+            FromEngine::Ready { vad, speakers, device, engine: name, notes } if !is_ready => {
                 is_ready = true;
                 for note in &notes {
                     tracing::info!(engine = true, note, "engine notes");
                 }
                 tracing::info!(vad = vad.as_str(), device, engine_kind = name, "engine ready");
                 engine.0.status.send_modify(|status| {
-                    status.vad = vad;
+                    (status.vad, status.speakers) = (vad, speakers);
                     status.device = device;
                     status.engine = name;
                 });

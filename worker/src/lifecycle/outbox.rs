@@ -12,15 +12,22 @@ use voxfleet_schema::failure::Failure;
 use super::suspects::Name;
 use crate::{
     capacity::{Account, locked},
-    ipc::{FinalDraft, PartialDraft, StreamNote},
+    ipc::{FinalDraft, PartialDraft, RevisionDraft, StreamNote},
 };
 
 /// Notes beyond this are dropped and counted: a producer of nothing but bad chunks must not fill memory.
 const MAX_NOTES: usize = 256;
 
+/// What goes into the chain, in this order.
+#[derive(Debug)]
+pub(crate) enum Draft {
+    Final(Box<FinalDraft>),
+    Revision(Box<RevisionDraft>),
+}
+
 #[derive(Debug, Default)]
 struct Waiting {
-    finals: VecDeque<FinalDraft>,
+    drafts: VecDeque<Draft>,
     partial: Option<PartialDraft>,
     notes: VecDeque<StreamNote>,
     notes_dropped: u64,
@@ -32,7 +39,7 @@ struct Waiting {
 /// Everything that waited at one moment.
 #[derive(Debug, Default)]
 pub(crate) struct Taken {
-    pub(crate) finals: VecDeque<FinalDraft>,
+    pub(crate) drafts: VecDeque<Draft>,
     pub(crate) partial: Option<PartialDraft>,
     pub(crate) notes: VecDeque<StreamNote>,
     /// Notes there was no room for.
@@ -50,6 +57,8 @@ pub(crate) struct Outbox {
     pub(super) name: Name,
     /// What it is decoded with.
     pub(super) model: String,
+    /// Its finals say nothing of the device.
+    pub(super) scout: bool,
     waiting: Mutex<Waiting>,
     changed: Notify,
     /// Bytes the engine holds for this session.
@@ -57,15 +66,20 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    pub(super) fn new(name: Name, model: String, account: Account) -> Self {
-        Self { name, model, waiting: Mutex::default(), changed: Notify::new(), account }
+    pub(super) fn new(name: Name, model: String, account: Account, scout: bool) -> Self {
+        Self { name, model, scout, waiting: Mutex::default(), changed: Notify::new(), account }
     }
 
-    pub(crate) fn final_draft(&self, draft: FinalDraft) {
+    pub(crate) fn final_draft(&self, draft: Box<FinalDraft>) {
         let mut waiting = locked(&self.waiting);
         // It was a hypothesis about audio that is final now.
         waiting.partial = None;
-        waiting.finals.push_back(draft);
+        waiting.drafts.push_back(Draft::Final(draft));
+        self.changed.notify_one();
+    }
+
+    pub(crate) fn revision(&self, draft: Box<RevisionDraft>) {
+        locked(&self.waiting).drafts.push_back(Draft::Revision(draft));
         self.changed.notify_one();
     }
 
@@ -104,7 +118,7 @@ impl Outbox {
     pub(crate) fn take(&self) -> Taken {
         let mut waiting = locked(&self.waiting);
         Taken {
-            finals: std::mem::take(&mut waiting.finals),
+            drafts: std::mem::take(&mut waiting.drafts),
             partial: waiting.partial.take(),
             notes: std::mem::take(&mut waiting.notes),
             notes_dropped: std::mem::take(&mut waiting.notes_dropped),
@@ -129,7 +143,7 @@ mod tests {
 
     fn outbox() -> Outbox {
         let id = voxfleet_schema::id::StreamId::new("a").expect("id");
-        Outbox::new((voxfleet_schema::id::Kind::Session, id), "small".to_owned(), Budget::new(10, 10).account())
+        Outbox::new((voxfleet_schema::id::Kind::Session, id), "small".to_owned(), Budget::new(10, 10).account(), false)
     }
 
     fn partial(text: &str) -> PartialDraft {

@@ -22,6 +22,7 @@ pub(crate) fn engine(models: &[&str], use_gpu: bool) -> (Engine, watch::Sender<D
         models: models.iter().map(file).collect(),
         default_model: models.first().copied().unwrap_or_default().to_owned(),
         silero_model: None,
+        diarize: Default::default(),
         onnxruntime: None,
         decode_states: 1,
         decode_threads: 1,

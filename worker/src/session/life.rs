@@ -19,16 +19,16 @@ use voxfleet_schema::{
 };
 
 use super::{
-    Desired, End, Session,
+    Desired, End, PROGRESS_EVERY, Session,
     feed::{Feed, HintVerdict},
     footing::Standing,
     outputs::LagAlarm,
     park,
-    store::{Kept, StoreFailed, store},
+    store::{Kept, StoreFailed, Stored, store_draft},
 };
 use crate::{
-    ipc::{ENTRY_COST, FinalDraft, PartialDraft, StartPoint},
-    lifecycle::EngineSession,
+    ipc::{ENTRY_COST, PartialDraft, StartPoint},
+    lifecycle::{Draft, EngineSession},
 };
 
 /// Finals that may wait to be stored before the session stops feeding.
@@ -41,10 +41,8 @@ const LONGEST_WINDOW_MS: u64 = 31_000;
 const PARTIAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// A log read is one small request; a server that does not answer is asked again.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often a job says how far it is, at most.
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// Largest entry of a recording: 200 ms of eight channels at 192 kHz are 1.2 MB.
-const MAX_RECORDED_ENTRY: u64 = 2 << 20;
+pub(crate) const MAX_RECORDED_ENTRY: u64 = 2 << 20;
 
 type Running<'a, T> = Option<Pin<Box<dyn Future<Output = T> + Send + 'a>>>;
 
@@ -74,7 +72,7 @@ pub(super) struct Life<'a> {
     epoch: u64,
     last: Option<StoredFinal>,
     feed: Feed,
-    drafts: VecDeque<FinalDraft>,
+    drafts: VecDeque<Draft>,
     /// An end was drafted; what the engine drafts behind it belongs to the next epoch.
     end_drafted: bool,
     /// Since when the oldest draft could not be stored.
@@ -136,7 +134,7 @@ impl<'a> Life<'a> {
         let engine = Arc::clone(&self.engine);
         let _hints = session.hints.read();
         let max_entry = if session.work.is_some() { MAX_RECORDED_ENTRY } else { shared.max_entry };
-        let mut storing: Running<'a, Result<Kept, StoreFailed>> = None;
+        let mut storing: Running<'a, Result<Stored, StoreFailed>> = None;
         let mut sending: Running<'a, Result<(), PublishError>> = None;
         let mut reading: Running<'a, Result<Option<RawEntry>, ReadFailed>> = None;
         loop {
@@ -151,7 +149,7 @@ impl<'a> Life<'a> {
                 match self.drafts.pop_front() {
                     Some(draft) => {
                         self.storing_since.get_or_insert_with(Instant::now);
-                        storing = Some(Box::pin(store(
+                        storing = Some(Box::pin(store_draft(
                             session,
                             draft,
                             self.epoch,
@@ -246,7 +244,18 @@ impl<'a> Life<'a> {
         if taken.notes_dropped > 0 {
             tracing::warn!(id = %names.id, dropped = taken.notes_dropped, "too many notes at once");
         }
-        for draft in taken.finals {
+        for drafted in taken.drafts {
+            let mut draft = match drafted {
+                Draft::Final(draft) => draft,
+                revision @ Draft::Revision(_) => {
+                    self.drafts.push_back(revision);
+                    continue;
+                }
+            };
+            if let Some(part) = self.session.work.as_ref().and_then(|work| work.part.as_ref()) {
+                // What comes behind it is another part's.
+                draft.end = part.ends_at(draft.to_sample, draft.end);
+            }
             if self.session.work.is_some()
                 && let Some(failure) = &draft.error
             {
@@ -261,7 +270,7 @@ impl<'a> Life<'a> {
                 // A final comes as soon as it can be said: what the engine was handed beyond it is how far it is behind. Who
                 // is far behind has no time for partials.
                 self.engine_lag_ms = self.feed.uncovered_ms(self.engine.outbox().account.used());
-                self.drafts.push_back(draft);
+                self.drafts.push_back(Draft::Final(draft));
             }
         }
         if let Some(partial) = taken.partial
@@ -398,10 +407,15 @@ impl<'a> Life<'a> {
     }
 
     /// What became of a final.
-    fn kept(&mut self, kept: Result<Kept, StoreFailed>) -> Option<Next> {
+    fn kept(&mut self, stored: Result<Stored, StoreFailed>) -> Option<Next> {
         let session = self.session;
         let id = &session.names.id;
         self.storing_since = None;
+        let kept = match stored {
+            Ok(Stored::Revision) => return None,
+            Ok(Stored::Final(kept)) => Ok(*kept),
+            Err(error) => Err(error),
+        };
         match kept {
             Err(StoreFailed::Chain(error)) => Some(Next::Stop(session.chain_failed(self.epoch, &error))),
             Err(StoreFailed::Aggregate(failure)) => Some(Next::Stop(End::Failed(failure))),
@@ -433,7 +447,10 @@ impl<'a> Life<'a> {
                 if !end && self.drafts.is_empty() && self.stands_elsewhere() {
                     return Some(Next::Reopen(Some(Box::new(StoredFinal { seq, value }))));
                 }
-                self.last = Some(StoredFinal { seq, value });
+                let last = self.last.insert(StoredFinal { seq, value });
+                if session.work.as_ref().is_some_and(|work| work.stored(last)) && !end {
+                    return Some(Next::Stop(End::Paused));
+                }
                 self.observe_lag();
                 end.then_some(Next::Ended)
             }

@@ -6,10 +6,10 @@ use voxfleet_schema::{
     event::{Event, Scope, What},
     failure::{Failure, FailureClass},
     id::{GpuId, Kind, StreamId},
-    transcript::{Final, Partial},
+    transcript::{Final, Partial, Revision},
 };
 
-use crate::ipc::{FinalDraft, PartialDraft, StreamNote};
+use crate::ipc::{FinalDraft, PartialDraft, RevisionDraft, StreamNote};
 
 /// Whose outputs these are.
 #[derive(Debug, Clone)]
@@ -60,6 +60,20 @@ impl Names {
             result: None,
             guards: draft.guards,
             timings: draft.timings,
+        }
+    }
+
+    pub(super) fn revision_of(&self, draft: RevisionDraft, epoch: u64) -> Revision {
+        Revision {
+            kind: self.kind,
+            id: self.id.clone(),
+            index: draft.index,
+            // Given when it is stored.
+            revision: 0,
+            epoch,
+            segments: draft.segments,
+            turns: draft.turns,
+            speakers: draft.speakers,
         }
     }
 
@@ -156,7 +170,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    fn draft() -> FinalDraft {
+    pub(crate) fn draft() -> FinalDraft {
         FinalDraft {
             from_sample: 100,
             to_sample: 200,

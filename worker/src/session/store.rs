@@ -10,9 +10,37 @@ use voxfleet_schema::{codec, failure::Failure, job::JobStage, transcript::Final}
 use super::{
     Session, Shared,
     outputs::{Names, without_text},
-    park,
+    park, reconsider,
 };
-use crate::ipc::FinalDraft;
+use crate::{ipc::FinalDraft, lifecycle::Draft};
+
+/// What was put into the chain.
+#[derive(Debug)]
+pub(super) enum Stored {
+    Final(Box<Kept>),
+    Revision,
+}
+
+/// Puts the next link into the chain.
+pub(super) async fn store_draft(
+    session: &Session,
+    drafted: Draft,
+    epoch: u64,
+    last: Option<(u64, u64)>,
+) -> Result<Stored, StoreFailed> {
+    match drafted {
+        Draft::Final(draft) => Ok(Stored::Final(Box::new(store(session, *draft, epoch, last).await?))),
+        Draft::Revision(draft) => {
+            let value = session.names.revision_of(*draft, epoch);
+            let index = value.index;
+            if !session.shared.chain.revise(value).await? {
+                // Whoever has the session now will be found by the next final.
+                tracing::warn!(id = %session.names.id, index, epoch, "revision is not wanted any more");
+            }
+            Ok(Stored::Revision)
+        }
+    }
+}
 
 /// A final and what became of it.
 #[derive(Debug)]
@@ -38,7 +66,7 @@ impl From<ChainError> for StoreFailed {
 }
 
 /// Writes the checkpoint, then the final that names it; before a job's end final, its aggregate.
-pub(super) async fn store(
+async fn store(
     session: &Session,
     mut draft: FinalDraft,
     epoch: u64,
@@ -46,6 +74,9 @@ pub(super) async fn store(
 ) -> Result<Kept, StoreFailed> {
     let (shared, names): (&Shared, &Names) = (&session.shared, &session.names);
     let (predecessor, last_index) = last.unzip();
+    if draft.end && draft.speakers.is_some() {
+        reconsider::before_the_end(session, &mut draft, epoch, last_index).await?;
+    }
     let checkpoint_seq = match draft.checkpoint.take() {
         None => None,
         Some(mut checkpoint) => {
@@ -72,7 +103,7 @@ pub(super) async fn store(
     if parked {
         park::write_letter(session, &value).await;
     }
-    if let Some(work) = session.work.as_ref().filter(|_| value.end) {
+    if let Some(work) = session.work.as_ref().filter(|work| value.end && work.part.is_none()) {
         session.figures.enter(JobStage::Finishing);
         let url = work.aggregate(&shared.chain, &value).await.map_err(StoreFailed::Aggregate)?;
         value.result = Some(url);

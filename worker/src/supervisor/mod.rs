@@ -45,7 +45,7 @@ use crate::{
     device::{DeviceError, Probe},
     heartbeat::{self, Identity, Named, Sources},
     ipc::EngineConfig,
-    job::Means,
+    job::{Kept, Means},
     lifecycle::{Engine, EngineTerms, Program, Waits},
     measures::Measures,
     memory::Memory,
@@ -249,6 +249,8 @@ pub async fn run(
         }
     });
 
+    let kept = Kept::default();
+    tasks.spawn(kept.clone().run(stop_tasks.clone()));
     let shared = Shared {
         chain: Chain::new(&nats),
         log: AudioLog::new(&nats),
@@ -279,6 +281,9 @@ pub async fn run(
             exe: config.engine_exe.clone(),
             rent: config.rent(),
             memory,
+            nats: nats.clone(),
+            split: config.split(),
+            kept,
         },
         shared,
         engine,
@@ -377,6 +382,7 @@ fn engine_config(config: &WorkerConfig, probe: &Probe, total_mb: u64) -> EngineC
         use_gpu: probe.is_gpu(),
         reserve_mb: config.reserve_mb(total_mb),
         turns: config.turns(),
+        diarize: config.diarize(),
         simulated: config.simulated.clone(),
     }
 }

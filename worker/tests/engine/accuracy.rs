@@ -1,7 +1,12 @@
 //! What the real engine hears: word error rates on the test calls, times of words, other formats.
 
+use std::collections::BTreeMap;
+
 use crate::support::*;
-use voxfleet_schema::{session::SessionOptions, transcript::WordTiming};
+use voxfleet_schema::{
+    session::{Channels, SessionOptions},
+    transcript::{Segment, WordTiming},
+};
 use voxfleet_worker::{engine::vad::Energy, ipc::StartPoint};
 
 #[test]
@@ -121,4 +126,47 @@ fn a_prompt_and_hotwords_do_no_harm() {
     let plain = finals(&log, &mut Remembering::new(&whisper()), &vads);
     let (errors, words) = word_errors(&text(&plain), &text(&all));
     assert!(words > 20 && errors * 10 <= words, "{errors} of {words}");
+}
+
+/// Both sides of the first call, the agent on the left: who said which words, by the description of the call.
+fn said_in_stereo() -> BTreeMap<String, Vec<String>> {
+    let text = std::fs::read_to_string(root().join("tests/audio/call-01.json")).expect("description");
+    let described: serde_json::Value = serde_json::from_str(&text).expect("json");
+    let mut said: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for turn in described["turns"].as_array().expect("turns") {
+        let words = said.entry(turn["speaker"].as_str().expect("speaker").to_owned()).or_default();
+        words.extend(turn["text"].as_str().expect("text").split_whitespace().map(str::to_owned));
+    }
+    said
+}
+
+fn split(endpoint_ms: u32) -> SessionOptions {
+    let channel_names = vec!["agent".to_owned(), "customer".to_owned()];
+    SessionOptions { channels: Channels::Split, channel_names, endpoint_ms, ..SessionOptions::default() }
+}
+
+#[test]
+fn a_stereo_call_says_who_said_what() {
+    let log = log_of(&bytes_s16(&audio("call-01-stereo.flac")), "pcm_s16le;rate=16000;channels=2", 12_800);
+    for vads in detectors() {
+        let mut recognizer = Remembering::new(&whisper());
+        // With a pause that nobody makes, several turns of both stand in one final.
+        for endpoint_ms in [500, 1_500] {
+            let name = format!("{} with {endpoint_ms} ms", vads.kind().as_str());
+            let all = finals_with(&log, &split(endpoint_ms), StartPoint::beginning(), &mut recognizer, vads.as_ref());
+            let segments: Vec<&Segment> = all.iter().flat_map(|f| &f.segments).collect();
+            for (channel, (speaker, said)) in (0..).zip(said_in_stereo()) {
+                let of_channel = segments.iter().filter(|s| s.channel == Some(channel));
+                let heard: Vec<&str> = of_channel.flat_map(|s| s.words.iter().map(|w| w.text.as_str())).collect();
+                let (errors, words) = word_errors(&said.join(" "), &heard.join(" "));
+                assert!(errors == 0 && words >= 40, "{name}, {speaker}: {errors} of {words}: {}", heard.join(" "));
+            }
+            for segment in &segments {
+                let speaker = ["agent", "customer"][usize::from(segment.channel.expect("channel"))];
+                assert_eq!(segment.speaker.as_deref(), Some(speaker));
+                assert!(segment.words.iter().all(|w| w.speaker.as_deref() == Some(speaker)), "{segment:?}");
+            }
+            println!("{name}: {} finals, {} segments", all.len(), segments.len());
+        }
+    }
 }

@@ -26,7 +26,9 @@ use crate::{
 fn it_says_what_it_is_and_gives_the_same_finals_as_the_engine_called_directly() {
     let mut child = Child::start(simulated_config(instant()));
     let (vad, device, engine, notes) = child.until("ready", |seen| match seen.first()? {
-        FromEngine::Ready { vad, device, engine, notes } => Some((*vad, device.clone(), engine.clone(), notes.clone())),
+        FromEngine::Ready { vad, device, engine, notes, .. } => {
+            Some((*vad, device.clone(), engine.clone(), notes.clone()))
+        }
         other => panic!("{other:?} came before ready"),
     });
     assert_eq!((vad, device.as_str(), engine.as_str()), (VadKind::Energy, "cpu", "simulated"));

@@ -9,7 +9,7 @@ use crate::support::*;
 use voxfleet_schema::{
     audio::RawEntry,
     failure::FailureClass,
-    session::{SessionOptions, Task},
+    session::{Channels, SessionOptions, Task},
 };
 use voxfleet_worker::{
     engine::{
@@ -42,6 +42,7 @@ fn window(samples: Vec<f32>, purpose: Purpose) -> Window {
         prompt: String::new(),
         language: None,
         task: Task::Transcribe,
+        hearing: None,
         cancel: Cancel::default(),
     }
 }
@@ -97,6 +98,36 @@ fn chunk_sizes_change_no_final() {
         for chunk in [2, 34, 15_998] {
             let cut = finals(&at_8k(chunk), &mut recognizer, vads.as_ref());
             assert_eq!(essence(&cut), essence(&expected), "{name}, 8 kHz in chunks of {chunk} bytes");
+        }
+    }
+}
+
+#[test]
+fn channels_heard_one_by_one_resume_and_do_not_see_chunks() {
+    let options = SessionOptions { channels: Channels::Split, carry_prompt: true, ..SessionOptions::default() };
+    // Two calls at once, the second begun in the middle of a sentence: they hardly ever pause together.
+    let (left, right) = (first_seconds(2, 20), first_seconds(4, 22).split_off(32_000));
+    let both: Vec<i16> = left.iter().zip(&right).flat_map(|(l, r)| [*l, *r]).collect();
+    let log = |ms: usize| log_of(&bytes_s16(&both), "pcm_s16le;rate=16000;channels=2", ms * 64);
+    for (model, vads) in engines() {
+        let name = named(&model, vads.as_ref());
+        let mut recognizer = Remembering::new(&model);
+        let mut run =
+            |log: &[RawEntry], start| timeless(&finals_with(log, &options, start, &mut recognizer, vads.as_ref()));
+        let undisturbed = run(&log(170), StartPoint::beginning());
+        assert_chain(&undisturbed, left.len() as u64);
+        let channels: Vec<_> = undisturbed.iter().flat_map(|f| f.segments.iter().map(|s| s.channel)).collect();
+        assert!(channels.contains(&Some(0)) && channels.contains(&Some(1)), "{name}");
+        for index in 0..undisturbed.len() - 1 {
+            let resumed = run(&log(170), after(&undisturbed, index));
+            assert_eq!(resumed, undisturbed[index + 1..], "{name}, resumed from final {index}");
+        }
+        for ms in [10, 333, 7_000] {
+            let cut = run(&log(ms), StartPoint::beginning());
+            let essence = |all: &[FinalDraft]| -> Vec<_> {
+                all.iter().map(|f| (f.from_sample, f.to_sample, f.segments.clone(), f.speech_final)).collect()
+            };
+            assert_eq!(essence(&cut), essence(&undisturbed), "{name}, chunks of {ms} ms");
         }
     }
 }
@@ -333,10 +364,12 @@ fn soak(model: &Model, seconds: usize) -> Soak {
                 Step::Starved => break,
                 Step::Ended => panic!("nothing ended it"),
                 Step::Draft(_) => result.finals += 1,
-                Step::Final(window) => {
-                    let heard = recognizer.decode(&[window]).pop().expect("answer");
+                Step::Final(windows) => {
+                    let heard = recognizer.decode(&windows).pop().expect("answer");
                     let timings = Default::default();
-                    stream.complete(heard, Vec::new(), recognizer.info(), timings).expect("a final");
+                    stream
+                        .complete(0, heard, Vec::new(), Default::default(), recognizer.info(), timings)
+                        .expect("a final");
                     result.finals += 1;
                 }
             }

@@ -9,6 +9,8 @@
 //! | `neighbour` | turns on the device by flock(1) |
 //! | `official` | models of the official shapes |
 //! | `rig` | an engine child in a thread, and its supervisor's side of the socket |
+//! | `speakers` | who says what, by voice |
+//! | `split` | channels that are heard one by one, in the child |
 //! | `suspects` | inputs that may kill the engine are decoded alone or set aside; sessions that finish |
 //! | `support` | audio, logs, recognizers, detectors |
 
@@ -19,5 +21,7 @@ mod conformance;
 mod neighbour;
 mod official;
 mod rig;
+mod speakers;
+mod split;
 mod support;
 mod suspects;

@@ -128,6 +128,7 @@ fn models_of_the_official_shapes_load_and_decode() {
         prompt: String::new(),
         language: None,
         task: Task::Transcribe,
+        hearing: None,
         cancel: Cancel::default(),
     };
     let heard = state.decode(std::slice::from_ref(&window));

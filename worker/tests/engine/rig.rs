@@ -39,6 +39,7 @@ pub(crate) fn simulated_config(simulated: SimulatedConfig) -> EngineConfig {
         use_gpu: false,
         reserve_mb: 0,
         turns: None,
+        diarize: Default::default(),
         simulated,
     }
 }
@@ -100,7 +101,14 @@ impl Child {
 
     pub(crate) fn open_at(&mut self, handle: u64, options: SessionOptions, background: bool, start: StartPoint) {
         let start = Box::new(start);
-        self.send(ToEngine::Open { handle, options: Box::new(options), start, background, suspect: None });
+        self.send(ToEngine::Open {
+            handle,
+            options: Box::new(options),
+            start,
+            background,
+            suspect: None,
+            scout: false,
+        });
     }
 
     pub(crate) fn feed(&mut self, handle: u64, log: &[RawEntry]) {

@@ -118,7 +118,7 @@ pub(crate) fn text(finals: &[FinalDraft]) -> String {
 pub(crate) fn timeless(finals: &[FinalDraft]) -> Vec<FinalDraft> {
     let mut finals = finals.to_vec();
     for f in &mut finals {
-        (f.timings.queued_ms, f.timings.decode_ms) = (0, 0);
+        (f.timings.queued_ms, f.timings.decode_ms, f.timings.diarize_ms) = (0, 0, 0);
     }
     finals
 }
@@ -133,6 +133,7 @@ pub(crate) fn after(finals: &[FinalDraft], index: usize) -> StartPoint {
             to_seq: last.audio.to_seq,
             end: last.end,
             resume: last.resume.clone(),
+            speakers: last.speakers.clone(),
         })),
         checkpoint: last.checkpoint.clone().unwrap_or_default(),
         ..StartPoint::beginning()
@@ -161,15 +162,26 @@ pub(crate) fn detectors() -> Vec<Arc<dyn VadFactory>> {
     all
 }
 
-/// Silero, or why it cannot be had here.
-pub(crate) fn silero() -> Result<Arc<dyn VadFactory>, String> {
+/// Where bootstrap puts things.
+fn cache() -> PathBuf {
     let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let cache = set("VOXFLEET_CACHE")
+    set("VOXFLEET_CACHE")
         .or_else(|| set("XDG_CACHE_HOME").map(|p| p.join("voxfleet")))
         .or_else(|| set("HOME").map(|p| p.join(".cache/voxfleet")))
-        .unwrap_or_default();
-    let library = set("ORT_DYLIB_PATH").unwrap_or_else(|| cache.join("lib/libonnxruntime.so"));
-    let (factory, note) = best_available(Some(&cache.join("models/silero_vad.onnx")), Some(&library));
+        .unwrap_or_default()
+}
+
+/// ONNX Runtime, or why it cannot be had here.
+pub(crate) fn onnxruntime() -> Result<PathBuf, String> {
+    let set = std::env::var_os("ORT_DYLIB_PATH").filter(|v| !v.is_empty()).map(PathBuf::from);
+    let library = set.unwrap_or_else(|| cache().join("lib/libonnxruntime.so"));
+    if library.is_file() { Ok(library) } else { Err(format!("{} is not there", library.display())) }
+}
+
+/// Silero, or why it cannot be had here.
+pub(crate) fn silero() -> Result<Arc<dyn VadFactory>, String> {
+    let library = onnxruntime()?;
+    let (factory, note) = best_available(Some(&cache().join("models/silero_vad.onnx")), Some(&library));
     note.map_or(Ok(factory), Err)
 }
 

@@ -41,7 +41,8 @@ impl Jobs {
 
 impl Core {
     fn vad_of(job: &Job) -> Option<VadKind> {
-        job.chain.as_ref().map(|c| c.vad).filter(|vad| *vad != VadKind::Unknown)
+        let begun_with = job.chain.as_ref().map(|c| c.vad);
+        begun_with.or(job.record.part.as_ref().map(|part| part.vad)).filter(|vad| *vad != VadKind::Unknown)
     }
 
     /// Routes a job, with every worker's reasons if `rows` asks for them. Workers where it failed come last: while another

@@ -1,34 +1,37 @@
 //! What the engine loop keeps: sessions, models, the pool, and the way out.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     os::unix::net::UnixStream,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use voxfleet_schema::{
+    audio::RawEntry,
+    event::What,
     failure::{Failure, FailureClass},
-    session::SessionOptions,
+    session::{Channels, Diarize, SessionOptions},
     transcript::Timings,
 };
 
 use super::{
     neighbour::{LockError, Neighbour, Turn},
-    pace::{Pace, Spent},
+    pace::{Pace, Role, Spent, Stretch},
     shelf::{Shelved, shelve},
-    signs::Signs,
+    signs::{Sign, Signs},
     unseen::{Blind, guarded},
 };
 use crate::{
     engine::{
         Cancel, EngineError, Purpose, Window,
+        diarize::{HeardLate, Listened, lacking},
         pool::{Done, Pool, ends_session},
         stream::{SessionStream, Step},
         vad::VadFactory,
     },
     ipc::{
-        EngineConfig, EntryFor, FromEngine, StartPoint, Suspect, ToEngine,
+        EngineConfig, EntryFor, FinalDraft, FromEngine, StartPoint, StreamNote, Suspect, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
@@ -41,12 +44,16 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 pub(super) struct Session {
     pub(super) stream: SessionStream,
     pub(super) model: String,
-    /// A final's window that waits for a thread, and since when.
-    pub(super) ready: Option<(Window, Instant)>,
-    /// The window of a final is being decoded.
-    pub(super) decoding: Option<Cancel>,
+    /// Windows of a final that wait for a thread, with their numbers.
+    pub(super) ready: VecDeque<(usize, Window)>,
+    /// Since when there are any.
+    pub(super) ready_at: Instant,
+    /// Windows of a final that are being decoded.
+    pub(super) decoding: BTreeMap<usize, Cancel>,
     /// A partial is being decoded.
     pub(super) partial: Option<Cancel>,
+    /// Finals whose speakers are still being listened to.
+    listening: Vec<(u64, Cancel)>,
     pub(super) last_partial: Instant,
     /// A file job: live sessions come first.
     pub(super) background: bool,
@@ -61,6 +68,8 @@ pub(super) struct Session {
     /// Why what is not looked at is set aside.
     unseen: Option<Failure>,
     spent: Spent,
+    /// It looks for boundaries alone; what it has not looked at.
+    pub(super) scout: Option<VecDeque<RawEntry>>,
 }
 
 #[derive(Default, Clone, Copy, PartialEq, Eq)]
@@ -87,6 +96,8 @@ pub(super) struct Desk {
     pub(super) pace: Pace,
     signs: Signs,
     totals: Totals,
+    /// Looks of scouts: they decode nothing, and move all the same.
+    pub(super) scouted: u64,
     /// What was last told: totals, signs of life, working.
     told: (Totals, u64, bool),
 }
@@ -115,6 +126,7 @@ impl Desk {
             pace,
             signs: Signs::default(),
             totals: Totals::default(),
+            scouted: 0,
             told: (Totals::default(), 0, false),
         }
     }
@@ -126,18 +138,20 @@ impl Desk {
 
     /// Whether something is being decoded or loaded, or waits for it.
     pub(super) fn working(&self) -> bool {
-        !self.pool.all_idle() || self.sessions.values().any(|s| s.ready.is_some() || s.dirty) || self.loading()
+        !self.pool.all_idle() || self.sessions.values().any(|s| !s.ready.is_empty() || s.dirty) || self.loading()
     }
 
     /// Told while there is work and all of it moves, and once when it begins or ends: a hung decode is silent.
     pub(super) fn progress(&mut self, now: Instant) -> Said {
         let working = self.working();
         let running = self.sessions.iter().flat_map(|(handle, session)| {
-            let (of_final, of_partial) = (session.decoding.iter(), session.partial.iter());
-            of_final.map(|flag| ((*handle, true), flag)).chain(of_partial.map(|flag| ((*handle, false), flag)))
+            let of_final = session.decoding.iter().map(|(part, flag)| (Sign::Final(*handle, *part), flag));
+            let of_partial = session.partial.iter().map(|flag| (Sign::Partial(*handle), flag));
+            let of_speakers = session.listening.iter().map(|(index, flag)| (Sign::Speakers(*handle, *index), flag));
+            of_final.chain(of_partial).chain(of_speakers)
         });
-        let running: Vec<_> = running.map(|(decode, flag)| (decode, flag.looks())).collect();
-        let looks = running.iter().fold(0, |sum: u64, (_, looks)| sum.wrapping_add(*looks));
+        let running: Vec<_> = running.map(|(sign, flag)| (sign, flag.looks())).collect();
+        let looks = running.iter().fold(self.scouted, |sum: u64, (_, looks)| sum.wrapping_add(*looks));
         if !self.signs.all_move(now, running.into_iter()) {
             return Ok(());
         }
@@ -162,8 +176,8 @@ impl Desk {
                 return self.say_models();
             }
             ToEngine::Unload { model } => return self.unload(&model),
-            ToEngine::Open { handle, options, start, background, suspect } => {
-                return self.open(handle, &options, *start, background, suspect);
+            ToEngine::Open { handle, options, start, background, suspect, scout } => {
+                return self.open(handle, &options, *start, background, suspect, scout);
             }
             ToEngine::Ping { n } => return self.say(&FromEngine::Pong { n }),
             // Audio of a session that failed or was closed a moment ago.
@@ -171,7 +185,9 @@ impl Desk {
                 let EntryFor { handle, entry } = for_session;
                 if let Some(session) = self.sessions.get_mut(&handle).filter(|s| !s.finishing) {
                     session.dirty = true;
-                    if let Err(error) = guarded(|| session.stream.push(entry)) {
+                    if let Some(ahead) = &mut session.scout {
+                        ahead.push_back(entry);
+                    } else if let Err(error) = guarded(|| session.stream.push(entry)) {
                         return self.fail(handle, &error);
                     }
                 }
@@ -191,7 +207,7 @@ impl Desk {
         session.finishing = true;
         session.dirty = false;
         session.partial.iter().for_each(Cancel::cancel);
-        if session.ready.is_some() || session.decoding.is_some() {
+        if session.has_begun() {
             return Ok(());
         }
         self.say(&FromEngine::Finished { handle })
@@ -204,19 +220,33 @@ impl Desk {
         start: StartPoint,
         background: bool,
         suspect: Option<Suspect>,
+        scout: bool,
     ) -> Said {
         let model = options.model.clone().unwrap_or_else(|| self.config.default_model.clone());
         let was = self.models.get(&model).map(|m| m.state);
-        if let Err(error) = self.want(&model) {
+        if !scout && let Err(error) = self.want(&model) {
             return self.fail(handle, &error);
         }
+        let lacking = Some(self.config.diarize.needs_mb).filter(|_| options.diarize == Diarize::Auto).and_then(lacking);
+        let mut because = None;
+        let stream = match lacking.filter(|_| options.channels != Channels::Split) {
+            Some(why) => {
+                let seq = start.first_seq();
+                because = Some(StreamNote { what: What::Degraded, seq, failure: None, detail: why.clone() });
+                SessionStream::by_channels(options, start, self.vads.create(), why)
+            }
+            None => SessionStream::new(options, start, self.vads.create()),
+        };
+        let stream = if background { stream.of_recording() } else { stream };
         let unseen = suspect.as_ref().filter(|suspect| suspect.blind).and_then(|suspect| suspect.park.clone());
         let session = Session {
-            stream: SessionStream::new(options, start, self.vads.create()),
+            stream,
             model: model.clone(),
-            ready: None,
-            decoding: None,
+            ready: VecDeque::new(),
+            ready_at: Instant::now(),
+            decoding: BTreeMap::new(),
             partial: None,
+            listening: Vec::new(),
             last_partial: Instant::now(),
             background,
             dirty: true,
@@ -225,8 +255,12 @@ impl Desk {
             held_since: None,
             unseen,
             spent: Spent::default(),
+            scout: scout.then(VecDeque::new),
         };
         self.sessions.insert(handle, session);
+        if let Some(note) = because {
+            self.say(&FromEngine::Note { handle, note })?;
+        }
         if was == self.models.get(&model).map(|m| m.state) { Ok(()) } else { self.say_models() }
     }
 
@@ -255,7 +289,8 @@ impl Desk {
 
     /// When there is something to do although nothing happens.
     pub(super) fn wakes_at(&self) -> Option<Instant> {
-        self.neighbour.as_ref().and_then(Neighbour::wakes_at)
+        let neighbour = self.neighbour.as_ref().and_then(Neighbour::wakes_at);
+        self.scouts_wait().then(Instant::now).or(neighbour)
     }
 
     fn work_on_all(&mut self) -> Said {
@@ -305,6 +340,9 @@ impl Desk {
         let Some(session) = self.sessions.get_mut(&handle) else {
             return Ok(());
         };
+        if session.scout.is_some() {
+            return self.scout(handle);
+        }
         session.held_since = None;
         let mut told = None;
         loop {
@@ -332,23 +370,24 @@ impl Desk {
                         (draft.error, draft.parked, session.finishing) = (Some(why), true, true);
                     }
                     let over = session.finishing;
-                    self.say(&FromEngine::Final { handle, draft })?;
+                    self.say_final(handle, draft)?;
                     if over {
                         break;
                     }
                 }
-                Ok(Step::Final(window)) => {
+                Ok(Step::Final(windows)) => {
                     // What it would say has just been overtaken.
                     session.partial.iter().for_each(Cancel::cancel);
                     let Some(why) = session.parked() else {
-                        session.ready = Some((window, Instant::now()));
+                        session.ready = windows.into_iter().enumerate().collect();
+                        session.ready_at = Instant::now();
                         break;
                     };
                     if let Some(draft) = session.stream.set_aside(why) {
                         session.went_beyond(draft.to_sample);
                         session.finishing |= session.unseen.take().is_some();
                         let over = session.finishing;
-                        self.say(&FromEngine::Final { handle, draft })?;
+                        self.say_final(handle, draft)?;
                         if over {
                             break;
                         }
@@ -361,7 +400,7 @@ impl Desk {
     }
 
     /// Notes about entries, and bytes that are no longer kept.
-    fn say_what_it_left(&mut self, handle: u64) -> Said {
+    pub(super) fn say_what_it_left(&mut self, handle: u64) -> Said {
         let Some(session) = self.sessions.get_mut(&handle) else {
             return Ok(());
         };
@@ -389,9 +428,14 @@ impl Desk {
         }
         self.say_what_it_cost(&done)?;
         let handle = done.handle;
+        let late = matches!(done.listened, Listened::Late(_));
         match done.window.purpose {
             Purpose::Final => self.final_done(done)?,
             Purpose::Partial => self.partial_done(&done)?,
+        }
+        if late {
+            // It is still at work on this one.
+            return Ok(());
         }
         // After what came of it: a death in between finds it blamed rather than forgotten.
         self.say(&FromEngine::Over { handle })
@@ -399,15 +443,22 @@ impl Desk {
 
     /// Of live sessions alone: recordings have no partials.
     fn say_what_it_cost(&mut self, done: &Done) -> Said {
-        let is_final = done.window.purpose == Purpose::Final;
+        let of_final = (done.window.purpose == Purpose::Final).then_some(done.part);
         let on_cpu = done.info.device == "cpu";
-        let pool_ms = self.pace.over((done.handle, is_final), Instant::now(), done.took, on_cpu);
+        let pool_ms = self.pace.over((done.handle, of_final), Instant::now(), done.took, on_cpu);
         let audio_ms = done.window.samples.len() as u64 / 16;
         let Some(session) = self.sessions.get_mut(&done.handle).filter(|session| !session.background) else {
             return Ok(());
         };
-        match session.spent.add(is_final, done.heard.is_ok(), audio_ms, pool_ms) {
-            Some(pool_ms) => self.say(&FromEngine::Lived { model: done.info.model.clone(), audio_ms, pool_ms }),
+        let role = match of_final {
+            None => Role::Partial,
+            Some(_) if session.ready.is_empty() && session.decoding.len() <= 1 => Role::Last,
+            Some(_) => Role::Part,
+        };
+        match session.spent.add(role, done.heard.is_ok(), audio_ms, pool_ms) {
+            Some(Stretch { audio_ms, pool_ms }) => {
+                self.say(&FromEngine::Lived { model: done.info.model.clone(), audio_ms, pool_ms })
+            }
             None => Ok(()),
         }
     }
@@ -418,7 +469,7 @@ impl Desk {
         let Some(session) = self.sessions.get_mut(&handle) else {
             return Ok(());
         };
-        session.decoding = None;
+        session.decoding.remove(&done.part);
         // What it would say has just been said.
         session.partial.iter().for_each(Cancel::cancel);
         let (heard, guards) = match done.heard {
@@ -434,17 +485,47 @@ impl Desk {
             decode_ms: done.took.as_millis() as u64,
             ..Timings::default()
         };
-        let draft = session.stream.complete(heard, guards, &done.info, timings);
+        if let Listened::Late(flag) = &done.listened {
+            session.listening.push((session.stream.index(), flag.clone()));
+        }
+        let completed = session.stream.complete(done.part, heard, guards, done.listened, &done.info, timings);
+        let Some(draft) = completed else {
+            // Other windows of it are not decoded yet.
+            return Ok(());
+        };
         let finishing = session.finishing;
         session.dirty = !finishing;
-        if let Some(draft) = draft {
-            session.went_beyond(draft.to_sample);
-            self.say(&FromEngine::Final { handle, draft })?;
-        }
+        session.went_beyond(draft.to_sample);
+        self.say_final(handle, draft)?;
         if finishing {
             self.say(&FromEngine::Finished { handle })?;
         }
         self.say_what_it_left(handle)
+    }
+
+    /// A final, and behind it, where its checkpoint stands, what is known by now of the speakers of those before it. Readers
+    /// go when they have seen the end: there it comes first.
+    fn say_final(&mut self, handle: u64, draft: Box<FinalDraft>) -> Said {
+        let revisions = self.sessions.get_mut(&handle).map(|session| session.stream.take_revisions());
+        let revisions = revisions.into_iter().flatten().map(|revision| Box::new(revision));
+        let revisions = revisions.map(|revision| FromEngine::Revision { handle, revision });
+        let (end, said) = (draft.end, FromEngine::Final { handle, draft });
+        let messages: Vec<_> = match end {
+            true => revisions.chain([said]).collect(),
+            false => std::iter::once(said).chain(revisions).collect(),
+        };
+        messages.iter().try_for_each(|message| self.say(message))
+    }
+
+    pub(super) fn heard_late(&mut self, late: HeardLate) -> Said {
+        let HeardLate { handle, index, heard } = late;
+        if let Some(session) = self.sessions.get_mut(&handle) {
+            session.listening.retain(|(listening, _)| *listening != index);
+            session.stream.heard_late(index, heard);
+            // Its end may have waited for it.
+            session.dirty = !session.finishing;
+        }
+        self.say(&FromEngine::Over { handle })
     }
 
     fn partial_done(&mut self, done: &Done) -> Said {
@@ -497,6 +578,11 @@ impl Desk {
 }
 
 impl Session {
+    /// A final waits for its text.
+    fn has_begun(&self) -> bool {
+        !self.ready.is_empty() || !self.decoding.is_empty()
+    }
+
     /// A final has ended there.
     fn went_beyond(&mut self, to_sample: u64) {
         self.suspect.take_if(|suspect| suspect.beyond < to_sample);
@@ -510,6 +596,7 @@ impl Session {
 
     fn cancel(&self) {
         self.stream.cancel();
-        self.decoding.iter().chain(&self.partial).for_each(Cancel::cancel);
+        self.decoding.values().chain(&self.partial).for_each(Cancel::cancel);
+        self.listening.iter().for_each(|(_, flag)| flag.cancel());
     }
 }

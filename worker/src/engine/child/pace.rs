@@ -12,8 +12,18 @@ use std::{
 /// it costs less than live audio does.
 const PARTIAL_AT_LEAST_EVERY_MS: u64 = 2_000;
 
-/// A session's decode: its handle, and whether it is that of a final. It has one of each kind at most.
-pub(super) type Decode = (u64, bool);
+/// A session's decode: its handle, and which window of its final it is, or none for its partial. It has one of each at most.
+pub(super) type Decode = (u64, Option<usize>);
+
+/// What a decode was for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    Partial,
+    /// A window of a final that has others still.
+    Part,
+    /// The last window of a final.
+    Last,
+}
 
 /// A clock that goes slower the more is decoded at once.
 #[derive(Debug)]
@@ -54,19 +64,34 @@ impl Pace {
 pub(super) struct Spent {
     pool_ms: f64,
     partials: u64,
+    /// Heard in the windows of its final so far.
+    audio_ms: u64,
+    failed: bool,
+}
+
+/// A stretch of live audio: how much was heard in it, and the part of the pool's time that all its decodes took.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Stretch {
+    pub(super) audio_ms: u64,
+    pub(super) pool_ms: f64,
 }
 
 impl Spent {
     /// A decode is over. With the stretch's final, gives what the stretch has cost in all, if it says something of live audio.
-    pub(super) fn add(&mut self, is_final: bool, succeeded: bool, audio_ms: u64, pool_ms: f64) -> Option<f64> {
+    pub(super) fn add(&mut self, role: Role, succeeded: bool, audio_ms: u64, pool_ms: f64) -> Option<Stretch> {
         // One that was overtaken by its final has cost its time too.
         self.pool_ms += pool_ms;
-        if !is_final {
+        if role == Role::Partial {
             self.partials += u64::from(succeeded);
             return None;
         }
-        let all = std::mem::take(self);
-        (succeeded && all.partials >= audio_ms / PARTIAL_AT_LEAST_EVERY_MS).then_some(all.pool_ms)
+        self.audio_ms += audio_ms;
+        self.failed |= !succeeded;
+        if role == Role::Part {
+            return None;
+        }
+        let Self { pool_ms, partials, audio_ms, failed } = std::mem::take(self);
+        (!failed && partials >= audio_ms / PARTIAL_AT_LEAST_EVERY_MS).then_some(Stretch { audio_ms, pool_ms })
     }
 }
 
@@ -81,15 +106,15 @@ mod tests {
         let took = Duration::from_millis(400);
         for (on_cpu, first, second) in [(true, 200.0, 200.0), (false, 300.0, 300.0)] {
             let mut pace = Pace::new(2, begin);
-            pace.begins((1, true), at(1_000));
-            pace.begins((2, false), at(1_200));
+            pace.begins((1, Some(0)), at(1_000));
+            pace.begins((1, None), at(1_200));
             // Alone for 200 ms, with the other for 200.
-            let one = pace.over((1, true), at(1_400), took, on_cpu);
-            let other = pace.over((2, false), at(1_600), took, on_cpu);
+            let one = pace.over((1, Some(0)), at(1_400), took, on_cpu);
+            let other = pace.over((1, None), at(1_600), took, on_cpu);
             assert!((one - first).abs() < 1e-6 && (other - second).abs() < 1e-6, "{on_cpu} {one} {other}");
             // Nothing runs, and nothing is paid for.
-            pace.begins((3, true), at(9_000));
-            let alone = pace.over((3, true), at(9_400), took, on_cpu);
+            pace.begins((3, Some(1)), at(9_000));
+            let alone = pace.over((3, Some(1)), at(9_400), took, on_cpu);
             assert!((alone - if on_cpu { 200.0 } else { 400.0 }).abs() < 1e-6, "{on_cpu} {alone}");
         }
     }
@@ -97,11 +122,30 @@ mod tests {
     #[test]
     fn a_stretch_costs_its_partials_and_its_final() {
         let mut spent = Spent::default();
-        assert_eq!(spent.add(false, true, 1_000, 10.0), None);
-        assert_eq!(spent.add(false, false, 2_000, 5.0), None, "overtaken");
-        assert_eq!(spent.add(true, true, 3_000, 20.0), Some(35.0));
-        assert_eq!(spent.add(true, true, 1_999, 20.0), Some(20.0), "too short for a partial, and begun anew");
-        assert_eq!(spent.add(true, true, 2_000, 20.0), None, "there was no time for partials, or it was not live");
-        assert_eq!(spent.add(true, false, 1_000, 20.0), None, "no text came of it");
+        let cost = |stretch: Option<Stretch>| stretch.map(|s| (s.audio_ms, s.pool_ms));
+        assert_eq!(spent.add(Role::Partial, true, 1_000, 10.0), None);
+        assert_eq!(spent.add(Role::Partial, false, 2_000, 5.0), None, "overtaken");
+        assert_eq!(cost(spent.add(Role::Last, true, 3_000, 20.0)), Some((3_000, 35.0)));
+        assert_eq!(
+            cost(spent.add(Role::Last, true, 1_999, 20.0)),
+            Some((1_999, 20.0)),
+            "too short for a partial, and begun anew"
+        );
+        assert_eq!(
+            spent.add(Role::Last, true, 2_000, 20.0),
+            None,
+            "there was no time for partials, or it was not live"
+        );
+        assert_eq!(spent.add(Role::Last, false, 1_000, 20.0), None, "no text came of it");
+    }
+
+    #[test]
+    fn a_stretch_of_several_windows_costs_all_of_them() {
+        let mut spent = Spent::default();
+        assert_eq!(spent.add(Role::Part, true, 900, 10.0), None);
+        assert_eq!(spent.add(Role::Last, true, 800, 5.0), Some(Stretch { audio_ms: 1_700, pool_ms: 15.0 }));
+        assert_eq!(spent.add(Role::Part, false, 900, 10.0), None);
+        assert_eq!(spent.add(Role::Last, true, 800, 5.0), None, "one of them failed");
+        assert_eq!(spent.add(Role::Last, true, 800, 5.0), Some(Stretch { audio_ms: 800, pool_ms: 5.0 }), "begun anew");
     }
 }

@@ -8,18 +8,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::pace::Decode;
+/// What runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Sign {
+    /// The decode of a window of a session's final.
+    Final(u64, usize),
+    Partial(u64),
+    /// Somebody listens to the speakers of one that has been said.
+    Speakers(u64, u64),
+}
 
 /// So long a decode may go without a look, far less than a supervisor waits: a step of the encoder on a slow machine.
 const STILL: Duration = Duration::from_secs(1);
 
 /// Looks of each decode that runs, and since when there are so many.
 #[derive(Debug, Default)]
-pub(super) struct Signs(HashMap<Decode, (u64, Instant)>);
+pub(super) struct Signs(HashMap<Sign, (u64, Instant)>);
 
 impl Signs {
     /// Takes in how often each of those that run has looked. Whether all of them move.
-    pub(super) fn all_move(&mut self, now: Instant, running: impl Iterator<Item = (Decode, u64)>) -> bool {
+    pub(super) fn all_move(&mut self, now: Instant, running: impl Iterator<Item = (Sign, u64)>) -> bool {
         let before = std::mem::take(&mut self.0);
         self.0.extend(running.map(|(decode, looks)| {
             let since = before.get(&decode).filter(|(then, _)| *then == looks).map_or(now, |(_, since)| *since);
@@ -38,15 +46,15 @@ mod tests {
         let begin = Instant::now();
         let mut signs = Signs::default();
         let mut look =
-            |ms, running: &[(Decode, u64)]| signs.all_move(begin + Duration::from_millis(ms), running.iter().copied());
-        let (hangs, moves) = ((1, true), (2, false));
+            |ms, running: &[(Sign, u64)]| signs.all_move(begin + Duration::from_millis(ms), running.iter().copied());
+        let (hangs, moves) = (Sign::Final(1, 0), Sign::Final(1, 1));
         assert!(look(0, &[(hangs, 3), (moves, 1)]));
         assert!(look(999, &[(hangs, 3), (moves, 40)]));
         assert!(!look(1_000, &[(hangs, 3), (moves, 41)]));
         // Others come and go.
-        assert!(!look(5_000, &[(hangs, 3), ((3, true), 0)]));
+        assert!(!look(5_000, &[(hangs, 3), (Sign::Speakers(3, 4), 0)]));
         // It was slow, and looks again; then it is over.
-        assert!(look(5_100, &[(hangs, 4), ((3, true), 1)]));
+        assert!(look(5_100, &[(hangs, 4), (Sign::Speakers(3, 4), 1)]));
         assert!(look(9_000, &[]));
         // A new one of the same session begins anew.
         assert!(look(9_100, &[(hangs, 4)]));

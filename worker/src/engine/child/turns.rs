@@ -46,9 +46,14 @@ impl Session {
         self.dirty && self.held_since.is_some_and(|at| at.elapsed() >= HELD)
     }
 
+    /// Since when a window of a final waits.
+    fn ready_since(&self) -> Option<Instant> {
+        (!self.ready.is_empty()).then_some(self.ready_at)
+    }
+
     fn wants_partial(&self) -> bool {
         self.partial.is_none()
-            && self.ready.is_none()
+            && self.ready.is_empty()
             && self.suspect.is_none()
             && !self.finishing
             && self.stream.partial_due()
@@ -60,7 +65,7 @@ impl Session {
         window.cancel = Cancel::default();
         self.partial = Some(window.cancel.clone());
         self.last_partial = now;
-        Job { handle, model, window, ready_at: now }
+        Job { handle, part: 0, model, window, ready_at: now }
     }
 }
 
@@ -88,7 +93,7 @@ impl Desk {
             let handle = job.handle;
             let at = self.sessions.get(&handle).map_or(job.window.from_sample, |s| s.stream.from_sample());
             self.say(&FromEngine::Began { handle, at })?;
-            let decode = (handle, job.window.purpose == Purpose::Final);
+            let decode = (handle, (job.window.purpose == Purpose::Final).then_some(job.part));
             if let Err(job) = self.pool.decode(Box::new(job)) {
                 self.take_back(*job);
                 return self.say(&FromEngine::Over { handle });
@@ -102,7 +107,7 @@ impl Desk {
     pub(super) fn wants_to_decode(&self) -> bool {
         self.sessions.values().any(|session| {
             let loaded = self.models.get(&session.model).is_some_and(|model| model.model.is_some());
-            loaded && (session.ready.is_some() || session.wants_partial())
+            loaded && (!session.ready.is_empty() || session.wants_partial())
         })
     }
 
@@ -121,7 +126,7 @@ impl Desk {
     fn first_suspect(&self) -> Option<u64> {
         let waiting = self.sessions.iter().filter_map(|(handle, session)| {
             let crashes = session.suspect.as_ref()?.crashes;
-            let since = session.ready.as_ref()?.1;
+            let since = session.ready_since()?;
             self.models.get(&session.model)?.model.as_ref()?;
             Some((crashes, since, *handle))
         });
@@ -131,7 +136,7 @@ impl Desk {
     /// The window of a final that has waited longest among those whose turn it is.
     fn next_final(&mut self, turn: Turn) -> Option<Job> {
         let live = self.sessions.values().any(|s| !s.background);
-        let recordings = self.sessions.values().filter(|s| s.background && s.decoding.is_some()).count();
+        let recordings: usize = self.sessions.values().filter(|s| s.background).map(|s| s.decoding.len()).sum();
         // Beside live sessions recordings leave one thread free, where there is more than one.
         let most = if live { self.config.decode_states.saturating_sub(1).max(1) } else { usize::MAX };
         if turn != Turn::Live && recordings >= most {
@@ -139,7 +144,7 @@ impl Desk {
         }
         let others = self.sessions.iter().filter(|(_, session)| session.suspect.is_none());
         let waiting = others.filter_map(|(handle, session)| {
-            let since = session.ready.as_ref()?.1;
+            let since = session.ready_since()?;
             self.models.get(&session.model)?.model.as_ref()?;
             turn.is_of(session, since).then_some((since, *handle))
         });
@@ -151,16 +156,16 @@ impl Desk {
     fn job_of(&mut self, handle: u64) -> Option<Job> {
         let session = self.sessions.get_mut(&handle)?;
         let model = self.models.get(&session.model)?.model.clone()?;
-        let (window, ready_at) = session.ready.take()?;
-        session.decoding = Some(window.cancel.clone());
-        Some(Job { handle, model, window, ready_at })
+        let (part, window) = session.ready.pop_front()?;
+        session.decoding.insert(part, window.cancel.clone());
+        Some(Job { handle, part, model, window, ready_at: session.ready_at })
     }
 
     /// A quick pass over the first window of a session that was taken over, beside or before its final.
     fn first_words(&mut self) -> Option<Job> {
         let waiting = self.sessions.iter_mut().filter_map(|(handle, session)| {
             let model = self.models.get(&session.model)?.model.as_ref()?;
-            let since = session.ready.as_ref()?.1;
+            let since = session.ready_since()?;
             let due = !session.background && session.suspect.is_none() && session.partial.is_none();
             (due && !session.finishing && session.stream.has_first_words()).then_some((since, *handle, model, session))
         });
@@ -187,8 +192,8 @@ impl Desk {
         };
         match job.window.purpose {
             Purpose::Final => {
-                session.decoding = None;
-                session.ready = Some((job.window, job.ready_at));
+                session.decoding.remove(&job.part);
+                session.ready.push_front((job.part, job.window));
             }
             Purpose::Partial => {
                 session.partial = None;

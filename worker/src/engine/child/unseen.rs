@@ -21,6 +21,10 @@ impl Vad for Blind {
 
     fn reset(&mut self) {}
 
+    fn another(&self) -> Box<dyn Vad> {
+        Box::new(Self(self.0))
+    }
+
     fn speech_probability(&mut self, _: &[f32; VAD_FRAME]) -> Result<f32, EngineError> {
         Ok(0.0)
     }

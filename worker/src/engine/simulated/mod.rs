@@ -223,6 +223,10 @@ impl Vad for PoisonedVad {
         self.inner.reset();
     }
 
+    fn another(&self) -> Box<dyn Vad> {
+        Box::new(Self { inner: self.inner.another(), poison: self.poison })
+    }
+
     fn speech_probability(&mut self, frame: &[f32; VAD_FRAME]) -> Result<f32, EngineError> {
         if longest_at_the_top(frame) >= self.poison {
             tracing::error!("simulated abort of the voice detector");
@@ -320,6 +324,7 @@ mod tests {
             prompt: String::new(),
             language: None,
             task: Task::Transcribe,
+            hearing: None,
             cancel: Cancel::default(),
         }
     }

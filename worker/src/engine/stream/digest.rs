@@ -1,14 +1,16 @@
-//! Log entries -> pieces of mono audio on the session's clock. Each entry is judged once, in log order.
+//! Log entries -> pieces of audio on the session's clock. Each entry is judged once, in log order.
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use voxfleet_schema::{
-    audio::{AudioFormat, BadChunk, ChunkHeaders, Encoding, RawEntry, sniff_container},
+    audio::{AudioFormat, BadChunk, ChunkHeaders, RawEntry, sniff_container},
     event::What,
     failure::{Failure, FailureClass},
     source::{Note, SourceState, Verdict},
 };
 
+use super::pcm::Audio;
 use crate::ipc::{AfterFinal, ENTRY_COST, StreamNote};
 
 /// What ends a stretch of audio because the log says so.
@@ -43,8 +45,7 @@ pub(super) struct Piece {
     pub(super) format: AudioFormat,
     pub(super) format_sample: u64,
     pub(super) producers_before: Producers,
-    /// One value per frame: the mean of its channels.
-    pub(super) mono: Vec<f32>,
+    pub(super) audio: Audio,
     /// Stands behind the audio.
     pub(super) barrier: Option<Barrier>,
     /// Bytes whose permits go free when this piece is dropped.
@@ -58,13 +59,13 @@ impl Piece {
 
     /// Session sample behind its last frame.
     pub(super) fn end_sample(&self) -> u64 {
-        self.sample_of(self.at_frame + self.mono.len() as u64)
+        self.sample_of(self.at_frame + self.audio.frames() as u64)
     }
 
     /// Whether it holds `sample` or a later one. Over 16 kHz several frames share a sample, and a chunk may end between
     /// them: then its last frame counts, not where the next chunk starts.
     pub(super) fn reaches(&self, sample: u64) -> bool {
-        let frames = self.mono.len() as u64;
+        let frames = self.audio.frames() as u64;
         self.end_sample() > sample || (frames > 0 && self.sample_of(self.at_frame + frames - 1) >= sample)
     }
 }
@@ -89,10 +90,12 @@ pub(super) struct Digest {
     frame: u64,
     /// Entries up to here were reported on by whoever published the last final.
     noted_seq: u64,
+    /// Channels are kept apart.
+    split: bool,
 }
 
 impl Digest {
-    pub(super) fn beginning() -> Self {
+    pub(super) fn beginning(split: bool) -> Self {
         Self {
             producers: SourceState::default(),
             named: Arc::default(),
@@ -100,12 +103,13 @@ impl Digest {
             format_sample: 0,
             frame: 0,
             noted_seq: 0,
+            split,
         }
     }
 
     /// Where log entries are gone (`expired`), the producers' state is that before `resume.seq`, although entries up to
     /// `to_seq` were judged: numbers taken in between are noted as a gap, and a repetition of one of them would be used.
-    pub(super) fn after(after: &AfterFinal, expired: bool) -> Self {
+    pub(super) fn after(after: &AfterFinal, expired: bool, split: bool) -> Self {
         let resume = &after.resume;
         let (format_sample, frame) =
             if expired { (after.to_sample, 0) } else { (resume.format_sample, resume.at_frame) };
@@ -116,6 +120,7 @@ impl Digest {
             format_sample,
             frame,
             noted_seq: after.to_seq,
+            split,
         }
     }
 
@@ -166,11 +171,11 @@ impl Digest {
                 self.format = format;
             }
         }
-        let mono = match self.decode(&entry.payload) {
-            Ok(mono) => mono,
+        let audio = match self.decode(entry.payload) {
+            Ok(audio) => audio,
             Err(bad) => {
                 self.note_bad(seq, &bad, &mut digested.notes);
-                Vec::new()
+                Audio::none()
             }
         };
         let barrier = match (headers.end, headers.flush) {
@@ -178,10 +183,10 @@ impl Digest {
             (false, true) => Some(Barrier::Flush),
             (false, false) => None,
         };
-        if mono.is_empty() && barrier.is_none() {
+        if audio.frames() == 0 && barrier.is_none() {
             return digested;
         }
-        let audio_bytes = raw_bytes.min(size_of_val(mono.as_slice()) as u64);
+        let audio_bytes = raw_bytes.min(audio.bytes());
         digested.freed_bytes = raw_bytes - audio_bytes;
         let piece = Piece {
             seq,
@@ -190,11 +195,11 @@ impl Digest {
             format: self.format,
             format_sample: self.format_sample,
             producers_before,
-            mono,
+            audio,
             barrier,
             permit_bytes: audio_bytes + ENTRY_COST,
         };
-        self.frame += piece.mono.len() as u64;
+        self.frame += piece.audio.frames() as u64;
         digested.piece = Some(piece);
         digested
     }
@@ -207,15 +212,15 @@ impl Digest {
         Producers { named: Arc::clone(&self.named), asr_seq: now.asr_seq, asr_seen: now.asr_seen }
     }
 
-    fn decode(&mut self, payload: &[u8]) -> Result<Vec<f32>, BadChunk> {
-        if let Some(name) = sniff_container(payload) {
+    fn decode(&mut self, payload: Bytes) -> Result<Audio, BadChunk> {
+        if let Some(name) = sniff_container(&payload) {
             self.producers.container = true;
             return Err(BadChunk::Container(name));
         }
         if self.producers.container && !payload.is_empty() {
             return Err(BadChunk::Container("a slice of a container"));
         }
-        to_mono(payload, self.format)
+        if self.split { Audio::split(payload, self.format) } else { Audio::mixed(&payload, self.format) }
     }
 
     fn note_bad(&self, seq: u64, bad: &BadChunk, notes: &mut Vec<StreamNote>) {
@@ -242,40 +247,6 @@ impl Digest {
     }
 }
 
-/// Interleaved PCM -> one value per frame, clamped to -1..1.
-fn to_mono(payload: &[u8], format: AudioFormat) -> Result<Vec<f32>, BadChunk> {
-    let (frame_bytes, channels) = (format.frame_bytes(), usize::from(format.channels));
-    if !payload.len().is_multiple_of(frame_bytes) {
-        return Err(BadChunk::PartialFrame { len: payload.len(), frame_bytes });
-    }
-    let scale = 1.0 / f32::from(format.channels);
-    match format.encoding {
-        Encoding::PcmS16Le => Ok(payload
-            .chunks_exact(frame_bytes)
-            .map(|frame| {
-                let sum: f32 =
-                    frame.chunks_exact(2).map(|s| f32::from(i16::from_le_bytes([s[0], s[1]])) / 32_768.0).sum();
-                sum * scale
-            })
-            .collect()),
-        Encoding::PcmF32Le => {
-            let mut mono = Vec::with_capacity(payload.len() / frame_bytes);
-            for (n, frame) in payload.chunks_exact(frame_bytes).enumerate() {
-                let mut sum = 0.0;
-                for (channel, s) in frame.chunks_exact(4).enumerate() {
-                    let value = f32::from_le_bytes([s[0], s[1], s[2], s[3]]);
-                    if !value.is_finite() {
-                        return Err(BadChunk::NotFinite { at: n * channels + channel });
-                    }
-                    sum += value.clamp(-1.0, 1.0);
-                }
-                mono.push(sum * scale);
-            }
-            Ok(mono)
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -290,7 +261,7 @@ mod tests {
 
     #[test]
     fn bad_chunks_are_told_and_take_no_time() {
-        let mut digest = Digest::beginning();
+        let mut digest = Digest::beginning(false);
         let nan = f32::NAN.to_le_bytes();
         type Case<'a> = (&'a [(&'a str, &'a str)], &'a [u8], FailureClass);
         let cases: [Case<'_>; 8] = [
@@ -312,27 +283,27 @@ mod tests {
         }
         assert_eq!(digest.position(), 0);
         let good = digest.take(entry(9, &[("Asr-Format", "pcm_s16le")], &[0; 640]));
-        assert!(good.piece.is_some_and(|p| p.mono.len() == 320) && good.notes.is_empty());
+        assert!(good.piece.is_some_and(|p| p.audio.frames() == 320) && good.notes.is_empty());
     }
 
     #[test]
     fn channels_are_averaged_and_the_clock_follows_the_format() {
-        let mut digest = Digest::beginning();
+        let mut digest = Digest::beginning(false);
         let stereo: Vec<u8> = [16_384i16, -16_384, 32_767, 32_767].iter().flat_map(|s| s.to_le_bytes()).collect();
         let format = [("Asr-Format", "pcm_s16le;rate=8000;channels=2")];
         let piece = digest.take(entry(1, &format, &stereo)).piece.expect("piece");
-        assert_eq!(piece.mono, [0.0, 32_767.0 / 32_768.0]);
+        assert_eq!(*piece.audio.channel(0, 0..2), [0.0, 32_767.0 / 32_768.0]);
         assert_eq!((piece.at_sample, piece.end_sample()), (0, 4));
         let piece = digest.take(entry(2, &[("Asr-Format", "pcm_s16le;rate=48000")], &[0; 12])).piece.expect("piece");
         assert_eq!((piece.at_sample, piece.at_frame, piece.format_sample, piece.end_sample()), (4, 0, 4, 6));
         let loud: Vec<u8> = [1e30f32, -1e30].iter().flat_map(|s| s.to_le_bytes()).collect();
         let piece = digest.take(entry(3, &[("Asr-Format", "pcm_f32le")], &loud)).piece.expect("piece");
-        assert_eq!(piece.mono, [1.0, -1.0]);
+        assert_eq!(*piece.audio.channel(0, 0..2), [1.0, -1.0]);
     }
 
     #[test]
     fn entries_share_the_names_of_their_producers() {
-        let mut digest = Digest::beginning();
+        let mut digest = Digest::beginning(false);
         let mut expected = SourceState::default();
         let mut pieces = Vec::new();
         for (seq, (source, number)) in [("a", "0"), ("a", "1"), ("a", "2"), ("b", "0"), ("b", "1")].iter().enumerate() {
@@ -351,7 +322,7 @@ mod tests {
 
     #[test]
     fn an_end_with_bad_audio_is_still_an_end() {
-        let mut digest = Digest::beginning();
+        let mut digest = Digest::beginning(false);
         let digested = digest.take(entry(1, &[("Asr-End", "1")], &[1, 2, 3]));
         assert_eq!(digested.notes.len(), 1);
         assert_eq!(digested.piece.and_then(|p| p.barrier), Some(Barrier::End));

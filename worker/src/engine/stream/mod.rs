@@ -7,20 +7,28 @@
 //! - Entries are used in log order; what is not used is noted.
 //!
 //! The stream does no IO and decodes nothing: [`SessionStream::step`] says what to decode, [`SessionStream::complete`]
-//! takes the answer. The engine loop owns it.
+//! takes the answers. The engine loop owns it.
+//!
+//! Channels are mixed, or heard one by one (`channels=split`): [`endpoint`] says where a final of all of them ends, and
+//! each utterance of each channel in it is a window of its own.
 
 mod agreement;
 mod digest;
 mod endpoint;
+mod parts;
+mod pcm;
 mod segment;
+mod speakers;
 mod words;
+
+pub(crate) use self::speakers::limits_of;
 
 use std::{collections::VecDeque, ops::Range};
 
 use voxfleet_schema::{
     audio::{RawEntry, preroll_start},
     failure::Failure,
-    session::SessionOptions,
+    session::{Channels, SessionOptions},
     transcript::{AudioRange, Checkpoint, Lost, Resume, Timings, VadKind},
 };
 
@@ -28,11 +36,16 @@ use self::{
     agreement::Agreement,
     digest::{Barrier, Digest, Piece},
     endpoint::Cut,
-    segment::Segment,
+    parts::{Answer, Joined, Part, Pending},
+    segment::{Detectors, Segment},
+    speakers::Tellers,
 };
 use crate::{
-    engine::{Cancel, EngineError, Hypothesis, Purpose, RecognizerInfo, Vad, Window},
-    ipc::{FinalDraft, PartialDraft, StartPoint, StreamNote},
+    engine::{
+        Cancel, EngineError, Hypothesis, Purpose, RecognizerInfo, Vad, Window,
+        diarize::{Heard, Hearing, Listened},
+    },
+    ipc::{FinalDraft, PartialDraft, RevisionDraft, StartPoint, StreamNote, Told},
 };
 
 /// Audio between two partials, in samples (1 s).
@@ -47,28 +60,18 @@ const PROMPT_TAIL_CHARS: usize = 600;
 pub enum Step {
     /// All input is used up.
     Starved,
-    /// Decode this, then call [`SessionStream::complete`].
-    Final(Window),
+    /// Decode these, in any order or at once, and call [`SessionStream::complete`] for each. There is one at least.
+    Final(Vec<Window>),
     /// A final without speech; nothing to decode.
     Draft(Box<FinalDraft>),
     /// The session's audio has ended and its end final is out.
     Ended,
 }
 
-/// A final that waits for its text.
-struct Pending {
-    to: u64,
-    audio: AudioRange,
-    speech_final: bool,
-    end: bool,
-    /// What was given to the recognizer; empty without speech.
-    window: Range<u64>,
-}
-
 /// One session (or job) in the engine.
 pub struct SessionStream {
     options: SessionOptions,
-    vad: Box<dyn Vad>,
+    vads: Detectors,
     digest: Digest,
     /// Entries from the last final's resume point on.
     pieces: VecDeque<Piece>,
@@ -86,9 +89,15 @@ pub struct SessionStream {
     checkpoint_missing: bool,
     lost: Option<Lost>,
     agreement: Agreement,
-    /// End of the audio the last partial covered, and of the one being decoded.
-    partial_to: u64,
-    partial_pending: Option<u64>,
+    /// End of the audio the last partial of each channel covered, and the window of the one being decoded.
+    partial_to: Vec<u64>,
+    partial_pending: Option<(usize, Range<u64>)>,
+    /// Where speakers are asked for.
+    tellers: Option<Tellers>,
+    /// Why nobody listens although speakers are asked for: channels are told apart instead.
+    unheard_because: Option<String>,
+    /// A file job: nobody waits for its next words.
+    recording: bool,
     /// Taken over, and nothing has been heard of it here yet.
     unheard: bool,
     cancel: Cancel,
@@ -97,14 +106,14 @@ pub struct SessionStream {
 }
 
 impl SessionStream {
-    pub fn new(options: &SessionOptions, start: StartPoint, mut vad: Box<dyn Vad>) -> Self {
-        vad.reset();
+    pub fn new(options: &SessionOptions, start: StartPoint, vad: Box<dyn Vad>) -> Self {
+        let split = options.channels == Channels::Split;
         let after = start.after.as_deref();
         let from = after.map_or(0, |a| a.to_sample);
         Self {
             options: options.clone(),
-            vad,
-            digest: after.map_or_else(Digest::beginning, |a| Digest::after(a, start.expired)),
+            vads: Detectors::new(vad),
+            digest: after.map_or_else(|| Digest::beginning(split), |a| Digest::after(a, start.expired, split)),
             pieces: VecDeque::new(),
             piece: 0,
             frame: 0,
@@ -116,24 +125,41 @@ impl SessionStream {
             language: options.language.clone().or_else(|| after.and_then(|a| a.resume.language.clone())),
             checkpoint_missing: start.checkpoint_missing,
             lost: start.lost,
-            checkpoint: start.checkpoint,
             agreement: Agreement::default(),
-            partial_to: from,
+            partial_to: Vec::new(),
             partial_pending: None,
+            tellers: Tellers::new(options, &start),
+            unheard_because: None,
+            recording: false,
             unheard: start.taken_over,
             cancel: Cancel::default(),
             notes: Vec::new(),
             consumed_bytes: 0,
+            checkpoint: start.checkpoint,
         }
+    }
+
+    /// The same where speakers were asked for if they can be had, and cannot: each channel is somebody then.
+    pub fn by_channels(options: &SessionOptions, start: StartPoint, vad: Box<dyn Vad>, why: String) -> Self {
+        // They remember the labels that were shown.
+        let tellers = Tellers::new(options, &start);
+        let split = SessionOptions { channels: Channels::Split, ..options.clone() };
+        Self { tellers, unheard_because: Some(why), ..Self::new(&split, start, vad) }
+    }
+
+    /// Its words wait for their speakers.
+    pub fn of_recording(mut self) -> Self {
+        self.recording = true;
+        self
     }
 
     /// Another detector from here on.
     pub fn hear_with(&mut self, vad: Box<dyn Vad>) {
-        self.vad = vad;
+        self.vads = Detectors::new(vad);
     }
 
     pub fn vad_kind(&self) -> VadKind {
-        self.vad.kind()
+        self.vads.kind()
     }
 
     /// Takes the next log entry.
@@ -154,17 +180,17 @@ impl SessionStream {
             return Ok(Step::Starved);
         }
         loop {
-            if let Some(cut) = self.segment.listen(self.vad.as_mut(), self.options.endpoint_ms)? {
+            if let Some(cut) = self.segment.listen(&mut self.vads, self.options.endpoint_ms)? {
                 return Ok(self.cut(cut));
             }
             let Some(piece) = self.pieces.get(self.piece) else {
                 return Ok(Step::Starved);
             };
             self.frame = self.frame.max(self.segment.first_frame(piece));
-            if self.frame < piece.mono.len() {
+            if self.frame < piece.audio.frames() {
                 // 100 ms at a time: what lies behind a cut is not resampled twice.
                 let block = (piece.format.rate_hz / 10) as usize;
-                let frames = self.frame..(self.frame + block).min(piece.mono.len());
+                let frames = self.frame..(self.frame + block).min(piece.audio.frames());
                 self.frame = frames.end;
                 self.segment.feed(piece, frames)?;
                 continue;
@@ -172,17 +198,21 @@ impl SessionStream {
             if let Some(barrier) = piece.barrier
                 && !self.is_done(piece, barrier)
             {
+                if barrier == Barrier::End && self.owes_speakers() {
+                    // No final comes behind it that could bring them.
+                    return Ok(Step::Starved);
+                }
                 let (seq, place) = (piece.seq, piece.end_sample());
                 self.segment.flush_to(place);
-                if let Some(cut) = self.segment.listen(self.vad.as_mut(), self.options.endpoint_ms)? {
+                if let Some(cut) = self.segment.listen(&mut self.vads, self.options.endpoint_ms)? {
                     return Ok(self.cut(cut));
                 }
-                self.segment.listen_to_rest(self.vad.as_mut(), self.options.endpoint_ms)?;
+                self.segment.listen_to_rest(&mut self.vads, self.options.endpoint_ms)?;
                 return Ok(self.finish(place, Some((seq, barrier)), true));
             }
             self.frame = 0;
             // Done once is done for good, so it would only be passed over again. The first piece is the resume point.
-            if self.piece > 0 && piece.mono.is_empty() {
+            if self.piece > 0 && piece.audio.frames() == 0 {
                 let dropped = self.pieces.remove(self.piece);
                 self.consumed_bytes += dropped.map_or(0, |p| p.permit_bytes);
             } else {
@@ -214,71 +244,103 @@ impl SessionStream {
         let to_seq = cause.map(|(seq, _)| seq).or_else(|| holder(to.saturating_sub(1)));
         let to_seq = to_seq.or_else(|| self.pieces.back().map(|p| p.seq)).unwrap_or_default();
         let from_seq = if from < to { holder(from).unwrap_or(to_seq) } else { to_seq };
-        let window = self.segment.speech(to);
+        let speech = self.segment.speech(to);
         let end = cause.is_some_and(|(_, barrier)| barrier == Barrier::End);
         let audio = AudioRange { from_seq, to_seq };
-        match window {
-            Some(range) => {
-                let window = self.window(range.clone(), Purpose::Final);
-                self.pending = Some(Pending { to, audio, speech_final, end, window: range });
-                Step::Final(window)
-            }
-            None => {
-                let pending = Pending { to, audio, speech_final, end, window: to..to };
-                let nobody = RecognizerInfo::none();
-                Step::Draft(self.draft(pending, Vec::new(), Vec::new(), None, &nobody, Timings::default()))
-            }
+        let pending = Pending { to, audio, speech_final, end, parts: Pending::parts_of(speech) };
+        if pending.parts.is_empty() {
+            return Step::Draft(self.draft(pending, Joined::nothing(None)));
         }
+        let window_of = |part: &Part| {
+            let hearing = self.hearing(&part.window, to, end);
+            Window { hearing, ..self.window(part.channel, &part.window, Purpose::Final) }
+        };
+        let windows = pending.parts.iter().map(window_of).collect();
+        self.pending = Some(pending);
+        Step::Final(windows)
     }
 
-    fn window(&self, range: Range<u64>, purpose: Purpose) -> Window {
+    fn window(&self, channel: usize, range: &Range<u64>, purpose: Purpose) -> Window {
         let tail =
             if self.options.carry_prompt && !self.checkpoint.guard_hit { &self.checkpoint.prompt_tail } else { "" };
         Window {
-            samples: self.segment.samples(&range),
+            samples: self.segment.samples(channel, range),
             from_sample: range.start,
             purpose,
             prompt: words::prompt(&self.options.hotwords, self.options.prompt.as_deref().unwrap_or(""), tail),
             language: self.language.clone(),
             task: self.options.task,
+            hearing: None,
             cancel: self.cancel.clone(),
         }
     }
 
-    /// Takes what the recognizer heard in the last [`Step::Final`], after the guards. A failed decode becomes a final
-    /// without segments that says so.
+    /// What is to be heard of the speakers of a window that ends a stretch at `to`. Only where channels are mixed.
+    fn hearing(&self, window: &Range<u64>, to: u64, end: bool) -> Option<Box<Hearing>> {
+        self.tellers.as_ref().filter(|_| self.unheard_because.is_none())?;
+        Some(Box::new(Hearing {
+            index: self.index,
+            samples: self.segment.samples(0, window),
+            from_sample: window.start,
+            speech: speakers::inside(self.segment.spoken(), window),
+            patient: self.recording || end,
+            waited_ms: to.saturating_sub(window.end) / 16,
+        }))
+    }
+
+    /// Takes what was heard of the speakers of an earlier final.
+    pub fn heard_late(&mut self, index: u64, heard: Result<Heard, String>) {
+        self.tellers.iter_mut().for_each(|tellers| tellers.heard(index, heard.clone()));
+    }
+
+    /// Whether an earlier final still waits for its speakers.
+    pub fn owes_speakers(&self) -> bool {
+        self.tellers.as_ref().is_some_and(Tellers::owes)
+    }
+
+    /// Speakers of earlier finals, to be said behind the final that was just drafted.
+    pub fn take_revisions(&mut self) -> Vec<RevisionDraft> {
+        self.tellers.as_mut().map(Tellers::take_revisions).unwrap_or_default()
+    }
+
+    /// Takes what the recognizer heard in one window of the last [`Step::Final`], counted from 0, after the guards. With the
+    /// last of them it gives the final. What could not be decoded is missing in it, and it says so.
     pub fn complete(
         &mut self,
+        part: usize,
         heard: Result<Hypothesis, EngineError>,
         guards: Vec<String>,
+        listened: Listened,
         info: &RecognizerInfo,
-        mut timings: Timings,
+        timings: Timings,
     ) -> Option<Box<FinalDraft>> {
-        let pending = self.pending.take()?;
-        let window = pending.window.clone();
+        let answer = Answer { heard, guards, listened, info: info.clone(), timings };
+        let mut pending = self.pending.take_if(|pending| pending.take(part, answer))?;
         self.unheard = false;
-        timings.audio_ms = (window.end - window.start) / 16;
-        let (segments, error) = match heard {
-            Ok(hypothesis) => {
-                let segments = words::place(&hypothesis, &window, self.segment.from..pending.to);
-                timings.word_timing = hypothesis.word_timing;
-                if !segments.is_empty() && self.language.is_none() {
-                    self.language = hypothesis.language;
-                }
-                (segments, None)
-            }
-            Err(error) => (Vec::new(), Some(Failure::new(error.class(), error.to_string()))),
-        };
-        Some(self.draft(pending, segments, guards, error, info, timings))
+        let joined = pending.join(self.segment.from, &self.options);
+        if self.language.is_none() {
+            self.language = joined.segments.first().and_then(|segment| segment.language.clone());
+        }
+        Some(self.draft(pending, joined))
     }
 
     /// Sets the last [`Step::Final`] aside undecoded: a final without segments that says why, with the same boundaries.
     pub fn set_aside(&mut self, why: Failure) -> Option<Box<FinalDraft>> {
         let pending = self.pending.take()?;
-        let nobody = RecognizerInfo::none();
-        let mut draft = self.draft(pending, Vec::new(), Vec::new(), Some(why), &nobody, Timings::default());
+        let mut draft = self.draft(pending, Joined::nothing(Some(why)));
         draft.parked = true;
         Some(draft)
+    }
+
+    /// Index of the next final.
+    pub fn index(&self) -> u64 {
+        self.index
+    }
+
+    /// Answers the last [`Step::Final`] undecoded, for whoever asks for the boundaries alone.
+    pub fn pass_over(&mut self) -> Option<Box<FinalDraft>> {
+        let pending = self.pending.take()?;
+        Some(self.draft(pending, Joined::nothing(None)))
     }
 
     /// First sample of the present stretch: the end of the last final.
@@ -287,16 +349,17 @@ impl SessionStream {
     }
 
     /// Makes the pending final and starts the next stretch from its resume point.
-    fn draft(
-        &mut self,
-        pending: Pending,
-        segments: Vec<voxfleet_schema::transcript::Segment>,
-        guards: Vec<String>,
-        error: Option<Failure>,
-        info: &RecognizerInfo,
-        timings: Timings,
-    ) -> Box<FinalDraft> {
+    fn draft(&mut self, pending: Pending, joined: Joined) -> Box<FinalDraft> {
+        let Joined { segments, turns, listened, guards, error, info, timings } = joined;
         let from = self.segment.from;
+        let mono = self.pieces.iter().all(|piece| piece.format.channels == 1);
+        let Told { segments, turns, speakers } = match &mut self.tellers {
+            Some(tellers) => match &self.unheard_because {
+                Some(why) => tellers.by_channels(segments, turns, mono, why),
+                None => tellers.tell(self.index, segments, listened),
+            },
+            None => Told { segments, turns, speakers: speakers::by_channels(&self.options) },
+        };
         let resume = self.restart(pending.to);
         self.last = Some((pending.audio.to_seq, pending.end));
         self.ended = pending.end;
@@ -308,8 +371,8 @@ impl SessionStream {
             audio: pending.audio,
             resume,
             segments,
-            turns: Vec::new(),
-            speakers: None,
+            turns,
+            speakers,
             speech_final: pending.speech_final,
             end: pending.end,
             lost: self.lost.take(),
@@ -318,10 +381,10 @@ impl SessionStream {
             guards,
             checkpoint_missing: std::mem::take(&mut self.checkpoint_missing),
             checkpoint,
-            model: info.model.clone(),
-            device: info.device.clone(),
-            engine: info.engine.clone(),
-            vad: self.vad.kind(),
+            model: info.model,
+            device: info.device,
+            engine: info.engine,
+            vad: self.vads.kind(),
             timings,
         })
     }
@@ -331,13 +394,15 @@ impl SessionStream {
         segments: &[voxfleet_schema::transcript::Segment],
         guard_hit: bool,
     ) -> Option<Checkpoint> {
+        let voices = self.tellers.as_ref().and_then(Tellers::voices);
         if !self.options.carry_prompt {
-            return None;
+            self.checkpoint = Checkpoint { index: self.index, voices, ..Checkpoint::default() };
+            return self.checkpoint.voices.is_some().then(|| self.checkpoint.clone());
         }
         let pieces =
             std::iter::once(self.checkpoint.prompt_tail.as_str()).chain(segments.iter().map(|s| s.text.as_str()));
         let prompt_tail = words::tail(&voxfleet_schema::transcript::join_text(pieces), PROMPT_TAIL_CHARS).to_owned();
-        self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit, voices: None };
+        self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit, voices };
         Some(self.checkpoint.clone())
     }
 
@@ -352,9 +417,9 @@ impl SessionStream {
         self.piece = 0;
         self.frame = 0;
         self.segment = Segment::new(to);
-        self.vad.reset();
+        self.vads.reset();
         self.agreement = Agreement::default();
-        self.partial_to = to;
+        self.partial_to.clear();
         self.partial_pending = None;
         let (seq, at_sample, at_frame, format, format_sample, producers) = match self.pieces.front() {
             Some(p) => (p.seq, p.at_sample, p.at_frame, p.format, p.format_sample, p.producers_before.state()),
@@ -365,52 +430,72 @@ impl SessionStream {
 
     /// Whether a pass over the growing window is worth making; the engine makes it when it has nothing better to do.
     pub fn partial_due(&self) -> bool {
-        self.options.interim
-            && !self.ended
-            && self.pending.is_none()
-            && self.partial_pending.is_none()
-            && self.segment.speech(u64::MAX).is_some_and(|speech| {
-                self.segment.end().saturating_sub(self.partial_to.max(speech.start)) >= PARTIAL_STEP
-            })
+        self.growing().is_some()
     }
 
-    /// The growing window, from where speech began to all there is.
-    pub fn partial_window(&mut self) -> Option<Window> {
-        if !self.partial_due() {
+    /// The channel whose latest words have waited longest, and the window to hear them in: from where its utterance began to
+    /// all there is.
+    fn growing(&self) -> Option<(usize, Range<u64>)> {
+        if !self.options.interim || self.ended || self.pending.is_some() || self.partial_pending.is_some() {
             return None;
         }
-        let range = self.segment.speech(u64::MAX)?.start..self.segment.end();
-        self.partial_to = range.end;
-        self.partial_pending = Some(range.end);
-        Some(self.window(range, Purpose::Partial))
+        let end = self.segment.end();
+        let waiting = self.segment.speech(u64::MAX).into_iter().filter_map(|speech| {
+            let heard =
+                self.partial_to.get(speech.channel).copied().unwrap_or(self.segment.from).max(speech.range.start);
+            // One that is over while others speak is heard to its end, once.
+            let (due, to) = if speech.over {
+                (speech.range.end > heard, speech.range.end)
+            } else {
+                (end >= heard + PARTIAL_STEP, end)
+            };
+            due.then_some((heard, speech.channel, speech.range.start..to))
+        });
+        waiting.min_by_key(|(heard, channel, _)| (*heard, *channel)).map(|(_, channel, window)| (channel, window))
+    }
+
+    /// The growing window.
+    pub fn partial_window(&mut self) -> Option<Window> {
+        let (channel, window) = self.growing()?;
+        Some(self.partial_of(channel, window))
+    }
+
+    fn partial_of(&mut self, channel: usize, window: Range<u64>) -> Window {
+        if self.partial_to.len() <= channel {
+            self.partial_to.resize(channel + 1, self.segment.from);
+        }
+        self.partial_to[channel] = window.end;
+        let partial = self.window(channel, &window, Purpose::Partial);
+        self.partial_pending = Some((channel, window));
+        partial
     }
 
     /// Whether [`Self::first_words`] has a window.
     pub fn has_first_words(&self) -> bool {
-        let quick = |p: &Pending| p.window.end - p.window.start <= FIRST_WORDS_MAX;
-        self.unheard && self.options.interim && self.pending.as_ref().is_some_and(quick)
+        let first = self.pending.as_ref().and_then(|pending| pending.parts.first());
+        let quick = first.is_some_and(|part| part.window.end - part.window.start <= FIRST_WORDS_MAX);
+        self.unheard && self.options.interim && quick
     }
 
-    /// The window of the first final this stream asked for, as a partial's. Whoever takes a session over from a worker that
-    /// died finds a stretch that ended long ago: a partial pass says its words several times sooner than the final can. Any
-    /// other session has had its partials.
+    /// The first window of the first final this stream asked for, as a partial's. Whoever takes a session over from a worker
+    /// that died finds a stretch that ended long ago: a partial pass says its words several times sooner than the final can.
+    /// Any other session has had its partials.
     pub fn first_words(&mut self) -> Option<Window> {
         if !self.has_first_words() {
             return None;
         }
-        let range = self.pending.as_ref()?.window.clone();
+        let part = self.pending.as_ref()?.parts.first()?;
+        let (channel, window) = (part.channel, part.window.clone());
         self.unheard = false;
-        self.partial_to = range.end;
-        self.partial_pending = Some(range.end);
-        Some(self.window(range, Purpose::Partial))
+        Some(self.partial_of(channel, window))
     }
 
     /// Takes what was heard in the partial window that ended at `to_sample`; none when a final has overtaken it.
     pub fn partial_heard(&mut self, heard: &Hypothesis, to_sample: u64) -> Option<PartialDraft> {
-        self.partial_pending.take_if(|pending| *pending == to_sample)?;
+        let (channel, window) = self.partial_pending.take_if(|(_, window)| window.end == to_sample)?;
         self.unheard = false;
         let text = voxfleet_schema::transcript::join_text(heard.segments.iter().map(|s| s.text.as_str()));
-        let (committed, tentative) = self.agreement.hear(&text);
+        let (committed, tentative) = self.agreement.hear(window.start, channel, &text);
         Some(PartialDraft {
             from_sample: self.segment.from,
             to_sample,

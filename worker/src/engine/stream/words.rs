@@ -57,6 +57,15 @@ pub(super) fn place(heard: &Hypothesis, window: &Range<u64>, range: Range<u64>) 
     segments
 }
 
+/// Says of all that was heard on a channel whose it is.
+pub(super) fn attribute(segments: &mut [Segment], channel: usize, speaker: &str) {
+    for segment in segments {
+        segment.channel = u16::try_from(channel).ok();
+        segment.speaker = Some(speaker.to_owned());
+        segment.words.iter_mut().for_each(|word| word.speaker = Some(speaker.to_owned()));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -442,6 +442,7 @@ mod tests {
                     prompt: String::new(),
                     language: Some("en".to_owned()),
                     task: Task::Transcribe,
+                    hearing: None,
                     cancel: Cancel::default(),
                 };
                 let heard = state.decode(&[window]).remove(0).expect("decoded");

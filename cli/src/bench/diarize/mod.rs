@@ -1,0 +1,204 @@
+//! Who spoke when, and who said which word, on recordings whose speakers are known.
+//!
+//! Each set goes through the engine's own stream and listener as a file job does (detector, boundaries of finals, voices,
+//! labels), called directly. `synth_stream` scores the labels as they are first shown; every other set what stands at the
+//! end, revisions included. Errors are time in the wrong place per time in the reference: no collar, overlap is scored.
+//!
+//! | set | is |
+//! |---|---|
+//! | `synth_offline`, `synth_stream` | our five synthetic calls, with the small Whisper model for their words |
+//! | `sample` | pyannote's sample, 30 s |
+//! | `ami30`, `ami30_oracle` | far-field AMI, ten clips of 30 s; `oracle`: the number of speakers is given |
+//! | `digits` | people who say digits in turns |
+//!
+//! Sets whose recordings are not here are named under `skipped`.
+
+mod sets;
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, anyhow};
+use serde_json::{Value, json};
+use voxfleet_eval::{
+    Turn,
+    der::{self, Der},
+    wder::{self, Spoken, Wder},
+};
+use voxfleet_harness::{find, fleet};
+use voxfleet_schema::session::{Diarize, SessionOptions};
+use voxfleet_worker::{
+    engine::{
+        Recognizer,
+        diarize::{DiarizeConfig, Listener, reconsidered},
+        direct::transcribe_with_speakers,
+        simulated::SimulatedModel,
+        vad::{self, VadFactory},
+        whisper::WhisperModel,
+    },
+    ipc::{FinalDraft, SimulatedConfig, StartPoint},
+};
+
+use self::sets::Recording;
+use super::{progress, rounded};
+
+const MICRO: &str = "micro.en-q8_0";
+const SEGMENTATION: &str = "models/pyannote-segmentation-3.0.fp32.onnx";
+
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "Examples:
+  voxfleet bench diarize
+  voxfleet bench diarize --without-segmentation --json
+  VOXFLEET_TEST_DATA=/data voxfleet bench diarize --only ami30 --only digits
+
+The segmentation network is VOXFLEET_TEST_DATA/models/pyannote-segmentation-3.0.fp32.onnx unless one is named.")]
+pub(crate) struct DiarizeArgs {
+    /// Only these sets
+    #[arg(long = "only", value_name = "NAME")]
+    sets: Vec<String>,
+    /// Another segmentation network
+    #[arg(long, value_name = "FILE")]
+    segmentation: Option<PathBuf>,
+    /// Tell voices apart by where they change
+    #[arg(long, conflicts_with = "segmentation")]
+    without_segmentation: bool,
+    /// Another speaker encoder than ours
+    #[arg(long, value_name = "FILE")]
+    encoder: Option<PathBuf>,
+}
+
+/// What everything is heard with.
+struct Rig {
+    listener: Listener,
+    detector: std::sync::Arc<dyn VadFactory>,
+    words: Box<dyn Recognizer>,
+    no_words: Box<dyn Recognizer>,
+}
+
+impl Rig {
+    fn new(args: &DiarizeArgs) -> Result<(Self, DiarizeConfig)> {
+        let there = |path: PathBuf| path.is_file().then_some(path);
+        let library = std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from).and_then(there);
+        let library = library.or_else(|| there(find::cache().join("lib/libonnxruntime.so")));
+        let segmentation = args.segmentation.clone().or_else(|| there(sets::data().join(SEGMENTATION)));
+        let segmentation = segmentation.filter(|_| !args.without_segmentation);
+        let config = DiarizeConfig { segmentation, encoder: args.encoder.clone(), ..DiarizeConfig::default() };
+        let listener = Listener::open(&config, library.as_deref()).map_err(|why| anyhow!("{why}"))?;
+        let silero = there(find::cache().join("models/silero_vad.onnx"));
+        let detector = vad::best_available(silero.as_deref(), library.as_deref()).0;
+        let micro = fleet::models_dir().join(format!("{MICRO}.bin"));
+        let words = Box::new(WhisperModel::load(MICRO, &micro, false, 1)?.state()?);
+        let none = SimulatedConfig { speed: 0.0, ..SimulatedConfig::default() };
+        let no_words = Box::new(SimulatedModel::load("simulated", &none)?.state()?);
+        Ok((Self { listener, detector, words, no_words }, config))
+    }
+
+    fn hear(&mut self, recording: &Recording, options: &SessionOptions) -> Result<Vec<FinalDraft>> {
+        let recognizer = if recording.words.is_empty() { &mut self.no_words } else { &mut self.words };
+        let (log, start) = (recording.log(), StartPoint::beginning());
+        let listener = Some(&mut self.listener);
+        transcribe_with_speakers(&log, options, start, &mut **recognizer, &*self.detector, listener, None)
+            .with_context(|| recording.name.clone())
+    }
+}
+
+/// Sums over the recordings of a set.
+#[derive(Default)]
+struct Row {
+    der: Der,
+    wder: Wder,
+    audio_s: f64,
+    listened_s: f64,
+    /// Off by so many, summed.
+    miscounted: usize,
+    recordings: usize,
+}
+
+impl Row {
+    fn add(&mut self, recording: &Recording, finals: &[FinalDraft]) {
+        let turns: Vec<Turn> = finals.iter().flat_map(|f| &f.turns).map(turn).collect();
+        let heard = turns.iter().map(|t| t.speaker.as_str()).collect::<std::collections::BTreeSet<_>>().len();
+        self.der += der::score(&recording.turns, &turns, &der::Options::default());
+        let words = finals.iter().flat_map(|f| &f.segments).flat_map(|s| &s.words);
+        let words: Vec<Spoken> =
+            words.map(|w| Spoken { word: w.text.to_lowercase(), speaker: w.speaker.clone() }).collect();
+        if !recording.words.is_empty() {
+            self.wder += wder::score(&recording.words, &words);
+        }
+        self.audio_s += recording.seconds();
+        self.listened_s += finals.iter().map(|f| f.timings.diarize_ms as f64 / 1_000.0).sum::<f64>();
+        self.miscounted += heard.abs_diff(recording.speakers());
+        self.recordings += 1;
+    }
+
+    fn object(&self, set: &str) -> Value {
+        let share = |seconds: f64| rounded(seconds / self.der.total_s.max(f64::MIN_POSITIVE));
+        let words = self.wder.pairs > 0;
+        json!({
+            "set": set,
+            "der": rounded(self.der.rate()),
+            "wer": words.then(|| rounded(self.wder.edits.rate())),
+            "wder": words.then(|| rounded(self.wder.rate())),
+            "confusion": share(self.der.confusion_s),
+            "missed": share(self.der.missed_s),
+            "false_alarm": share(self.der.false_alarm_s),
+            "miscounted_speakers": self.miscounted,
+            "recordings": self.recordings,
+            "audio_s": rounded(self.audio_s),
+            "realtime_factor": rounded(self.listened_s / self.audio_s.max(f64::MIN_POSITIVE)),
+        })
+    }
+}
+
+fn turn(turn: &voxfleet_schema::transcript::Turn) -> Turn {
+    let seconds = |ms: u64| ms as f64 / 1_000.0;
+    Turn { start_s: seconds(turn.start_ms), end_s: seconds(turn.end_ms), speaker: turn.speaker.clone() }
+}
+
+/// Names of the sets, in the order in which they are told.
+const SETS: [&str; 6] = ["synth_offline", "synth_stream", "sample", "ami30", "ami30_oracle", "digits"];
+
+pub(super) fn run(args: &DiarizeArgs) -> Result<Value> {
+    let unknown = args.sets.iter().find(|set| !SETS.contains(&set.as_str()));
+    super::usage(unknown.is_none(), &format!("--only: the sets are {}", SETS.join(", ")))?;
+    let (mut rig, config) = Rig::new(args)?;
+    let (mut rows, mut skipped) = (Vec::new(), Vec::new());
+    let (mut audio_s, mut listened_s) = (0.0, 0.0);
+    for set in SETS.iter().filter(|set| args.sets.is_empty() || args.sets.iter().any(|s| s == *set)) {
+        let recordings = match *set {
+            "synth_offline" | "synth_stream" => sets::synthetic(),
+            "sample" => sets::sample(),
+            "digits" => sets::digits(),
+            _ => sets::ami30(),
+        };
+        let recordings = match recordings {
+            Ok(recordings) => recordings,
+            Err(error) => {
+                skipped.push(json!({ "set": set, "why": format!("{error:#}") }));
+                continue;
+            }
+        };
+        progress(&format!("{set}: {} recordings", recordings.len()));
+        let mut row = Row::default();
+        for recording in &recordings {
+            let mut options = SessionOptions { diarize: Diarize::On, ..SessionOptions::default() };
+            if set.ends_with("oracle") {
+                let speakers = u16::try_from(recording.speakers()).ok();
+                (options.min_speakers, options.max_speakers) = (speakers, speakers);
+            }
+            let finals = rig.hear(recording, &options)?;
+            let finals = if *set == "synth_stream" { finals } else { reconsidered(finals, &options) };
+            row.add(recording, &finals);
+        }
+        (audio_s, listened_s) = (audio_s + row.audio_s, listened_s + row.listened_s);
+        rows.push(row.object(set));
+    }
+    let name = |path: &PathBuf| path.file_name().map(|name| name.to_string_lossy().into_owned());
+    Ok(json!({
+        "rows": rows,
+        "realtime_factor": rounded(listened_s / f64::max(audio_s, f64::MIN_POSITIVE)),
+        "segmentation": config.segmentation.as_ref().and_then(name),
+        "encoder": config.encoder.as_ref().and_then(name).unwrap_or_else(|| "ours".to_owned()),
+        "detector": rig.detector.kind().as_str(),
+        "skipped": skipped,
+    }))
+}

@@ -1,0 +1,227 @@
+//! Who said what, through a whole fleet with the real engine: live, as a recording, and with workers that are killed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use voxfleet_harness::{
+    audio, checker, find,
+    fleet::{self, Engine, Fleet, FleetBuilder},
+    producer::{Pace, Producer},
+    wait::eventually,
+};
+use voxfleet_schema::session::{Diarize, SessionOptions};
+use voxfleet_worker::{
+    engine::{
+        diarize::{DiarizeConfig, Listener},
+        direct::transcribe_with_speakers,
+    },
+    ipc::{FinalDraft, StartPoint},
+};
+
+use crate::{
+    direct,
+    jobs_fleet::{aggregate, chain, connect, ended, request, submit},
+};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The segmentation network of the test data.
+fn segmentation() -> Option<PathBuf> {
+    let data = std::env::var_os("VOXFLEET_TEST_DATA").map(PathBuf::from);
+    let data = data.unwrap_or_else(|| find::root().join("../shared/data"));
+    let file = data.join("models/pyannote-segmentation-3.0.fp32.onnx");
+    if !file.is_file() {
+        println!("skipped: segmentation, {} is not there; voices are told apart by changes", file.display());
+        return None;
+    }
+    Some(file)
+}
+
+fn builder() -> FleetBuilder {
+    let builder = Fleet::builder().engine(Engine::Micro);
+    match segmentation() {
+        Some(file) => builder.set("worker.segmentation_model", file.display()),
+        None => builder,
+    }
+}
+
+/// ONNX Runtime, without which nobody is told apart.
+fn can_listen() -> Option<PathBuf> {
+    let library = std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from);
+    let library = library.unwrap_or_else(|| find::cache().join("lib/libonnxruntime.so"));
+    if !library.is_file() {
+        println!("skipped: speakers, {} is not there", library.display());
+        return None;
+    }
+    Some(library)
+}
+
+/// What the engine says alone, its listener beside it.
+fn alone(number: u32, library: &std::path::Path) -> Result<Vec<FinalDraft>> {
+    let config = DiarizeConfig { segmentation: segmentation(), encoder: None, ..DiarizeConfig::default() };
+    let mut listener = Listener::open(&config, Some(library)).map_err(anyhow::Error::msg)?;
+    let options = SessionOptions { diarize: Diarize::On, ..SessionOptions::default() };
+    let log = direct::log(&audio::call(number)?, 200);
+    let (mut recognizer, vad) = (direct::micro()?, direct::best_vad());
+    let start = StartPoint::beginning();
+    let listener = Some(&mut listener);
+    Ok(transcribe_with_speakers(&log, &options, start, &mut *recognizer, &*vad, listener, None)?)
+}
+
+/// A word, its middle in ms, and who says it.
+type Said = (String, u64, Option<String>);
+
+fn words(finals: &[Value]) -> Vec<Said> {
+    let segments = finals.iter().flat_map(|f| f["segments"].as_array().into_iter().flatten());
+    let words = segments.flat_map(|s| s["words"].as_array().into_iter().flatten());
+    let said = words.map(|w| {
+        let middle = (w["start_ms"].as_u64().unwrap_or(0) + w["end_ms"].as_u64().unwrap_or(0)) / 2;
+        (w["text"].as_str().unwrap_or_default().to_owned(), middle, w["speaker"].as_str().map(str::to_owned))
+    });
+    said.collect()
+}
+
+/// Share of words under the wrong name, a label being whoever says most under it.
+fn wrong(said: &[Said], number: u32) -> Result<f64> {
+    let path = find::root().join(format!("tests/audio/call-{number:02}.json"));
+    let described: Value = serde_json::from_str(&std::fs::read_to_string(path)?)?;
+    let mut truth: Vec<(String, f64, f64)> = Vec::new();
+    for turn in described["turns"].as_array().context("turns")? {
+        for word in turn["words"].as_array().context("words")? {
+            let at = |field: &str| word[field].as_f64().unwrap_or(0.0) * 1_000.0;
+            truth.push((turn["speaker"].as_str().unwrap_or_default().to_owned(), at("start"), at("end")));
+        }
+    }
+    let mut counts: BTreeMap<&str, BTreeMap<&str, usize>> = BTreeMap::new();
+    for (_, middle, speaker) in said {
+        let away =
+            |(_, start, end): &&(String, f64, f64)| (start - *middle as f64).max(*middle as f64 - end).max(0.0) as u64;
+        let (name, ..) = truth.iter().min_by_key(away).context("a word")?;
+        *counts.entry(speaker.as_deref().unwrap_or("nobody")).or_default().entry(name).or_default() += 1;
+    }
+    let right: usize =
+        counts.iter().filter(|(l, _)| **l != "nobody").filter_map(|(_, names)| names.values().max()).sum();
+    Ok(1.0 - right as f64 / said.len().max(1) as f64)
+}
+
+/// The finals of a session with their highest revisions in their places.
+async fn revised(fleet: &Fleet, id: &str) -> Result<Vec<Value>> {
+    let mut finals: Vec<Value> = checker::finals(&fleet.js(), id).await?.into_iter().map(|f| f.json).collect();
+    let subject = format!("asr.v1.transcript.session.{id}.revision");
+    for message in checker::read(&fleet.js(), "ASR_TRANSCRIPT", &subject).await? {
+        let revision: Value = serde_json::from_slice(&message.payload)?;
+        let index = revision["index"].as_u64().context("index")? as usize;
+        for field in ["segments", "turns", "speakers"] {
+            finals[index][field] = revision[field].clone();
+        }
+    }
+    Ok(finals)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_names_its_speakers_live_and_as_a_recording() -> Result<()> {
+    if can_listen().is_none() {
+        return Ok(());
+    }
+    let _turn = fleet::turn().await;
+    let fleet = builder().workers(1).slots(2).start().await?;
+    let mut producer = Producer::named(fleet.js(), "who", "s1");
+    let first = [("Asr-Opt-Diarize", "true")];
+    producer.stream_with(&audio::call(1)?, 200, Pace::Speed(1.5), &first).await?;
+    producer.end().await?;
+    fleet.wait_end("who", PATIENCE).await?;
+    checker::check(&fleet.js(), "who").await?.clean()?;
+    let finals = revised(&fleet, "who").await?;
+    let rate = wrong(&words(&finals), 1)?;
+    ensure!(rate <= 0.05, "{rate:.3} of the words under the wrong name\n{finals:#?}");
+    let by = if segmentation().is_some() { "segmentation" } else { "changes" };
+    for f in finals.iter().filter(|f| f["segments"].as_array().is_some_and(|s| !s.is_empty())) {
+        ensure!(f["speakers"]["by"] == by && f["turns"].as_array().is_some_and(|t| !t.is_empty()), "{f:#}");
+    }
+    // Voice prints are nobody's business but a checkpoint's.
+    ensure!(finals.iter().all(|f| f.to_string().len() < 20_000 && !f.to_string().contains("mean")), "{finals:#?}");
+
+    let nats = connect(&fleet).await?;
+    let mut job = request("who-job", std::fs::read(find::root().join("tests/audio/call-02.flac"))?)?;
+    job.options = SessionOptions { diarize: Diarize::On, ..SessionOptions::default() };
+    submit(&nats, &job).await?;
+    let status = ended(&nats, &fleet, "who-job").await?;
+    ensure!(status.record.result.is_some(), "{status:#?}\n{}", fleet.logs());
+    let result = aggregate(&fleet, &chain(&fleet, "who-job").await?).await?;
+    let turns = result["speaker_turns"].as_array().context("turns")?;
+    let names: BTreeSet<&str> = turns.iter().filter_map(|t| t["speaker"].as_str()).collect();
+    ensure!(names.len() == 2 && turns.len() >= 6, "{turns:#?}");
+    let of_result = result["aligned_segments"].as_array().into_iter().flatten();
+    let of_result = of_result.flat_map(|s| s["words"].as_array().into_iter().flatten()).map(|w| {
+        let middle = (w["start"].as_f64().unwrap_or(0.0) + w["end"].as_f64().unwrap_or(0.0)) * 500.0;
+        (w["word"].as_str().unwrap_or_default().to_owned(), middle as u64, w["speaker"].as_str().map(str::to_owned))
+    });
+    let of_result: Vec<Said> = of_result.collect();
+    let rate = wrong(&of_result, 2)?;
+    ensure!(rate <= 0.05, "{rate:.3} of the recording's words under the wrong name\n{result:#}");
+    ensure!(result["performance_metrics"]["stages"]["diarize"].as_f64().is_some_and(|s| s > 0.0), "{result:#}");
+    Ok(())
+}
+
+/// Whoever stored the last final is killed at once, worker or engine in turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_at_every_final_change_no_label() -> Result<()> {
+    let Some(library) = can_listen() else { return Ok(()) };
+    let _turn = fleet::turn().await;
+    let mut fleet = builder().workers(2).slots(1).start().await?;
+    let js = fleet.js();
+    let session = "hunted";
+    let speaking = tokio::spawn({
+        let js = js.clone();
+        async move {
+            let mut producer = Producer::named(js, session, "s1");
+            let first = [("Asr-Opt-Diarize", "true")];
+            producer.stream_with(&audio::call(2)?, 200, Pace::Speed(4.0), &first).await?;
+            producer.end().await?;
+            Ok::<_, anyhow::Error>(())
+        }
+    });
+    let mut kills = 0;
+    let mut seen = 0;
+    loop {
+        let finals = eventually("another final", PATIENCE, || async {
+            let finals = checker::finals(&js, session).await.ok()?;
+            (finals.len() > seen).then_some(finals)
+        });
+        let finals = finals.await.with_context(|| fleet.logs())?;
+        seen = finals.len();
+        let Some(last) = finals.last().filter(|last| !last.is_end()) else { break };
+        let at = fleet.workers.iter().position(|w| last.json["gpu_id"] == w.gpu_id()).context("the worker")?;
+        match (kills % 2, fleet.workers[at].engine_pid()) {
+            (1, Some(engine)) => {
+                // It may have died by itself a moment ago.
+                let _ = std::process::Command::new("kill").args(["-9", &engine.to_string()]).status()?;
+            }
+            _ => fleet.restart_worker(at)?,
+        }
+        kills += 1;
+    }
+    speaking.await??;
+    checker::check(&js, session).await?.clean()?;
+    let undisturbed: Vec<Value> = alone(2, &library)?.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
+    let disturbed: Vec<Value> = checker::finals(&js, session).await?.into_iter().map(|f| f.json).collect();
+    ensure!(disturbed.len() == undisturbed.len() && kills >= 6, "{kills} kills, {} finals", disturbed.len());
+    let mut late = 0;
+    for (told, expected) in disturbed.iter().zip(&undisturbed) {
+        if told["speakers"]["late"] == true {
+            late += 1;
+            continue;
+        }
+        let (told, expected) = (words(std::slice::from_ref(told)), words(std::slice::from_ref(expected)));
+        ensure!(told == expected, "after {kills} kills:\n{told:?}\ninstead of\n{expected:?}");
+    }
+    println!("{kills} kills, {late} of {} finals without their labels at first", disturbed.len());
+    // A worker that has just been started listens slowly; that must not be the rule.
+    ensure!(late * 3 <= disturbed.len(), "{late} of {} finals were late", disturbed.len());
+    Ok(())
+}

@@ -1,0 +1,35 @@
+//! All voices of a session heard together once more, at its end. Pure.
+
+use std::collections::BTreeMap;
+
+use voxfleet_diarize::online::{Tuning, Voices};
+use voxfleet_schema::{codec, session::SessionOptions, transcript::Checkpoint};
+
+use super::{attribute, relabel};
+use crate::{engine::stream::limits_of, ipc::FinalDraft};
+
+/// Labels of voices that should be other than those shown, by what the last checkpoint knows.
+pub(crate) fn changes(checkpoint: Option<&Checkpoint>, options: &SessionOptions) -> BTreeMap<u32, u32> {
+    let bytes = checkpoint.and_then(|checkpoint| checkpoint.voices.as_ref());
+    let Some(voices) = bytes.and_then(|bytes| codec::from_msgpack::<Voices>(bytes).ok()) else {
+        return BTreeMap::new();
+    };
+    let shown = voices.now();
+    let mut labels = voices.reconsider(limits_of(options), &Tuning::default());
+    labels.retain(|voice, label| shown.get(voice).is_some_and(|shown| shown != label));
+    labels
+}
+
+/// Puts a final under other labels.
+pub(crate) fn again(draft: &mut FinalDraft, changes: &BTreeMap<u32, u32>) {
+    if relabel(&mut draft.turns, changes) {
+        draft.segments = attribute(std::mem::take(&mut draft.segments), &draft.turns);
+    }
+}
+
+/// What a chain of these finals says when its revisions at the end are taken in.
+pub fn reconsidered(mut finals: Vec<FinalDraft>, options: &SessionOptions) -> Vec<FinalDraft> {
+    let changes = changes(finals.last().and_then(|last| last.checkpoint.as_ref()), options);
+    finals.iter_mut().for_each(|draft| again(draft, &changes));
+    finals
+}

@@ -1,0 +1,147 @@
+//! The thread that listens to a window while its decode thread decodes it.
+//!
+//! It opens its networks at its first window and keeps them. The decode thread waits for it as long as the window allows;
+//! what comes later goes to the engine's loop by itself, under the name of its session and final.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    time::{Duration, Instant},
+};
+
+use super::{DiarizeConfig, Heard, Hearing, Listened, Listener};
+use crate::engine::Cancel;
+
+/// Windows that wait here when a thread decodes faster than it listens. Beyond them, words go out without speakers.
+const WAITING: usize = 2;
+/// How often a decode thread that waits shows that it lives.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What was heard too late to go with its words.
+pub struct HeardLate {
+    pub handle: u64,
+    pub index: u64,
+    pub heard: Result<Heard, String>,
+}
+
+/// Where an answer is left: the decode thread takes it, or has gone on without it.
+#[derive(Default)]
+struct Slot {
+    answer: Mutex<(Option<Result<Heard, String>>, bool)>,
+    there: Condvar,
+}
+
+struct Order {
+    handle: u64,
+    hearing: Hearing,
+    cancel: Cancel,
+    slot: Arc<Slot>,
+}
+
+/// A decode thread's side.
+pub(in crate::engine) struct Ears {
+    orders: SyncSender<Order>,
+}
+
+/// An answer on its way.
+pub(in crate::engine) struct Listening {
+    slot: Result<Arc<Slot>, String>,
+    patient: bool,
+    waited_ms: u64,
+    /// Of the decode that waits, and of the listener.
+    decode: Cancel,
+    listener: Cancel,
+}
+
+impl Ears {
+    /// Ends when this is dropped.
+    pub(in crate::engine) fn start<E>(
+        name: String,
+        config: DiarizeConfig,
+        onnxruntime: Option<PathBuf>,
+        late: SyncSender<E>,
+    ) -> std::io::Result<Self>
+    where
+        E: From<HeardLate> + Send + 'static,
+    {
+        let (orders, queue) = sync_channel(WAITING);
+        std::thread::Builder::new().name(name).spawn(move || listen(&config, onnxruntime.as_deref(), &queue, &late))?;
+        Ok(Self { orders })
+    }
+
+    pub(in crate::engine) fn begin(&self, handle: u64, hearing: Hearing, decode: Cancel) -> Listening {
+        let (slot, patient, waited_ms) = (Arc::<Slot>::default(), hearing.patient, hearing.waited_ms);
+        let listener = Cancel::default();
+        let order = Order { handle, hearing, cancel: listener.clone(), slot: Arc::clone(&slot) };
+        let sent = if patient { self.orders.send(order).is_ok() } else { self.orders.try_send(order).is_ok() };
+        let slot = sent.then_some(slot).ok_or_else(|| "voices are listened to more slowly than words".to_owned());
+        Listening { slot, patient, waited_ms, decode, listener }
+    }
+}
+
+impl Listening {
+    /// Waits as long as words may wait behind a decode of this length.
+    pub(in crate::engine) fn wait(self, decode: Duration) -> Listened {
+        let slot = match self.slot {
+            Ok(slot) => slot,
+            Err(why) => return Listened::Heard(Err(why)),
+        };
+        let patience = (Duration::from_millis(self.waited_ms) + decode) / 10;
+        let until = (!self.patient).then(|| Instant::now() + patience);
+        let mut looks = self.listener.looks();
+        let mut answer = slot.answer.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(heard) = answer.0.take() {
+                return Listened::Heard(heard);
+            }
+            if self.decode.was_cancelled() {
+                self.listener.cancel();
+            }
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) || self.decode.was_cancelled() {
+                answer.1 = true;
+                return Listened::Late(self.listener);
+            }
+            // A listener that hangs must not look like a decode that moves.
+            if std::mem::replace(&mut looks, self.listener.looks()) != looks {
+                let _ = self.decode.is_cancelled();
+            }
+            let next = left.map_or(LOOK, |left| left.min(LOOK));
+            answer = slot.there.wait_timeout(answer, next).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+fn listen<E: From<HeardLate>>(
+    config: &DiarizeConfig,
+    onnxruntime: Option<&std::path::Path>,
+    orders: &Receiver<Order>,
+    late: &SyncSender<E>,
+) {
+    let mut listener: Option<Listener> = None;
+    while let Ok(Order { handle, hearing, cancel, slot }) = orders.recv() {
+        let index = hearing.index;
+        let heard = catch_unwind(AssertUnwindSafe(|| {
+            let listener = match &mut listener {
+                Some(listener) => listener,
+                none => none.insert(Listener::open(config, onnxruntime)?),
+            };
+            listener.hear(&hearing, &cancel)
+        }));
+        let heard = heard.unwrap_or_else(|_| Err("the listener panicked".to_owned()));
+        let mut answer = slot.answer.lock().unwrap_or_else(PoisonError::into_inner);
+        if answer.1 {
+            drop(answer);
+            if late.send(HeardLate { handle, index, heard }.into()).is_err() {
+                return;
+            }
+        } else {
+            answer.0 = Some(heard);
+            slot.there.notify_one();
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! What is known of the speakers at the end: all voices are heard together once more, and finals that look different then
+//! are revised before the end is said.
+//!
+//! Nothing of it is remembered: whoever takes the session over in between finds the revisions and goes on.
+
+use std::collections::BTreeMap;
+
+use voxfleet_nats::{
+    retry::Backoff,
+    transcript::{Chain, ChainError},
+};
+use voxfleet_schema::{
+    id::{Kind, StreamId},
+    transcript::{Final, Revision},
+};
+
+use super::{Session, outputs::Names};
+use crate::{
+    engine::diarize::{again, attribute, changes, relabel},
+    ipc::FinalDraft,
+};
+
+/// Revises what the end final and those before it say of their speakers.
+pub(super) async fn before_the_end(
+    session: &Session,
+    draft: &mut FinalDraft,
+    epoch: u64,
+    last_index: Option<u64>,
+) -> Result<(), ChainError> {
+    let options = session.desired.borrow().options.clone();
+    let changes = changes(draft.checkpoint.as_ref(), &options);
+    if changes.is_empty() {
+        return Ok(());
+    }
+    again(draft, &changes);
+    let Some(last_index) = last_index else { return Ok(()) };
+    let (names, chain) = (&session.names, &session.shared.chain);
+    let mut revised = revisions(chain, names.kind, &names.id).await?;
+    let (mut from, mut revisions) = (0, 0);
+    let mut backoff = Backoff::default();
+    loop {
+        match chain.next_final(names.kind, &names.id, from).await {
+            Ok(Some(stored)) if stored.value.index <= last_index => {
+                from = stored.seq + 1;
+                backoff = Backoff::default();
+                if let Some(revision) = revision_of(names, &stored.value, revised.remove(&stored.value.index), &changes)
+                {
+                    revisions += 1;
+                    if !chain.revise(Revision { epoch, ..revision }).await? {
+                        // A higher epoch has it: the end final will find that out.
+                        return Ok(());
+                    }
+                }
+                if stored.value.index == last_index {
+                    break;
+                }
+            }
+            // The rest has expired, or stands under another worker's name.
+            Ok(_) => break,
+            Err(ChainError::Server(error)) if !matches!(error, voxfleet_nats::ServerError::Closed) => {
+                tracing::warn!(id = %names.id, %error, "chain not read, trying again");
+                backoff.wait().await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    tracing::info!(id = %names.id, voices = changes.len(), revisions, "speakers reconsidered");
+    Ok(())
+}
+
+/// What replaces this final, or its last revision, under other labels; none where nothing changes. Pure.
+fn revision_of(
+    names: &Names,
+    stands: &Final,
+    revised: Option<Revision>,
+    changes: &BTreeMap<u32, u32>,
+) -> Option<Revision> {
+    let (segments, mut turns, speakers) = match revised {
+        Some(revision) => (revision.segments, revision.turns, revision.speakers),
+        None => (stands.segments.clone(), stands.turns.clone(), stands.speakers.clone()),
+    };
+    relabel(&mut turns, changes).then(|| Revision {
+        kind: names.kind,
+        id: names.id.clone(),
+        index: stands.index,
+        revision: 0,
+        epoch: 0,
+        segments: attribute(segments, &turns),
+        turns,
+        speakers,
+    })
+}
+
+/// The highest revision of each final that has one.
+pub(crate) async fn revisions(chain: &Chain, kind: Kind, id: &StreamId) -> Result<BTreeMap<u64, Revision>, ChainError> {
+    let mut found = BTreeMap::new();
+    let mut from = 0;
+    let mut backoff = Backoff::default();
+    loop {
+        match chain.next_revision(kind, id, from).await {
+            // They count along the chain: a later one is higher.
+            Ok(Some((seq, revision))) => {
+                from = seq + 1;
+                found.insert(revision.index, revision);
+            }
+            Ok(None) => return Ok(found),
+            Err(ChainError::Server(error)) if !matches!(error, voxfleet_nats::ServerError::Closed) => {
+                tracing::warn!(%id, %error, "revisions not read, trying again");
+                backoff.wait().await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
