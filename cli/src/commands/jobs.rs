@@ -23,7 +23,7 @@ use crate::{
         outcome::{self, Ended},
         progress::{Known, percent},
     },
-    formats,
+    formats::Document,
     transcript::{
         line::clock,
         screen::{object, out},
@@ -147,8 +147,7 @@ async fn result(args: &ResultArgs, nats: &Nats) -> anyhow::Result<Exit> {
     }
     let Some(ended) = Ended::of(&record) else { return not_yet(&record.id, record.state, why) };
     let aggregate = outcome::aggregate(nats, &record.id, ended).await?;
-    let pieces = formats::of_result(&aggregate.value);
-    deliver(&args.file, &formats::render(args.file.format, &pieces, &aggregate.json))?;
+    deliver(&args.file, &Document::of_result(&record.id, &aggregate.value, aggregate.json))?;
     Ok(Exit::Ok)
 }
 
