@@ -9,10 +9,14 @@ use std::{
 use crate::{
     args::FileArgs,
     exit::{Exit, OrExit as _},
+    formats::Document,
 };
 
 /// Says before any work is done that the result could not be written.
 pub(crate) fn check(args: &FileArgs) -> anyhow::Result<()> {
+    if args.no_speakers && !args.format.can_hide_speakers() {
+        return Err(anyhow::anyhow!("--no-speakers is for text and subtitles")).or_exit(Exit::Usage);
+    }
     let Some(path) = &args.output else { return Ok(()) };
     let named = |error: io::Error| anyhow::Error::new(error).context(format!("-o {}", path.display()));
     match std::fs::metadata(path) {
@@ -24,7 +28,14 @@ pub(crate) fn check(args: &FileArgs) -> anyhow::Result<()> {
     .or_exit(Exit::Usage)
 }
 
-pub(crate) fn deliver(args: &FileArgs, text: &str) -> anyhow::Result<()> {
+pub(crate) fn deliver(args: &FileArgs, document: &Document) -> anyhow::Result<()> {
+    for note in document.notes(args.format) {
+        eprintln!("{note}");
+    }
+    put(args, &document.render(args.format, !args.no_speakers))
+}
+
+fn put(args: &FileArgs, text: &str) -> anyhow::Result<()> {
     match &args.output {
         None => {
             let mut stdout = io::stdout().lock();
@@ -72,7 +83,7 @@ mod tests {
     use crate::formats::Format;
 
     fn args(path: PathBuf) -> FileArgs {
-        FileArgs { format: Format::Text, output: Some(path) }
+        FileArgs { format: Format::Text, no_speakers: false, output: Some(path) }
     }
 
     #[test]
@@ -81,10 +92,18 @@ mod tests {
         let path = dir.path().join("a.srt");
         for text in ["first, and longer", "second"] {
             check(&args(path.clone())).expect("can be written");
-            deliver(&args(path.clone()), text).expect("written");
+            put(&args(path.clone()), text).expect("written");
             assert_eq!(std::fs::read_to_string(&path).expect("text"), text);
         }
         assert_eq!(std::fs::read_dir(dir.path()).expect("folder").count(), 1);
+    }
+
+    #[test]
+    fn only_text_can_hide_who_speaks() {
+        for (format, good) in [(Format::Srt, true), (Format::Text, true), (Format::Json, false), (Format::Rttm, false)]
+        {
+            assert_eq!(check(&FileArgs { format, no_speakers: true, output: None }).is_ok(), good, "{format:?}");
+        }
     }
 
     #[test]
@@ -93,7 +112,7 @@ mod tests {
         let (real, link) = (dir.path().join("real"), dir.path().join("link"));
         std::fs::write(&real, "old").expect("file");
         std::os::unix::fs::symlink(&real, &link).expect("link");
-        deliver(&args(link.clone()), "new").expect("written");
+        put(&args(link.clone()), "new").expect("written");
         assert!(link.is_symlink() && std::fs::read_to_string(&real).expect("text") == "new");
     }
 
@@ -105,7 +124,7 @@ mod tests {
         let link = dir.path().join("out");
         std::os::unix::fs::symlink(format!("/proc/self/fd/{}", write.as_raw_fd()), &link).expect("link");
         check(&args(link.clone())).expect("can be written");
-        deliver(&args(link.clone()), "new").expect("written");
+        put(&args(link.clone()), "new").expect("written");
         drop(write);
         let mut text = String::new();
         read.read_to_string(&mut text).expect("text");
@@ -113,7 +132,7 @@ mod tests {
         let nowhere = dir.path().join("nowhere");
         std::os::unix::fs::symlink("no/such/file", &nowhere).expect("link");
         assert_eq!(crate::exit::exit_of(&check(&args(nowhere.clone())).expect_err("told")), Exit::Usage);
-        assert!(deliver(&args(nowhere.clone()), "x").is_err() && nowhere.is_symlink());
+        assert!(put(&args(nowhere.clone()), "x").is_err() && nowhere.is_symlink());
     }
 
     #[test]
@@ -123,7 +142,7 @@ mod tests {
             let error = check(&args(path)).expect_err("no");
             assert_eq!(crate::exit::exit_of(&error), Exit::Usage);
         }
-        deliver(&args("/dev/null".into()), "x").expect("a device is written to");
+        put(&args("/dev/null".into()), "x").expect("a device is written to");
         assert!(Path::new("/dev/null").exists());
     }
 }

@@ -21,7 +21,6 @@ mod producer;
 mod signals;
 mod sound;
 mod transcript;
-mod wer;
 
 use std::{process::ExitCode, time::Duration};
 

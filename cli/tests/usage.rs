@@ -76,6 +76,12 @@ fn exit_codes_are_the_documented_ones() {
         (&["export", "a", "--job", "--session"], 2),
         (&["eval", "wer", "-", "-"], 2),
         (&["eval", "wer", "/no/such/file.txt", "-"], 65),
+        (&["eval", "wer", "/dev/null", "/dev/null"], 65),
+        (&["eval", "wer", "a", "b", "--normalise", "french"], 2),
+        (&["eval", "der", "a", "b", "--collar", "-1"], 2),
+        (&["eval", "wder", "/dev/null", "/dev/null"], 65),
+        (&["eval", "latency", "/dev/null", "/dev/null"], 65),
+        (&["export", "a", "-f", "rttm", "--no-speakers"], 2),
         (&["config", "check", "--set", "nats.no_such=1"], 64),
         (&["watch", "--config", "/no/such/file.toml"], 64),
         (&["stream", "/no/such/file.wav"], 65),
@@ -112,7 +118,8 @@ fn every_command_helps_with_examples() {
         open.extend(below.into_iter().map(|name| [&words[..], &[name]].concat()));
         seen.push(words.join(" "));
     }
-    for command in ["demo", "stream", "transcribe", "jobs submit", "jobs result", "export", "eval wer", "config check"]
+    for command in
+        ["demo", "stream", "transcribe", "jobs submit", "jobs result", "export", "eval wer", "eval der", "config check"]
     {
         assert!(seen.iter().any(|s| s == command), "{command} is not among {seen:?}");
     }
@@ -132,6 +139,41 @@ fn word_errors_are_counted_without_a_fleet() {
     let object: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object");
     let fields = ["wer", "substitutions", "deletions", "insertions", "words"].map(|name| object[name].as_f64());
     assert_eq!(fields, [Some(2.0 / 6.0), Some(1.0), Some(1.0), Some(0.0), Some(6.0)], "{object}");
+}
+
+/// Test calls against themselves with something changed, as somebody would type it.
+#[test]
+fn calls_are_measured_without_a_fleet() {
+    let (dir, calls) = (tempfile::tempdir().expect("folder"), concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/audio"));
+    let of = |arguments: &[&str]| -> serde_json::Value {
+        let output = voxfleet(dir.path(), arguments).output().expect("voxfleet runs");
+        assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect("one object")
+    };
+    let call = |name: &str| format!("{calls}/{name}");
+    let own = of(&["eval", "wer", calls, calls, "--json", "--bootstrap", "50"]);
+    assert_eq!((own["wer"].as_f64(), own["rows"].as_array().map(Vec::len)), (Some(0.0), Some(5)), "{own}");
+    let other = of(&["eval", "cer", &call("call-01.txt"), &call("call-02.json"), "--json", "--normalise", "none"]);
+    assert!(other["cer"].as_f64().is_some_and(|cer| cer > 0.3 && cer < 1.0), "{other}");
+
+    // The last turn of the call is gone, and 8 s into it the other one speaks.
+    let turns = std::fs::read_to_string(call("call-01.rttm")).expect("turns");
+    let kept = turns.trim_end().rsplit_once('\n').map(|(kept, _)| kept.replace("customer", "X")).expect("two lines");
+    std::fs::write(dir.path().join("heard.rttm"), &kept).expect("file");
+    let der = of(&["eval", "der", &call("call-01.rttm"), "heard.rttm", "--json"]);
+    let (missed, total) = (der["missed_detection"].as_f64().unwrap_or(0.0), der["total"].as_f64().unwrap_or(1.0));
+    assert!(missed > 0.5 && der["der"].as_f64() == Some(missed / total) && der["false_alarm"] == 0.0, "{der}");
+    let forgiven = of(&["eval", "der", &call("call-01.rttm"), "heard.rttm", "--json", "--collar", "0.5"]);
+    assert!(forgiven["total"].as_f64().is_some_and(|less| less < total), "{forgiven}");
+
+    let changed = std::fs::read_to_string(call("call-03.json")).expect("call").replacen("\"customer\"", "\"agent\"", 1);
+    std::fs::write(dir.path().join("heard.json"), changed).expect("file");
+    let wder = of(&["eval", "wder", &call("call-03.json"), "heard.json", "--json"]);
+    assert_eq!((wder["wrong"].as_u64(), wder["wer"].as_f64()), (Some(10), Some(0.0)), "{wder}");
+
+    let aligned = voxfleet(dir.path(), &["eval", "wer", &call("call-01.txt"), "heard.json", "--align"]).output();
+    let shown = text(&aligned.expect("voxfleet runs").stdout);
+    assert!(shown.starts_with("REF:  ") && shown.contains("\nHYP:  ") && shown.contains("word error rate"), "{shown}");
 }
 
 #[test]

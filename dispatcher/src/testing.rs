@@ -4,7 +4,7 @@ use voxfleet_schema::{
     audio::AudioFormat,
     fleet::{Device, EngineRunState, EngineState, Heartbeat, Held, ModelState, Provider, Residency, Slots},
     id::{GpuId, Incarnation, Kind, StreamId, WorkerName},
-    job::{JobRecord, JobState},
+    job::{JobPart, JobRecord, JobState},
     session::SessionOptions,
     source::SourceState,
     transcript::{AudioRange, Final, Resume, Timings, VadKind},
@@ -161,6 +161,19 @@ pub(crate) fn job(id_text: &str) -> JobRecord {
         suspect: false,
         deaths: 0,
         instead: None,
+        part: None,
+    }
+}
+
+/// The first stretch of a job's recording.
+pub(crate) fn part_of(parent: &str) -> JobPart {
+    JobPart {
+        parent: id(parent),
+        number: 0,
+        from: None,
+        until_sample: Some(160_000),
+        vad: VadKind::Energy,
+        recording_bytes: 9,
     }
 }
 

@@ -2,7 +2,10 @@
 
 use std::{fmt, str::FromStr};
 
-use crate::english;
+use crate::{
+    align::{Edits, edits},
+    english,
+};
 
 /// Named ways to make texts comparable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -60,6 +63,11 @@ impl FromStr for Normalise {
     }
 }
 
+/// Word errors with [`Normalise::Basic`]: what the demo, the benches and `voxfleet eval wer` say unless told otherwise.
+pub fn compare(reference: &str, heard: &str) -> Edits {
+    edits(&Normalise::Basic.words(reference), &Normalise::Basic.words(heard))
+}
+
 /// Lower case, letters and digits only; an apostrophe inside stays: "don't" is one word.
 pub(crate) fn bare(word: &str) -> String {
     let kept: String = word
@@ -80,6 +88,7 @@ mod tests {
         let basic = |text| Normalise::Basic.words(text).join(" ");
         assert_eq!(basic("Good morning, this is  Lucy."), "good morning this is lucy");
         assert_eq!(basic("Don't -- 'stop' 3.5! isn\u{2019}t ÄRGER"), "don't stop 35 isn't ärger");
+        assert_eq!(compare("Good morning, Lucy.", "good  morning lucie").substituted, 1);
         assert_eq!(Normalise::None.words(" Good\tmorning, "), ["Good", "morning,"]);
     }
 

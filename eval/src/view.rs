@@ -80,6 +80,10 @@ mod tests {
         let text = shown("one two three four five", "one two tree four five", 16);
         assert_eq!(text.lines().filter(|l| l.starts_with("REF:")).count(), 3, "{text}");
         assert!(text.lines().all(|l| l.chars().count() <= 16), "{text}");
+        assert_eq!(
+            (shown("one two", "one two", 12).lines().count(), shown("one two", "one two", 13).lines().count()),
+            (7, 3)
+        );
         assert_eq!(shown("incomprehensibilities", "x", 5).lines().count(), 3, "a word wider than all");
     }
 }

@@ -18,6 +18,7 @@ use crate::{
     failure::Failure,
     id::{StreamId, WorkerName},
     session::{SessionOptions, strict_options},
+    transcript::{Resume, VadKind},
 };
 
 pub use url::{AudioUrl, MAX_URL_BYTES, MEDIA_BUCKET, UrlError};
@@ -83,6 +84,52 @@ pub struct JobRequest {
     /// How long the result is kept once the job has ended, in s. At most 30 days.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub result_ttl_s: Option<u32>,
+    /// Only this stretch of it: said by the worker that has the whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<JobPart>,
+}
+
+/// A stretch of a long recording, given out as a job of its own by the worker that has the whole of it.
+///
+/// Its chain is that of an ordinary job with three differences. It begins with a mark: a final that covers no sample, which
+/// says that somebody has begun. Its positions are those of the whole recording. Its last final has `end`, wherever in the
+/// recording that is, and names no aggregate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobPart {
+    /// The job it is a part of.
+    pub parent: StreamId,
+    /// Its place among the parts, from 0.
+    pub number: u64,
+    /// Behind which final of the whole it begins; none: at the beginning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Box<PartStart>>,
+    /// The final that reaches this sample is its last; none: the one that ends the recording.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until_sample: Option<u64>,
+    /// Which detector found these boundaries: with another one they are none.
+    pub vad: VadKind,
+    /// Length of the recording's file: one of another length is another recording.
+    pub recording_bytes: u64,
+}
+
+/// What of a final decides how to go on behind it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PartStart {
+    pub to_sample: u64,
+    pub to_seq: u64,
+    pub resume: Resume,
+}
+
+impl JobPart {
+    /// Sample at which it begins.
+    pub fn from_sample(&self) -> u64 {
+        self.from.as_ref().map_or(0, |start| start.to_sample)
+    }
+
+    /// A final that ends here, or with which the recording ends, is its last.
+    pub fn ends_at(&self, to_sample: u64, end: bool) -> bool {
+        end || self.until_sample.is_some_and(|until| to_sample >= until)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -101,6 +148,8 @@ pub enum RequestError {
     Name,
     #[error("result_ttl_s is outside 60 to {MAX_RESULT_TTL_S}")]
     Ttl,
+    #[error("part ends before it begins, or is a part of itself")]
+    Part,
     #[error(transparent)]
     Option(#[from] crate::session::OptionError),
 }
@@ -130,6 +179,12 @@ impl JobRequest {
         }
         if self.result_ttl_s.is_some_and(|ttl| !(60..=MAX_RESULT_TTL_S).contains(&ttl)) {
             return Err(RequestError::Ttl);
+        }
+        if let Some(part) = &self.part
+            && (part.until_sample.is_some_and(|until| until <= part.from_sample())
+                || self.job.as_ref() == Some(&part.parent))
+        {
+            return Err(RequestError::Part);
         }
         Ok(self.options.validate()?)
     }
@@ -221,6 +276,16 @@ pub struct JobRecord {
     /// What its worker was given to run in place of what was asked for; told once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instead: Option<Instead>,
+    /// It is a stretch of another job's recording.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<JobPart>,
+}
+
+impl JobRecord {
+    /// The job that it is a part of.
+    pub fn parent(&self) -> Option<&StreamId> {
+        self.part.as_ref().map(|part| &part.parent)
+    }
 }
 
 /// Key of an inline recording in the object store; it belongs to the job and goes with its result.
@@ -253,6 +318,9 @@ pub struct WorkItem {
     /// Decode it alone.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub suspect: bool,
+    /// Only this stretch of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<JobPart>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -334,6 +402,16 @@ pub struct JobListRequest {
     /// 100 unless told, at most 1,000.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
+    /// The parts of this job, which no other list has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parts_of: Option<StreamId>,
+}
+
+impl JobListRequest {
+    /// Whether this job is one of those asked for.
+    pub fn wants(&self, record: &JobRecord) -> bool {
+        self.state.is_none_or(|state| record.state == state) && record.parent() == self.parts_of.as_ref()
+    }
 }
 
 /// One line of `job.list`.
@@ -474,6 +552,31 @@ mod tests {
         ] {
             assert!(JobRequest::decode(bad, None).is_err(), "{}", String::from_utf8_lossy(bad));
         }
+    }
+
+    #[test]
+    fn a_part_ends_behind_its_beginning_and_is_no_part_of_itself() {
+        let part = |from: u64, until| {
+            let resume = serde_json::json!({
+                "seq": 1, "at_sample": 0, "at_frame": 0, "format": "pcm_s16le;rate=16000;channels=1", "format_sample": 0,
+            });
+            let from = (from > 0).then(|| serde_json::json!({ "to_sample": from, "to_seq": 3, "resume": resume }));
+            let part = serde_json::json!({
+                "parent": "whole", "number": 2, "from": from, "until_sample": until, "vad": "energy", "recording_bytes": 9,
+            });
+            serde_json::json!({ "audio": "https://h/a", "part": part })
+        };
+        let read = |value: serde_json::Value| JobRequest::decode(value.to_string().as_bytes(), None).expect("JSON");
+        let good = read(part(100, Some(200)));
+        assert_eq!(good.validate(), Ok(()));
+        let stretch = good.part.clone().expect("a part");
+        assert_eq!(stretch.from_sample(), 100);
+        let ends = [(199, false), (200, false), (150, true)].map(|(to, end)| stretch.ends_at(to, end));
+        assert_eq!(ends, [false, true, true]);
+        assert!(!read(part(0, None)).part.is_some_and(|rest| rest.ends_at(u64::MAX, false)), "to the recording's end");
+        assert_eq!(read(part(100, Some(100))).validate(), Err(RequestError::Part));
+        let own = JobRequest { job: StreamId::new("whole").ok(), ..good };
+        assert_eq!(own.validate(), Err(RequestError::Part));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use voxfleet_schema::{fleet::Provider, id::GpuId, session::is_model_name};
+use voxfleet_schema::{SAMPLE_RATE_HZ, fleet::Provider, id::GpuId, session::is_model_name};
 use voxfleet_store::{
     fetch::FetchConfig,
     models::{Catalog, ModelKind},
@@ -15,6 +15,7 @@ use voxfleet_store::{
 
 use crate::{
     ipc::{DiarizeConfig, EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
+    job::Split,
     preempt::PreemptionConfig,
     provider::{ProviderChoice, Rent},
 };
@@ -113,6 +114,10 @@ pub struct WorkerConfig {
     pub job_slots: u32,
     /// Longest recording, in s.
     pub max_recording_s: u64,
+    /// Parts of longer recordings are given to other workers, in s; 0 = of none.
+    pub split_jobs_over_s: u64,
+    /// Length of such a part, in s.
+    pub job_part_s: u64,
     /// Memory of the process that decodes a recording, in MB.
     pub decoder_memory_mb: u64,
     /// A decoder that says nothing for so long is ended, in ms.
@@ -210,6 +215,10 @@ impl Default for WorkerConfig {
             job_slots: 1,
             // A day: longer recordings are split by whoever makes them.
             max_recording_s: 86_400,
+            // Shorter ones are done within a minute anyway, and a fleet has more of them.
+            split_jobs_over_s: 600,
+            // Seconds of work for a GPU: what it costs to begin one is little beside it, and at the end nobody waits long.
+            job_part_s: 120,
             // An m4a's index for a day of audio is about 20 MB; libraries and the binary itself need the rest.
             decoder_memory_mb: 512,
             // A decoder works thousands of times faster than this; a silent one hangs.
@@ -286,6 +295,10 @@ impl WorkerConfig {
         check(
             (1..=31 * 86_400).contains(&self.max_recording_s),
             format!("worker.max_recording_s: {}, allowed are 1 to {}", self.max_recording_s, 31 * 86_400),
+        );
+        check(
+            (5..=3_600).contains(&self.job_part_s),
+            format!("worker.job_part_s: {}, allowed are 5 to 3600", self.job_part_s),
         );
         check(
             (64..=65_536).contains(&self.decoder_memory_mb),
@@ -535,6 +548,15 @@ impl WorkerConfig {
             max_seconds: self.max_recording_s,
             memory_mb: self.decoder_memory_mb,
             stall: std::time::Duration::from_millis(self.decoder_stall_ms),
+        }
+    }
+
+    /// Which recordings others may have parts of.
+    pub(crate) fn split(&self) -> Split {
+        let samples = |seconds: u64| seconds.saturating_mul(u64::from(SAMPLE_RATE_HZ));
+        Split {
+            longer_than: if self.split_jobs_over_s == 0 { u64::MAX } else { samples(self.split_jobs_over_s) },
+            part_samples: samples(self.job_part_s),
         }
     }
 

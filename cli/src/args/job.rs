@@ -130,6 +130,7 @@ impl JobArgs {
 #[command(after_help = "Examples:
   voxfleet transcribe call.mp3
   voxfleet transcribe call.flac -f srt -o call.srt --language en
+  voxfleet transcribe meeting.flac --diarize true -f rttm -o meeting.rttm
   voxfleet transcribe stereo.wav --channels split --channel-names agent,customer
   voxfleet transcribe https://example.com/interview.m4a -f json | jq -r .full_text
   voxfleet transcribe s3://calls/2024/17.ogg --id call-17 --priority low --detach
@@ -163,6 +164,9 @@ pub(crate) struct FileArgs {
     /// In which form
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
     pub(crate) format: Format,
+    /// Text and subtitles without the names of who speaks
+    #[arg(long)]
+    pub(crate) no_speakers: bool,
     /// Where to; it is there whole or not at all [default: standard output]
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
@@ -222,6 +226,9 @@ pub(crate) struct ListArgs {
     /// How many at most
     #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub(crate) limit: u32,
+    /// The parts of this long recording, which the list leaves out
+    #[arg(long, value_name = "JOB")]
+    pub(crate) parts_of: Option<StreamId>,
     /// Show them again every two seconds, until Ctrl-C
     #[arg(long)]
     pub(crate) watch: bool,
@@ -274,6 +281,8 @@ pub(crate) struct ResultArgs {
 #[command(after_help = "Examples:
   voxfleet export call-17 -f srt
   voxfleet export standup --session -f vtt -o standup.vtt
+  voxfleet export call-17 -f rttm -o call-17.rttm
+  voxfleet export call-17 -f words | jq -r '.words[] | [.start, .speaker, .word] | @tsv'
   voxfleet export call-17 --job -f json | jq -r .full_text
 
 From the stored finals, so it works while a session or job still runs; what is there by now is written, and said.")]
@@ -289,36 +298,6 @@ pub(crate) struct ExportArgs {
     pub(crate) job: bool,
     #[command(flatten)]
     pub(crate) file: FileArgs,
-}
-
-#[derive(Debug, Clone, Args)]
-pub(crate) struct EvalArgs {
-    #[command(subcommand)]
-    pub(crate) what: EvalCommand,
-}
-
-#[derive(Debug, Clone, Subcommand)]
-pub(crate) enum EvalCommand {
-    /// Word error rate of a transcript against what was said
-    #[command(after_help = "Examples:
-  voxfleet eval wer call-01.txt heard.txt
-  voxfleet transcribe call-01.flac | voxfleet eval wer call-01.txt - --json
-
-Edits (words that are wrong, missed, invented) per word of the reference, as a fraction. Before they are compared both
-texts become lower case, and everything but letters, digits and the apostrophe inside a word is dropped.")]
-    Wer(WerArgs),
-}
-
-#[derive(Debug, Clone, Args)]
-pub(crate) struct WerArgs {
-    /// What was said: a text file, or -
-    #[arg(value_name = "REF")]
-    pub(crate) reference: String,
-    /// What was heard: a text file, or -
-    #[arg(value_name = "HYP")]
-    pub(crate) heard: String,
-    #[command(flatten)]
-    pub(crate) output: OutputArgs,
 }
 
 /// How long a result is kept.

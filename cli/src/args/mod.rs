@@ -3,6 +3,7 @@
 mod commands;
 mod dead;
 mod drain;
+mod eval;
 #[cfg(all(test, feature = "bench"))]
 mod examples;
 mod job;
@@ -16,6 +17,7 @@ use clap::{Args, Parser, Subcommand};
 pub(crate) use commands::*;
 pub(crate) use dead::*;
 pub(crate) use drain::*;
+pub(crate) use eval::*;
 pub(crate) use job::*;
 pub(crate) use models::*;
 pub(crate) use plan::*;
@@ -81,7 +83,7 @@ pub(crate) enum Command {
     Transcribe(TranscribeArgs),
     /// Recordings being transcribed: submit, list, show, cancel, fetch results
     Jobs(JobsArgs),
-    /// Write the stored transcript of a session or job as text, JSON or subtitles
+    /// Write the stored transcript of a session or job as text, JSON, subtitles or speaker turns
     Export(ExportArgs),
     /// Measure a transcript against what was said
     Eval(EvalArgs),

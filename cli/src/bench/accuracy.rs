@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use futures_util::{StreamExt as _, future::try_join_all};
 use serde_json::{Value, json};
 use tokio::time::Instant;
+use voxfleet_eval::{Edits, text::compare};
 use voxfleet_harness::{
     audio::{self, Pcm},
     checker,
@@ -23,11 +24,7 @@ use super::{
     pipeline::{CHUNK_MS, Kind, log},
     progress, rounded, usage,
 };
-use crate::{
-    demo::report::quantile,
-    producer::ago,
-    wer::{WordErrors, compare},
-};
+use crate::{demo::report::quantile, producer::ago};
 
 const CALLS: std::ops::RangeInclusive<u32> = 1..=5;
 const WORKERS: usize = 2;
@@ -141,8 +138,6 @@ async fn one(fleet: &Fleet, n: usize, pcm: &Pcm, speed: f64) -> Result<Heard> {
 }
 
 /// Word error rate over all calls: long ones count for more.
-fn together(errors: &[WordErrors]) -> f64 {
-    let edits: usize = errors.iter().map(|e| e.edits()).sum();
-    let words: usize = errors.iter().map(|e| e.reference_words).sum();
-    edits as f64 / words.max(1) as f64
+fn together(errors: &[Edits]) -> f64 {
+    errors.iter().copied().sum::<Edits>().rate()
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::{Value, json};
+use voxfleet_eval::{Edits, text::compare};
 use voxfleet_harness::audio;
 use voxfleet_schema::{
     session::SessionOptions,
@@ -34,7 +35,6 @@ use super::{
     pipeline::{Kind, log},
     progress, rounded, usage,
 };
-use crate::wer::{WordErrors, compare};
 
 /// With speech from its first second on.
 const CALL: u32 = 1;
@@ -194,14 +194,14 @@ fn accuracy(file: &ModelFile, use_gpu: bool) -> Result<Vec<Value>> {
             progress(&format!("{} on {} calls, {context:?}", file.name, calls.len()));
             let mut heard = Plain::new(&model, context)?;
             let options = SessionOptions { interim: false, ..SessionOptions::default() };
-            let mut errors: Vec<WordErrors> = Vec::new();
+            let mut errors: Vec<Edits> = Vec::new();
             for (call, reference) in calls.iter().zip(&references) {
                 let finals =
                     transcribe_log(&log(call), &options, StartPoint::beginning(), &mut heard, &*vads, None)?;
                 let text = join_text(finals.iter().flat_map(|f| f.segments.iter().map(|s| s.text.as_str())));
                 errors.push(compare(reference, &text));
             }
-            let (edits, words) = errors.iter().fold((0, 0), |(e, w), of| (e + of.edits(), w + of.reference_words));
+            let (edits, words) = errors.iter().fold((0, 0), |(e, w), of| (e + of.edits(), w + of.reference));
             Ok(json!({
                 "model": file.name,
                 "context": match context { Encoder::Full => "full".to_owned(), Encoder::Fitted { least } => format!("fitted, {least} at least") },

@@ -141,7 +141,7 @@ async fn measure(kind: &Kind, pcm: &Pcm, rounds: u32) -> Result<Value> {
     }))
 }
 
-fn median(values: &[f64]) -> f64 {
+pub(super) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
@@ -153,7 +153,7 @@ fn median(values: &[f64]) -> f64 {
 }
 
 /// Seconds from opening the file to the last final, and the text.
-fn direct(kind: &Kind, path: &Path) -> Result<(f64, String)> {
+pub(super) fn direct(kind: &Kind, path: &Path) -> Result<(f64, String)> {
     let mut state = kind.states(1)?.pop().context("a decode state")?;
     let vads = kind.vad();
     let begin = Instant::now();
@@ -169,10 +169,10 @@ fn direct(kind: &Kind, path: &Path) -> Result<(f64, String)> {
 }
 
 /// The object store of a fleet, as clients see it.
-struct Store(Media);
+pub(super) struct Store(Media);
 
 impl Store {
-    async fn connect(fleet: &Fleet) -> Result<Self> {
+    pub(super) async fn connect(fleet: &Fleet) -> Result<Self> {
         // The bucket is there, and requests are answered, as soon as a dispatcher is active.
         let client = fleet.client();
         eventually("the dispatcher answers", ASK, || probe_api::fleet_status(&client)).await?;
@@ -180,14 +180,14 @@ impl Store {
         Ok(Self(Media::new(&Nats::connect(&config, "bench").await?)))
     }
 
-    async fn put(&self, key: &str, path: &Path) -> Result<()> {
+    pub(super) async fn put(&self, key: &str, path: &Path) -> Result<()> {
         self.0.put(key, tokio::fs::File::open(path).await?).await?;
         Ok(())
     }
 }
 
 /// Submits what lies under `key` and waits for its result; seconds from the request to the end final.
-async fn job(fleet: &Fleet, store: &Store, id: &str, key: &str) -> Result<(f64, JobResult)> {
+pub(super) async fn job(fleet: &Fleet, store: &Store, id: &str, key: &str) -> Result<(f64, JobResult)> {
     let client = fleet.client();
     let mut finals = client.subscribe(format!("asr.v1.transcript.job.{id}.final")).await?;
     client.flush().await?;

@@ -11,6 +11,7 @@
 //! | [`engine`] | speed of the bare engine by model shape, threads, encoder context, flash attention and states |
 //! | [`failover`] | workers killed in mid-word: time to the verdict and to the next words, nothing lost, nothing twice |
 //! | [`latency`] | from the end of a word to its first partial and to its final, and how many sessions this CPU carries |
+//! | [`longfile`] | one long recording on 1, 2, 4 and 8 workers: how much sooner it is done |
 //! | [`memory`] | memory of one engine with 1 to 16 live sessions |
 //! | [`peers`] | text and speed of our engine beside whisper.cpp by itself |
 //! | [`pipeline`] | audio through NATS and the fleet against the same engine called directly, live and ([`jobs`]) as a file |
@@ -34,6 +35,7 @@ mod engine;
 mod failover;
 mod jobs;
 mod latency;
+mod longfile;
 mod memory;
 mod models;
 mod peers;
@@ -72,6 +74,7 @@ Examples:
   voxfleet bench engine --models micro
   voxfleet bench failover --kills 20
   voxfleet bench latency --quick
+  voxfleet bench longfile
   voxfleet bench memory --model base --format q8_0
   voxfleet bench peers
   voxfleet bench pipeline --jobs
@@ -107,6 +110,8 @@ enum Bench {
     Failover(failover::FailoverArgs),
     /// From the end of a word to its first partial and its final, with one session and with the most this CPU carries
     Latency(latency::LatencyArgs),
+    /// One long recording on 1, 2, 4 and 8 simulated workers: how much sooner is it done, and is the text the same?
+    Longfile(longfile::LongfileArgs),
     /// Memory of one worker's engine with 1 to 16 live sessions on one loaded model
     Memory(memory::MemoryArgs),
     /// Our engine beside whisper.cpp by itself: text and speed
@@ -142,6 +147,7 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Chaos(args) => chaos::run(args).await,
             Bench::Allocate(args) => tokio::task::spawn_blocking(move || allocate::run(&args)).await?,
             Bench::Coldstart(args) => coldstart::run(args).await,
+            Bench::Longfile(args) => longfile::run(args).await,
             Bench::Detection(args) => detection::run(args).await,
             Bench::Diarize(args) => tokio::task::spawn_blocking(move || diarize::run(&args)).await?,
             Bench::Engine(args) => tokio::task::spawn_blocking(move || engine::run(&args)).await?,

@@ -16,6 +16,7 @@ use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
+use voxfleet_eval::{Edits, text::compare};
 use voxfleet_harness::{audio::Pcm, find, fleet};
 use voxfleet_schema::{session::SessionOptions, transcript::join_text};
 use voxfleet_worker::{
@@ -37,7 +38,6 @@ use super::{
     recording::{self, Spoken},
     rounded, usage,
 };
-use crate::wer::{WordErrors, compare};
 
 const MICRO: &str = "micro.en-q8_0";
 const DETECTOR: &str = "models/for-tests-silero-v6.2.0-ggml.bin";
@@ -141,7 +141,7 @@ fn row(name: &str, items: &[Item], outcomes: &[Outcome]) -> Value {
     let (mut edits, mut words, mut audio_s, mut took_s, mut cpu_s) = (0, 0, 0.0, 0.0, 0.0);
     let factor = |audio_s: f64, took_s: f64| rounded(audio_s / took_s.max(1e-3));
     for (item, outcome) in items.iter().zip(outcomes) {
-        let errors: WordErrors = compare(&item.spoken.text, &outcome.text);
+        let errors: Edits = compare(&item.spoken.text, &outcome.text);
         row[format!("wer_{}", item.name)] = rounded(errors.rate()).into();
         if item.name == "long" {
             let seconds = item.spoken.pcm.seconds();
@@ -149,7 +149,7 @@ fn row(name: &str, items: &[Item], outcomes: &[Outcome]) -> Value {
             row["long_cpu_realtime_factor"] = factor(seconds, outcome.cpu_s).into();
         } else {
             edits += errors.edits();
-            words += errors.reference_words;
+            words += errors.reference;
             audio_s += item.spoken.pcm.seconds();
             took_s += outcome.seconds;
             cpu_s += outcome.cpu_s;

@@ -176,6 +176,11 @@ async fn retry(args: &RetryArgs, nats: &Nats) -> anyhow::Result<Exit> {
     }
     let record = ask::record(nats, &args.job).await?;
     let source = source(record, &of_job)?;
+    if let Some(part) = &source.request.part {
+        let whole = &part.parent;
+        return Err(anyhow::anyhow!("{} is a stretch of job {whole}, which does it itself; retry {whole}", args.job))
+            .or_exit(Exit::Usage);
+    }
     let id = match &args.id {
         // Nothing of a job that is there may be written over, and being given its answer would not be a new try.
         Some(id) if ask::record(nats, id).await?.is_some() => {
@@ -247,6 +252,7 @@ fn again(record: JobRecord) -> JobRequest {
         name: record.name,
         options: record.options,
         result_ttl_s: Some(record.result_ttl_s),
+        part: record.part,
     }
 }
 

@@ -18,7 +18,7 @@ use crate::{
     args::ExportArgs,
     deliver::{check, deliver},
     exit::{Exit, OrExit as _},
-    formats::{self, Chain},
+    formats::Chain,
 };
 
 /// How long a revision may take to come; most sessions have none, and the stream says so by silence only.
@@ -42,8 +42,9 @@ async fn export(args: &ExportArgs, nats: &Nats) -> anyhow::Result<Exit> {
     for note in notes(kind, &args.id, &chain) {
         eprintln!("{note}");
     }
-    let json = chain.json().transpose().or_exit(Exit::Internal)?.unwrap_or_default();
-    deliver(&args.file, &formats::render(args.file.format, &chain.pieces(), &json))?;
+    if let Some(document) = chain.document() {
+        deliver(&args.file, &document.or_exit(Exit::Internal)?)?;
+    }
     Ok(Exit::Ok)
 }
 

@@ -23,7 +23,7 @@ use crate::{
         outcome::{self, Ended},
         progress::{Known, percent},
     },
-    formats,
+    formats::Document,
     transcript::{
         line::clock,
         screen::{object, out},
@@ -88,7 +88,11 @@ async fn submit(args: &SubmitArgs, wish: &Wish, nats: &Nats, context: &Context) 
 }
 
 async fn list(args: &ListArgs, nats: &Nats, context: &Context) -> anyhow::Result<Exit> {
-    let request = JobListRequest { state: args.state.map(JobState::from), limit: Some(args.limit) };
+    let request = JobListRequest {
+        state: args.state.map(JobState::from),
+        limit: Some(args.limit),
+        parts_of: args.parts_of.clone(),
+    };
     loop {
         let list = ask::list(nats, &request).await?;
         if args.output.json {
@@ -143,8 +147,7 @@ async fn result(args: &ResultArgs, nats: &Nats) -> anyhow::Result<Exit> {
     }
     let Some(ended) = Ended::of(&record) else { return not_yet(&record.id, record.state, why) };
     let aggregate = outcome::aggregate(nats, &record.id, ended).await?;
-    let pieces = formats::of_result(&aggregate.value);
-    deliver(&args.file, &formats::render(args.file.format, &pieces, &aggregate.json))?;
+    deliver(&args.file, &Document::of_result(&record.id, &aggregate.value, aggregate.json))?;
     Ok(Exit::Ok)
 }
 

@@ -18,7 +18,7 @@ use crate::{
         recording::Recording,
         wait,
     },
-    formats::{self, Chain},
+    formats::{Chain, Document},
     transcript::{
         line::{Paint, clock, of_final},
         screen::{Detail, Screen, Style, out},
@@ -58,7 +58,7 @@ async fn with_nats(args: &TranscribeArgs, wish: &Wish, nats: &Nats, step: &Cell<
     // Nothing is left to be cancelled.
     step.set(Step::Nothing);
     let Aggregate { value, json } = outcome::aggregate(nats, id, ended).await?;
-    deliver(&args.output, &formats::render(args.output.format, &formats::of_result(&value), &json))?;
+    deliver(&args.output, &Document::of_result(id, &value, json))?;
     let took = value.performance_metrics.total_duration;
     let times = if took > 0.0 { format!(", {:.1} x real time", value.duration / took) } else { String::new() };
     let length = clock((value.duration * 1000.0) as u64);
@@ -127,11 +127,8 @@ async fn live(args: &TranscribeArgs, context: &Context) -> anyhow::Result<Exit> 
     let mut screen = Screen::new(Style::Silent, Detail::default());
     let exit = stream::stream(&stream, context, &mut screen, &mut keep).await?;
     // Stopped or failed half way, what was heard until then is still worth having.
-    match chain.json() {
-        Some(json) => {
-            let json = json.or_exit(Exit::Internal)?;
-            deliver(&args.output, &formats::render(args.output.format, &chain.pieces(), &json))?;
-        }
+    match chain.document() {
+        Some(document) => deliver(&args.output, &document.or_exit(Exit::Internal)?)?,
         None => eprintln!("nothing was transcribed"),
     }
     if let Some(error) = chain.error() {

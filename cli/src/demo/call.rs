@@ -3,6 +3,7 @@
 use std::{path::Path, time::Instant};
 
 use bytes::Bytes;
+use voxfleet_eval::{Edits, text::compare};
 use voxfleet_schema::{
     audio::{ASR_END, ASR_FORMAT, AudioFormat, RawEntry},
     session::SessionOptions,
@@ -14,10 +15,7 @@ use voxfleet_worker::{
     ipc::StartPoint,
 };
 
-use crate::{
-    sound,
-    wer::{self, WordErrors},
-};
+use crate::sound;
 
 const CHUNK_MS: usize = 200;
 
@@ -86,7 +84,7 @@ impl Call {
 
 /// The same engine called directly on the whole call.
 pub(crate) struct Offline {
-    pub(crate) errors: WordErrors,
+    pub(crate) errors: Edits,
     /// From the first sample to the last final, the model being loaded.
     pub(crate) seconds: f64,
     /// Whether the fleet said the same, to the letter.
@@ -116,5 +114,5 @@ pub(crate) fn offline(call: &Call, worker: &WorkerConfig) -> Result<Offline, Off
         transcribe_log(&log, &SessionOptions::default(), StartPoint::beginning(), &mut state, detector.as_ref(), None)?;
     let seconds = begun.elapsed().as_secs_f64();
     let text = join_text(finals.iter().flat_map(|f| f.segments.iter().map(|s| s.text.as_str())));
-    Ok(Offline { errors: wer::compare(&call.reference(), &text), seconds, text })
+    Ok(Offline { errors: compare(&call.reference(), &text), seconds, text })
 }

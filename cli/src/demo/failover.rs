@@ -18,7 +18,11 @@ use voxfleet_schema::{
     id::{GpuId, StreamId},
 };
 
-use super::{call::Call, live};
+use super::{
+    call::Call,
+    live,
+    speakers::{self, Told},
+};
 use crate::transcript::{
     follow::{FollowError, Seen, good},
     line::Paint,
@@ -37,6 +41,9 @@ pub(crate) struct Failover {
     /// The same words as the engine called directly gives.
     same_text: bool,
     words: usize,
+    /// Each word has the label that it has without the kill.
+    same_speakers: bool,
+    names: usize,
 }
 
 struct Killed {
@@ -64,14 +71,21 @@ struct Watched {
     moments: Moments,
 }
 
+/// What the undisturbed run said.
+pub(crate) struct Before<'a> {
+    pub(crate) text: &'a str,
+    pub(crate) told: &'a Told,
+}
+
 /// Plays the call again and kills its worker.
 pub(crate) async fn act(
     nats: &Nats,
     fleet: &mut Fleet,
     call: &Call,
     speed: f64,
+    options: &[(String, String)],
     style: Style,
-    offline: &str,
+    before: &Before<'_>,
 ) -> anyhow::Result<Failover> {
     let id = StreamId::new(format!("{}-{}", call.name, &Uuid::new_v4().simple().to_string()[..6]))?;
     let mut screen = Screen::new(style, Detail { names: false, words: false, partials: true });
@@ -81,7 +95,7 @@ pub(crate) async fn act(
     let watched = Mutex::new(Watched::default());
     let mut seen = |news: Seen<'_>| note(&watched, news);
     let live = {
-        let playing = live::transcribe(nats, call, &id, speed, &mut screen, &mut seen);
+        let playing = live::transcribe(nats, call, &id, speed, options, &mut screen, &mut seen);
         let watching = watch_fleet(nats, &watched, &voice, paint);
         let killing = kill(fleet, call, speed, &watched, &voice, paint);
         tokio::pin!(playing, watching, killing);
@@ -97,7 +111,16 @@ pub(crate) async fn act(
     let text = live.text();
     let Watched { killed, moments, .. } = watched.into_inner().unwrap_or_else(PoisonError::into_inner);
     let killed = killed.ok_or_else(|| anyhow::anyhow!("the call ended before its worker could be killed"))?;
-    let found = Failover { id, killed, moments, same_text: text == offline, words: text.split_whitespace().count() };
+    let told = Told::of_finals(&speakers::revised(nats, &id, &live.finals).await?);
+    let found = Failover {
+        id,
+        killed,
+        moments,
+        same_text: text == before.text,
+        words: text.split_whitespace().count(),
+        same_speakers: told == *before.told,
+        names: told.names().len(),
+    };
     for line in found.lines() {
         voice.line(&if found.same_text { paint.green(&line) } else { paint.red(&line) })?;
     }
@@ -207,6 +230,11 @@ impl Failover {
                 true => format!("no word lost, none twice: {} words, as without the kill", self.words),
                 false => "the text is another than without the kill".to_owned(),
             },
+            match (self.names, self.same_speakers) {
+                (0, _) => "nobody was told apart".to_owned(),
+                (names, true) => format!("{names} speakers, each word under the same label as without the kill"),
+                (_, false) => "some words have another label than without the kill".to_owned(),
+            },
         ]
     }
 
@@ -220,6 +248,7 @@ impl Failover {
             "gap_ms": self.ms(*word),
             "first_final_ms": self.ms(*first_final),
             "same_text": self.same_text,
+            "same_speakers": self.same_speakers,
         })
     }
 }

@@ -43,6 +43,7 @@ pub(crate) async fn transcribe(
     call: &Call,
     id: &StreamId,
     speed: f64,
+    options: &[(String, String)],
     screen: &mut Screen,
     seen: &mut (dyn FnMut(Seen<'_>) + Send),
 ) -> anyhow::Result<Live> {
@@ -60,7 +61,7 @@ pub(crate) async fn transcribe(
     let stop = CancellationToken::new();
     let following = follow_all(nats, &what, screen, &lag, &mut seen, &stop);
     let sending = async {
-        send(nats, call, id, speed, begun).await?;
+        send(nats, call, id, speed, begun, options).await?;
         // From here on only the last words are awaited; without a bound a broken fleet would hang the demo.
         tokio::time::sleep(LAST_WORDS).await;
         Err::<(), _>(anyhow::anyhow!("no end final within {} s of the end of the call", LAST_WORDS.as_secs()))
@@ -77,8 +78,15 @@ pub(crate) async fn transcribe(
     Ok(Live { finals, lags_ms, wall: begun.elapsed() })
 }
 
-async fn send(nats: &Nats, call: &Call, id: &StreamId, speed: f64, begun: Instant) -> anyhow::Result<()> {
-    let mut producer = Producer::new(nats, id.clone(), call.format, Duration::from_secs(30))?;
+async fn send(
+    nats: &Nats,
+    call: &Call,
+    id: &StreamId,
+    speed: f64,
+    begun: Instant,
+    options: &[(String, String)],
+) -> anyhow::Result<()> {
+    let mut producer = Producer::new(nats, id.clone(), call.format, Duration::from_secs(30))?.with_options(options);
     let never = CancellationToken::new();
     let mut sent = 0;
     while sent < call.pcm.len() {

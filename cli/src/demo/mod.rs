@@ -9,6 +9,7 @@ mod failover;
 mod inspect;
 mod live;
 pub(crate) mod report;
+pub(crate) mod speakers;
 
 use std::{
     cell::Cell,
@@ -20,8 +21,10 @@ use std::{
 
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+use voxfleet_eval::wder::Spoken;
 use voxfleet_harness::{
     find,
     fleet::{Engine, Fleet, models_dir},
@@ -35,7 +38,7 @@ use voxfleet_worker::WorkerConfig;
 
 use crate::{
     Context,
-    args::{DemoArgs, JobArgs},
+    args::{DemoArgs, JobArgs, OptionArgs},
     exit::{Exit, OrExit as _},
     file_job::{Step, Wish, outcome, progress::Show, wait},
     transcript::{
@@ -46,8 +49,44 @@ use crate::{
 };
 use call::Call;
 use live::{LAST_WORDS, Live};
+use speakers::Told;
 
 const STOP: Duration = Duration::from_secs(5);
+
+/// A channel each.
+fn by_channel() -> OptionArgs {
+    let (channels, names) = (Some("split".to_owned()), Some("agent,customer".to_owned()));
+    OptionArgs { channels, channel_names: names, ..OptionArgs::default() }
+}
+
+/// Who was heard to say what.
+struct Who {
+    reference: Vec<Spoken>,
+    live: Told,
+    job: Told,
+    /// With a channel for each side, where there is such a recording.
+    stereo: Option<Told>,
+}
+
+impl Who {
+    fn object(&self) -> Value {
+        let of = |told: &Told| told.object(&self.reference);
+        json!({ "live": of(&self.live), "job": of(&self.job), "stereo": self.stereo.as_ref().map(of) })
+    }
+
+    fn print(&self, paint: Paint, stereo: Option<&Recorded>) -> anyhow::Result<()> {
+        out("")?;
+        out(&format!("speakers, live: {}", self.live.line(&self.reference)))?;
+        out(&format!("speakers, job:  {}", self.job.line(&self.reference)))?;
+        if let (Some(told), Some(stereo)) = (&self.stereo, stereo) {
+            out(&format!("by channel:     {}", told.line(&self.reference)))?;
+            for line in speakers::lines(&stereo.result.segments) {
+                out(&paint.dim(&format!("  {line}")))?;
+            }
+        }
+        Ok(())
+    }
+}
 
 /// What the file job gave.
 pub(crate) struct Recorded {
@@ -124,13 +163,29 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
         (false, false) => Style::Plain,
     };
     let mut screen = Screen::new(style, Detail { names: false, words: true, partials: true });
+    let options = [("diarize".to_owned(), "on".to_owned())];
     let mut nobody = |_: Seen<'_>| ();
     let recording = dir.join(format!("{}.flac", call.name));
     let patience = Duration::from_secs_f64(call.seconds() / speed) + LAST_WORDS;
     let (live, job) = tokio::try_join!(
-        live::transcribe(&nats, &call, &id, speed, &mut screen, &mut nobody),
-        in_time(patience, "the file job", file_job(&nats, &recording)),
+        live::transcribe(&nats, &call, &id, speed, &options, &mut screen, &mut nobody),
+        in_time(
+            patience,
+            "the file job",
+            file_job(&nats, &recording, OptionArgs { diarize: Some("on".to_owned()), ..OptionArgs::default() })
+        ),
     )?;
+    let stereo = dir.join(format!("{}-stereo.flac", call.name));
+    let stereo = match stereo.is_file() {
+        true => Some(in_time(patience, "the stereo recording", file_job(&nats, &stereo, by_channel())).await?),
+        false => None,
+    };
+    let who = Who {
+        reference: speakers::reference(&dir.join(format!("{}.json", call.name))).or_exit(Exit::Input)?,
+        live: Told::of_finals(&speakers::revised(&nats, &id, &live.finals).await?),
+        job: Told::of_result(&job.result),
+        stereo: stereo.as_ref().map(|stereo| Told::of_result(&stereo.result)),
+    };
     fleet.check_alive()?;
     let offline = {
         let (call, spinner) = (call.clone(), spinner(args, "the same call, the same engine called directly"));
@@ -142,13 +197,18 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
     let found = report::Found { call: &call, speed, live: &live, job: &job, offline: &offline };
     if !args.json {
         found.print(paint)?;
+        who.print(paint, stereo.as_ref())?;
     }
     let killed = match args.no_kill {
         true => None,
-        false => Some(failover::act(&nats, &mut fleet, &call, speed, style, &offline.text).await?),
+        false => {
+            let before = failover::Before { text: &offline.text, told: &who.live };
+            Some(failover::act(&nats, &mut fleet, &call, speed, &options, style, &before).await?)
+        }
     };
     if args.json {
         let mut object_found = found.object();
+        object_found["speakers"] = who.object();
         if let Some(killed) = &killed {
             object_found["failover"] = killed.object();
         }
@@ -197,9 +257,9 @@ fn spinner(args: &DemoArgs, message: &'static str) -> ProgressBar {
 }
 
 /// The call as a recording: uploaded, submitted, waited for, as `voxfleet transcribe` does it.
-async fn file_job(nats: &Nats, path: &Path) -> anyhow::Result<Recorded> {
+async fn file_job(nats: &Nats, path: &Path, flags: OptionArgs) -> anyhow::Result<Recorded> {
     let begun = Instant::now();
-    let wish = Wish::of(&JobArgs { input: path.display().to_string(), ..JobArgs::default() })?;
+    let wish = Wish::of(&JobArgs { input: path.display().to_string(), flags, ..JobArgs::default() })?;
     let id = wish.submit(nats, true, &Cell::new(Step::default())).await?.job;
     let ended = wait::until_end(nats, &id, &mut Show::new(true), false).await?;
     let result = outcome::aggregate(nats, &id, ended).await?.value;

@@ -1,16 +1,18 @@
 //! What the demo found: transcript beside reference, word error rates, lag.
 
 use serde_json::{Value, json};
+use voxfleet_eval::{
+    Edits,
+    align::{Beside, beside},
+    text::{Normalise, compare},
+};
 use voxfleet_harness::fleet::Fleet;
 
 use super::{
     Live, Recorded,
     call::{Call, Offline},
 };
-use crate::{
-    transcript::{line::Paint, screen::out},
-    wer::{Beside, WordErrors, beside, compare},
-};
+use crate::transcript::{line::Paint, screen::out};
 
 /// Widest reference column.
 const COLUMN: usize = 72;
@@ -43,7 +45,7 @@ pub(crate) struct Found<'a> {
 }
 
 impl Found<'_> {
-    fn errors(&self) -> (WordErrors, WordErrors) {
+    fn errors(&self) -> (Edits, Edits) {
         let reference = self.call.reference();
         (compare(&reference, &self.live.text()), compare(&reference, &self.job.result.full_text))
     }
@@ -57,7 +59,7 @@ impl Found<'_> {
             "wer": of_live.rate().max(of_job.rate()),
             "live": {
                 "wer": of_live.rate(),
-                "errors": of_live,
+                "errors": counts(of_live),
                 "finals": live.finals.len(),
                 "final_lag_p50_ms": quantile(&live.lags_ms, 0.5),
                 "final_lag_p95_ms": quantile(&live.lags_ms, 0.95),
@@ -67,7 +69,7 @@ impl Found<'_> {
             },
             "job": {
                 "wer": of_job.rate(),
-                "errors": of_job,
+                "errors": counts(of_job),
                 "wall_s": job.wall.as_secs_f64(),
                 "realtime_factor": job.result.performance_metrics.realtime_factor,
                 "text": job.result.full_text,
@@ -76,7 +78,7 @@ impl Found<'_> {
             },
             "offline": {
                 "wer": offline.errors.rate(),
-                "errors": offline.errors,
+                "errors": counts(offline.errors),
                 "wall_s": offline.seconds,
                 "same_text": offline.text == live.text(),
             },
@@ -96,8 +98,10 @@ impl Found<'_> {
         out("")?;
         let column = call.lines.iter().map(|l| l.chars().count()).max().unwrap_or(0).clamp(13, COLUMN);
         out(&paint.bold(&format!("{:<column$}  {}", "what was said", "what was heard")))?;
-        for line in beside(&call.lines, &live.text()) {
-            out(&row(&line, column, paint))?;
+        let heard = Normalise::Basic.words(&live.text());
+        let words: Vec<_> = call.lines.iter().map(|line| Normalise::Basic.words(line)).collect();
+        for (line, beside) in call.lines.iter().zip(beside(&words, &heard)) {
+            out(&row(line, &beside, column, paint))?;
         }
         out("")?;
         let same = |text: &str| if offline.text == text { "the same text" } else { "another text" };
@@ -130,12 +134,19 @@ impl Found<'_> {
     }
 }
 
-fn rate(errors: WordErrors, paint: Paint) -> String {
+fn counts(errors: Edits) -> Value {
+    json!({
+        "reference_words": errors.reference, "substituted": errors.substituted, "deleted": errors.deleted,
+        "inserted": errors.inserted,
+    })
+}
+
+fn rate(errors: Edits, paint: Paint) -> String {
     let text = format!(
         "word error rate {:.1} % ({} of {} words: {} wrong, {} missed, {} invented)",
         errors.rate() * 100.0,
         errors.edits(),
-        errors.reference_words,
+        errors.reference,
         errors.substituted,
         errors.deleted,
         errors.inserted
@@ -144,11 +155,11 @@ fn rate(errors: WordErrors, paint: Paint) -> String {
 }
 
 /// Wrong words stand in brackets, so that they show without colour too.
-fn row(line: &Beside, column: usize, paint: Paint) -> String {
+fn row(said: &str, line: &Beside, column: usize, paint: Paint) -> String {
     let words: Vec<String> =
         line.heard.iter().map(|h| if h.right { h.word.clone() } else { paint.red(&format!("[{}]", h.word)) }).collect();
     let missed = if line.missed == 0 { String::new() } else { paint.red(&format!("  (-{})", line.missed)) };
-    let reference: String = line.reference.chars().take(column).collect();
+    let reference: String = said.chars().take(column).collect();
     format!("{reference:<column$}  {}{missed}", words.join(" "))
 }
 
@@ -165,7 +176,8 @@ mod tests {
 
     #[test]
     fn errors_show_without_colour() {
-        let lines = beside(&["good morning anna".to_owned()], "good mourning");
-        assert!(row(&lines[0], 20, Paint { colour: false }).ends_with("good [mourning]  (-1)"));
+        let said = "good morning anna";
+        let lines = beside(&[Normalise::Basic.words(said)], &Normalise::Basic.words("good mourning"));
+        assert!(row(said, &lines[0], 20, Paint { colour: false }).ends_with("good [mourning]  (-1)"));
     }
 }

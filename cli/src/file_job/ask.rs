@@ -91,7 +91,7 @@ fn unreadable(error: KvError) -> anyhow::Error {
 }
 
 fn from_records(mut records: Vec<JobRecord>, request: &JobListRequest) -> JobList {
-    records.retain(|r| request.state.is_none_or(|state| state == r.state));
+    records.retain(|record| request.wants(record));
     records.sort_by(|a, b| b.submitted_ms.cmp(&a.submitted_ms).then_with(|| a.id.cmp(&b.id)));
     let total = records.len() as u64;
     records.truncate(request.limit.unwrap_or(DEFAULT_LIMIT) as usize);
@@ -136,7 +136,7 @@ mod tests {
     fn records_are_listed_like_the_dispatcher_does() {
         let records = vec![a_record("a", "done", 1), a_record("b", "failed", 3), a_record("c", "done", 2)];
         let list = |state, limit| {
-            let list = from_records(records.clone(), &JobListRequest { state, limit });
+            let list = from_records(records.clone(), &JobListRequest { state, limit, parts_of: None });
             (list.jobs.iter().map(|j| j.job.to_string()).collect::<Vec<_>>().join(" "), list.total)
         };
         assert_eq!(list(None, None), ("b c a".to_owned(), 3));

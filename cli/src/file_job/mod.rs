@@ -68,6 +68,7 @@ impl Wish {
             name: args.name.clone().or_else(|| recording.name()),
             options: args.options().parsed().or_exit(Exit::Usage)?,
             result_ttl_s: args.ttl,
+            part: None,
         };
         request.validate().or_exit(Exit::Usage)?;
         Ok(Self { id, named: args.id.is_some(), recording, request })

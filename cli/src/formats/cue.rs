@@ -4,7 +4,7 @@
 //! each then lasts from its first word to the end of its last one. Where the times of words are missing, or do not fit the
 //! text, the segment's time is shared out by characters. Cues follow one another: none begins before the one before it ends.
 
-use super::piece::Piece;
+use super::piece::{Piece, letters};
 
 /// What a line holds, in characters: broadcasters keep to 37 to 42, so that it is read at a glance.
 pub(super) const WIDTH: usize = 42;
@@ -95,11 +95,6 @@ fn tokens(piece: &Piece) -> Vec<Token> {
     tokens
 }
 
-/// Characters that are no white space.
-fn letters(text: &str) -> usize {
-    text.chars().filter(|c| !c.is_whitespace()).count()
-}
-
 /// When the letter of this number is spoken, of `total`: the time of its word where the words make up the text.
 fn times(piece: &Piece, total: usize) -> impl Fn(usize) -> (u64, u64) + '_ {
     let same = {
@@ -172,7 +167,7 @@ mod tests {
     use super::{super::piece::Timed, *};
 
     fn piece(start_ms: u64, end_ms: u64, text: &str) -> Piece {
-        Piece { start_ms, end_ms, text: text.to_owned(), speaker: None, words: Vec::new() }
+        Piece { start_ms, end_ms, text: text.to_owned(), ..Piece::default() }
     }
 
     /// Each word takes 100 ms, with 20 ms between them.
@@ -182,6 +177,7 @@ mod tests {
             text: format!(" {w}"),
             start_ms: start + n * 120,
             end_ms: start + n * 120 + 100,
+            ..Timed::default()
         };
         piece.words = (0..).zip(piece.text.split_whitespace()).map(word).collect();
         piece

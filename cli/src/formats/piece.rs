@@ -8,25 +8,34 @@ use voxfleet_schema::{
     failure::Failure,
     id::{Kind, StreamId},
     job::{AlignedSegment, AlignedWord, JobResult, ResultSegment, SpeakerTurn},
-    transcript::{Final, Revision, Segment, join_text},
+    transcript::{Final, Revision, Segment, Word, join_text},
 };
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+use super::Document;
+
+/// Turns looked back over for the one that goes on: more people do not speak at once.
+const SPEAKERS_AT_ONCE: usize = 4;
+
+#[derive(Debug, Clone, PartialEq, Default)]
 pub(crate) struct Piece {
     pub(crate) start_ms: u64,
     pub(crate) end_ms: u64,
     pub(crate) text: String,
     pub(crate) speaker: Option<String>,
+    pub(crate) channel: Option<u16>,
     /// Empty where the times of words are not known.
     pub(crate) words: Vec<Timed>,
 }
 
 /// A word.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub(crate) struct Timed {
     pub(crate) text: String,
     pub(crate) start_ms: u64,
     pub(crate) end_ms: u64,
+    /// 0 to 1.
+    pub(crate) score: f32,
+    pub(crate) speaker: Option<String>,
 }
 
 fn ms(seconds: f64) -> u64 {
@@ -34,17 +43,36 @@ fn ms(seconds: f64) -> u64 {
     (seconds * 1000.0).round() as u64
 }
 
-fn seconds(ms: u64) -> f64 {
+pub(super) fn seconds(ms: u64) -> f64 {
     ms as f64 / 1000.0
 }
 
-pub(crate) fn of_result(result: &JobResult) -> Vec<Piece> {
-    let word = |w: &AlignedWord| Timed { text: w.word.clone(), start_ms: ms(w.start), end_ms: ms(w.end) };
+/// Characters that are no white space.
+pub(super) fn letters(text: &str) -> usize {
+    text.chars().filter(|c| !c.is_whitespace()).count()
+}
+
+impl Document {
+    /// `json` are the aggregate's own bytes.
+    pub(crate) fn of_result(id: &StreamId, result: &JobResult, json: String) -> Self {
+        Self { name: id.to_string(), pieces: of_result(result), turns: result.speaker_turns.clone(), json }
+    }
+}
+
+fn of_result(result: &JobResult) -> Vec<Piece> {
+    let word = |w: &AlignedWord| Timed {
+        text: w.word.clone(),
+        start_ms: ms(w.start),
+        end_ms: ms(w.end),
+        score: w.score,
+        speaker: w.speaker.clone(),
+    };
     let piece = |s: &AlignedSegment| Piece {
         start_ms: ms(s.start),
         end_ms: ms(s.end),
         text: s.text.clone(),
         speaker: s.speaker.clone(),
+        channel: s.channel,
         words: s.words.iter().map(word).collect(),
     };
     result.aligned_segments.iter().map(piece).collect()
@@ -74,7 +102,7 @@ struct Whole<'a> {
 }
 
 impl Chain {
-    /// Puts revised segments in the place of those of their final: the highest revision of each counts.
+    /// Puts revised segments and turns in the place of those of their final: the highest revision of each counts.
     pub(crate) fn revise(&mut self, revisions: Vec<Revision>) {
         let mut highest: BTreeMap<u64, Revision> = BTreeMap::new();
         for revision in revisions {
@@ -85,7 +113,7 @@ impl Chain {
         }
         for one in &mut self.finals {
             if let Some(revision) = highest.remove(&one.index) {
-                one.segments = revision.segments;
+                (one.segments, one.turns, one.speakers) = (revision.segments, revision.turns, revision.speakers);
             }
         }
     }
@@ -103,21 +131,46 @@ impl Chain {
         self.finals.iter().flat_map(|f| &f.segments).filter(|s| !s.text.trim().is_empty())
     }
 
-    pub(crate) fn pieces(&self) -> Vec<Piece> {
+    fn pieces(&self) -> Vec<Piece> {
+        let word = |w: &Word| Timed {
+            text: w.text.clone(),
+            start_ms: w.start_ms,
+            end_ms: w.end_ms,
+            score: w.confidence,
+            speaker: w.speaker.clone(),
+        };
         let piece = |s: &Segment| Piece {
             start_ms: s.start_ms,
             end_ms: s.end_ms,
             text: s.text.trim().to_owned(),
             speaker: s.speaker.clone(),
-            words: (s.words.iter())
-                .map(|w| Timed { text: w.text.clone(), start_ms: w.start_ms, end_ms: w.end_ms })
-                .collect(),
+            channel: s.channel,
+            words: s.words.iter().map(word).collect(),
         };
         self.segments().map(piece).collect()
     }
 
+    /// The turns of all finals; pieces of one turn, cut where finals are, become one again.
+    fn turns(&self) -> Vec<SpeakerTurn> {
+        let mut turns: Vec<SpeakerTurn> = Vec::new();
+        for turn in self.finals.iter().flat_map(|f| &f.turns) {
+            let (start, end) = (seconds(turn.start_ms), seconds(turn.end_ms));
+            match turns.iter_mut().rev().take(SPEAKERS_AT_ONCE).find(|last| last.speaker == turn.speaker) {
+                Some(last) if last.end >= start => last.end = last.end.max(end),
+                _ => turns.push(SpeakerTurn { speaker: turn.speaker.clone(), start, end }),
+            }
+        }
+        turns
+    }
+
     /// None for a chain without finals.
-    pub(crate) fn json(&self) -> Option<Result<String, serde_json::Error>> {
+    pub(crate) fn document(&self) -> Option<Result<Document, serde_json::Error>> {
+        let name = self.finals.last()?.id.to_string();
+        let json = self.json()?;
+        Some(json.map(|json| Document { name, pieces: self.pieces(), turns: self.turns(), json }))
+    }
+
+    fn json(&self) -> Option<Result<String, serde_json::Error>> {
         let last = self.finals.last()?;
         let mut languages: BTreeMap<&str, usize> = BTreeMap::new();
         for segment in self.segments() {
@@ -135,7 +188,7 @@ impl Chain {
             aligned_segments: self.segments().map(aligned_segment).collect(),
             language: languages.into_iter().max_by_key(|(_, bytes)| *bytes).map(|(language, _)| language),
             duration: last.to_sample as f64 / f64::from(SAMPLE_RATE_HZ),
-            speaker_turns: Vec::new(),
+            speaker_turns: self.turns(),
         };
         Some(serde_json::to_string(&whole))
     }
@@ -174,6 +227,8 @@ fn aligned_segment(s: &Segment) -> AlignedSegment {
 
 #[cfg(test)]
 mod tests {
+    use voxfleet_schema::transcript::Turn;
+
     use super::*;
     use crate::transcript::view::tests::a_final;
 
@@ -188,9 +243,13 @@ mod tests {
             revision: number,
             epoch: 1,
             segments,
-            turns: Vec::new(),
+            turns: vec![turn(index * 1_000, index * 1_000 + 700, text)],
             speakers: None,
         }
+    }
+
+    fn turn(start_ms: u64, end_ms: u64, speaker: &str) -> Turn {
+        Turn { start_ms, end_ms, speaker: speaker.to_owned(), voice: None }
     }
 
     #[test]
@@ -199,6 +258,17 @@ mod tests {
         chain.revise(vec![revision(1, 2, "TWO"), revision(1, 1, "Two"), revision(9, 1, "nowhere")]);
         let texts: Vec<_> = chain.pieces().into_iter().map(|p| (p.text, p.speaker)).collect();
         assert_eq!(texts, [("one".to_owned(), None), ("TWO".to_owned(), Some("B".to_owned()))]);
+        assert_eq!(chain.turns(), [SpeakerTurn { speaker: "TWO".to_owned(), start: 1.0, end: 1.7 }], "its turns too");
+    }
+
+    #[test]
+    fn a_turn_cut_by_a_final_is_one() {
+        let mut chain = Chain { finals: vec![a_final(0, 1, "g", "one"), a_final(1, 1, "g", "two")] };
+        chain.finals[0].turns = vec![turn(0, 1_000, "S1"), turn(400, 600, "S2")];
+        chain.finals[1].turns = vec![turn(1_000, 1_500, "S1"), turn(1_600, 2_000, "S2"), turn(1_700, 1_900, "S1")];
+        let found: Vec<_> = chain.turns().into_iter().map(|t| (t.speaker, t.start, t.end)).collect();
+        let expected = [("S1", 0.0, 1.5), ("S2", 0.4, 0.6), ("S2", 1.6, 2.0), ("S1", 1.7, 1.9)];
+        assert_eq!(found, expected.map(|(who, start, end)| (who.to_owned(), start, end)));
     }
 
     #[test]
@@ -221,13 +291,17 @@ mod tests {
 
     #[test]
     fn an_aggregate_gives_the_same_pieces_as_its_chain() {
-        let chain = Chain { finals: vec![a_final(0, 1, "g", "one"), a_final(1, 1, "g", "two")] };
+        let mut chain = Chain { finals: vec![a_final(0, 1, "g", "one"), a_final(1, 1, "g", "two")] };
+        chain.finals[0].turns = vec![turn(100, 800, "S1")];
+        chain.finals[0].segments[0].channel = Some(1);
         let json = chain.json().expect("finals").expect("JSON");
         let mut value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
         value["provider"] = "local".into();
         value["performance_metrics"] = serde_json::json!({"total_duration": 1.0, "stages": {}, "realtime_factor": 0.5});
         let result: JobResult = serde_json::from_value(value).expect("an aggregate");
-        assert_eq!(of_result(&result), chain.pieces());
+        let of_job = Document::of_result(&chain.finals[0].id, &result, String::new());
+        assert_eq!(of_job.pieces, chain.pieces());
+        assert_eq!(of_job.turns, [SpeakerTurn { speaker: "S1".to_owned(), start: 0.1, end: 0.8 }]);
         assert_eq!((ms(-1.0), ms(f64::NAN), ms(1.0005)), (0, 0, 1001));
     }
 }

@@ -5,7 +5,8 @@
 DATA is the folder with digits/ and diarization/ami30 (see MODEL_CARD.md). Sets: `digits` (takes of a speaker joined until they
 are long enough, 8 kHz), `ami same clip` and `ami across` (single-speaker stretches of far-field meetings, pairs within a clip
 and between clips), `calls` (the seven voices of the test calls, turns from all calls, pairs from all calls; `calls same
-call` within one). Beside the encoder stands a baseline: mean and deviation of each mel band, standardised over the set.
+call` within one). Beside the encoder stand two baselines: mean and deviation of each mel band (which knows the microphone, as the encoder cannot:
+its input is mean-free), and the deviation alone (which has the encoder's input); both standardised over the set.
 Intervals: bootstrap over pieces (drawn with replacement, pairs of a piece with itself left out), 95 %.
 """
 import argparse
@@ -112,7 +113,7 @@ def rate(embeddings, pieces, pairs, draws=300):
     ok = pairs(clip[i], clip[j])
     i, j = i[ok], j[ok]
     scores, same = (e @ e.T)[i, j], who[i] == who[j]
-    if same.sum() < 5 or (~same).sum() < 5:
+    if same.sum() < 20 or (~same).sum() < 20:
         return None
     rng, boot = np.random.default_rng(0), []
     for _ in range(draws):
@@ -125,6 +126,25 @@ def rate(embeddings, pieces, pairs, draws=300):
             "interval": [round(100 * float(v), 2) for v in np.quantile(boot, [0.025, 0.975])],
             "pieces": len(e), "same": int(same.sum()), "different": int((~same).sum()),
             "cosine_same": q(scores[same]), "cosine_different": q(scores[~same])}
+
+
+def whole_turns(net, folder):
+    """Average-linkage clusters of the reference turns of each call: at which cosines there are two, and pure."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+    for path in sorted(glob.glob(f"{folder}/call-0?.json")):
+        x, turns, e = read(path[:-5] + ".flac"), json.load(open(path))["turns"], []
+        for t in turns:
+            f = fbank(x[int(t["start"] * RATE):int(t["end"] * RATE)])
+            v = net.run(["embs"], {"feats": (f - f.mean(0))[None].astype(np.float32)})[0][0]
+            e.append(v / np.linalg.norm(v))
+        who = np.array([t["voice"] for t in turns])
+        tree, right = linkage(np.array(e), "average", metric="cosine"), []
+        for at in np.arange(0.05, 0.8, 0.05):
+            label = fcluster(tree, 1 - at, "distance")
+            if len(set(label)) == len(set(who)) and all(len(set(who[label == c])) == 1 for c in set(label)):
+                right.append(float(at))
+        shown = f"cosine {right[0]:.2f} to {right[-1]:.2f}" if right else "none"
+        print(f"{os.path.basename(path)[:-5]}: {len(turns)} whole turns, clusters exactly the speakers at: {shown}")
 
 
 def main():
@@ -140,7 +160,7 @@ def main():
     net = onnxruntime.InferenceSession(args.encoder, options, providers=["CPUExecutionProvider"])
     everywhere, within, across = (lambda a, b: np.full(len(a), True)), (lambda a, b: a == b), (lambda a, b: a != b)
     rows = []
-    print("set              s    pieces  encoder EER %            baseline EER %           cosine same 5/50/95 %      cosine different 5/50/95 %")
+    print("set              s    pieces  encoder EER %            mean+deviation EER %     deviation EER %   pairs same  different   cosine same 5/50/95 %      cosine different 5/50/95 %")
     for seconds in LENGTHS:
         for maker, where, sets in ((digits, args.data, [("digits", everywhere)]),
                                    (ami, args.data, [("ami same clip", within), ("ami across", across)]),
@@ -151,14 +171,16 @@ def main():
             base = np.stack([np.concatenate([f.mean(0), f.std(0)]) for f in feats])
             base = (base - base.mean(0)) / base.std(0)
             for name, pairs in sets:
+                bare = rate(base[:, 80:], pieces, pairs, 20)
                 ours, other = rate(embeddings, pieces, pairs, args.draws), rate(base, pieces, pairs, args.draws)
                 if ours is None:
                     continue
-                rows.append({"set": name, "seconds": seconds, **ours, "baseline_eer": other["eer"], "baseline_interval": other["interval"]})
+                rows.append({"set": name, "seconds": seconds, **ours, "deviation_eer": bare["eer"] if bare else None, "baseline_eer": other["eer"], "baseline_interval": other["interval"]})
                 s, d = ours["cosine_same"], ours["cosine_different"]
                 print(f"{name:16} {seconds:3.1f}  {ours['pieces']:4}    {ours['eer']:5.2f} [{ours['interval'][0]:5.2f}, {ours['interval'][1]:5.2f}]"
-                      f"     {other['eer']:5.2f} [{other['interval'][0]:5.2f}, {other['interval'][1]:5.2f}]"
+                      f"     {other['eer']:5.2f} [{other['interval'][0]:5.2f}, {other['interval'][1]:5.2f}]         {bare['eer']:5.2f}        {ours['same']:5}      {ours['different']:5}  "
                       f"     {s[0]:5.2f} {s[2]:5.2f} {s[4]:5.2f}        {d[0]:5.2f} {d[2]:5.2f} {d[4]:5.2f}", flush=True)
+    whole_turns(net, args.calls)
     speed = {}
     for seconds in (1.5, 10):
         x = np.random.default_rng(0).standard_normal((1, int(seconds * 100), 80)).astype(np.float32)

@@ -351,8 +351,7 @@ impl JobTools {
     /// The newest of those asked for, and how many there are.
     async fn list(&self, request: &JobListRequest) -> Result<(Vec<JobRecord>, u64), KvError> {
         let all = self.records.all().await?.into_iter().map(|(_, v)| v.value);
-        let mut records: Vec<JobRecord> =
-            all.filter(|record| request.state.is_none_or(|state| record.state == state)).collect();
+        let mut records: Vec<JobRecord> = all.filter(|record| request.wants(record)).collect();
         let total = records.len() as u64;
         records.sort_by(|a, b| b.submitted_ms.cmp(&a.submitted_ms).then_with(|| a.id.cmp(&b.id)));
         records.truncate(request.limit.unwrap_or(u32::MAX) as usize);

@@ -8,7 +8,7 @@ pub mod letters;
 pub mod request;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     time::Duration,
 };
 
@@ -39,6 +39,9 @@ pub struct JobEnd {
     pub result: Option<String>,
     pub duration_ms: u64,
 }
+
+/// A part that its parent has begun is left to it while it stores a final at least so often: longer than one takes to decode.
+const PARENT_AT_IT: Duration = Duration::from_secs(30);
 
 /// Samples in a millisecond of the transcript's clock.
 const SAMPLES_PER_MS: u64 = 16;
@@ -87,6 +90,8 @@ pub struct Job {
     /// Monotonic time at which the stage began.
     pub since: Duration,
     pub chain: Option<JobMark>,
+    /// Monotonic time at which its chain was last seen to grow.
+    pub grown: Duration,
     /// Whose slot it is counted against.
     pub charged: Option<WorkerName>,
     /// Workers that had no room for it, and the number of the heartbeat they had sent then.
@@ -128,6 +133,7 @@ impl Job {
             stage: Stage::Settled,
             since: now,
             chain,
+            grown: now,
             charged: None,
             refused: Vec::new(),
             failed: Vec::new(),
@@ -183,6 +189,12 @@ impl Job {
         self.chain.as_ref().is_some_and(|c| c.epoch == self.record.epoch)
     }
 
+    /// A part that was given to nobody, and has a chain that grows: who has the whole is at it.
+    pub fn is_done_by_its_parent(&self, now: Duration) -> bool {
+        let given = self.record.part.is_none() || self.record.epoch > 0;
+        !given && self.chain.is_some() && now.saturating_sub(self.grown) < PARENT_AT_IT
+    }
+
     /// Takes a final that is newer than what is known; false if it is not.
     pub fn saw(&mut self, mark: JobMark) -> bool {
         let newer = self.chain.as_ref().is_none_or(|c| mark.index > c.index || mark.epoch > c.epoch);
@@ -223,6 +235,8 @@ pub struct Book {
     expiries: BTreeSet<(u64, StreamId)>,
     /// Time that one step of priority is worth, in ms.
     age_ms: u64,
+    /// Parts that have not ended, by the job they are a part of.
+    parts: BTreeMap<StreamId, BTreeSet<StreamId>>,
 }
 
 impl Book {
@@ -231,9 +245,11 @@ impl Book {
     }
 
     /// One of a lower priority is due that much later than it was submitted, and then before whoever comes after that: nobody
-    /// is overtaken for ever.
+    /// is overtaken for ever. Parts come behind whole recordings of their priority as if theirs were one step lower: a short
+    /// recording waits for one part at most, and who has the whole works on it meanwhile.
     fn place_of(&self, record: &JobRecord) -> Place {
-        (record.submitted_ms.saturating_add(rank(record.options.priority) * self.age_ms), record.id.clone())
+        let steps = rank(record.options.priority) + u64::from(record.part.is_some());
+        (record.submitted_ms.saturating_add(steps * self.age_ms), record.id.clone())
     }
 
     pub fn get(&self, id: &StreamId) -> Option<&Known> {
@@ -263,6 +279,11 @@ impl Book {
     }
 
     pub fn insert(&mut self, id: StreamId, known: Known) {
+        if let Known::Job(job) = &known
+            && let Some(parent) = job.record.parent()
+        {
+            self.parts.entry(parent.clone()).or_default().insert(id.clone());
+        }
         self.known.insert(id.clone(), known);
         self.file(&id);
     }
@@ -271,6 +292,14 @@ impl Book {
         let known = self.known.remove(id);
         if let Some(Known::Job(job)) = &known {
             self.queue.remove(&self.place_of(&job.record));
+            if let Some(parent) = job.record.parent()
+                && let Some(parts) = self.parts.get_mut(parent)
+            {
+                parts.remove(id);
+                if parts.is_empty() {
+                    self.parts.remove(&parent.clone());
+                }
+            }
         }
         self.busy.remove(id);
         known
@@ -305,6 +334,16 @@ impl Book {
 
     pub fn queued(&self) -> usize {
         self.queue.len()
+    }
+
+    /// Parts whose whole has ended, is ending, or is not there.
+    pub fn orphans(&self) -> Vec<StreamId> {
+        let gone = |parent: &StreamId| match self.known.get(parent) {
+            Some(Known::Job(job)) => job.state() == JobState::Closing,
+            Some(Known::Loading(_)) => false,
+            None => true,
+        };
+        self.parts.iter().filter(|(parent, _)| gone(parent)).flat_map(|(_, parts)| parts).cloned().collect()
     }
 
     /// Jobs before this one, counted up to [`MAX_AHEAD`]; none unless it waits.
@@ -352,7 +391,7 @@ impl Book {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{id, job};
+    use crate::testing::{id, job, part_of};
     use proptest::prelude::*;
     use voxfleet_schema::session::Priority;
 
@@ -417,6 +456,35 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn parts_wait_behind_whole_recordings_of_their_priority_and_go_with_their_own() {
+        let mut book = Book::new(AGE);
+        let part = |name: &str, priority, at| {
+            let Known::Job(mut part) = queued(name, priority, at) else { unreachable!("a job") };
+            part.record.part = Some(part_of("whole"));
+            Known::Job(part)
+        };
+        book.insert(id("part"), part("part", Priority::Normal, 0));
+        book.insert(id("high-part"), part("high-part", Priority::High, 0));
+        for (name, priority, at) in [("small", Priority::Normal, 599_000), ("later", Priority::Normal, 600_001)] {
+            book.insert(id(name), queued(name, priority, at));
+        }
+        book.insert(id("low"), queued("low", Priority::Low, 1));
+        let order: Vec<_> = book.queue().map(ToString::to_string).collect();
+        assert_eq!(order, ["high-part", "small", "part", "low", "later"]);
+
+        assert_eq!(book.orphans(), [id("high-part"), id("part")], "nobody has the whole");
+        book.insert(id("whole"), Known::Loading(Loading::default()));
+        assert_eq!(book.orphans(), []);
+        book.insert(id("whole"), queued("whole", Priority::Normal, 0));
+        assert_eq!(book.orphans(), []);
+        book.job_mut(&id("whole")).expect("known").record.state = JobState::Closing;
+        book.remove(&id("part"));
+        assert_eq!(book.orphans(), [id("high-part")], "what has ended is nobody's");
+        book.remove(&id("high-part"));
+        assert!(book.orphans().is_empty() && book.parts.is_empty());
     }
 
     #[test]

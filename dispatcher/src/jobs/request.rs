@@ -9,8 +9,8 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     id::{GpuId, IdError, Kind, StreamId},
     job::{
-        AudioUrl, DEFAULT_RESULT_TTL_S, Inline, JobProgress, JobRecord, JobRequest, JobState, JobSummary, RequestError,
-        WorkItem, audio_key,
+        AudioUrl, DEFAULT_RESULT_TTL_S, Inline, JobPart, JobProgress, JobRecord, JobRequest, JobState, JobSummary,
+        RequestError, WorkItem, audio_key,
     },
     session::{Priority, SessionOptions},
     source::SourceState,
@@ -39,6 +39,7 @@ pub struct Submission {
     pub name: Option<String>,
     pub options: SessionOptions,
     pub result_ttl_s: u32,
+    pub part: Option<JobPart>,
 }
 
 /// Where a request stands in for what its body leaves out: a publish, whose subject names id and priority.
@@ -86,6 +87,7 @@ impl Submission {
             name: request.name,
             options: request.options,
             result_ttl_s: request.result_ttl_s.unwrap_or(DEFAULT_RESULT_TTL_S),
+            part: request.part,
         })
     }
 
@@ -96,6 +98,7 @@ impl Submission {
             && self.name == record.name
             && self.options == record.options
             && self.result_ttl_s == record.result_ttl_s
+            && self.part == record.part
     }
 
     /// Its record, queued.
@@ -123,6 +126,7 @@ impl Submission {
             suspect: false,
             deaths: 0,
             instead: None,
+            part: self.part.clone(),
         }
     }
 }
@@ -174,6 +178,7 @@ pub fn work_item(record: &JobRecord) -> WorkItem {
         submitted_ms: record.submitted_ms,
         assigned_ms: record.changed_ms,
         suspect: record.suspect,
+        part: record.part.clone(),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use voxfleet_schema::{
+    audio::AudioFormat,
     codec,
     device::Instead,
     failure::{Failure, FailureClass},
@@ -9,6 +10,8 @@ use voxfleet_schema::{
     id::Kind,
     job::*,
     session::{Priority, Reply, SessionOptions},
+    source::SourceState,
+    transcript::{Resume, VadKind},
 };
 
 use crate::{json, msgpack, options, people::heartbeat, stream, strict_json, worker};
@@ -21,6 +24,7 @@ fn job_request() -> JobRequest {
         name: Some("call.mp3".into()),
         options: options(),
         result_ttl_s: Some(3_600),
+        part: None,
     }
 }
 
@@ -32,7 +36,31 @@ fn inline_request() -> JobRequest {
         name: None,
         options: SessionOptions::default(),
         result_ttl_s: None,
+        part: None,
     }
+}
+
+/// What a worker that has a long recording asks of others.
+fn part_request() -> JobRequest {
+    let resume = Resume {
+        seq: 580,
+        at_sample: 1_852_800,
+        at_frame: 1_852_800,
+        format: AudioFormat::default(),
+        format_sample: 0,
+        producers: SourceState::default(),
+        language: Some("en".into()),
+    };
+    let from = PartStart { to_sample: 1_862_400, to_seq: 582, resume };
+    let part = JobPart {
+        parent: stream("job-1"),
+        number: 1,
+        from: Some(Box::new(from)),
+        until_sample: Some(3_841_600),
+        vad: VadKind::Energy,
+        recording_bytes: 7_680_044,
+    };
+    JobRequest { job: Some(stream("job-1-1-0f3c")), part: Some(part), ..job_request() }
 }
 
 fn progress() -> JobProgress {
@@ -68,6 +96,7 @@ pub(crate) fn job_record() -> JobRecord {
             cpu: false,
             class: FailureClass::ModelMissing,
         }),
+        part: None,
     }
 }
 
@@ -105,6 +134,7 @@ fn work_item() -> WorkItem {
         submitted_ms: 1_700_000_000_000,
         assigned_ms: 1_700_000_000_500,
         suspect: true,
+        part: None,
     }
 }
 
@@ -156,6 +186,8 @@ fn jobs_are_pinned() {
     strict_json("job_request_inline", &inline_request());
     msgpack("job_request_inline", &inline_request());
     msgpack("work_item", &work_item());
+    strict_json("job_request_part", &part_request());
+    msgpack("work_item_part", &WorkItem { part: part_request().part, ..work_item() });
     json("job_record", &job_record());
     json("job_record_smallest", &smallest_job_record());
     json("job_query", &JobQuery { job: stream("job-1") });

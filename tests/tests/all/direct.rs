@@ -75,6 +75,10 @@ pub(crate) fn text(finals: &[FinalDraft]) -> String {
 
 /// What the simulated engine makes of `pcm`.
 pub(crate) fn simulated_text(pcm: &Pcm) -> Result<String> {
-    let finals = transcribe(&mut *simulated()?, &*energy_vad(), &SessionOptions::default(), &log(pcm, 200))?;
-    Ok(text(&finals))
+    Ok(text(&simulated_finals(pcm)?))
+}
+
+/// The same, final by final.
+pub(crate) fn simulated_finals(pcm: &Pcm) -> Result<Vec<FinalDraft>> {
+    transcribe(&mut *simulated()?, &*energy_vad(), &SessionOptions::default(), &log(pcm, 200))
 }

@@ -52,6 +52,7 @@ pub(crate) fn request(job: &str, data: Vec<u8>) -> Result<JobRequest> {
         name: None,
         options: SessionOptions::default(),
         result_ttl_s: None,
+        part: None,
     })
 }
 
@@ -176,7 +177,7 @@ async fn long_job(nats: &Nats, fleet: &Fleet, job: &str) -> Result<String> {
 }
 
 /// Waits until at least `n` finals stand and the job has not ended.
-async fn under_way(fleet: &Fleet, job: &str, n: usize) -> Result<()> {
+pub(crate) async fn under_way(fleet: &Fleet, job: &str, n: usize) -> Result<()> {
     let subject = format!("asr.v1.transcript.job.{job}.final");
     eventually("finals", PATIENCE, || async {
         let finals = checker::read(&fleet.js(), "ASR_TRANSCRIPT", &subject).await.ok()?;

@@ -20,6 +20,7 @@
 //! | [`speakers`] | who said what: live, recordings, workers killed at every final |
 //! | [`standby`] | dispatchers that stop, die and come back |
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
+//! | [`long_jobs`] | long recordings whose parts are done by all workers |
 //! | [`load_progress`], [`measured`] | how far a load is, while it goes on; how fast a model is, for whoever plans |
 //! | [`device_ladder`], [`device_idle`] | a device that fails or is needed elsewhere: less runs meanwhile, and nothing where nobody needs it |
 //! | [`device_site`] | workers on GPUs behind a library of NVIDIA's interface: pinned, watched, lost, one for each card |
@@ -64,6 +65,7 @@ mod jobs_sources;
 mod live_micro;
 mod live_simulated;
 mod load_progress;
+mod long_jobs;
 mod measured;
 mod models;
 mod mutants;

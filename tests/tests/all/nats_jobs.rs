@@ -52,6 +52,7 @@ fn item(id: &str, epoch: u64) -> Result<WorkItem> {
         submitted_ms: 1,
         assigned_ms: 2,
         suspect: false,
+        part: None,
     })
 }
 

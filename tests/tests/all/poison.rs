@@ -168,6 +168,7 @@ async fn submit(nats: &Nats, job: &str, pcm: &Pcm) -> Result<()> {
         name: None,
         options: SessionOptions::default(),
         result_ttl_s: None,
+        part: None,
     };
     let _: Submitted = api::request(nats, Endpoint::JobSubmit, &request, Duration::from_secs(10)).await?;
     Ok(())

@@ -8,6 +8,7 @@
 mod desk;
 mod neighbour;
 mod pace;
+mod scout;
 mod shelf;
 mod signs;
 mod turns;

@@ -219,6 +219,9 @@ pub enum ToEngine {
         background: bool,
         #[serde(default)]
         suspect: Option<Suspect>,
+        /// Nothing is decoded: its finals say where a recording is cut, and how much speech there is.
+        #[serde(default)]
+        scout: bool,
     },
     /// Say `Pong`.
     Ping {

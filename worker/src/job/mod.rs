@@ -5,36 +5,82 @@
 //! | [`recording`] | the recording as a log of entries, decoded in a process of its own |
 //! | [`task`] | fetches it, runs it as a session, says how that ended |
 //! | [`result`] | the aggregate from the chain; pure |
+//! | [`whole`] | a long recording whose parts others do; it uses the three below |
+//! | [`parts`] | where it is cut, what is known of each part, whose turn it is; pure |
+//! | [`scout`] | cuts it, far ahead of whoever decodes it |
+//! | [`copy`] | from the chain of a part into the chain of the whole |
+//! | [`part`], [`kept`] | a part as a job of its own; its recording, until the next part of it comes |
 //!
 //! The chain is the only state: a job that moves goes on behind its last final, and one whose end final stands is done,
 //! whoever wrote it.
+//!
+//! # Long recordings
+//!
+//! After each final everything starts anew from half a second before its end, so where finals begin follows from the recording
+//! alone, and what is said in one from its own audio, the options and the locked language. Two workers can therefore decode
+//! two stretches of a recording, and the text is to the letter that of one worker who decodes it in one piece.
+//!
+//! 1. The worker that takes the job, its parent, decodes finals into its chain as ever, until a final has locked the language.
+//!    Meanwhile a scout has the engine cut the recording without decoding it.
+//! 2. The finals that begin in the same stretch of `part_s` seconds are a part. Its name is a hash of the parent and of all
+//!    that shapes its text, so that every worker calls it the same. Parts are published to `asr.v1.jobs` like any job, a few at
+//!    a time; the dispatcher gives them to free slots behind whole recordings of the same priority.
+//! 3. A part's finals stand in a chain of its own; the parent copies them into the chain of the whole, in order, each only
+//!    where the scout has found one that begins and ends there.
+//! 4. The parent does parts itself, in their own chains too: what its chain waits for, then what nobody was asked for, then
+//!    what nobody has begun. It needs no slot for that beyond its own, so any number of parents gets done on any number of
+//!    slots. Where somebody is given such a part after all, his epoch is higher and the parent lets go: of two who do the same
+//!    part, one wins each link of its chain.
+//! 5. A part that nobody else can do is decoded in the chain of the whole, as everything is where it is not worth the trouble
+//!    (shorter than `split_jobs_over_s`, a prompt that is carried on, speakers to be told apart, a suspect).
+//!
+//! What a crash leaves is what stands in the chains. A worker that takes the whole over cuts it again from its last final on,
+//! finds the chains of its parts, copies what is done, and gives out again what was begun: whoever still has it keeps it.
 
+mod copy;
+mod kept;
+mod part;
+mod parts;
 mod recording;
 mod result;
+mod scout;
 mod task;
+mod whole;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::time::Instant;
 use voxfleet_nats::{
     media::{Media, MediaError},
     retry::Backoff,
-    transcript::{Chain, ChainError},
+    transcript::{Chain, ChainError, StoredFinal},
 };
 use voxfleet_schema::{
     codec,
     failure::{Failure, FailureClass},
     id::Kind,
-    job::{AudioUrl, result_key},
+    job::{AudioUrl, JobPart, result_key},
     transcript::{Final, Revision},
 };
 
-pub(crate) use self::task::{Job, JobEnd, Means, job_options};
+pub(crate) use self::{
+    kept::Kept,
+    part::start_of,
+    task::{Job, JobEnd, Means, Split, job_options},
+};
 use self::{
     recording::Recording,
     result::{Aggregate, Times},
 };
 use crate::{
+    capacity::locked,
     memory::{Change, Memory, Stage},
     provider::Rent,
     session::revisions,
@@ -62,9 +108,39 @@ pub(crate) struct Work {
     /// In use on the device when it began, in MB.
     before_mb: u64,
     memory: Memory,
+    /// Length of the recording's file.
+    bytes: u64,
+    /// Only this much of it, without an aggregate.
+    pub(crate) part: Option<JobPart>,
+    /// The session stops behind the first final that reaches this sample.
+    pause_at: AtomicU64,
+    /// The last final that the session has stored, for whoever goes on behind it.
+    stored: Mutex<Option<StoredFinal>>,
+    /// Other workers had parts of it: what it cost is not what this one did.
+    shared: AtomicBool,
 }
 
 impl Work {
+    /// The same recording, and this part of it.
+    fn for_part(&self, part: JobPart) -> Work {
+        Work {
+            recording: Arc::clone(&self.recording),
+            media: self.media.clone(),
+            memory: self.memory.clone(),
+            part: Some(part),
+            pause_at: AtomicU64::new(u64::MAX),
+            stored: Mutex::default(),
+            shared: AtomicBool::new(false),
+            ..*self
+        }
+    }
+
+    /// A final was stored. True: the session is to stop behind it.
+    pub(crate) fn stored(&self, last: &StoredFinal) -> bool {
+        *locked(&self.stored) = Some(last.clone());
+        last.value.to_sample >= self.pause_at.load(Ordering::Relaxed)
+    }
+
     /// Writes the aggregate that `end`, which is not stored yet, is to name; gives its URL.
     pub(crate) async fn aggregate(&self, chain: &Chain, end: &Final) -> Result<String, Failure> {
         let mut aggregate = Aggregate::default();
@@ -80,7 +156,9 @@ impl Work {
         // A model that was here already is no load of this job.
         let loaded = self.memory.last(Stage::Load, self.taken);
         let changes: Vec<Change> = loaded.into_iter().chain([decoded]).collect();
-        let result = aggregate.finish(self.rent, times, &changes);
+        let shared = self.shared.load(Ordering::Relaxed);
+        let rent = if shared { Rent { price_per_hour: None, ..self.rent } } else { self.rent };
+        let result = aggregate.finish(rent, times, &changes);
         let bytes = codec::to_json(&result).map_err(|error| Failure::new(FailureClass::Internal, error.to_string()))?;
         let key = result_key(&end.id, &end.final_id);
         let bytes = bytes::Bytes::from(bytes);

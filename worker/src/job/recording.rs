@@ -51,6 +51,17 @@ impl Recording {
         Arc::new(Self { file, name, limits, exe, running: Mutex::default(), facts: std::sync::Mutex::default() })
     }
 
+    /// The same file with a decoder of its own, for whoever reads another place of it.
+    pub(crate) fn again(&self) -> Result<Arc<Self>, Failure> {
+        let file = self.file.try_clone().map_err(not_again)?;
+        Ok(Self::new(file, self.name.clone(), self.limits.clone(), self.exe.clone()))
+    }
+
+    /// The entry that comes next, were it read on from where it is.
+    pub(super) async fn position(&self) -> u64 {
+        self.running.lock().await.as_ref().map_or(1, |running| running.next)
+    }
+
     pub(crate) fn facts(&self) -> Facts {
         *crate::capacity::locked(&self.facts)
     }
@@ -65,9 +76,7 @@ impl Recording {
     }
 
     async fn start(&self) -> Result<Running, Failure> {
-        let file = self.file.try_clone().map_err(|error| {
-            Failure::new(FailureClass::Internal, format!("the recording cannot be read again: {error}"))
-        })?;
+        let file = self.file.try_clone().map_err(not_again)?;
         let decoder = DecoderProcess::start(self.exe.clone(), file, self.name.clone(), self.limits.clone()).await?;
         crate::capacity::locked(&self.facts).total_ms = decoder.total_ms();
         Ok(Running { decoder, maker: EntryMaker::default(), next: 1, ended: false })
@@ -107,4 +116,8 @@ impl Recording {
             }
         }
     }
+}
+
+fn not_again(error: std::io::Error) -> Failure {
+    Failure::new(FailureClass::Internal, format!("the recording cannot be read again: {error}"))
 }

@@ -1,21 +1,31 @@
 //! One job on this worker, from the work item to its end here.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64},
+    },
+};
 
 use tokio::time::Instant;
 use voxfleet_audio::Limits;
-use voxfleet_nats::media::Media;
+use voxfleet_nats::{
+    Nats,
+    media::Media,
+    transcript::{ChainError, StoredFinal},
+};
 use voxfleet_schema::{
     SAMPLE_RATE_HZ,
     event::What,
     failure::{Failure, FailureClass},
     id::Kind,
     job::{AudioUrl, JobStage, WorkItem},
-    session::SessionOptions,
+    session::{Channels, Diarize, SessionOptions},
 };
 use voxfleet_store::fetch::Fetcher;
 
-use super::{Recording, Work, recording::Facts};
+use super::{Kept, Recording, Work, part::mark, recording::Facts};
 use crate::{
     memory::Memory,
     provider::Rent,
@@ -33,6 +43,29 @@ pub(crate) struct Means {
     pub(crate) exe: Option<PathBuf>,
     pub(crate) rent: Rent,
     pub(crate) memory: Memory,
+    pub(crate) nats: Nats,
+    pub(crate) split: Split,
+    pub(crate) kept: Kept,
+}
+
+/// Which recordings others may have parts of, in samples.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Split {
+    /// Longer ones; the highest value = none.
+    pub(crate) longer_than: u64,
+    /// Length of a part.
+    pub(crate) part_samples: u64,
+}
+
+impl Split {
+    /// Whether parts of this job may be given out, as far as is known before anything is decoded. What a final says must not
+    /// depend on those before it.
+    fn concerns(self, item: &WorkItem, total_ms: Option<u64>) -> bool {
+        let options = &item.options;
+        let long = total_ms.is_none_or(|ms| ms * (u64::from(SAMPLE_RATE_HZ) / 1_000) >= self.longer_than);
+        let apart = !options.carry_prompt && options.diarize == Diarize::Off && options.channels == Channels::Mix;
+        self.longer_than < u64::MAX && long && apart && item.part.is_none() && !item.suspect
+    }
 }
 
 /// How a job ended here.
@@ -69,18 +102,27 @@ impl Job {
             work = self.prepare() => work,
             () = stopping => return JobEnd::GivenUp(worker_stops()),
         };
-        let work = match work {
-            Ok(Some(work)) => Arc::new(work),
+        let (work, last) = match work {
+            Ok(Some((work, last))) => (Arc::new(work), last),
             Ok(None) => return JobEnd::Done,
             Err(failure) => return JobEnd::GivenUp(failure),
         };
+        if self.means.split.concerns(&self.item, work.recording.facts().total_ms) {
+            let end = self.run_whole(Arc::clone(&work), last).await;
+            self.tell_damage(work.recording.facts());
+            return end;
+        }
         let end = self.handle.session(self.means.shared.clone(), Some(Arc::clone(&work))).run().await;
         self.tell_damage(work.recording.facts());
+        if let (Some(part), End::Done) = (&self.item.part, &end) {
+            let (recording, at) = (Arc::clone(&work.recording), work.recording.position().await);
+            self.means.kept.put(part.parent.clone(), recording, work.bytes, at, Instant::now());
+        }
         match end {
             End::Done => JobEnd::Done,
             End::LetGo { .. } => JobEnd::LetGo,
             End::Failed(failure) => JobEnd::GivenUp(failure),
-            End::Finished => JobEnd::GivenUp(worker_stops()),
+            End::Finished | End::Paused => JobEnd::GivenUp(worker_stops()),
         }
     }
 
@@ -103,30 +145,47 @@ impl Job {
         self.means.shared.events.tell(event, Some(msg_id));
     }
 
-    /// Brings the recording here. None: the job is done already.
-    async fn prepare(&self) -> Result<Option<Work>, Failure> {
-        let Means { shared, fetcher, media, limits, exe, rent, memory } = &self.means;
+    /// Brings the recording here, and says where its chain ends. None: the job is done already.
+    async fn prepare(&self) -> Result<Option<(Work, Option<StoredFinal>)>, Failure> {
+        let Means { shared, fetcher, media, limits, exe, rent, memory, .. } = &self.means;
         let item = &self.item;
         let taken = Instant::now();
-        let from_sample = match last_final(&shared.chain, Kind::Job, &item.job).await {
-            Ok(Some(last)) if last.value.end => return Ok(None),
-            Ok(last) => last.map_or(0, |last| last.value.to_sample),
-            Err(error) => {
-                return Err(Failure::new(FailureClass::Internal, format!("the chain cannot be used: {error}")));
+        let broken =
+            |error: ChainError| Failure::new(FailureClass::Internal, format!("the chain cannot be used: {error}"));
+        let last = last_final(&shared.chain, Kind::Job, &item.job).await.map_err(broken)?;
+        if last.as_ref().is_some_and(|last| last.value.end) {
+            return Ok(None);
+        }
+        if let (None, Some(part)) = (&last, &item.part) {
+            // Before the recording is fetched: who has the whole waits to hear of it.
+            mark(&shared.chain, &self.handle.names, item.epoch, part).await.map_err(broken)?;
+        }
+        let from_sample = last.as_ref().map_or(0, |last| last.value.to_sample);
+        let begun = Instant::now();
+        let here = item.part.as_ref().and_then(|part| {
+            let seq = part.from.as_ref().map_or(1, |start| start.resume.seq);
+            self.means.kept.take(&part.parent, seq)
+        });
+        let (recording, bytes) = match here {
+            Some(here) => here,
+            None => {
+                let url = AudioUrl::parse(&item.audio)
+                    .map_err(|error| Failure::new(FailureClass::BadRequest, error.to_string()))?;
+                self.handle.figures.enter(JobStage::Fetching);
+                let spooled = fetcher.spool(&url).await.map_err(|error| error.failure())?;
+                tracing::info!(job = %item.job, bytes = spooled.bytes, fetch_ms = begun.elapsed().as_millis() as u64, "recording fetched");
+                let name = item.name.clone().or(spooled.name);
+                (Recording::new(spooled.file, name, limits.clone(), exe.clone()), spooled.bytes)
             }
         };
-        let begun = Instant::now();
-        let url =
-            AudioUrl::parse(&item.audio).map_err(|error| Failure::new(FailureClass::BadRequest, error.to_string()))?;
-        self.handle.figures.enter(JobStage::Fetching);
-        let spooled = fetcher.spool(&url).await.map_err(|error| error.failure())?;
-        tracing::info!(job = %item.job, bytes = spooled.bytes, fetch_ms = begun.elapsed().as_millis() as u64, "recording fetched");
-        let name = item.name.clone().or(spooled.name);
-        let recording = Recording::new(spooled.file, name, limits.clone(), exe.clone());
+        if item.part.as_ref().is_some_and(|part| part.recording_bytes != bytes) {
+            let why = "the recording is no longer the one that this is a part of";
+            return Err(Failure::new(FailureClass::BadRequest, why));
+        }
         recording.probe().await?;
         self.handle.figures.length(recording.facts().total_ms);
         self.handle.figures.enter(JobStage::Transcribing);
-        Ok(Some(Work {
+        let work = Work {
             recording,
             media: media.clone(),
             rent: *rent,
@@ -138,10 +197,50 @@ impl Job {
             begun: Instant::now(),
             before_mb: memory.used_mb(),
             memory: memory.clone(),
-        }))
+            bytes,
+            part: item.part.clone(),
+            pause_at: AtomicU64::new(u64::MAX),
+            stored: Mutex::default(),
+            shared: AtomicBool::new(false),
+        };
+        Ok(Some((work, last)))
     }
 }
 
-fn worker_stops() -> Failure {
+pub(super) fn worker_stops() -> Failure {
     Failure::new(FailureClass::NoCapacity, "the worker is stopping")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_long_recording_whose_finals_stand_alone_is_split() {
+        let item = |change: fn(&mut WorkItem)| {
+            let item = serde_json::json!({
+                "job": "j", "epoch": 1, "attempt": 1, "audio": "https://h/a", "options": {}, "submitted_ms": 1,
+                "assigned_ms": 2,
+            });
+            let mut item: WorkItem = serde_json::from_value(item).expect("an item");
+            change(&mut item);
+            item
+        };
+        let split = Split { longer_than: 600 * 16_000, part_samples: 120 * 16_000 };
+        let whole = item(|_| ());
+        let concerns = [None, Some(599_999), Some(600_000)].map(|total_ms| split.concerns(&whole, total_ms));
+        assert_eq!(concerns, [true, false, true], "one that does not say how long it is may be long");
+        assert!(!Split { longer_than: u64::MAX, ..split }.concerns(&whole, None), "switched off");
+        let part = serde_json::json!({ "parent": "p", "number": 0, "vad": "energy", "recording_bytes": 1 });
+        let part: voxfleet_schema::job::JobPart = serde_json::from_value(part).expect("a part");
+        assert!(!split.concerns(&WorkItem { part: Some(part), ..whole }, None), "a part has none");
+        for change in [
+            |item: &mut WorkItem| item.options.carry_prompt = true,
+            |item: &mut WorkItem| item.options.diarize = Diarize::Auto,
+            |item: &mut WorkItem| item.options.channels = Channels::Split,
+            |item: &mut WorkItem| item.suspect = true,
+        ] {
+            assert!(!split.concerns(&item(change), None));
+        }
+    }
 }

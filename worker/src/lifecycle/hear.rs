@@ -66,11 +66,12 @@ impl Engine {
                 }
             }
             FromEngine::Final { handle, draft } => {
-                if !draft.parked {
+                let outbox = outbox(handle);
+                if !draft.parked && !outbox.as_ref().is_some_and(|outbox| outbox.scout) {
                     let samples = draft.to_sample.saturating_sub(draft.from_sample);
                     locked(&self.0.progress).covered(Instant::now(), samples * 1_000 / u64::from(SAMPLE_RATE_HZ));
                 }
-                if let Some(outbox) = outbox(handle) {
+                if let Some(outbox) = outbox {
                     outbox.final_draft(draft);
                 }
             }

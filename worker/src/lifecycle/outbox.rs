@@ -57,6 +57,8 @@ pub(crate) struct Outbox {
     pub(super) name: Name,
     /// What it is decoded with.
     pub(super) model: String,
+    /// Its finals say nothing of the device.
+    pub(super) scout: bool,
     waiting: Mutex<Waiting>,
     changed: Notify,
     /// Bytes the engine holds for this session.
@@ -64,8 +66,8 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    pub(super) fn new(name: Name, model: String, account: Account) -> Self {
-        Self { name, model, waiting: Mutex::default(), changed: Notify::new(), account }
+    pub(super) fn new(name: Name, model: String, account: Account, scout: bool) -> Self {
+        Self { name, model, scout, waiting: Mutex::default(), changed: Notify::new(), account }
     }
 
     pub(crate) fn final_draft(&self, draft: Box<FinalDraft>) {
@@ -141,7 +143,7 @@ mod tests {
 
     fn outbox() -> Outbox {
         let id = voxfleet_schema::id::StreamId::new("a").expect("id");
-        Outbox::new((voxfleet_schema::id::Kind::Session, id), "small".to_owned(), Budget::new(10, 10).account())
+        Outbox::new((voxfleet_schema::id::Kind::Session, id), "small".to_owned(), Budget::new(10, 10).account(), false)
     }
 
     fn partial(text: &str) -> PartialDraft {

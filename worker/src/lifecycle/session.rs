@@ -20,6 +20,8 @@ pub(crate) struct Opening<'a> {
     /// Live sessions come first.
     pub(crate) background: bool,
     pub(crate) treatment: &'a Treatment,
+    /// Boundaries alone: no model is needed for it.
+    pub(crate) scout: bool,
 }
 
 impl Opening<'_> {
@@ -88,6 +90,18 @@ impl Drop for EngineSession {
 }
 
 impl Engine {
+    /// Opens a stream of a recording that is only cut. None: the child is gone, ask [`Self::ready`] again.
+    pub(crate) async fn scout(
+        &self,
+        link: &Link,
+        names: &Names,
+        options: SessionOptions,
+        start: StartPoint,
+    ) -> Option<EngineSession> {
+        let treatment = &Treatment::Normal;
+        self.open(link, Opening { names, options, start, background: true, treatment, scout: true }).await
+    }
+
     /// Opens a session with a child that is ready. None: the child is gone, ask [`Self::ready`] again.
     pub(crate) async fn open(&self, link: &Link, opening: Opening<'_>) -> Option<EngineSession> {
         let frames = link.frames.clone();
@@ -97,8 +111,10 @@ impl Engine {
         let account = self.account(opening.background);
         let name = (opening.names.kind, opening.names.id.clone());
         let model = opening.options.model.clone().unwrap_or_else(|| self.default_model().to_owned());
-        locked(&self.0.asked).insert(model.clone());
-        let outbox = Arc::new(Outbox::new(name, model, account));
+        if !opening.scout {
+            locked(&self.0.asked).insert(model.clone());
+        }
+        let outbox = Arc::new(Outbox::new(name, model, account, opening.scout));
         self.register(handle, Arc::clone(&outbox));
         let session = EngineSession { handle, frames, close: Some(close), outbox, engine: self.clone() };
         for model in self.to_unload() {
@@ -106,8 +122,9 @@ impl Engine {
             session.frames.send(ToEngine::Unload { model }).await.ok()?;
         }
         let suspect = opening.suspect();
-        let Opening { options, start, background, .. } = opening;
-        let open = ToEngine::Open { handle, options: Box::new(options), start: Box::new(start), background, suspect };
+        let Opening { options, start, background, scout, .. } = opening;
+        let (options, start) = (Box::new(options), Box::new(start));
+        let open = ToEngine::Open { handle, options, start, background, suspect, scout };
         session.frames.send(open).await.ok()?;
         Some(session)
     }

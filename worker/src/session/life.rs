@@ -19,7 +19,7 @@ use voxfleet_schema::{
 };
 
 use super::{
-    Desired, End, Session,
+    Desired, End, PROGRESS_EVERY, Session,
     feed::{Feed, HintVerdict},
     footing::Standing,
     outputs::LagAlarm,
@@ -41,10 +41,8 @@ const LONGEST_WINDOW_MS: u64 = 31_000;
 const PARTIAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// A log read is one small request; a server that does not answer is asked again.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often a job says how far it is, at most.
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// Largest entry of a recording: 200 ms of eight channels at 192 kHz are 1.2 MB.
-const MAX_RECORDED_ENTRY: u64 = 2 << 20;
+pub(crate) const MAX_RECORDED_ENTRY: u64 = 2 << 20;
 
 type Running<'a, T> = Option<Pin<Box<dyn Future<Output = T> + Send + 'a>>>;
 
@@ -247,13 +245,17 @@ impl<'a> Life<'a> {
             tracing::warn!(id = %names.id, dropped = taken.notes_dropped, "too many notes at once");
         }
         for drafted in taken.drafts {
-            let draft = match drafted {
+            let mut draft = match drafted {
                 Draft::Final(draft) => draft,
                 revision @ Draft::Revision(_) => {
                     self.drafts.push_back(revision);
                     continue;
                 }
             };
+            if let Some(part) = self.session.work.as_ref().and_then(|work| work.part.as_ref()) {
+                // What comes behind it is another part's.
+                draft.end = part.ends_at(draft.to_sample, draft.end);
+            }
             if self.session.work.is_some()
                 && let Some(failure) = &draft.error
             {
@@ -445,7 +447,10 @@ impl<'a> Life<'a> {
                 if !end && self.drafts.is_empty() && self.stands_elsewhere() {
                     return Some(Next::Reopen(Some(Box::new(StoredFinal { seq, value }))));
                 }
-                self.last = Some(StoredFinal { seq, value });
+                let last = self.last.insert(StoredFinal { seq, value });
+                if session.work.as_ref().is_some_and(|work| work.stored(last)) && !end {
+                    return Some(Next::Stop(End::Paused));
+                }
                 self.observe_lag();
                 end.then_some(Next::Ended)
             }

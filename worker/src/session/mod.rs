@@ -56,6 +56,7 @@ use self::{
 };
 pub(crate) use self::{
     hints::{HintQueue, WaitingHint},
+    life::MAX_RECORDED_ENTRY,
     open::last_final,
     outputs::{Names, unix_ms},
     reconsider::revisions,
@@ -68,7 +69,7 @@ use crate::{
 };
 
 /// How long a session that changes hands waits before it looks at the chain again.
-const REOPEN_PAUSE: Duration = Duration::from_millis(50);
+pub(crate) const REOPEN_PAUSE: Duration = Duration::from_millis(50);
 
 /// What all sessions of a worker share.
 #[derive(Debug, Clone)]
@@ -110,6 +111,9 @@ pub(crate) struct Figures {
     total_ms: AtomicU64,
 }
 
+/// How far a job is is said at most this often.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
 const NONE: u64 = u64::MAX;
 const STAGES: [JobStage; 3] = [JobStage::Fetching, JobStage::Transcribing, JobStage::Finishing];
 
@@ -130,7 +134,7 @@ impl Figures {
         self.last_audio_seq.store(seq, Ordering::Relaxed);
     }
 
-    fn stored(&self, value: &Final) {
+    pub(crate) fn stored(&self, value: &Final) {
         self.final_index.store(value.index, Ordering::Relaxed);
         self.done_ms.store(value.to_sample / 16, Ordering::Relaxed);
     }
@@ -162,6 +166,8 @@ pub(crate) struct Handle {
     pub(crate) hints: Arc<HintQueue>,
     pub(crate) figures: Arc<Figures>,
     pub(crate) cancel: CancellationToken,
+    /// Of a job: how far it is was said then.
+    progress_told: Mutex<Option<Instant>>,
 }
 
 impl Handle {
@@ -172,7 +178,18 @@ impl Handle {
             hints: Arc::default(),
             figures: Arc::default(),
             cancel: CancellationToken::new(),
+            progress_told: Mutex::default(),
         }
+    }
+
+    /// Whether it is time to say how far the job is, which is to be said then.
+    pub(crate) fn progress_due(&self) -> bool {
+        let (mut told, now) = (locked(&self.progress_told), Instant::now());
+        let due = told.is_none_or(|at| now.saturating_duration_since(at) >= PROGRESS_EVERY);
+        if due {
+            *told = Some(now);
+        }
+        due
     }
 
     pub(crate) fn epoch(&self) -> u64 {
@@ -255,6 +272,8 @@ pub(crate) enum End {
     Finished,
     /// A job's end final stands in its chain.
     Done,
+    /// The job's chain has reached a place from which others go on with it.
+    Paused,
 }
 
 /// Runs what belongs to one session or job; a panic in there is its own failure and nobody else's.
@@ -358,9 +377,12 @@ impl Session {
         let goes_on_at = last.as_ref().map_or(0, |last| last.value.to_sample);
         // A recording never expires.
         let log = self.work.is_none().then_some(&self.shared.log);
-        let mut start = open::locate(&self.shared.chain, log, *kind, id, last.as_ref().map(|l| &l.value))
-            .await
-            .map_err(|error| self.chain_failed(epoch, &error))?;
+        let mut start = match (&last, self.work.as_ref().and_then(|work| work.part.as_ref())) {
+            (None, Some(part)) => crate::job::start_of(part),
+            _ => open::locate(&self.shared.chain, log, *kind, id, last.as_ref().map(|l| &l.value))
+                .await
+                .map_err(|error| self.chain_failed(epoch, &error))?,
+        };
         start.taken_over |= epoch > 1;
         let engine = &self.shared.engine;
         let model = desired.options.model.as_deref().unwrap_or_else(|| engine.default_model());
@@ -381,10 +403,11 @@ impl Session {
             return Ok(Opened::EngineGone);
         }
         let standing = Standing { ask, footing };
-        if let Some(last) = &last
-            && last.value.vad != link.vad
+        let part = self.work.as_ref().and_then(|work| work.part.as_ref());
+        if let Some(begun_with) = last.as_ref().map(|last| last.value.vad).or(part.map(|part| part.vad))
+            && begun_with != link.vad
         {
-            let (wanted, have) = (last.value.vad.as_str(), link.vad.as_str());
+            let (wanted, have) = (begun_with.as_str(), link.vad.as_str());
             let message = format!("the session was begun with the {wanted} voice detector, this worker has {have}");
             return Err(self.failed(epoch, Failure::new(FailureClass::ModelMissing, message)));
         }
@@ -424,6 +447,7 @@ impl Session {
             start: start.clone(),
             background: self.work.is_some(),
             treatment: &treatment,
+            scout: false,
         };
         match self.shared.engine.open(&link, opening).await {
             None => Ok(Opened::EngineGone),
@@ -465,7 +489,7 @@ enum Opened<'a> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    pub(crate) use super::outputs::tests::final_of;
+    pub(crate) use super::outputs::tests::{draft, final_of};
     use super::*;
 
     #[test]

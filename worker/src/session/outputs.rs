@@ -170,7 +170,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    fn draft() -> FinalDraft {
+    pub(crate) fn draft() -> FinalDraft {
         FinalDraft {
             from_sample: 100,
             to_sample: 200,

@@ -103,7 +103,7 @@ async fn store(
     if parked {
         park::write_letter(session, &value).await;
     }
-    if let Some(work) = session.work.as_ref().filter(|_| value.end) {
+    if let Some(work) = session.work.as_ref().filter(|work| value.end && work.part.is_none()) {
         session.figures.enter(JobStage::Finishing);
         let url = work.aggregate(&shared.chain, &value).await.map_err(StoreFailed::Aggregate)?;
         value.result = Some(url);

@@ -45,7 +45,7 @@ use crate::{
     device::{DeviceError, Probe},
     heartbeat::{self, Identity, Named, Sources},
     ipc::EngineConfig,
-    job::Means,
+    job::{Kept, Means},
     lifecycle::{Engine, EngineTerms, Program, Waits},
     measures::Measures,
     memory::Memory,
@@ -249,6 +249,8 @@ pub async fn run(
         }
     });
 
+    let kept = Kept::default();
+    tasks.spawn(kept.clone().run(stop_tasks.clone()));
     let shared = Shared {
         chain: Chain::new(&nats),
         log: AudioLog::new(&nats),
@@ -279,6 +281,9 @@ pub async fn run(
             exe: config.engine_exe.clone(),
             rent: config.rent(),
             memory,
+            nats: nats.clone(),
+            split: config.split(),
+            kept,
         },
         shared,
         engine,

@@ -412,7 +412,7 @@ impl Supervisor {
         let (handle, end) = finished?;
         let id = &handle.names.id;
         let failure = match end {
-            None | Some(End::Finished | End::Done) => None,
+            None | Some(End::Finished | End::Done | End::Paused) => None,
             Some(End::LetGo { epoch }) => {
                 tracing::info!(%id, held = handle.epoch(), epoch, "a higher epoch owns the session");
                 let mut event = handle.names.event(What::Released, handle.epoch());

@@ -101,7 +101,14 @@ impl Child {
 
     pub(crate) fn open_at(&mut self, handle: u64, options: SessionOptions, background: bool, start: StartPoint) {
         let start = Box::new(start);
-        self.send(ToEngine::Open { handle, options: Box::new(options), start, background, suspect: None });
+        self.send(ToEngine::Open {
+            handle,
+            options: Box::new(options),
+            start,
+            background,
+            suspect: None,
+            scout: false,
+        });
     }
 
     pub(crate) fn feed(&mut self, handle: u64, log: &[RawEntry]) {

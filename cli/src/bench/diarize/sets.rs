@@ -8,12 +8,11 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
-use serde_json::Value;
 use voxfleet_eval::{Turn, rttm, wder::Spoken};
 use voxfleet_harness::find;
 use voxfleet_schema::audio::{ASR_END, ASR_FORMAT, AudioFormat, RawEntry};
 
-use crate::sound;
+use crate::{demo::speakers::reference, sound};
 
 pub(super) struct Recording {
     pub(super) name: String,
@@ -66,19 +65,7 @@ pub(super) fn synthetic() -> Result<Vec<Recording>> {
             let name = format!("call-{number:02}");
             let turns = turns_of(&folder.join(format!("{name}.rttm")))?.remove(&name).unwrap_or_default();
             let mut call = Recording::read(&folder.join(format!("{name}.flac")), turns)?;
-            let described: Value = serde_json::from_slice(&fs::read(folder.join(format!("{name}.json")))?)?;
-            let turns = described["turns"].as_array().context("a call has turns")?;
-            let mut words: Vec<(f64, Spoken)> = Vec::new();
-            for turn in turns {
-                let speaker = turn["speaker"].as_str().map(str::to_owned);
-                for word in turn["words"].as_array().context("a turn has words")? {
-                    let text = word["word"].as_str().unwrap_or_default().to_owned();
-                    let start = word["start"].as_f64().context("a word has a start")?;
-                    words.push((start, Spoken { word: text, speaker: speaker.clone() }));
-                }
-            }
-            // One turn after the other, as the calls' texts are.
-            call.words = words.into_iter().map(|(_, word)| word).collect();
+            call.words = reference(&folder.join(format!("{name}.json")))?;
             Ok(call)
         })
         .collect()

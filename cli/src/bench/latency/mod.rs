@@ -5,7 +5,6 @@
 //! the message that shows it. What a listener waits beside that is what is left of the chunk, half of one on average.
 
 mod search;
-mod seen;
 
 use std::{fs, path::Path, time::Duration};
 
@@ -13,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use futures_util::{StreamExt as _, future::try_join_all};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
+use voxfleet_eval::latency::{Arrival, Said, What, seen};
 use voxfleet_harness::{
     audio::{self, Pcm},
     find,
@@ -21,10 +21,7 @@ use voxfleet_harness::{
     producer::Producer,
 };
 
-use self::{
-    search::Tails,
-    seen::{Arrival, Said, What, seen},
-};
+use self::search::Tails;
 use super::{progress, rounded};
 use crate::demo::report::quantile;
 

@@ -9,7 +9,7 @@ use voxfleet_schema::{
 use super::{Core, JobEffect, JobLoaded, ListError, PutError};
 use crate::{
     core::Answer,
-    jobs::{Ask, Job, Known, Loading, Stage, Submission, request},
+    jobs::{Ask, Job, JobMark, Known, Loading, Stage, Submission, request},
     moment::Moment,
     routing::Rows,
     sessions::CallId,
@@ -123,7 +123,7 @@ impl Core {
                 for (call, ask) in asks {
                     match ask {
                         _ if self.jobs.book.get(id).is_some() => self.ask_job(id.clone(), call, ask, now),
-                        Ask::Submit(submission) => self.create_job(call, *submission, loaded.chain.is_some(), now),
+                        Ask::Submit(submission) => self.create_job(call, *submission, loaded.chain.clone(), now),
                         Ask::Status | Ask::Cancel => {
                             self.refuse(call, Failure::new(FailureClass::NotFound, "there is no such job"));
                         }
@@ -150,8 +150,9 @@ impl Core {
         }
     }
 
-    fn create_job(&mut self, call: CallId, mut submission: Submission, chain: bool, now: Moment) {
-        if chain {
+    fn create_job(&mut self, call: CallId, mut submission: Submission, chain: Option<JobMark>, now: Moment) {
+        // A part's name is made of what it is: who has the whole may have begun it himself.
+        if chain.is_some() && submission.part.is_none() {
             // A worker would go on behind those finals, in another recording.
             let why = "finals of an earlier job with this id still stand; choose another id";
             return self.refuse(call, Failure::new(FailureClass::BadRequest, why));
@@ -164,7 +165,7 @@ impl Core {
         let record = submission.record(now);
         let id = record.id.clone();
         let recording = submission.recording.take();
-        let mut job = Job::new(record.clone(), None, None, now.mono);
+        let mut job = Job::new(record.clone(), None, chain, now.mono);
         job.submits.push(call);
         let putting = recording.is_some();
         if putting {

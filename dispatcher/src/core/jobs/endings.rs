@@ -31,7 +31,9 @@ impl Core {
         let Some((job, mark)) = self.jobs.book.job_mut(id).zip(mark) else {
             return;
         };
-        job.saw(mark);
+        if job.saw(mark) {
+            job.grown = now.mono;
+        }
         self.check_job_end(id, now);
     }
 

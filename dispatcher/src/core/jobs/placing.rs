@@ -41,7 +41,8 @@ impl Jobs {
 
 impl Core {
     fn vad_of(job: &Job) -> Option<VadKind> {
-        job.chain.as_ref().map(|c| c.vad).filter(|vad| *vad != VadKind::Unknown)
+        let begun_with = job.chain.as_ref().map(|c| c.vad);
+        begun_with.or(job.record.part.as_ref().map(|part| part.vad)).filter(|vad| *vad != VadKind::Unknown)
     }
 
     /// Routes a job, with every worker's reasons if `rows` asks for them. Workers where it failed come last: while another
@@ -276,7 +277,8 @@ impl Core {
         if self.jobs.book.queued() > 0 && self.roster.free(false, now.mono) > 0 {
             let ready = |id: &&StreamId| {
                 let job = self.jobs.book.job(id);
-                job.is_some_and(|job| job.record.not_before_ms.is_none_or(|at| at <= now.unix_ms))
+                let due = |job: &Job| job.record.not_before_ms.is_none_or(|at| at <= now.unix_ms);
+                job.is_some_and(|job| due(job) && !job.is_done_by_its_parent(now.mono))
             };
             let queue: Vec<StreamId> = self.jobs.book.queue().filter(ready).cloned().collect();
             let mut hopeless = HashSet::new();

@@ -88,8 +88,24 @@ impl Core {
             self.jobs.expiring += 1;
             self.job_effect(JobEffect::Expire { id });
         }
+        self.close_orphans(now);
         self.reconcile_jobs(now);
         self.place_jobs(now);
+    }
+
+    /// Nobody waits any more for parts whose whole has ended.
+    fn close_orphans(&mut self, now: Moment) {
+        for id in self.jobs.book.orphans() {
+            let Some(job) = self.jobs.book.job(&id) else {
+                continue;
+            };
+            // A standby may have read a part before the whole.
+            let open = matches!(job.state(), JobState::Queued | JobState::Assigned);
+            if open && job.settled() && now.since(job.since) >= AGAIN {
+                let why = Failure::new(FailureClass::Cancelled, "the recording that it is a part of has ended");
+                self.close_job(&id, why, now);
+            }
+        }
     }
 
     /// What was under way for a job has not come back, whatever became of it: a task that failed answers nothing.

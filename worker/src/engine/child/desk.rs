@@ -8,6 +8,7 @@ use std::{
 };
 
 use voxfleet_schema::{
+    audio::RawEntry,
     event::What,
     failure::{Failure, FailureClass},
     session::{Channels, Diarize, SessionOptions},
@@ -67,6 +68,8 @@ pub(super) struct Session {
     /// Why what is not looked at is set aside.
     unseen: Option<Failure>,
     spent: Spent,
+    /// It looks for boundaries alone; what it has not looked at.
+    pub(super) scout: Option<VecDeque<RawEntry>>,
 }
 
 #[derive(Default, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +96,8 @@ pub(super) struct Desk {
     pub(super) pace: Pace,
     signs: Signs,
     totals: Totals,
+    /// Looks of scouts: they decode nothing, and move all the same.
+    pub(super) scouted: u64,
     /// What was last told: totals, signs of life, working.
     told: (Totals, u64, bool),
 }
@@ -121,6 +126,7 @@ impl Desk {
             pace,
             signs: Signs::default(),
             totals: Totals::default(),
+            scouted: 0,
             told: (Totals::default(), 0, false),
         }
     }
@@ -145,7 +151,7 @@ impl Desk {
             of_final.chain(of_partial).chain(of_speakers)
         });
         let running: Vec<_> = running.map(|(sign, flag)| (sign, flag.looks())).collect();
-        let looks = running.iter().fold(0, |sum: u64, (_, looks)| sum.wrapping_add(*looks));
+        let looks = running.iter().fold(self.scouted, |sum: u64, (_, looks)| sum.wrapping_add(*looks));
         if !self.signs.all_move(now, running.into_iter()) {
             return Ok(());
         }
@@ -170,8 +176,8 @@ impl Desk {
                 return self.say_models();
             }
             ToEngine::Unload { model } => return self.unload(&model),
-            ToEngine::Open { handle, options, start, background, suspect } => {
-                return self.open(handle, &options, *start, background, suspect);
+            ToEngine::Open { handle, options, start, background, suspect, scout } => {
+                return self.open(handle, &options, *start, background, suspect, scout);
             }
             ToEngine::Ping { n } => return self.say(&FromEngine::Pong { n }),
             // Audio of a session that failed or was closed a moment ago.
@@ -179,7 +185,9 @@ impl Desk {
                 let EntryFor { handle, entry } = for_session;
                 if let Some(session) = self.sessions.get_mut(&handle).filter(|s| !s.finishing) {
                     session.dirty = true;
-                    if let Err(error) = guarded(|| session.stream.push(entry)) {
+                    if let Some(ahead) = &mut session.scout {
+                        ahead.push_back(entry);
+                    } else if let Err(error) = guarded(|| session.stream.push(entry)) {
                         return self.fail(handle, &error);
                     }
                 }
@@ -212,10 +220,11 @@ impl Desk {
         start: StartPoint,
         background: bool,
         suspect: Option<Suspect>,
+        scout: bool,
     ) -> Said {
         let model = options.model.clone().unwrap_or_else(|| self.config.default_model.clone());
         let was = self.models.get(&model).map(|m| m.state);
-        if let Err(error) = self.want(&model) {
+        if !scout && let Err(error) = self.want(&model) {
             return self.fail(handle, &error);
         }
         let lacking = Some(self.config.diarize.needs_mb).filter(|_| options.diarize == Diarize::Auto).and_then(lacking);
@@ -246,6 +255,7 @@ impl Desk {
             held_since: None,
             unseen,
             spent: Spent::default(),
+            scout: scout.then(VecDeque::new),
         };
         self.sessions.insert(handle, session);
         if let Some(note) = because {
@@ -279,7 +289,8 @@ impl Desk {
 
     /// When there is something to do although nothing happens.
     pub(super) fn wakes_at(&self) -> Option<Instant> {
-        self.neighbour.as_ref().and_then(Neighbour::wakes_at)
+        let neighbour = self.neighbour.as_ref().and_then(Neighbour::wakes_at);
+        self.scouts_wait().then(Instant::now).or(neighbour)
     }
 
     fn work_on_all(&mut self) -> Said {
@@ -329,6 +340,9 @@ impl Desk {
         let Some(session) = self.sessions.get_mut(&handle) else {
             return Ok(());
         };
+        if session.scout.is_some() {
+            return self.scout(handle);
+        }
         session.held_since = None;
         let mut told = None;
         loop {
@@ -386,7 +400,7 @@ impl Desk {
     }
 
     /// Notes about entries, and bytes that are no longer kept.
-    fn say_what_it_left(&mut self, handle: u64) -> Said {
+    pub(super) fn say_what_it_left(&mut self, handle: u64) -> Said {
         let Some(session) = self.sessions.get_mut(&handle) else {
             return Ok(());
         };

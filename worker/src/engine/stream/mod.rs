@@ -337,6 +337,12 @@ impl SessionStream {
         self.index
     }
 
+    /// Answers the last [`Step::Final`] undecoded, for whoever asks for the boundaries alone.
+    pub fn pass_over(&mut self) -> Option<Box<FinalDraft>> {
+        let pending = self.pending.take()?;
+        Some(self.draft(pending, Joined::nothing(None)))
+    }
+
     /// First sample of the present stretch: the end of the last final.
     pub fn from_sample(&self) -> u64 {
         self.segment.from

@@ -30,6 +30,61 @@ fn a_cancel_closes_the_chain_wherever_the_job_is() {
     }
 }
 
+fn part(name: &str, parent: &str) -> Result<Box<Submission>, Failure> {
+    Ok(Box::new(Submission { part: Some(testing::part_of(parent)), ..*submission(name) }))
+}
+
+#[test]
+fn parts_go_when_their_whole_has_ended() {
+    let mut world = World::new(1);
+    world.submit(1, "whole");
+    world.run();
+    for (call, name, parent) in [(2, "part", "whole"), (3, "done", "whole"), (4, "stray", "nobody")] {
+        world.core.job(JobInput::Submit { call: CallId(call), submission: part(name, parent) }, world.now);
+        world.run();
+    }
+    world.store(&id("done"), 0, done());
+    world.core.job(JobInput::Chain { id: id("done"), mark: world.stored.last(&id("done")) }, world.now);
+    world.run();
+    assert_eq!(world.state("done"), JobState::Done, "who has the whole did it");
+    let holds = |w: &mut World| w.beat(0, |b| b.held = vec![holds_job("whole", 1)]);
+    world.seconds(5, holds);
+    assert_eq!((world.state("part"), world.state("stray")), (JobState::Queued, JobState::Cancelled));
+    world.store(&id("whole"), 1, done());
+    world.core.job(JobInput::Chain { id: id("whole"), mark: world.stored.last(&id("whole")) }, world.now);
+    world.seconds(5, |w| w.beat(0, |_| ()));
+    assert_eq!((world.state("whole"), world.state("part")), (JobState::Done, JobState::Cancelled));
+    assert!(world.stored.dead.is_empty(), "that is no failure");
+}
+
+#[test]
+fn a_part_that_its_parent_has_begun_is_gone_on_with() {
+    let mut world = World::new(2);
+    world.submit(1, "whole");
+    world.run();
+    world.store(&id("part"), 4, None);
+    world.core.job(JobInput::Submit { call: CallId(2), submission: part("part", "whole") }, world.now);
+    world.run();
+    assert_eq!(world.state("part"), JobState::Queued, "its parent is at it");
+    let holds = |w: &mut World| {
+        w.beat(0, |b| b.held = vec![holds_job("whole", 1)]);
+        w.beat(1, |_| ());
+    };
+    world.seconds(20, holds);
+    world.store(&id("part"), 4, None);
+    world.core.job(JobInput::Chain { id: id("part"), mark: world.stored.last(&id("part")) }, world.now);
+    world.seconds(20, holds);
+    assert_eq!(world.state("part"), JobState::Queued, "and gets on");
+    world.seconds(15, holds);
+    let record = world.key("part");
+    assert_eq!((record.state, record.epoch), (JobState::Assigned, 5), "no longer, and above its epoch");
+    // Anybody else's chain is not gone on with.
+    world.store(&id("other"), 1, None);
+    world.submit(3, "other");
+    world.run();
+    assert!(matches!(world.answer(3), Some(Answer::Refused(f)) if f.class == FailureClass::BadRequest));
+}
+
 #[test]
 fn who_finishes_before_the_cancel_has_finished() {
     let mut world = World::new(1);

@@ -1,0 +1,65 @@
+//! Scouts: streams of recordings that are cut and not decoded, so that others can begin behind any final.
+//!
+//! Looking for speech takes a hundredth of the time that speaking took, which for a recording of hours is still minutes. A
+//! scout gets through a second of audio at a time, behind everybody else, and the loop looks at its inbox in between.
+
+use super::{
+    desk::{Desk, Said},
+    unseen::guarded,
+};
+use crate::{
+    engine::{EngineError, stream::Step},
+    ipc::{FinalDraft, FromEngine},
+};
+
+/// Entries of a recording are 200 ms.
+const ENTRIES_AT_ONCE: usize = 5;
+
+impl Desk {
+    /// Whether one has something to look at now.
+    pub(super) fn scouts_wait(&self) -> bool {
+        let waits = |session: &super::desk::Session| session.dirty && session.scout.is_some() && !session.finishing;
+        self.alone.is_none() && self.sessions.values().any(waits)
+    }
+
+    /// The next second of its recording.
+    pub(super) fn scout(&mut self, handle: u64) -> Said {
+        let Some(at) = self.sessions.get(&handle).map(|session| session.stream.from_sample()) else {
+            return Ok(());
+        };
+        self.stepping = true;
+        self.say(&FromEngine::Stepping { handle, at })?;
+        self.scouted += 1;
+        let Some(session) = self.sessions.get_mut(&handle) else {
+            return Ok(());
+        };
+        let found = guarded(|| session.look()).and_then(|found| found);
+        match found {
+            Ok(drafts) => {
+                for draft in drafts {
+                    self.say(&FromEngine::Final { handle, draft })?;
+                }
+                self.say_what_it_left(handle)
+            }
+            Err(error) => self.fail(handle, &error),
+        }
+    }
+}
+
+impl super::desk::Session {
+    /// Cuts what is ahead, a little of it.
+    fn look(&mut self) -> Result<Vec<Box<FinalDraft>>, EngineError> {
+        let Some(ahead) = &mut self.scout else { return Ok(Vec::new()) };
+        let next = ahead.len().min(ENTRIES_AT_ONCE);
+        ahead.drain(..next).for_each(|entry| self.stream.push(entry));
+        self.dirty = !ahead.is_empty();
+        let mut drafts = Vec::new();
+        loop {
+            match self.stream.step()? {
+                Step::Starved | Step::Ended => return Ok(drafts),
+                Step::Draft(draft) => drafts.push(draft),
+                Step::Final(_) => drafts.extend(self.stream.pass_over()),
+            }
+        }
+    }
+}
