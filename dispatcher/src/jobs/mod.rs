@@ -338,12 +338,16 @@ impl Book {
 
     /// Parts whose whole has ended, is ending, or is not there.
     pub fn orphans(&self) -> Vec<StreamId> {
-        let gone = |parent: &StreamId| match self.known.get(parent) {
+        self.parts.iter().filter(|(parent, _)| self.is_gone(parent)).flat_map(|(_, parts)| parts).cloned().collect()
+    }
+
+    /// Nobody waits for parts of this job.
+    pub fn is_gone(&self, parent: &StreamId) -> bool {
+        match self.known.get(parent) {
             Some(Known::Job(job)) => job.state() == JobState::Closing,
             Some(Known::Loading(_)) => false,
             None => true,
-        };
-        self.parts.iter().filter(|(parent, _)| gone(parent)).flat_map(|(_, parts)| parts).cloned().collect()
+        }
     }
 
     /// Jobs before this one, counted up to [`MAX_AHEAD`]; none unless it waits.

@@ -148,7 +148,7 @@ async fn one_worker_with_one_slot_gets_two_long_recordings_done() -> Result<()> 
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_dies_in_between_no_word_is_lost_and_none_is_said_twice() -> Result<()> {
     let _turn = fleet::turn().await;
-    let mut fleet = fleet(3, 8.0).start().await?;
+    let mut fleet = fleet(3, 5.0).start().await?;
     let nats = connect(&fleet).await?;
     let pcm = recording();
     hand_in(&nats, &fleet, "killed", &pcm).await?;
