@@ -130,7 +130,7 @@ impl JobArgs {
 #[command(after_help = "Examples:
   voxfleet transcribe call.mp3
   voxfleet transcribe call.flac -f srt -o call.srt --language en
-  voxfleet transcribe meeting.flac --diarize true -f rttm -o meeting.rttm
+  voxfleet transcribe meeting.flac --diarize -f rttm -o meeting.rttm
   voxfleet transcribe stereo.wav --channels split --channel-names agent,customer
   voxfleet transcribe https://example.com/interview.m4a -f json | jq -r .full_text
   voxfleet transcribe s3://calls/2024/17.ogg --id call-17 --priority low --detach

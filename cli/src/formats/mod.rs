@@ -75,7 +75,7 @@ impl Document {
     pub(crate) fn notes(&self, format: Format) -> Vec<String> {
         let mut notes = Vec::new();
         if format == Format::Rttm && !self.pieces.is_empty() && self.turns().is_empty() {
-            notes.push(format!("{}: nobody's turns are known; ask for them with diarize=true", self.name));
+            notes.push(format!("{}: nobody's turns are known; ask for them with --diarize", self.name));
         }
         let bare = self.pieces.iter().filter(|p| p.words.is_empty()).count();
         if format == Format::Words && bare > 0 {
