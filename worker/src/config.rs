@@ -215,8 +215,8 @@ impl Default for WorkerConfig {
             job_slots: 1,
             // A day: longer recordings are split by whoever makes them.
             max_recording_s: 86_400,
-            // Shorter ones are done within a minute anyway, and a fleet has more of them.
-            split_jobs_over_s: 600,
+            // Of none until a fleet has been killed under it often enough.
+            split_jobs_over_s: 0,
             // Seconds of work for a GPU: what it costs to begin one is little beside it, and at the end nobody waits long.
             job_part_s: 120,
             // An m4a's index for a day of audio is about 20 MB; libraries and the binary itself need the rest.
