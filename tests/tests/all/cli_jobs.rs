@@ -144,8 +144,9 @@ async fn forms(fleet: &Fleet) -> Result<()> {
     }
     ensure!(export["ended"] == true && export["kind"] == "job", "{export}");
     let words = object(fleet, dir, &["export", "c2", "-f", "words"]).await?;
-    let said: Vec<&str> = words["words"].as_array().into_iter().flatten().filter_map(|w| w["word"].as_str()).collect();
-    ensure!(one_line(&said.join(" ")) == expected, "{words}");
+    let spoken: Vec<&str> =
+        words["words"].as_array().into_iter().flatten().filter_map(|w| w["word"].as_str()).collect();
+    ensure!(one_line(&spoken.join(" ")) == expected, "{words}");
     ended(&run(fleet, dir, &["export", "c2", "--session"]).await?, 66)?;
 
     // The same id for another recording is a mistake, not its result.
