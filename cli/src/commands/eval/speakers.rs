@@ -31,6 +31,9 @@ struct Recording {
     heard: Vec<Turn>,
 }
 
+/// Start and end in seconds of what is scored, by recording.
+type Regions = BTreeMap<String, Vec<(f64, f64)>>;
+
 pub(super) fn der(args: &DerArgs) -> anyhow::Result<Exit> {
     let mut recordings = BTreeMap::new();
     for pair in pairs(&args.sides, TURNS)? {
@@ -118,11 +121,11 @@ fn collect(pair: &Pair, recordings: &mut BTreeMap<String, Recording>) -> anyhow:
 }
 
 /// What is scored of each recording, where it is said.
-fn regions(args: &DerArgs) -> anyhow::Result<Option<BTreeMap<String, Vec<(f64, f64)>>>> {
+fn regions(args: &DerArgs) -> anyhow::Result<Option<Regions>> {
     let Some(path) = &args.uem else { return Ok(None) };
     let named = |error: anyhow::Error| coded(Exit::Input, error.context(path.display().to_string()));
     let text = std::fs::read_to_string(path).map_err(|error| named(error.into()))?;
-    let mut map: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
+    let mut map = Regions::new();
     for region in rttm::parse_uem(&text).map_err(|error| named(error.into()))? {
         map.entry(region.file).or_default().push((region.start_s, region.end_s));
     }
