@@ -55,7 +55,8 @@ const PART_TTL_S: u32 = 60;
 /// Samples in a millisecond.
 const SAMPLES_PER_MS: u64 = 16;
 
-type Running<'a, T> = Option<Pin<Box<dyn Future<Output = T> + Send + 'a>>>;
+type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+type Running<'a, T> = Option<Boxed<'a, T>>;
 
 /// What was decoded here, a part or the chain of the whole, and what that came to.
 type Decoded = (Option<u64>, End);
@@ -220,10 +221,7 @@ impl<'a> Whole<'a> {
     }
 
     /// Begins to decode what is next here. Its own chain has one author: who copies, or who decodes.
-    fn decode_next(
-        &mut self,
-        copies: bool,
-    ) -> Option<(Arc<Handle>, Pin<Box<dyn Future<Output = Decoded> + Send + 'a>>)> {
+    fn decode_next(&mut self, copies: bool) -> Option<(Arc<Handle>, Boxed<'a, Decoded>)> {
         let task = self.task;
         let turn = self.parts.as_ref().map_or(Turn::Direct { until: None }, |parts| parts.turn(Instant::now()));
         match turn {

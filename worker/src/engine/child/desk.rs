@@ -507,7 +507,7 @@ impl Desk {
     /// go when they have seen the end: there it comes first.
     fn say_final(&mut self, handle: u64, draft: Box<FinalDraft>) -> Said {
         let revisions = self.sessions.get_mut(&handle).map(|session| session.stream.take_revisions());
-        let revisions = revisions.into_iter().flatten().map(|revision| Box::new(revision));
+        let revisions = revisions.into_iter().flatten().map(Box::new);
         let revisions = revisions.map(|revision| FromEngine::Revision { handle, revision });
         let (end, said) = (draft.end, FromEngine::Final { handle, draft });
         let messages: Vec<_> = match end {

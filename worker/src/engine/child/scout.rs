@@ -37,7 +37,7 @@ impl Desk {
         match found {
             Ok(drafts) => {
                 for draft in drafts {
-                    self.say(&FromEngine::Final { handle, draft })?;
+                    self.say(&FromEngine::Final { handle, draft: Box::new(draft) })?;
                 }
                 self.say_what_it_left(handle)
             }
@@ -48,7 +48,7 @@ impl Desk {
 
 impl super::desk::Session {
     /// Cuts what is ahead, a little of it.
-    fn look(&mut self) -> Result<Vec<Box<FinalDraft>>, EngineError> {
+    fn look(&mut self) -> Result<Vec<FinalDraft>, EngineError> {
         let Some(ahead) = &mut self.scout else { return Ok(Vec::new()) };
         let next = ahead.len().min(ENTRIES_AT_ONCE);
         ahead.drain(..next).for_each(|entry| self.stream.push(entry));
@@ -57,8 +57,8 @@ impl super::desk::Session {
         loop {
             match self.stream.step()? {
                 Step::Starved | Step::Ended => return Ok(drafts),
-                Step::Draft(draft) => drafts.push(draft),
-                Step::Final(_) => drafts.extend(self.stream.pass_over()),
+                Step::Draft(draft) => drafts.push(*draft),
+                Step::Final(_) => drafts.extend(self.stream.pass_over().map(|draft| *draft)),
             }
         }
     }

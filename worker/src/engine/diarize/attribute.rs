@@ -33,7 +33,7 @@ pub(crate) fn turns_of(voiced: &[Voiced], assigned: &[Assigned]) -> Vec<Turn> {
             })
         })
         .collect();
-    pieces.sort_by(|a, b| (a.start_ms, a.end_ms, a.voice).cmp(&(b.start_ms, b.end_ms, b.voice)));
+    pieces.sort_by_key(|piece| (piece.start_ms, piece.end_ms, piece.voice));
     let mut turns: Vec<Turn> = Vec::with_capacity(pieces.len());
     for piece in pieces {
         let touches = |turn: &&mut Turn| turn.voice == piece.voice && turn.end_ms >= piece.start_ms;

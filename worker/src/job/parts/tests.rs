@@ -101,7 +101,7 @@ fn a_part_is_named_after_all_that_shapes_its_text() {
         name(&Naming { recording_bytes: 8, ..naming() }, 3, "en"),
     ];
     assert!(!others.contains(&mine));
-    let long = Naming { parent: StreamId::new(&"x".repeat(64)).expect("id"), ..naming() };
+    let long = Naming { parent: StreamId::new("x".repeat(64)).expect("id"), ..naming() };
     assert!(name(&long, u64::MAX, "en").as_str().len() <= 64);
 }
 
