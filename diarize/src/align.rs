@@ -178,6 +178,8 @@ mod tests {
         // Half and half: whoever spoke before goes on, and at the beginning the first.
         assert_eq!(first(&[(0, 500), (900, 1_200)], &[(0, 1_050, 1), (1_050, 2_000, 2)]), [1, 1].map(Some));
         assert_eq!(first(&[(900, 1_200)], &[(0, 1_050, 1), (1_050, 2_000, 2)]), [Some(1)]);
+        let back = [(0, 100, 1), (200, 600, 2), (900, 1_050, 1), (1_050, 2_000, 2)];
+        assert_eq!(first(&[(250, 550), (900, 1_200)], &back), [2, 2].map(Some));
         assert_eq!(first(&[(500, 500)], &talk), [Some(1)]);
         assert_eq!(first(&[(0, 10)], &[]), [None]);
     }

@@ -264,5 +264,7 @@ mod tests {
             assert!((row.iter().sum::<f64>() - 1.0).abs() < 1e-9);
         }
         assert!((model.priors.iter().sum::<f64>() - 1.0).abs() < 1e-9);
+        let needed = model.priors.iter().filter(|prior| **prior > 0.05).count();
+        assert_eq!(needed, 3, "who is not needed loses the prior: {:?}", model.priors);
     }
 }
