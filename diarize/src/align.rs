@@ -151,3 +151,128 @@ pub fn split(words: &[Speakers]) -> Vec<(Range<usize>, Option<u32>)> {
 pub fn segment(segment: Span, turns: &[Turn], before: Option<u32>, rules: &Rules) -> Option<u32> {
     word_speakers(segment, turns, before, rules).first
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn span((start_ms, end_ms): (u64, u64)) -> Span {
+        Span { start_ms, end_ms }
+    }
+
+    fn turns(turns: &[(u64, u64, u32)]) -> Vec<Turn> {
+        turns.iter().map(|(start, end, speaker)| Turn { span: span((*start, *end)), speaker: *speaker }).collect()
+    }
+
+    fn first(spans: &[(u64, u64)], of: &[(u64, u64, u32)]) -> Vec<Option<u32>> {
+        let spans: Vec<Span> = spans.iter().copied().map(span).collect();
+        words(&spans, &turns(of), &Rules::default()).iter().map(|s| s.first).collect()
+    }
+
+    #[test]
+    fn a_word_is_whose_turn_it_is_mostly_in() {
+        let talk = [(0, 1_000, 1), (1_100, 2_000, 2)];
+        assert_eq!(first(&[(100, 400), (700, 1_150), (1_050, 1_400), (1_500, 1_900)], &talk), [1, 1, 2, 2].map(Some));
+        // Half and half: whoever spoke before goes on, and at the beginning the first.
+        assert_eq!(first(&[(0, 500), (900, 1_200)], &[(0, 1_050, 1), (1_050, 2_000, 2)]), [1, 1].map(Some));
+        assert_eq!(first(&[(900, 1_200)], &[(0, 1_050, 1), (1_050, 2_000, 2)]), [Some(1)]);
+        let back = [(0, 100, 1), (200, 600, 2), (900, 1_050, 1), (1_050, 2_000, 2)];
+        assert_eq!(first(&[(250, 550), (900, 1_200)], &back), [2, 2].map(Some));
+        assert_eq!(first(&[(500, 500)], &talk), [Some(1)]);
+        assert_eq!(first(&[(0, 10)], &[]), [None]);
+    }
+
+    #[test]
+    fn a_word_in_a_gap_goes_to_the_nearest_turn_within_reach() {
+        let talk = [(0, 1_000, 1), (2_000, 3_000, 2), (6_000, 7_000, 1)];
+        assert_eq!(first(&[(1_100, 1_300)], &talk), [Some(1)]);
+        assert_eq!(first(&[(1_700, 1_900)], &talk), [Some(2)]);
+        assert_eq!(first(&[(4_300, 4_500)], &talk), [None]);
+        // As near to one as to the other: whoever spoke before.
+        assert_eq!(first(&[(2_500, 2_900), (3_400, 3_600)], &[(2_000, 3_000, 2), (4_000, 5_000, 1)]), [2, 2].map(Some));
+        assert_eq!(first(&[(400, 600), (1_400, 1_600)], &[(0, 1_000, 1), (2_000, 3_000, 2)]), [1, 1].map(Some));
+    }
+
+    #[test]
+    fn overlapping_speech_has_two_labels() {
+        let talk = turns(&[(0, 3_000, 1), (1_000, 1_600, 2)]);
+        let spans: Vec<Span> = [(500, 900), (1_050, 1_500), (1_500, 1_900)].map(span).into();
+        let found = words(&spans, &talk, &Rules::default());
+        assert_eq!(found[0], Speakers { first: Some(1), second: None });
+        assert_eq!(found[1], Speakers { first: Some(1), second: Some(2) });
+        assert_eq!(found[2], Speakers { first: Some(1), second: None }, "a quarter of a word is no overlap");
+    }
+
+    #[test]
+    fn one_word_between_two_of_another_must_be_clearly_its_own() {
+        let around = |own: (u64, u64)| {
+            first(
+                &[(0, 900), (1_000, 1_400), (1_500, 2_400)],
+                &[(0, 1_000 + own.0, 1), (1_000 + own.0, 1_000 + own.1, 2), (1_000 + own.1, 2_400, 1)],
+            )
+        };
+        assert_eq!(around((0, 400)), [1, 2, 1].map(Some));
+        assert_eq!(around((40, 380)), [1, 2, 1].map(Some));
+        assert_eq!(around((150, 400)), [1, 1, 1].map(Some));
+        // Outside of every turn, nearest to a third: no reason to change twice.
+        let talk = [(0, 900, 1), (1_250, 1_300, 3), (1_500, 2_400, 1)];
+        assert_eq!(first(&[(0, 900), (1_000, 1_240), (1_500, 2_400)], &talk), [1, 1, 1].map(Some));
+    }
+
+    #[test]
+    fn segments_are_split_where_the_speaker_changes() {
+        let said = |speakers: &[u32]| -> Vec<Speakers> {
+            speakers.iter().map(|s| Speakers { first: Some(*s).filter(|s| *s > 0), second: None }).collect()
+        };
+        assert_eq!(split(&said(&[1, 1, 2, 2, 1])), [(0..2, Some(1)), (2..4, Some(2)), (4..5, Some(1))]);
+        assert_eq!(split(&said(&[0, 0, 2, 0, 1])), [(0..4, Some(2)), (4..5, Some(1))]);
+        assert_eq!(split(&said(&[0, 0])), [(0..2, None)]);
+        assert_eq!(split(&[]), []);
+    }
+
+    #[test]
+    fn a_segment_without_word_times_is_whose_it_is_mostly() {
+        let talk = turns(&[(0, 1_000, 1), (1_000, 4_000, 2), (4_000, 5_000, 1)]);
+        let whose = |from, to| segment(span((from, to)), &talk, None, &Rules::default());
+        assert_eq!(whose(0, 5_000), Some(2));
+        assert_eq!(whose(0, 1_500), Some(1));
+        assert_eq!(whose(5_500, 6_000), Some(1));
+        assert_eq!(whose(7_000, 8_000), None);
+    }
+
+    proptest! {
+        #[test]
+        fn every_word_is_in_one_part_and_parts_change_speaker(
+            lengths in prop::collection::vec((0u64..600, 0u64..400), 0..40),
+            talk in prop::collection::vec((0u64..9_000, 1u64..3_000, 1u32..4), 0..12),
+        ) {
+            let mut at = 0;
+            let spans: Vec<Span> = lengths
+                .iter()
+                .map(|(gap, length)| {
+                    let start_ms = at + gap;
+                    at = start_ms + length;
+                    Span { start_ms, end_ms: at }
+                })
+                .collect();
+            let mut turns: Vec<Turn> = talk
+                .iter()
+                .map(|(start, length, speaker)| Turn { span: span((*start, start + length)), speaker: *speaker })
+                .collect();
+            turns.sort_by_key(|t| t.span.start_ms);
+            let found = words(&spans, &turns, &Rules::default());
+            prop_assert_eq!(found.len(), spans.len());
+            prop_assert!(found.iter().all(|s| s.second.is_none() || s.second != s.first));
+            let parts = split(&found);
+            let mut next = 0;
+            for (range, _) in &parts {
+                prop_assert!(range.start == next && range.end > range.start);
+                next = range.end;
+            }
+            prop_assert_eq!(next, spans.len());
+            prop_assert!(parts.windows(2).all(|p| p[0].1 != p[1].1));
+        }
+    }
+}

@@ -25,7 +25,7 @@ pub struct Changes {
 
 impl Default for Changes {
     fn default() -> Self {
-        Self { side_ms: 1_200, hop_ms: 200, distance: 0.5 }
+        Self { side_ms: 1_200, hop_ms: 200, distance: 0.7 }
     }
 }
 
@@ -74,4 +74,25 @@ fn peaks(points: &[(usize, f32)], least: f32, apart: usize) -> Vec<usize> {
         }
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_is_the_highest_point_around() {
+        let points = |heights: &[f32]| heights.iter().enumerate().map(|(i, h)| (i * 10, *h)).collect::<Vec<_>>();
+        for (heights, expected) in [
+            (vec![0.1, 0.6, 0.9, 0.6, 0.1], vec![20]),
+            (vec![0.1, 0.4, 0.4, 0.1], vec![]),
+            // Two changes further apart than a side; a lower one too near to a higher.
+            (vec![0.9, 0.2, 0.2, 0.2, 0.7, 0.8], vec![0, 50]),
+            (vec![0.8, 0.2, 0.9], vec![20]),
+            // Equal heights: the first.
+            (vec![0.7, 0.7, 0.7], vec![0]),
+        ] {
+            assert_eq!(peaks(&points(&heights), 0.5, 30), expected, "{heights:?}");
+        }
+    }
 }

@@ -343,8 +343,11 @@ mod tests {
             })
             .collect();
         for (front_end, variance) in [(FrontEnd::Kaldi { bins: 80 }, None), (FrontEnd::Nemo { bins: 80 }, Some(1.0))] {
-            let mut features = Extractor::new(front_end).features(&samples);
+            let raw = Extractor::new(front_end).features(&samples);
+            let mut features = raw.clone();
             front_end.normalise(&mut features);
+            let step = |of: &Features| of.frame(9)[7] - of.frame(5)[7];
+            assert!(variance.is_some() || (step(&features) - step(&raw)).abs() < 1e-3, "only the mean is taken away");
             assert!(features.means().iter().all(|m| m.abs() < 1e-4));
             if let Some(variance) = variance {
                 let squares: f32 = (0..features.frames()).map(|i| features.frame(i)[7].powi(2)).sum();

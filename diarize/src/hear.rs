@@ -15,7 +15,7 @@ use crate::{
     fbank::{Extractor, FRAME, Features, FrontEnd, SHIFT},
     models::{Embedder, ModelError, Segmenter},
     powerset::{self, Hysteresis},
-    windows::{Stitcher, Track, WINDOW, windows},
+    windows::{Stitcher, Track, windows},
 };
 
 /// How a stretch is heard.
@@ -23,9 +23,14 @@ use crate::{
 pub struct Hearing {
     /// Frames of segmentation from window to window.
     pub hop: usize,
-    /// Shorter stretches are filled up with silence to this, in samples.
+    /// Shorter stretches are filled up with silence to this, in samples. The network was trained on ten seconds, but a
+    /// short word with eight seconds of nothing behind it gets more false turns than one with two.
     pub least_window: usize,
     pub hysteresis: Hysteresis,
+    /// Segmentation begins turns early and ends them late; what is further than this from voice activity is cut off.
+    pub around_speech_ms: u32,
+    /// Who is only ever heard under somebody else must be heard for this long in all.
+    pub least_hidden_ms: u32,
     /// Turns are cut into pieces of at most this.
     pub piece_ms: u32,
     /// An embedding of less is made better by what the same local speaker says nearby.
@@ -38,10 +43,12 @@ impl Default for Hearing {
     fn default() -> Self {
         Self {
             hop: 296,
-            least_window: WINDOW,
+            least_window: 32_000,
             hysteresis: Hysteresis { onset: 0.5, offset: 0.5, min_on: 4, min_off: 4 },
+            around_speech_ms: 50,
+            least_hidden_ms: 750,
             piece_ms: 4_000,
-            enough_ms: 2_000,
+            enough_ms: 500,
             changes: Changes::default(),
         }
     }
@@ -174,7 +181,7 @@ impl Listener {
             let within = powerset::frames(window.len()).max(1);
             stitcher.add(first, logits.iter().take(within).map(powerset::activity).collect());
         }
-        Ok(local_turns(&stitcher.finish(), samples.len(), speech, &self.hearing.hysteresis))
+        Ok(local_turns(&stitcher.finish(), samples.len(), speech, &self.hearing))
     }
 }
 
@@ -185,20 +192,40 @@ struct Turn {
     span: Range<usize>,
 }
 
-/// Turns of all tracks; one in which there is no voice activity at all is noise.
-fn local_turns(tracks: &[Track], samples: usize, speech: &[Range<usize>], hysteresis: &Hysteresis) -> Vec<Turn> {
+/// Turns of all tracks, where there is voice activity.
+fn local_turns(tracks: &[Track], samples: usize, speech: &[Range<usize>], hearing: &Hearing) -> Vec<Turn> {
     let last = tracks.iter().map(|t| t.first + t.activity.len()).max().unwrap_or(0);
     let sample = |frame: usize| if frame >= last { samples } else { powerset::boundary(frame).min(samples) };
+    let speech = widened(speech, samples_of(hearing.around_speech_ms), samples);
     let mut turns = Vec::new();
     for (track, found) in tracks.iter().enumerate() {
-        for frames in hysteresis.turns(&found.activity) {
+        for frames in hearing.hysteresis.turns(&found.activity) {
             let span = sample(found.first + frames.start)..sample(found.first + frames.end);
-            if !span.is_empty() && !clip(speech, &span).is_empty() {
-                turns.push(Turn { track, span });
-            }
+            turns.extend(clip(&speech, &span).into_iter().map(|span| Turn { track, span }));
         }
     }
-    turns
+    let heard_alone = alone(&turns);
+    let of_track = |ranges: &[Vec<Range<usize>>], track: usize| -> usize {
+        turns.iter().zip(ranges).filter(|(turn, _)| turn.track == track).map(|(_, own)| length(own)).sum()
+    };
+    let whole: Vec<Vec<Range<usize>>> = turns.iter().map(|turn| vec![turn.span.clone()]).collect();
+    let hidden = |track: usize| {
+        of_track(&heard_alone, track) == 0 && of_track(&whole, track) < samples_of(hearing.least_hidden_ms)
+    };
+    turns.iter().filter(|turn| !hidden(turn.track)).cloned().collect()
+}
+
+/// Ranges made longer at both ends; those that touch become one.
+fn widened(ranges: &[Range<usize>], by: usize, samples: usize) -> Vec<Range<usize>> {
+    let mut wide: Vec<Range<usize>> = Vec::new();
+    for range in ranges {
+        let next = range.start.saturating_sub(by)..(range.end + by).min(samples);
+        match wide.last_mut() {
+            Some(last) if last.end >= next.start => last.end = last.end.max(next.end),
+            _ => wide.push(next),
+        }
+    }
+    wide
 }
 
 /// Voice activity in samples of the stretch.
@@ -302,3 +329,8 @@ impl Heard<'_> {
         Ok(Some(embedding))
     }
 }
+
+#[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "lists of ranges are what is heard")]
+#[path = "hear_tests.rs"]
+mod tests;

@@ -17,6 +17,7 @@
 //! | [`hear`] | all of that: turns with an embedding each |
 //! | [`cluster`] | agglomerative clustering, and the VB-HMM over x-vectors |
 //! | [`online`] | labels given once and for all, and the state that travels |
+//! | [`xvectors`] | Kaldi's archives and PLDA, for measurements |
 //! | [`align`] | words and segments to speakers |
 
 pub mod align;
@@ -28,6 +29,7 @@ pub mod models;
 pub mod online;
 pub mod powerset;
 pub mod windows;
+pub mod xvectors;
 
 /// Sample rate of everything in this crate, in Hz.
 pub const RATE_HZ: u32 = 16_000;

@@ -36,25 +36,43 @@ pub struct Limits {
 }
 
 /// Distances at which decisions change; they belong to an encoder.
+///
+/// The defaults are for the encoder in `diarize/encoder`, tuned on calls between synthetic voices that the scored calls
+/// do not have and on read speech put together to conversations. An encoder whose embeddings of one person lie nearer to
+/// each other wants smaller ones.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tuning {
     /// Cosine distance from all known people beyond which somebody new speaks.
     pub open: f32,
     /// So much of a voice must have been heard to open a label.
     pub open_ms: u32,
+    /// Pieces of one track that are further apart than this are two people after all: segmentation hears in its window
+    /// what an embedding of a second or two may miss, so this is more than what it takes to be somebody new.
+    pub apart: f32,
     /// A piece further than this from the voices of its label is a voice of its own.
     pub voice: f32,
     /// A piece goes to another label than its track only if that one is nearer by this much.
     pub margin: f32,
     /// Where [`Voices::reconsider`] stops clustering,
     pub offline: f32,
+    /// how much of a distance it takes for shortness,
+    pub doubt_ms: f32,
     /// and who speaks less than this is nobody of their own there.
     pub least_ms: u64,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { open: 0.6, open_ms: 1_000, voice: 0.25, margin: 0.15, offline: 0.55, least_ms: 1_500 }
+        Self {
+            open: 0.6,
+            open_ms: 1_000,
+            apart: 0.7,
+            voice: 0.2,
+            margin: 0.25,
+            offline: 0.48,
+            doubt_ms: 300.0,
+            least_ms: 1_500,
+        }
     }
 }
 
@@ -158,7 +176,7 @@ impl Voices {
     /// Gives each turn of a stretch its label; `turns` as [`crate::hear::Listener::voices`] made them.
     pub fn hear(&mut self, turns: &[Voiced], limits: Limits, tuning: &Tuning) -> Vec<Assigned> {
         let first_new = self.next_label;
-        let mut units = units(turns);
+        let mut units = units(turns, tuning);
         // Those who say most are the surest, and what is known of them helps with the others.
         units.sort_by_key(|unit| Reverse(unit.reliable_ms));
         let mut given: Vec<Option<(u32, u32)>> = vec![None; turns.len()];
@@ -231,7 +249,12 @@ impl Voices {
                 self.new_label()
             }
             Some((label, _)) => *label,
-            None if everybody == 0 || (may_open && unit.reliable_ms >= tuning.open_ms) => self.new_label(),
+            // Whoever spoke before anybody could be heard is whoever is heard first.
+            None if everybody == 0 => {
+                let unheard = self.voices.iter().find(|voice| voice.mean.is_empty()).map(|voice| voice.label);
+                unheard.unwrap_or_else(|| self.new_label())
+            }
+            None if may_open && unit.reliable_ms >= tuning.open_ms => self.new_label(),
             None => self.distances(centre).first().map_or(1, |(label, _)| *label),
         }
     }
@@ -330,10 +353,12 @@ impl Voices {
     /// Keeps to [`MOST_VOICES`].
     fn shrink(&mut self) {
         while self.voices.len() > MOST_VOICES {
+            let vectors: Vec<Vec<f32>> = self.voices.iter().map(Voice::vector).collect();
             let mut nearest: Option<(usize, usize, f32)> = None;
             for (i, a) in self.voices.iter().enumerate() {
-                for (j, b) in self.voices.iter().enumerate().skip(i + 1).filter(|(_, b)| b.label == a.label) {
-                    let distance = cosine_distance(&a.vector(), &b.vector());
+                for (j, b) in self.voices.iter().enumerate().skip(i + 1) {
+                    let distance =
+                        if a.label == b.label { cosine_distance(&vectors[i], &vectors[j]) } else { continue };
                     if nearest.is_none_or(|(_, _, d)| distance < d) {
                         nearest = Some((i, j, distance));
                     }
@@ -362,6 +387,17 @@ impl Voices {
         self.absorbed.drain(..beyond);
     }
 
+    /// The clustering that [`Voices::reconsider`] does, for whoever has the pieces themselves and not only their voices.
+    pub fn offline(limits: Limits, tuning: &Tuning) -> Ahc {
+        Ahc {
+            threshold: tuning.offline,
+            doubt_ms: tuning.doubt_ms,
+            min_speakers: limits.min_speakers.unwrap_or(1),
+            max_speakers: limits.max_speakers,
+            least_ms: tuning.least_ms,
+        }
+    }
+
     /// The label that each voice would have if all were heard together; a voice that is not named keeps what it has.
     ///
     /// A person keeps a label that was mostly theirs; people who turn out to be one take the oldest of theirs; a label
@@ -369,13 +405,7 @@ impl Voices {
     pub fn reconsider(&self, limits: Limits, tuning: &Tuning) -> BTreeMap<u32, u32> {
         let heard: Vec<&Voice> = self.voices.iter().filter(|v| !v.mean.is_empty()).collect();
         let items: Vec<Item> = heard.iter().map(|v| Item { vector: v.vector(), weight_ms: v.weight_ms }).collect();
-        let ahc = Ahc {
-            threshold: tuning.offline,
-            min_speakers: limits.min_speakers.unwrap_or(1),
-            max_speakers: limits.max_speakers,
-            least_ms: tuning.least_ms,
-        };
-        let clusters = ahc::cluster(&items, &ahc);
+        let clusters = ahc::cluster(&items, &Self::offline(limits, tuning));
         let mut shares: BTreeMap<u32, BTreeMap<usize, u64>> = BTreeMap::new();
         for (voice, cluster) in heard.iter().zip(&clusters) {
             *shares.entry(voice.label).or_default().entry(*cluster).or_default() += voice.weight_ms;
@@ -426,7 +456,7 @@ impl Voices {
     }
 }
 
-/// What is one person as far as segmentation can say: all pieces of a track.
+/// What is one person as far as one stretch can say.
 struct Unit {
     turns: Vec<usize>,
     /// Sum of their embeddings by their reliable time.
@@ -434,19 +464,52 @@ struct Unit {
     reliable_ms: u32,
 }
 
-fn units(turns: &[Voiced]) -> Vec<Unit> {
-    let mut by_track: BTreeMap<u32, Unit> = BTreeMap::new();
+impl Unit {
+    fn of(pieces: Vec<usize>, turns: &[Voiced]) -> Self {
+        let mut unit = Self { turns: pieces, centre: None, reliable_ms: 0 };
+        for turn in unit.turns.iter().map(|turn| &turns[*turn]) {
+            if let Some(embedding) = &turn.embedding {
+                let weight = turn.reliable_ms.max(1) as f32;
+                let sum = unit.centre.get_or_insert_with(|| vec![0.0; embedding.len()]);
+                sum.iter_mut().zip(embedding).for_each(|(s, x)| *s += x * weight);
+                unit.reliable_ms += turn.reliable_ms;
+            }
+        }
+        unit
+    }
+}
+
+/// The pieces of each track; a track whose pieces are too far apart was more than one person, whatever segmentation
+/// said.
+fn units(turns: &[Voiced], tuning: &Tuning) -> Vec<Unit> {
+    let mut by_track: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
     for (index, turn) in turns.iter().enumerate() {
-        let unit = by_track.entry(turn.track).or_insert(Unit { turns: Vec::new(), centre: None, reliable_ms: 0 });
-        unit.turns.push(index);
-        if let Some(embedding) = &turn.embedding {
-            let weight = turn.reliable_ms.max(1) as f32;
-            let sum = unit.centre.get_or_insert_with(|| vec![0.0; embedding.len()]);
-            sum.iter_mut().zip(embedding).for_each(|(s, x)| *s += x * weight);
-            unit.reliable_ms += turn.reliable_ms;
+        by_track.entry(turn.track).or_default().push(index);
+    }
+    let apart = Ahc {
+        threshold: tuning.apart,
+        doubt_ms: 0.0,
+        min_speakers: 1,
+        max_speakers: None,
+        least_ms: u64::from(tuning.open_ms),
+    };
+    let mut units = Vec::new();
+    for pieces in by_track.into_values() {
+        let item = |turn: &usize| {
+            let Voiced { embedding, reliable_ms, .. } = &turns[*turn];
+            Some(Item { vector: embedding.clone()?, weight_ms: u64::from(*reliable_ms) })
+        };
+        let (heard, unheard): (Vec<usize>, Vec<usize>) =
+            pieces.into_iter().partition(|turn| turns[*turn].embedding.is_some());
+        let people = ahc::cluster(&heard.iter().filter_map(item).collect::<Vec<_>>(), &apart);
+        for person in 0..people.iter().max().map_or(0, |last| last + 1) {
+            let own = heard.iter().zip(&people).filter(|(_, p)| **p == person).map(|(turn, _)| *turn);
+            units.push(Unit::of(own.collect(), turns));
+        }
+        if !unheard.is_empty() {
+            units.push(Unit::of(unheard, turns));
         }
     }
-    let mut units: Vec<Unit> = by_track.into_values().collect();
     units.sort_by_key(|unit| unit.turns[0]);
     units
 }
@@ -495,3 +558,7 @@ mod small {
         Ok(bytes.chunks_exact(2).map(|pair| i16::from_le_bytes([pair[0], pair[1]])).collect())
     }
 }
+
+#[cfg(test)]
+#[path = "online_tests.rs"]
+mod tests;

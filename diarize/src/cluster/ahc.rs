@@ -1,7 +1,8 @@
 //! Agglomerative clustering: the two nearest clusters become one until the nearest are too far apart.
 //!
 //! A cluster stands for the sum of its embeddings, each as heavy as the speech it was made of; the distance of two
-//! clusters is the cosine distance of their sums (centroid linkage). Clusters with too little speech are nobody of their
+//! clusters is the cosine distance of their sums (centroid linkage), less what may be due to how little was heard of
+//! either: an embedding of a second lies further from its speaker than one of ten. Clusters with too little speech are nobody of their
 //! own: they are counted for nothing and go to the nearest cluster that has enough. Ties go to the pair that began first,
 //! so equal input gives equal clusters.
 //!
@@ -25,6 +26,8 @@ pub struct Item {
 pub struct Ahc {
     /// Cosine distance beyond which two clusters are two people.
     pub threshold: f32,
+    /// Distance that may be due to shortness: this divided by the milliseconds of a cluster, for both of two.
+    pub doubt_ms: f32,
     /// At least and at most so many people.
     pub min_speakers: usize,
     pub max_speakers: Option<usize>,
@@ -37,7 +40,7 @@ pub fn cluster(items: &[Item], ahc: &Ahc) -> Vec<usize> {
     if items.len() <= MOST_ITEMS {
         return in_order(&Tree::grow(items, ahc).cut(items, ahc));
     }
-    let tight = Ahc { threshold: ahc.threshold / 2.0, min_speakers: 1, max_speakers: None, least_ms: 0 };
+    let tight = Ahc { threshold: ahc.threshold / 2.0, doubt_ms: 0.0, min_speakers: 1, max_speakers: None, least_ms: 0 };
     let mut of_item = Vec::with_capacity(items.len());
     let mut sums: Vec<Item> = Vec::new();
     for part in items.chunks(MOST_ITEMS / 2) {
@@ -82,6 +85,15 @@ fn add(sum: &mut Vec<f32>, vector: &[f32]) {
     }
 }
 
+/// Less than this is not heard at all; doubt does not grow beyond it.
+const LEAST_HEARD_MS: u64 = 500;
+
+/// Distance of two clusters, less what may be due to how little was heard of them.
+fn doubted(a: (&[f32], u64), b: (&[f32], u64), doubt_ms: f32) -> f32 {
+    let doubt = |weight_ms: u64| doubt_ms / weight_ms.max(LEAST_HEARD_MS) as f32;
+    cosine_distance(a.0, b.0) - doubt(a.1) - doubt(b.1)
+}
+
 /// Who was joined with whom, in order.
 struct Tree {
     /// The second joined the first; clusters are named by their first item.
@@ -101,7 +113,8 @@ impl Tree {
         // The lower triangle: the distance of i and j < i is at `i * (i - 1) / 2 + j`.
         let mut distances = Vec::with_capacity(n * n.saturating_sub(1) / 2);
         for i in 0..n {
-            distances.extend((0..i).map(|j| cosine_distance(&sums[i], &sums[j])));
+            let of = |j: usize| doubted((&sums[i], weights[i]), (&sums[j], weights[j]), ahc.doubt_ms);
+            distances.extend((0..i).map(of));
         }
         let place = |a: usize, b: usize| {
             let (low, high) = if a < b { (a, b) } else { (b, a) };
@@ -143,7 +156,7 @@ impl Tree {
             alive.retain(|k| *k != j);
             nearest[j] = None;
             for k in alive.iter().copied().filter(|k| *k != i) {
-                distances[place(i, k)] = cosine_distance(&sums[i], &sums[k]);
+                distances[place(i, k)] = doubted((&sums[i], weights[i]), (&sums[k], weights[k]), ahc.doubt_ms);
             }
             for k in alive.iter().copied() {
                 let stale = k == i || nearest[k].is_some_and(|(target, _)| target == i || target == j);
@@ -206,7 +219,7 @@ mod tests {
 
     use super::*;
 
-    const FREE: Ahc = Ahc { threshold: 0.3, min_speakers: 1, max_speakers: None, least_ms: 0 };
+    const FREE: Ahc = Ahc { threshold: 0.3, doubt_ms: 0.0, min_speakers: 1, max_speakers: None, least_ms: 0 };
 
     /// Unit vectors in a plane, by degrees, a second each.
     fn at(degrees: &[f32]) -> Vec<Item> {
@@ -266,6 +279,21 @@ mod tests {
     }
 
     #[test]
+    fn little_speech_leaves_doubt_and_much_leaves_none() {
+        // 53 degrees are 0.4 apart.
+        let mut items = at(&[0.0, 53.0]);
+        let doubtful = Ahc { doubt_ms: 300.0, ..FREE };
+        assert_eq!(cluster(&items, &FREE), [0, 1]);
+        assert_eq!(cluster(&items, &doubtful), [0, 0]);
+        items.iter_mut().for_each(|item| item.weight_ms = 20_000);
+        assert_eq!(cluster(&items, &doubtful), [0, 1]);
+        // A moment is heard as half a second, not as nothing.
+        let mut items = at(&[0.0, 180.0]);
+        items.iter_mut().for_each(|item| item.weight_ms = 0);
+        assert_eq!(cluster(&items, &Ahc { doubt_ms: 400.0, ..FREE }), [0, 1]);
+    }
+
+    #[test]
     fn thousands_are_clustered_in_parts() {
         let degrees: Vec<f32> = (0..5_000).map(|i| (i % 3) as f32 * 100.0 + (i % 7) as f32).collect();
         let found = cluster(&at(&degrees), &FREE);
@@ -282,7 +310,7 @@ mod tests {
         ) {
             let items = at(&degrees);
             let most = min_speakers + extra;
-            let ahc = Ahc { threshold: 0.2, min_speakers, max_speakers: Some(most), least_ms };
+            let ahc = Ahc { threshold: 0.2, doubt_ms: 0.0, min_speakers, max_speakers: Some(most), least_ms };
             let found = cluster(&items, &ahc);
             let count = found.iter().max().unwrap() + 1;
             prop_assert_eq!(in_order(&found), found.clone());

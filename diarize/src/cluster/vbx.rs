@@ -198,3 +198,73 @@ fn ln_sum(values: &[f64]) -> f64 {
     }
     highest + values.iter().map(|v| (v - highest).exp()).sum::<f64>().ln()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers that look drawn from a normal distribution.
+    struct Normal(u64);
+
+    impl Normal {
+        fn draw(&mut self) -> f64 {
+            (0..12)
+                .map(|_| {
+                    self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    (self.0 >> 11) as f64 / (1u64 << 53) as f64
+                })
+                .sum::<f64>()
+                - 6.0
+        }
+    }
+
+    const PSI: [f64; 6] = [9.0, 8.0, 7.0, 6.0, 3.0, 1.0];
+
+    /// Embeddings of people who take turns, as PLDA says they are.
+    fn talk(normal: &mut Normal, turns: &[(usize, usize)]) -> (Vec<Vec<f64>>, Vec<usize>) {
+        // On either side of the mean in each dimension, no two on the same sides.
+        let side = |who: usize, dim: usize| if (who >> (dim % 2)) & 1 == 1 { 2.0 } else { -2.0 };
+        let person = |who: usize| PSI.iter().enumerate().map(|(dim, psi)| side(who, dim) * psi.sqrt()).collect();
+        let people: Vec<Vec<f64>> = (0..4).map(person).collect();
+        let order: Vec<usize> = turns.iter().flat_map(|(who, count)| std::iter::repeat_n(*who, *count)).collect();
+        let embeddings = order.iter().map(|who| people[*who].iter().map(|m| m + normal.draw()).collect()).collect();
+        (embeddings, in_order(&order))
+    }
+
+    #[test]
+    fn too_many_speakers_become_as_many_as_there_are() {
+        let turns = [(0, 30), (1, 25), (0, 10), (2, 30), (1, 20), (2, 15), (0, 20)];
+        for seed in 0..5 {
+            let (embeddings, truth) = talk(&mut Normal(seed), &turns);
+            // Each turn begins as three people.
+            let mut begin = Vec::new();
+            for (turn, (_, count)) in turns.iter().enumerate() {
+                begin.extend((0..*count).map(|i| 3 * turn + 3 * i / count));
+            }
+            assert_eq!(refine(&embeddings, &PSI, &begin, &Vbx::default()), truth, "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn one_person_stays_one_and_nobody_nobody() {
+        let (embeddings, truth) = talk(&mut Normal(3), &[(0, 60)]);
+        assert_eq!(refine(&embeddings, &PSI, &(0..60).map(|i| i % 5).collect::<Vec<_>>(), &Vbx::default()), truth);
+        assert_eq!(refine(&embeddings, &PSI, &[0; 60], &Vbx::default()), truth);
+        assert!(refine(&[], &PSI, &[], &Vbx::default()).is_empty());
+    }
+
+    #[test]
+    fn the_bound_never_falls() {
+        let (embeddings, _) = talk(&mut Normal(11), &[(0, 20), (1, 20), (2, 20), (0, 20)]);
+        let begin: Vec<usize> = (0..80).map(|i| i / 8).collect();
+        let mut model = Model::new(&embeddings, &PSI, &begin, 10, &Vbx::default());
+        let bounds: Vec<f64> = (0..12).map(|_| model.iterate(&Vbx::default())).collect();
+        assert!(bounds.windows(2).all(|b| b[1] >= b[0] - 1e-9), "{bounds:?}");
+        for row in &model.responsibilities {
+            assert!((row.iter().sum::<f64>() - 1.0).abs() < 1e-9);
+        }
+        assert!((model.priors.iter().sum::<f64>() - 1.0).abs() < 1e-9);
+        let needed = model.priors.iter().filter(|prior| **prior > 0.05).count();
+        assert_eq!(needed, 3, "who is not needed loses the prior: {:?}", model.priors);
+    }
+}
