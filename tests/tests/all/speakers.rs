@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
+use tokio::task::JoinSet;
 use voxfleet_harness::{
     audio, checker, find,
     fleet::{self, Engine, Fleet, FleetBuilder},
@@ -176,7 +177,8 @@ async fn kills_at_every_final_change_no_label() -> Result<()> {
     let mut fleet = builder().workers(2).slots(1).start().await?;
     let js = fleet.js();
     let session = "hunted";
-    let speaking = tokio::spawn({
+    let mut speaking = JoinSet::new();
+    speaking.spawn({
         let js = js.clone();
         async move {
             let mut producer = Producer::named(js, session, "s1");
@@ -206,7 +208,7 @@ async fn kills_at_every_final_change_no_label() -> Result<()> {
         }
         kills += 1;
     }
-    speaking.await??;
+    speaking.join_next().await.context("the producer ended")???;
     checker::check(&js, session).await?.clean()?;
     let undisturbed: Vec<Value> = alone(2, &library)?.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
     let disturbed: Vec<Value> = checker::finals(&js, session).await?.into_iter().map(|f| f.json).collect();
