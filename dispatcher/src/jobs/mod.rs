@@ -472,7 +472,7 @@ mod tests {
         };
         book.insert(id("part"), part("part", Priority::Normal, 0));
         book.insert(id("high-part"), part("high-part", Priority::High, 0));
-        for (name, priority, at) in [("small", Priority::Normal, 599_000), ("later", Priority::Normal, 600_001)] {
+        for (name, priority, at) in [("small", Priority::Normal, 599_000), ("later", Priority::Normal, 600_002)] {
             book.insert(id(name), queued(name, priority, at));
         }
         book.insert(id("low"), queued("low", Priority::Low, 1));

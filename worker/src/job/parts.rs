@@ -55,7 +55,8 @@ impl Naming {
         );
         let hash: String = Sha256::digest(text.as_bytes()).iter().take(12).map(|byte| format!("{byte:02x}")).collect();
         // People should see whose it is; what tells it from others is the rest.
-        StreamId::new(format!("{parent:.18}-{number:04}-{hash}"))
+        let whose: String = parent.as_str().chars().take(18).collect();
+        StreamId::new(format!("{whose}-{number:04}-{hash}"))
     }
 }
 

