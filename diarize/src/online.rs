@@ -170,7 +170,7 @@ impl Voices {
 
     /// How many labels were ever given.
     pub fn labels(&self) -> u32 {
-        self.next_label - 1
+        self.next_label.saturating_sub(1)
     }
 
     /// Gives each turn of a stretch its label; `turns` as [`crate::hear::Listener::voices`] made them.

@@ -44,7 +44,7 @@ impl Chain {
         self.read_revision(&Get { seq: Some(from_seq.max(1)), next_by_subj: Some(&subject), ..Get::default() }).await
     }
 
-    /// Puts this behind the last revision of its chain, under the next number, and says whether it stands there: not when a
+    /// Puts this behind the last revision of its chain, under the next number, and says whether the chain is still ours: not when a
     /// higher epoch has revised. Repeats until that is known; an error is what no repetition can change.
     pub async fn revise(&self, mut value: Revision) -> Result<bool, ChainError> {
         let mut backoff = Backoff::default();
@@ -68,6 +68,11 @@ impl Chain {
                 Err(ChainError::Conflict | ChainError::Server(ServerError::Timeout)) => {}
                 Err(ChainError::Server(error)) if !matches!(error, ServerError::TooLarge | ServerError::Closed) => {
                     tracing::warn!(id = %value.id, index = value.index, %error, "revision is not stored yet, trying again");
+                }
+                Err(error @ (ChainError::TooLarge { .. } | ChainError::Server(ServerError::TooLarge))) => {
+                    // What stands is worth more than what would be told of its speakers.
+                    tracing::error!(id = %value.id, index = value.index, %error, "revision left out");
+                    return Ok(true);
                 }
                 Err(error) => return Err(error),
             }

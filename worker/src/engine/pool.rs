@@ -325,16 +325,19 @@ where
         };
         let Job { handle, part, window, .. } = *job;
         let took = begin.elapsed();
-        let listened = match listening {
+        let mut listened = match listening {
             None => Listened::NotAsked,
             Some(Ok(listening)) => listening.wait(took),
             Some(Err(error)) => Listened::Heard(Err(format!("no thread to listen: {error}"))),
         };
+        let held = if let Listened::Late(late) = &mut listened { late.hold() } else { None };
         let done = Done { thread: number, handle, part, window, heard, listened, info, queued, took, state_mb };
         if events.send(done.into()).is_err() {
             // The engine loop has ended, and so does this.
             return;
         }
+        // Now what was heard too late may follow.
+        drop(held);
     }
 }
 

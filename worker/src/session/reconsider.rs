@@ -16,7 +16,7 @@ use voxfleet_schema::{
 
 use super::{Session, outputs::Names};
 use crate::{
-    engine::diarize::{again, attribute, changes, relabel},
+    engine::diarize::{adopt, again, attribute, changes, relabel},
     ipc::FinalDraft,
 };
 
@@ -33,6 +33,7 @@ pub(super) async fn before_the_end(
         return Ok(());
     }
     again(draft, &changes);
+    adopt(draft, &changes);
     let Some(last_index) = last_index else { return Ok(()) };
     let (names, chain) = (&session.names, &session.shared.chain);
     let mut revised = revisions(chain, names.kind, &names.id).await?;

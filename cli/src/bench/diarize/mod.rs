@@ -10,10 +10,12 @@
 //! | `sample` | pyannote's sample, 30 s |
 //! | `ami30`, `ami30_oracle` | far-field AMI, ten clips of 30 s; `oracle`: the number of speakers is given |
 //! | `digits` | people who say digits in turns |
+//! | `vbx` | clustering alone, on the x-vectors that VBx's authors give, scored as they do it |
 //!
 //! Sets whose recordings are not here are named under `skipped`.
 
 mod sets;
+mod vbx;
 
 use std::path::PathBuf;
 
@@ -155,7 +157,7 @@ fn turn(turn: &voxfleet_schema::transcript::Turn) -> Turn {
 }
 
 /// Names of the sets, in the order in which they are told.
-const SETS: [&str; 6] = ["synth_offline", "synth_stream", "sample", "ami30", "ami30_oracle", "digits"];
+const SETS: [&str; 7] = ["synth_offline", "synth_stream", "sample", "ami30", "ami30_oracle", "digits", "vbx"];
 
 pub(super) fn run(args: &DiarizeArgs) -> Result<Value> {
     let unknown = args.sets.iter().find(|set| !SETS.contains(&set.as_str()));
@@ -164,6 +166,13 @@ pub(super) fn run(args: &DiarizeArgs) -> Result<Value> {
     let (mut rows, mut skipped) = (Vec::new(), Vec::new());
     let (mut audio_s, mut listened_s) = (0.0, 0.0);
     for set in SETS.iter().filter(|set| args.sets.is_empty() || args.sets.iter().any(|s| s == *set)) {
+        if *set == "vbx" {
+            match vbx::row() {
+                Ok(row) => rows.push(row),
+                Err(error) => skipped.push(json!({ "set": set, "why": format!("{error:#}") })),
+            }
+            continue;
+        }
         let recordings = match *set {
             "synth_offline" | "synth_stream" => sets::synthetic(),
             "sample" => sets::sample(),

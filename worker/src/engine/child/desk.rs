@@ -147,7 +147,9 @@ impl Desk {
         let running = self.sessions.iter().flat_map(|(handle, session)| {
             let of_final = session.decoding.iter().map(|(part, flag)| (Sign::Final(*handle, *part), flag));
             let of_partial = session.partial.iter().map(|flag| (Sign::Partial(*handle), flag));
-            let of_speakers = session.listening.iter().map(|(index, flag)| (Sign::Speakers(*handle, *index), flag));
+            // What waits for its turn cannot move.
+            let listening = session.listening.iter().filter(|(_, flag)| flag.looks() > 0);
+            let of_speakers = listening.map(|(index, flag)| (Sign::Speakers(*handle, *index), flag));
             of_final.chain(of_partial).chain(of_speakers)
         });
         let running: Vec<_> = running.map(|(sign, flag)| (sign, flag.looks())).collect();
@@ -485,8 +487,8 @@ impl Desk {
             decode_ms: done.took.as_millis() as u64,
             ..Timings::default()
         };
-        if let Listened::Late(flag) = &done.listened {
-            session.listening.push((session.stream.index(), flag.clone()));
+        if let Listened::Late(late) = &done.listened {
+            session.listening.push((session.stream.index(), late.flag().clone()));
         }
         let completed = session.stream.complete(done.part, heard, guards, done.listened, &done.info, timings);
         let Some(draft) = completed else {

@@ -20,6 +20,24 @@ pub(crate) fn changes(checkpoint: Option<&Checkpoint>, options: &SessionOptions)
     labels
 }
 
+/// Has the checkpoint of an end final, and what it says, know what was found: who speaks on behind it has the label that was
+/// shown last, and nobody else gets it.
+pub(crate) fn adopt(draft: &mut FinalDraft, changes: &BTreeMap<u32, u32>) {
+    let Some(checkpoint) = &mut draft.checkpoint else { return };
+    let Some(mut voices) = checkpoint.voices.as_ref().and_then(|bytes| codec::from_msgpack::<Voices>(bytes).ok())
+    else {
+        return;
+    };
+    voices.adopt(changes);
+    if let Some(speakers) = &mut draft.speakers {
+        speakers.labels = voices.labels();
+    }
+    match codec::to_msgpack(&voices) {
+        Ok(bytes) => checkpoint.voices = Some(bytes.into()),
+        Err(error) => tracing::error!(%error, "voices cannot be encoded"),
+    }
+}
+
 /// Puts a final under other labels.
 pub(crate) fn again(draft: &mut FinalDraft, changes: &BTreeMap<u32, u32>) {
     if relabel(&mut draft.turns, changes) {

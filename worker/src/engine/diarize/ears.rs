@@ -17,7 +17,7 @@ use super::{DiarizeConfig, Heard, Hearing, Listened, Listener};
 use crate::engine::Cancel;
 
 /// Windows that wait here when a thread decodes faster than it listens. Beyond them, words go out without speakers.
-const WAITING: usize = 2;
+const WAITING: usize = 16;
 /// How often a decode thread that waits shows that it lives.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -55,6 +55,49 @@ pub(in crate::engine) struct Listening {
     /// Of the decode that waits, and of the listener.
     decode: Cancel,
     listener: Cancel,
+}
+
+/// An answer that was not waited for. It goes its own way once this is dropped, and not before: whoever hands this on does it
+/// first, so that no answer comes before the final that it belongs to.
+#[derive(Clone)]
+pub struct Late {
+    slot: Option<Arc<Slot>>,
+    flag: Cancel,
+}
+
+impl std::fmt::Debug for Late {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Late").field("flag", &self.flag).finish_non_exhaustive()
+    }
+}
+
+impl From<Cancel> for Late {
+    fn from(flag: Cancel) -> Self {
+        Self { slot: None, flag }
+    }
+}
+
+impl Late {
+    /// As long as somebody looks at this, it is on its way; nobody has while it waits for its turn.
+    pub fn flag(&self) -> &Cancel {
+        &self.flag
+    }
+
+    /// Splits off what lets the answer go.
+    pub(in crate::engine) fn hold(&mut self) -> Option<Held> {
+        self.slot.take().map(Held)
+    }
+}
+
+/// Keeps an answer back until it is dropped.
+pub(in crate::engine) struct Held(Arc<Slot>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut answer = self.0.answer.lock().unwrap_or_else(PoisonError::into_inner);
+        answer.1 = true;
+        self.0.there.notify_all();
+    }
 }
 
 impl Ears {
@@ -96,6 +139,7 @@ impl Listening {
         let mut answer = slot.answer.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(heard) = answer.0.take() {
+                slot.there.notify_all();
                 return Listened::Heard(heard);
             }
             if self.decode.was_cancelled() {
@@ -103,8 +147,8 @@ impl Listening {
             }
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) || self.decode.was_cancelled() {
-                answer.1 = true;
-                return Listened::Late(self.listener);
+                drop(answer);
+                return Listened::Late(Late { slot: Some(slot), flag: self.listener });
             }
             // A listener that hangs must not look like a decode that moves.
             if std::mem::replace(&mut looks, self.listener.looks()) != looks {
@@ -134,14 +178,17 @@ fn listen<E: From<HeardLate>>(
         }));
         let heard = heard.unwrap_or_else(|_| Err("the listener panicked".to_owned()));
         let mut answer = slot.answer.lock().unwrap_or_else(PoisonError::into_inner);
-        if answer.1 {
+        answer.0 = Some(heard);
+        slot.there.notify_all();
+        // Whoever waits takes it, or lets it go.
+        while answer.0.is_some() && !answer.1 {
+            answer = slot.there.wait(answer).unwrap_or_else(PoisonError::into_inner);
+        }
+        if let Some(heard) = answer.0.take() {
             drop(answer);
             if late.send(HeardLate { handle, index, heard }.into()).is_err() {
                 return;
             }
-        } else {
-            answer.0 = Some(heard);
-            slot.there.notify_one();
         }
     }
 }

@@ -31,12 +31,15 @@ use voxfleet_diarize::{
 };
 use voxfleet_schema::transcript::SpeakersBy;
 
-pub(crate) use self::again::{again, changes};
+pub(crate) use self::again::{adopt, again, changes};
 pub(crate) use self::attribute::{attribute, relabel, turns_of};
 pub(super) use self::ears::{Ears, Listening};
 pub(crate) use self::memory::lacking;
 use self::networks::{Encoder, EncoderFile, Segmentation};
-pub use self::{again::reconsidered, ears::HeardLate};
+pub use self::{
+    again::reconsidered,
+    ears::{HeardLate, Late},
+};
 use super::Cancel;
 
 /// What an engine listens with.
@@ -87,8 +90,8 @@ pub enum Listened {
     #[default]
     NotAsked,
     Heard(Result<Heard, String>),
-    /// It comes by itself. As long as somebody looks at this, it is on its way.
-    Late(Cancel),
+    /// It comes by itself.
+    Late(Late),
 }
 
 /// What diarization would be like with these files, as far as that can be seen without opening them.

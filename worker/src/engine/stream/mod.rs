@@ -352,6 +352,7 @@ impl SessionStream {
     fn draft(&mut self, pending: Pending, joined: Joined) -> Box<FinalDraft> {
         let Joined { segments, turns, listened, guards, error, info, timings } = joined;
         let from = self.segment.from;
+        let said = voxfleet_schema::transcript::join_text(segments.iter().map(|segment| segment.text.as_str()));
         let mono = self.pieces.iter().all(|piece| piece.format.channels == 1);
         let Told { segments, turns, speakers } = match &mut self.tellers {
             Some(tellers) => match &self.unheard_because {
@@ -363,7 +364,7 @@ impl SessionStream {
         let resume = self.restart(pending.to);
         self.last = Some((pending.audio.to_seq, pending.end));
         self.ended = pending.end;
-        let checkpoint = self.next_checkpoint(&segments, !guards.is_empty());
+        let checkpoint = self.next_checkpoint(&said, !guards.is_empty());
         self.index += 1;
         Box::new(FinalDraft {
             from_sample: from,
@@ -389,18 +390,14 @@ impl SessionStream {
         })
     }
 
-    fn next_checkpoint(
-        &mut self,
-        segments: &[voxfleet_schema::transcript::Segment],
-        guard_hit: bool,
-    ) -> Option<Checkpoint> {
+    /// `said`: as the engine said it, however it is cut for its speakers.
+    fn next_checkpoint(&mut self, said: &str, guard_hit: bool) -> Option<Checkpoint> {
         let voices = self.tellers.as_ref().and_then(Tellers::voices);
         if !self.options.carry_prompt {
             self.checkpoint = Checkpoint { index: self.index, voices, ..Checkpoint::default() };
             return self.checkpoint.voices.is_some().then(|| self.checkpoint.clone());
         }
-        let pieces =
-            std::iter::once(self.checkpoint.prompt_tail.as_str()).chain(segments.iter().map(|s| s.text.as_str()));
+        let pieces = [self.checkpoint.prompt_tail.as_str(), said].into_iter();
         let prompt_tail = words::tail(&voxfleet_schema::transcript::join_text(pieces), PROMPT_TAIL_CHARS).to_owned();
         self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit, voices };
         Some(self.checkpoint.clone())

@@ -20,6 +20,9 @@ use crate::{
     ipc::{RevisionDraft, StartPoint, Told},
 };
 
+/// A checkpoint with more is not believed.
+const MOST_LABELS: u32 = 1_000_000;
+
 /// A final whose voices were not heard when its words were said.
 struct Owed {
     index: u64,
@@ -47,6 +50,8 @@ impl Tellers {
         let last = start.after.as_ref().and_then(|after| after.speakers.clone());
         let shown = last.as_ref().map_or(0, |last| last.labels);
         let kept = start.checkpoint.voices.as_ref().and_then(|bytes| match codec::from_msgpack::<Voices>(bytes) {
+            // More labels than anybody can have been given: nobody of ours wrote it.
+            Ok(voices) if voices.labels() > MOST_LABELS => None,
             Ok(voices) => Some(voices),
             Err(error) => {
                 tracing::warn!(%error, "the voices of a checkpoint are not readable");
@@ -249,7 +254,7 @@ mod tests {
             let listened = match late[n] {
                 _ if end => Listened::Heard(heard(index, *who)),
                 0 => Listened::Heard(heard(index, *who)),
-                _ => Listened::Late(Cancel::default()),
+                _ => Listened::Late(Cancel::default().into()),
             };
             let told = tellers.tell(index, segments(index), listened);
             for revision in tellers.take_revisions() {
