@@ -1,8 +1,8 @@
 //! From the chain of a part into the chain of the whole.
 //!
 //! A final is taken as it is: who decoded it, with what and on which device stays in it. What is its place there is said anew:
-//! whose it is, its index, its epoch, its id, and whether the recording ends with it. Speakers are labelled within each part
-//! alone; whoever labels them over the whole does it in [`adopted`].
+//! whose it is, its index, its epoch, its id, and whether the recording ends with it. Recordings whose speakers are to be told
+//! apart have no parts.
 
 use voxfleet_nats::transcript::{ChainError, Outcome, StoredFinal};
 use voxfleet_schema::{
