@@ -1,11 +1,8 @@
 //! `voxfleet export`: the stored chain as a file. It asks no dispatcher and no worker, only the streams.
 
-use std::time::Duration;
-
-use tokio::time::timeout;
 use voxfleet_nats::{
     Nats,
-    transcript::{self, Filter, Start},
+    transcript::{self, ChainError},
 };
 use voxfleet_schema::{
     id::{Kind, StreamId},
@@ -20,9 +17,6 @@ use crate::{
     exit::{Exit, OrExit as _},
     formats::Chain,
 };
-
-/// How long a revision may take to come; most sessions have none, and the stream says so by silence only.
-const REVISIONS: Duration = Duration::from_millis(700);
 
 pub(crate) async fn run(args: &ExportArgs, context: &Context) -> anyhow::Result<Exit> {
     check(&args.file)?;
@@ -84,29 +78,26 @@ async fn read(nats: &Nats, kind: Kind, id: &StreamId) -> anyhow::Result<Option<C
     if chain.finals.is_empty() {
         return Ok(None);
     }
-    chain.revise(revisions(nats, kind, id).await);
+    chain.revise(revisions(&stored, kind, id).await?);
     Ok(Some(chain))
 }
 
-async fn revisions(nats: &Nats, kind: Kind, id: &StreamId) -> Vec<Revision> {
-    let mut reader = transcript::revisions(nats, &Filter::One(kind, id.clone()), Start::First);
-    let mut all = Vec::new();
-    // Silence ends it too.
-    while let Ok(read) = timeout(REVISIONS, reader.next()).await {
-        match read {
-            Ok(read) => {
-                all.push(read.value);
-                if read.pending == 0 {
-                    break;
-                }
+async fn revisions(stored: &transcript::Chain, kind: Kind, id: &StreamId) -> anyhow::Result<Vec<Revision>> {
+    let (mut all, mut from) = (Vec::new(), 0);
+    loop {
+        match stored.next_revision(kind, id, from).await {
+            Ok(Some((seq, revision))) => {
+                from = seq + 1;
+                all.push(revision);
             }
-            Err(error) => {
-                tracing::warn!(%error, "a revision cannot be read, the final stands as it was");
-                break;
+            Ok(None) => return Ok(all),
+            Err(ChainError::Foreign { seq, source }) => {
+                tracing::warn!(error = %source, "a revision cannot be read, the final stands as it was");
+                from = seq + 1;
             }
+            Err(error) => return Err(error).or_exit(Exit::Unavailable),
         }
     }
-    all
 }
 
 fn notes(kind: Kind, id: &StreamId, chain: &Chain) -> Vec<String> {
