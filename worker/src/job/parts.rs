@@ -54,9 +54,7 @@ impl Naming {
             vad.as_str()
         );
         let hash: String = Sha256::digest(text.as_bytes()).iter().take(12).map(|byte| format!("{byte:02x}")).collect();
-        // People should see whose it is; what tells it from others is the rest.
-        let whose: String = parent.as_str().chars().take(18).collect();
-        StreamId::new(format!("{whose}-{number:04}-{hash}"))
+        JobPart::id(parent, number, &hash)
     }
 }
 
@@ -142,7 +140,8 @@ pub(super) struct Parts {
 
 impl Parts {
     /// `length`: of the recording, where its container says it; 0 = unknown.
-    pub(super) fn new(naming: Naming, longer_than: u64, length: u64) -> Self {
+    /// `direct`: the chain of the whole is being decoded here.
+    pub(super) fn new(naming: Naming, longer_than: u64, length: u64, direct: bool) -> Self {
         Self {
             naming,
             parts: BTreeMap::new(),
@@ -153,7 +152,7 @@ impl Parts {
             length,
             closed: false,
             ours: None,
-            direct: false,
+            direct,
         }
     }
 

@@ -33,7 +33,7 @@ fn finals(from: u64, to: u64, end: bool) -> Vec<FinalDraft> {
 }
 
 fn cut(from: u64, to: u64, end: bool) -> Parts {
-    let mut parts = Parts::new(naming(), 0, 0);
+    let mut parts = Parts::new(naming(), 0, 0, false);
     for draft in finals(from, to, end) {
         parts.cut(&draft).expect("a name");
     }
@@ -108,7 +108,7 @@ fn a_part_is_named_after_all_that_shapes_its_text() {
 #[test]
 fn nothing_is_given_out_before_the_language_is_locked_or_of_a_short_recording() {
     let now = Instant::now();
-    let mut parts = Parts::new(naming(), 2_500, 0);
+    let mut parts = Parts::new(naming(), 2_500, 0, false);
     for draft in finals(0, 2_400, false) {
         parts.cut(&draft).expect("a name");
     }
@@ -121,7 +121,7 @@ fn nothing_is_given_out_before_the_language_is_locked_or_of_a_short_recording() 
     parts.close();
     assert_eq!((parts.turn(now), parts.to_give_out()), (Turn::Direct { until: None }, Vec::new()));
 
-    let mut unlocked = Parts::new(naming(), 0, 0);
+    let mut unlocked = Parts::new(naming(), 0, 0, false);
     for draft in finals(0, 3_000, true) {
         unlocked.cut(&draft).expect("a name");
     }
