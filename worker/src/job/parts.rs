@@ -254,6 +254,11 @@ impl Parts {
         }
     }
 
+    /// Its chain has been begun by somebody.
+    pub(super) fn is_begun(&self, number: u64) -> bool {
+        self.parts.get(&number).is_some_and(|part| matches!(part.state, State::Begun { .. }))
+    }
+
     pub(super) fn id(&self, number: u64) -> Option<&StreamId> {
         self.parts.get(&number).map(|part| &part.id)
     }
@@ -340,8 +345,8 @@ impl Parts {
     }
 
     /// What is decoded here next, when nothing is. Parts that others have are theirs: first what the chain of the whole waits
-    /// for, then what nobody was asked for, then what nobody has begun. Of those the last: the dispatcher begins with the
-    /// first, and of two who do the same part one works for nothing.
+    /// for now or next, then what nobody was asked for, then what nobody has begun. Of those the last: the dispatcher begins
+    /// with the first, and of two who do the same part one works for nothing.
     pub(super) fn turn(&self, now: Instant) -> Turn {
         let Some((number, head)) = self.head().filter(|_| self.open()) else {
             return if self.head().is_none() && self.ended { Turn::Wait } else { Turn::Direct { until: None } };
@@ -355,10 +360,12 @@ impl Parts {
             let parts = self.parts.iter().filter(|(_, part)| part.whole && part.begins != Begins::Before);
             parts.filter(move |(_, part)| wanted(&part.state)).map(|(number, _)| *number)
         };
-        match &head.state {
-            State::Unseen => return Turn::Wait,
-            State::Free | State::Asked => return Turn::Part(number),
-            State::Begun { .. } | State::Done | State::Failed(_) => {}
+        // In order as long as nobody else is at it: going back and forth in the recording costs its decoder time.
+        let next = self.parts.iter().find(|(_, part)| part.state != State::Done);
+        match next.filter(|(_, part)| part.whole && part.begins != Begins::Before) {
+            Some((_, Part { state: State::Unseen, .. })) => return Turn::Wait,
+            Some((next, Part { state: State::Free | State::Asked, .. })) => return Turn::Part(*next),
+            _ => {}
         }
         let unasked = open(|state| *state == State::Free).next();
         if let Some(next) = unasked.or_else(|| open(|state| *state == State::Asked).next_back()) {

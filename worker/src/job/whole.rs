@@ -240,12 +240,14 @@ impl<'a> Whole<'a> {
             Turn::Part(number) => {
                 let parts = self.parts.as_mut()?;
                 let part = parts.rest(number);
+                // Where somebody has begun and got stuck, this goes on; otherwise it is his.
+                let may_join = parts.is_begun(number);
                 let id = parts.ours(number, Instant::now())?;
                 tracing::debug!(job = %task.job.item.job, number, "a part is done here");
                 let names = Names { kind: Kind::Job, id, gpu_id: task.job.handle.names.gpu_id.clone() };
                 let handle = Arc::new(Handle::new(names, 0, job_options(&task.options)));
                 let own = Arc::clone(&handle);
-                Some((handle, Box::pin(async move { (Some(number), task.decode_part(&own, part).await) })))
+                Some((handle, Box::pin(async move { (Some(number), task.decode_part(&own, part, may_join).await) })))
             }
         }
     }
@@ -406,7 +408,7 @@ impl Task<'_> {
     }
 
     /// Does a part in its own chain, as any worker would that was given it.
-    async fn decode_part(&self, handle: &Handle, part: JobPart) -> End {
+    async fn decode_part(&self, handle: &Handle, part: JobPart, may_join: bool) -> End {
         let shared = &self.job.means.shared;
         shared.engine.begins(&handle.names, Known::default());
         let _here = Here { engine: &shared.engine, names: &handle.names };
@@ -415,6 +417,8 @@ impl Task<'_> {
         };
         match last_final(&shared.chain, Kind::Job, &handle.names.id).await {
             Ok(Some(last)) if last.value.end => return End::Done,
+            // Since it was last looked at, somebody has begun.
+            Ok(Some(_)) if !may_join => return End::Paused,
             // Under the epoch of whoever has it, if there is somebody: he need not let go.
             Ok(Some(last)) => handle.desired.send_modify(|desired| desired.epoch = last.value.epoch),
             Ok(None) => {

@@ -184,6 +184,15 @@ fn with_one_slot_in_all_the_fleet_everything_is_done_in_order() {
     }
     assert_eq!(order, (0..20).collect::<Vec<_>>());
     assert_eq!(parts.turn(now), Turn::Wait, "all of it stands");
+
+    // The chain of the whole need not have caught up.
+    let mut parts = free(0, 5_000, now);
+    for number in 0..5 {
+        assert_eq!(parts.turn(now), Turn::Part(number));
+        parts.ours(number, now);
+        parts.over(Some(number), true, now);
+    }
+    assert_eq!((parts.turn(now), parts.head().map(|(number, _)| number)), (Turn::Wait, Some(0)));
 }
 
 #[test]
