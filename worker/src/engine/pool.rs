@@ -16,7 +16,7 @@ use std::{
 
 use super::{
     EngineError, Hypothesis, Recognizer, RecognizerInfo, Window,
-    diarize::{DiarizeConfig, Ears, HeardLate, Listened, Listening},
+    diarize::{DiarizeConfig, Ears, HeardLate, Hearing, Listened, Listening},
     guards::{Judged, judge},
     models,
     simulated::{self, SimulatedModel},
@@ -168,6 +168,8 @@ pub struct Pool {
     loader: JoinHandle<()>,
     /// States that are being dropped.
     forgetting: Vec<Receiver<()>>,
+    /// Of windows that nobody decodes here.
+    ears: Ears,
 }
 
 struct DecodeThread {
@@ -195,12 +197,19 @@ impl Pool {
                 .spawn(move || decode_loop(number, ears, &queue, &events))?;
             threads.push(DecodeThread { orders, thread, idle: true, warm: Vec::new() });
         }
+        let (own, library) = (config.diarize.clone(), config.onnxruntime.clone());
+        let ears = Ears::start("ears".to_owned(), own, library, events.clone())?;
         let (loads, queue) = sync_channel(config.models.len().max(1));
         let (config, events) = (config.clone(), events.clone());
         let loader = std::thread::Builder::new()
             .name("model-loader".to_owned())
             .spawn(move || load_loop(&config, &queue, &events))?;
-        Ok(Self { threads, loads, loader, forgetting: Vec::new() })
+        Ok(Self { threads, loads, loader, forgetting: Vec::new(), ears })
+    }
+
+    /// Has somebody listen to a window that is not decoded here; what is heard comes by itself.
+    pub fn listen(&self, handle: u64, hearing: Hearing) -> Result<Cancel, String> {
+        self.ears.begin(handle, Hearing { patient: false, ..hearing }, Cancel::default()).later()
     }
 
     pub fn idle(&self) -> bool {

@@ -10,6 +10,7 @@ pub mod transport;
 
 use serde::{Deserialize, Serialize};
 
+use crate::engine::diarize::Heard;
 pub use crate::engine::diarize::DiarizeConfig;
 use voxfleet_schema::{
     audio::RawEntry,
@@ -404,6 +405,9 @@ pub struct FinalDraft {
     /// Its audio was set aside undecoded; `error` says why.
     #[serde(default)]
     pub parked: bool,
+    /// A scout's: the voices in it, where its words are decoded elsewhere and speakers are asked for.
+    #[serde(default)]
+    pub heard: Option<Result<Heard, String>>,
     pub guards: Vec<String>,
     pub checkpoint_missing: bool,
     /// To be written before the final; none when nothing goes beyond it.

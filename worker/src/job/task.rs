@@ -21,7 +21,7 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     id::Kind,
     job::{AudioUrl, JobStage, WorkItem},
-    session::{Channels, Diarize, SessionOptions},
+    session::{Diarize, SessionOptions},
 };
 use voxfleet_store::fetch::Fetcher;
 
@@ -63,8 +63,7 @@ impl Split {
     fn concerns(self, item: &WorkItem, total_ms: Option<u64>) -> bool {
         let options = &item.options;
         let long = total_ms.is_none_or(|ms| ms * (u64::from(SAMPLE_RATE_HZ) / 1_000) >= self.longer_than);
-        let apart = !options.carry_prompt && options.diarize == Diarize::Off && options.channels == Channels::Mix;
-        self.longer_than < u64::MAX && long && apart && item.part.is_none() && !item.suspect
+        self.longer_than < u64::MAX && long && !options.carry_prompt && item.part.is_none() && !item.suspect
     }
 }
 

@@ -53,7 +53,7 @@ pub(super) struct Session {
     /// A partial is being decoded.
     pub(super) partial: Option<Cancel>,
     /// Finals whose speakers are still being listened to.
-    listening: Vec<(u64, Cancel)>,
+    pub(super) listening: Vec<(u64, Cancel)>,
     pub(super) last_partial: Instant,
     /// A file job: live sessions come first.
     pub(super) background: bool,
@@ -523,6 +523,10 @@ impl Desk {
         let HeardLate { handle, index, heard } = late;
         if let Some(session) = self.sessions.get_mut(&handle) {
             session.listening.retain(|(listening, _)| *listening != index);
+            if session.scout.is_some() {
+                self.overheard(handle, heard)?;
+                return self.say(&FromEngine::Over { handle });
+            }
             session.stream.heard_late(index, heard);
             // Its end may have waited for it.
             session.dirty = !session.finishing;

@@ -127,6 +127,13 @@ impl Ears {
 }
 
 impl Listening {
+    /// Nobody waits for it: the answer goes its own way. Gives what shows that somebody is at it, and stops him.
+    pub(in crate::engine) fn later(self) -> Result<Cancel, String> {
+        let mut late = Late { slot: Some(self.slot?), flag: self.listener };
+        drop(late.hold());
+        Ok(late.flag)
+    }
+
     /// Waits as long as words may wait behind a decode of this length.
     pub(in crate::engine) fn wait(self, decode: Duration) -> Listened {
         let slot = match self.slot {

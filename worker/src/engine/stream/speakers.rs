@@ -30,7 +30,7 @@ struct Owed {
     heard: Option<Result<Heard, String>>,
 }
 
-pub(super) struct Tellers {
+pub(crate) struct Tellers {
     voices: Voices,
     limits: Limits,
     /// What the last final said.
@@ -43,7 +43,7 @@ pub(super) struct Tellers {
 
 impl Tellers {
     /// None where speakers are not asked for.
-    pub(super) fn new(options: &SessionOptions, start: &StartPoint) -> Option<Self> {
+    pub(crate) fn new(options: &SessionOptions, start: &StartPoint) -> Option<Self> {
         if options.diarize == Diarize::Off || options.channels == Channels::Split {
             return None;
         }
@@ -77,7 +77,7 @@ impl Tellers {
     }
 
     /// What the next final says, and the revisions of those before it that are possible now.
-    pub(super) fn tell(&mut self, index: u64, segments: Vec<Segment>, listened: Listened) -> Told {
+    pub(crate) fn tell(&mut self, index: u64, segments: Vec<Segment>, listened: Listened) -> Told {
         while let Some(Owed { heard: Some(_), .. }) = self.owed.front()
             && let Some(Owed { index, segments, heard: Some(heard) }) = self.owed.pop_front()
         {
@@ -144,7 +144,7 @@ impl Tellers {
     }
 
     /// For the checkpoint of the final that was just told.
-    pub(super) fn voices(&self) -> Option<bytes::Bytes> {
+    pub(crate) fn voices(&self) -> Option<bytes::Bytes> {
         if self.voices.labels() == 0 {
             return None;
         }
