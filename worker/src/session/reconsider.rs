@@ -94,8 +94,17 @@ fn revision_of(
 
 /// The highest revision of each final that has one.
 pub(crate) async fn revisions(chain: &Chain, kind: Kind, id: &StreamId) -> Result<BTreeMap<u64, Revision>, ChainError> {
+    revisions_from(chain, kind, id, 0).await
+}
+
+/// The same of those at or after a sequence of the stream.
+pub(super) async fn revisions_from(
+    chain: &Chain,
+    kind: Kind,
+    id: &StreamId,
+    mut from: u64,
+) -> Result<BTreeMap<u64, Revision>, ChainError> {
     let mut found = BTreeMap::new();
-    let mut from = 0;
     let mut backoff = Backoff::default();
     loop {
         match chain.next_revision(kind, id, from).await {

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     engine::{EngineError, stream::Step},
-    ipc::{FinalDraft, FromEngine},
+    ipc::{FinalDraft, FromEngine, HeardIn},
 };
 
 /// Entries of a recording are 200 ms.
@@ -33,6 +33,13 @@ impl Desk {
         let Some(session) = self.sessions.get_mut(&handle) else {
             return Ok(());
         };
+        if session.hears.is_some() {
+            return match guarded(|| session.look_for_one()).and_then(|found| found) {
+                Ok(Some(heard)) => self.say(&FromEngine::Heard { handle, heard: Box::new(heard) }),
+                Ok(None) => Ok(()),
+                Err(error) => self.fail(handle, &error),
+            };
+        }
         let found = guarded(|| session.look()).and_then(|found| found);
         match found {
             Ok(drafts) => {
@@ -47,6 +54,24 @@ impl Desk {
 }
 
 impl super::desk::Session {
+    /// Looks for the first final, and has it listened to; what can be said of it at once. Nothing behind it is looked at.
+    fn look_for_one(&mut self) -> Result<Option<HeardIn>, EngineError> {
+        let (Some(ahead), Some(hears)) = (&mut self.scout, &mut self.hears) else { return Ok(None) };
+        let next = ahead.len().min(ENTRIES_AT_ONCE);
+        ahead.drain(..next).for_each(|entry| self.stream.push(entry));
+        self.dirty = !ahead.is_empty();
+        let (hearing, draft) = match self.stream.step()? {
+            Step::Starved | Step::Ended => return Ok(None),
+            Step::Draft(draft) => (None, Some(draft)),
+            Step::Final(windows) => {
+                (windows.into_iter().next().and_then(|window| window.hearing), self.stream.pass_over())
+            }
+        };
+        (self.finishing, self.dirty) = (true, false);
+        ahead.clear();
+        Ok(draft.and_then(|draft| hears.found(&draft, hearing)))
+    }
+
     /// Cuts what is ahead, a little of it.
     fn look(&mut self) -> Result<Vec<FinalDraft>, EngineError> {
         let Some(ahead) = &mut self.scout else { return Ok(Vec::new()) };

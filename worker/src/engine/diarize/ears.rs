@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Condvar, Mutex, PoisonError,
-        mpsc::{Receiver, SyncSender, sync_channel},
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
     time::{Duration, Instant},
 };
@@ -123,6 +123,18 @@ impl Ears {
         let sent = if patient { self.orders.send(order).is_ok() } else { self.orders.try_send(order).is_ok() };
         let slot = sent.then_some(slot).ok_or_else(|| "voices are listened to more slowly than words".to_owned());
         Listening { slot, patient, waited_ms, decode, listener }
+    }
+}
+
+impl Ears {
+    /// Listens to what no decode waits for: the answer goes its own way. Gives it back where too much waits already.
+    pub(in crate::engine) fn listen(&self, handle: u64, hearing: Hearing) -> Result<Cancel, Box<Hearing>> {
+        let (slot, cancel) = (Arc::<Slot>::default(), Cancel::default());
+        slot.answer.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
+        match self.orders.try_send(Order { handle, hearing, cancel: cancel.clone(), slot }) {
+            Ok(()) => Ok(cancel),
+            Err(TrySendError::Full(order) | TrySendError::Disconnected(order)) => Err(Box::new(order.hearing)),
+        }
     }
 }
 

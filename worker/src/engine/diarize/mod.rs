@@ -72,7 +72,7 @@ pub struct Hearing {
 }
 
 /// What was heard in it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Heard {
     pub voiced: Vec<Voiced>,
     pub by: SpeakersBy,
