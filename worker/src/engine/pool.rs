@@ -15,7 +15,7 @@ use std::{
 };
 
 use super::{
-    EngineError, Hypothesis, Recognizer, RecognizerInfo, Window,
+    Cancel, EngineError, Hypothesis, Recognizer, RecognizerInfo, Window,
     diarize::{DiarizeConfig, Ears, HeardLate, Hearing, Listened, Listening},
     guards::{Judged, judge},
     models,
@@ -168,7 +168,7 @@ pub struct Pool {
     loader: JoinHandle<()>,
     /// States that are being dropped.
     forgetting: Vec<Receiver<()>>,
-    /// Of windows that nobody decodes here.
+    /// Listens to finals that were decoded elsewhere.
     ears: Ears,
 }
 
@@ -197,8 +197,7 @@ impl Pool {
                 .spawn(move || decode_loop(number, ears, &queue, &events))?;
             threads.push(DecodeThread { orders, thread, idle: true, warm: Vec::new() });
         }
-        let (own, library) = (config.diarize.clone(), config.onnxruntime.clone());
-        let ears = Ears::start("ears".to_owned(), own, library, events.clone())?;
+        let ears = Ears::start("ears".to_owned(), config.diarize.clone(), config.onnxruntime.clone(), events.clone())?;
         let (loads, queue) = sync_channel(config.models.len().max(1));
         let (config, events) = (config.clone(), events.clone());
         let loader = std::thread::Builder::new()
@@ -207,9 +206,10 @@ impl Pool {
         Ok(Self { threads, loads, loader, forgetting: Vec::new(), ears })
     }
 
-    /// Has somebody listen to a window that is not decoded here; what is heard comes by itself.
-    pub fn listen(&self, handle: u64, hearing: Hearing) -> Result<Cancel, String> {
-        self.ears.begin(handle, Hearing { patient: false, ..hearing }, Cancel::default()).later()
+    /// Listens to a window that is not decoded here; the answer is a [`HeardLate`] of this handle. Gives it back where too many
+    /// wait already.
+    pub fn listen(&self, handle: u64, hearing: Hearing) -> Result<Cancel, Box<Hearing>> {
+        self.ears.listen(handle, hearing)
     }
 
     pub fn idle(&self) -> bool {

@@ -10,8 +10,7 @@ pub mod transport;
 
 use serde::{Deserialize, Serialize};
 
-use crate::engine::diarize::Heard;
-pub use crate::engine::diarize::DiarizeConfig;
+pub use crate::engine::diarize::{DiarizeConfig, Heard};
 use voxfleet_schema::{
     audio::RawEntry,
     event::What,
@@ -42,6 +41,9 @@ pub struct StartPoint {
     /// It was named by the final and could not be found.
     #[serde(default)]
     pub checkpoint_missing: bool,
+    /// Finals before it whose speakers nobody has told: what is heard of them comes as [`ToEngine::Heard`].
+    #[serde(default)]
+    pub late: Vec<u64>,
     /// Another worker was at work on it, or there is a final already: somebody may be waiting for its next words.
     #[serde(default)]
     pub taken_over: bool,
@@ -81,6 +83,7 @@ impl StartPoint {
             lost: None,
             checkpoint: Checkpoint::default(),
             checkpoint_missing: false,
+            late: Vec::new(),
             taken_over: false,
         }
     }
@@ -223,12 +226,20 @@ pub enum ToEngine {
         /// Nothing is decoded: its finals say where a recording is cut, and how much speech there is.
         #[serde(default)]
         scout: bool,
+        /// Of a scout: the speakers of its first final are listened to, and nothing else is said of it.
+        #[serde(default)]
+        hears: bool,
     },
     /// Say `Pong`.
     Ping {
         n: u64,
     },
     Entry(EntryFor),
+    /// What was heard of the speakers of a final that was late when the session came here.
+    Heard {
+        handle: u64,
+        heard: Box<HeardOf>,
+    },
     /// Nothing more is fed: finish a final already begun and say so, begin no other.
     Finish {
         handle: u64,
@@ -257,6 +268,23 @@ pub struct Suspect {
 pub struct EntryFor {
     pub handle: u64,
     pub entry: RawEntry,
+}
+
+/// What was heard of a final.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HeardOf {
+    pub index: u64,
+    /// As they stand in the chain; none where it is not there any more.
+    pub segments: Option<Vec<Segment>>,
+    pub heard: Result<Heard, String>,
+}
+
+/// What was heard in the first stretch of a stream that listens.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HeardIn {
+    pub from_sample: u64,
+    pub to_sample: u64,
+    pub heard: Result<Heard, String>,
 }
 
 /// Child -> supervisor.
@@ -299,6 +327,11 @@ pub enum FromEngine {
     Revision {
         handle: u64,
         revision: Box<RevisionDraft>,
+    },
+    /// All that a scout that listens says.
+    Heard {
+        handle: u64,
+        heard: Box<HeardIn>,
     },
     /// A window of the stretch that begins at this sample goes to a decode thread. Said before it does, so that whoever
     /// finds the child dead knows what it was doing.

@@ -220,7 +220,8 @@ impl Copy {
         let told = tellers.tell(value.index, std::mem::take(&mut value.segments), listened);
         (value.segments, value.turns, value.speakers) = (told.segments, told.turns, told.speakers);
         let voices = tellers.voices();
-        let mut checkpoint = voices.map(|voices| Checkpoint { index: value.index, voices: Some(voices), ..Checkpoint::default() });
+        let mut checkpoint =
+            voices.map(|voices| Checkpoint { index: value.index, voices: Some(voices), ..Checkpoint::default() });
         if value.end {
             let end = Ending {
                 checkpoint: &mut checkpoint,

@@ -116,7 +116,16 @@ impl Job {
         let mut scouting: Running<'_, Over> =
             Some(Box::pin(scout.run(StartPoint { after, ..StartPoint::beginning() }, cuts)));
         let now = Instant::now();
-        let mut whole = Whole { task: &task, parts: None, last, at: (0, 0), copy_at: now, look_at: now, direct: false, tellers: None };
+        let mut whole = Whole {
+            task: &task,
+            parts: None,
+            last,
+            at: (0, 0),
+            copy_at: now,
+            look_at: now,
+            direct: false,
+            tellers: None,
+        };
         let mut decoding: Running<'_, Decoded> = None;
         let mut looking: Running<'_, Looked> = None;
         let mut copying: Running<'_, Copied> = None;

@@ -5,16 +5,13 @@
 //! scout gets through a second of audio at a time, behind everybody else, and the loop looks at its inbox in between.
 
 use super::{
+    again::ToHear,
     desk::{Desk, Said},
     unseen::guarded,
 };
 use crate::{
-    engine::{
-        EngineError,
-        diarize::{Heard, Hearing},
-        stream::Step,
-    },
-    ipc::{FinalDraft, FromEngine},
+    engine::{EngineError, stream::Step},
+    ipc::{FinalDraft, FromEngine, HeardIn},
 };
 
 /// Entries of a recording are 200 ms.
@@ -38,66 +35,66 @@ impl Desk {
         let Some(session) = self.sessions.get_mut(&handle) else {
             return Ok(());
         };
+        if session.hears.is_some() {
+            return match guarded(|| session.look_for_one()).and_then(|found| found) {
+                Ok(Some(heard)) => self.say(&FromEngine::Heard { handle, heard: Box::new(heard) }),
+                Ok(None) => Ok(()),
+                Err(error) => self.fail(handle, &error),
+            };
+        }
         let found = guarded(|| session.look()).and_then(|found| found);
-        let Found { drafts, hearing } = match found {
-            Ok(found) => found,
-            Err(error) => return self.fail(handle, &error),
-        };
-        for draft in drafts {
-            self.say(&FromEngine::Final { handle, draft })?;
-        }
-        if let Some(hearing) = hearing {
-            let index = hearing.index;
-            match self.pool.listen(handle, *hearing) {
-                Ok(flag) => {
-                    let session = self.sessions.get_mut(&handle);
-                    session.into_iter().for_each(|session| session.listening.push((index, flag.clone())));
+        match found {
+            Ok(drafts) => {
+                for draft in drafts {
+                    self.say(&FromEngine::Final { handle, draft })?;
                 }
-                // As many listen as can.
-                Err(why) => return self.overheard(handle, Err(why)),
+                self.say_what_it_left(handle)
             }
+            Err(error) => self.fail(handle, &error),
         }
-        self.say_what_it_left(handle)
     }
-
-    /// What was heard in the final that this scout has come to.
-    pub(super) fn overheard(&mut self, handle: u64, heard: Result<Heard, String>) -> Said {
-        let Some(session) = self.sessions.get_mut(&handle) else {
-            return Ok(());
-        };
-        session.dirty = !session.finishing;
-        if let Some(draft) = session.stream.pass_over(Some(heard)) {
-            self.say(&FromEngine::Final { handle, draft })?;
-        }
-        self.say_what_it_left(handle)
-    }
-}
-
-/// What a look ahead found.
-struct Found {
-    drafts: Vec<Box<FinalDraft>>,
-    /// To be listened to before it goes on.
-    hearing: Option<Box<Hearing>>,
 }
 
 impl super::desk::Session {
-    /// Cuts what is ahead, a little of it.
-    fn look(&mut self) -> Result<Found, EngineError> {
-        let mut found = Found { drafts: Vec::new(), hearing: None };
-        let Some(ahead) = &mut self.scout else { return Ok(found) };
+    /// Looks for the first final, and has it listened to; what can be said of it at once. Nothing behind it is looked at.
+    fn look_for_one(&mut self) -> Result<Option<HeardIn>, EngineError> {
+        let (Some(ahead), Some(hears)) = (&mut self.scout, &mut self.hears) else { return Ok(None) };
         let next = ahead.len().min(ENTRIES_AT_ONCE);
         ahead.drain(..next).for_each(|entry| self.stream.push(entry));
         self.dirty = !ahead.is_empty();
+        let (hearing, draft) = match self.stream.step()? {
+            Step::Starved | Step::Ended => return Ok(None),
+            Step::Draft(draft) => (None, Some(draft)),
+            Step::Final(windows) => {
+                (windows.into_iter().next().and_then(|window| window.hearing), self.stream.pass_over(None))
+            }
+        };
+        (self.finishing, self.dirty) = (true, false);
+        ahead.clear();
+        let said = draft.as_ref().and_then(|draft| hears.found(draft, hearing.is_some()));
+        self.to_hear = hearing.map(|hearing| ToHear { at: draft.map_or(0, |draft| draft.from_sample), hearing });
+        Ok(said)
+    }
+
+    /// Cuts what is ahead, a little of it.
+    fn look(&mut self) -> Result<Vec<Box<FinalDraft>>, EngineError> {
+        let Some(ahead) = &mut self.scout else { return Ok(Vec::new()) };
+        let next = ahead.len().min(ENTRIES_AT_ONCE);
+        ahead.drain(..next).for_each(|entry| self.stream.push(entry));
+        self.dirty = !ahead.is_empty();
+        let mut drafts = Vec::new();
         loop {
+            let at = self.stream.from_sample();
             match self.stream.step()? {
-                Step::Starved | Step::Ended => return Ok(found),
-                Step::Draft(draft) => found.drafts.push(draft),
+                Step::Starved | Step::Ended => return Ok(drafts),
+                Step::Draft(draft) => drafts.push(draft),
                 Step::Final(windows) => match windows.into_iter().find_map(|window| window.hearing) {
+                    // It goes on behind it when they have been heard.
                     Some(hearing) => {
-                        (found.hearing, self.dirty) = (Some(hearing), false);
-                        return Ok(found);
+                        (self.to_hear, self.dirty) = (Some(ToHear { at, hearing }), false);
+                        return Ok(drafts);
                     }
-                    None => found.drafts.extend(self.stream.pass_over(None)),
+                    None => drafts.extend(self.stream.pass_over(None)),
                 },
             }
         }

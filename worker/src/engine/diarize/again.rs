@@ -3,7 +3,11 @@
 use std::collections::BTreeMap;
 
 use voxfleet_diarize::online::{Tuning, Voices};
-use voxfleet_schema::{codec, session::SessionOptions, transcript::Checkpoint};
+use voxfleet_schema::{
+    codec,
+    session::SessionOptions,
+    transcript::{Checkpoint, Segment, Speakers, Turn},
+};
 
 use super::{attribute, relabel};
 use crate::{engine::stream::limits_of, ipc::FinalDraft};
@@ -22,14 +26,18 @@ pub(crate) fn changes(checkpoint: Option<&Checkpoint>, options: &SessionOptions)
 
 /// Has the checkpoint of an end final, and what it says, know what was found: who speaks on behind it has the label that was
 /// shown last, and nobody else gets it.
-pub(crate) fn adopt(draft: &mut FinalDraft, changes: &BTreeMap<u32, u32>) {
-    let Some(checkpoint) = &mut draft.checkpoint else { return };
+pub(crate) fn adopt(
+    checkpoint: &mut Option<Checkpoint>,
+    speakers: &mut Option<Speakers>,
+    changes: &BTreeMap<u32, u32>,
+) {
+    let Some(checkpoint) = checkpoint else { return };
     let Some(mut voices) = checkpoint.voices.as_ref().and_then(|bytes| codec::from_msgpack::<Voices>(bytes).ok())
     else {
         return;
     };
     voices.adopt(changes);
-    if let Some(speakers) = &mut draft.speakers {
+    if let Some(speakers) = speakers {
         speakers.labels = voices.labels();
     }
     match codec::to_msgpack(&voices) {
@@ -39,15 +47,15 @@ pub(crate) fn adopt(draft: &mut FinalDraft, changes: &BTreeMap<u32, u32>) {
 }
 
 /// Puts a final under other labels.
-pub(crate) fn again(draft: &mut FinalDraft, changes: &BTreeMap<u32, u32>) {
-    if relabel(&mut draft.turns, changes) {
-        draft.segments = attribute(std::mem::take(&mut draft.segments), &draft.turns);
+pub(crate) fn again(segments: &mut Vec<Segment>, turns: &mut [Turn], changes: &BTreeMap<u32, u32>) {
+    if relabel(turns, changes) {
+        *segments = attribute(std::mem::take(segments), turns);
     }
 }
 
 /// What a chain of these finals says when its revisions at the end are taken in.
 pub fn reconsidered(mut finals: Vec<FinalDraft>, options: &SessionOptions) -> Vec<FinalDraft> {
     let changes = changes(finals.last().and_then(|last| last.checkpoint.as_ref()), options);
-    finals.iter_mut().for_each(|draft| again(draft, &changes));
+    finals.iter_mut().for_each(|draft| again(&mut draft.segments, &mut draft.turns, &changes));
     finals
 }

@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Condvar, Mutex, PoisonError,
-        mpsc::{Receiver, SyncSender, sync_channel},
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
     time::{Duration, Instant},
 };
@@ -126,14 +126,19 @@ impl Ears {
     }
 }
 
-impl Listening {
-    /// Nobody waits for it: the answer goes its own way. Gives what shows that somebody is at it, and stops him.
-    pub(in crate::engine) fn later(self) -> Result<Cancel, String> {
-        let mut late = Late { slot: Some(self.slot?), flag: self.listener };
-        drop(late.hold());
-        Ok(late.flag)
+impl Ears {
+    /// Listens to what no decode waits for: the answer goes its own way. Gives it back where too much waits already.
+    pub(in crate::engine) fn listen(&self, handle: u64, hearing: Hearing) -> Result<Cancel, Box<Hearing>> {
+        let (slot, cancel) = (Arc::<Slot>::default(), Cancel::default());
+        slot.answer.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
+        match self.orders.try_send(Order { handle, hearing, cancel: cancel.clone(), slot }) {
+            Ok(()) => Ok(cancel),
+            Err(TrySendError::Full(order) | TrySendError::Disconnected(order)) => Err(Box::new(order.hearing)),
+        }
     }
+}
 
+impl Listening {
     /// Waits as long as words may wait behind a decode of this length.
     pub(in crate::engine) fn wait(self, decode: Duration) -> Listened {
         let slot = match self.slot {
