@@ -193,9 +193,20 @@ fn is_late(value: &Value) -> bool {
 /// Whoever stored the last final is killed at once, worker or engine in turn.
 #[tokio::test(flavor = "multi_thread")]
 async fn kills_at_every_final_change_no_label() -> Result<()> {
+    hunted(0).await
+}
+
+/// The same where nobody is heard in time: each worker leaves to the next what it was listening to.
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_at_every_final_lose_no_late_label() -> Result<()> {
+    hunted(700).await
+}
+
+/// A call whose worker is killed at each final; speakers are known `listen_ms` later than they are heard.
+async fn hunted(listen_ms: u64) -> Result<()> {
     let Some(library) = can_listen() else { return Ok(()) };
     let _turn = fleet::turn().await;
-    let mut fleet = builder().workers(2).slots(1).start().await?;
+    let mut fleet = builder().workers(2).slots(1).set("worker.simulated.listen_ms", listen_ms).start().await?;
     let js = fleet.js();
     let session = "hunted";
     let mut speaking = JoinSet::new();
@@ -238,6 +249,7 @@ async fn kills_at_every_final_change_no_label() -> Result<()> {
     let late = finals.iter().filter(|f| is_late(&f.json)).count();
     let disturbed = revised(&fleet, session).await?;
     ensure!(disturbed.len() == undisturbed.len() && kills >= 6, "{kills} kills, {} finals", disturbed.len());
+    ensure!(listen_ms == 0 || late * 2 > finals.len(), "{late} of {} finals were late", finals.len());
     println!("{kills} kills, {late} of {} finals without their labels at first", disturbed.len());
     for (told, expected) in disturbed.iter().zip(&undisturbed) {
         ensure!(!is_late(told), "nobody answered for this one:\n{told:#}\n{}", fleet.logs());
@@ -254,7 +266,7 @@ async fn kills_at_every_final_change_no_label() -> Result<()> {
 async fn what_cannot_be_heard_again_says_why() -> Result<()> {
     let Some(library) = can_listen() else { return Ok(()) };
     let _turn = fleet::turn().await;
-    let mut fleet = builder().workers(1).slots(1).start().await?;
+    let mut fleet = builder().workers(1).slots(1).set("worker.simulated.listen_ms", 1_500).start().await?;
     let js = fleet.js();
     let session = "expired";
     let mut producer = Producer::named(js.clone(), session, "s1");
@@ -266,7 +278,6 @@ async fn what_cannot_be_heard_again_says_why() -> Result<()> {
     let behind = audio::Pcm::mono_16k(rest);
     let first = [("Asr-Opt-Diarize", "true")];
     producer.stream_with(&before, 200, Pace::Speed(20.0), &first).await?;
-    // An engine that has just been started listens slowly.
     let late = eventually("a late final", PATIENCE, || async {
         let finals = checker::finals(&js, session).await.ok()?;
         finals.into_iter().find(|f| is_late(&f.json))

@@ -190,6 +190,11 @@ fn listen<E: From<HeardLate>>(
         }));
         let heard = heard.unwrap_or_else(|_| Err("the listener panicked".to_owned()));
         let mut answer = slot.answer.lock().unwrap_or_else(PoisonError::into_inner);
+        let then = Instant::now() + Duration::from_millis(config.later_ms);
+        while Instant::now() < then && !cancel.is_cancelled() {
+            let left = then.saturating_duration_since(Instant::now()).min(LOOK);
+            answer = slot.there.wait_timeout(answer, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
         answer.0 = Some(heard);
         slot.there.notify_all();
         // Whoever waits takes it, or lets it go.
