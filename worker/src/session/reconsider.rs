@@ -16,7 +16,7 @@ use voxfleet_schema::{
 
 use super::{Session, outputs::Names};
 use crate::{
-    engine::diarize::{adopt, again, attribute, changes, relabel},
+    engine::diarize::{attribute, hear_all, relabel},
     ipc::FinalDraft,
 };
 
@@ -28,12 +28,10 @@ pub(super) async fn before_the_end(
     last_index: Option<u64>,
 ) -> Result<(), ChainError> {
     let options = session.desired.borrow().options.clone();
-    let changes = changes(draft.checkpoint.as_ref(), &options);
+    let changes = hear_all(draft, &options);
     if changes.is_empty() {
         return Ok(());
     }
-    again(draft, &changes);
-    adopt(draft, &changes);
     let Some(last_index) = last_index else { return Ok(()) };
     let (names, chain) = (&session.names, &session.shared.chain);
     let mut revised = revisions(chain, names.kind, &names.id).await?;

@@ -31,7 +31,7 @@ use voxfleet_diarize::{
 };
 use voxfleet_schema::transcript::SpeakersBy;
 
-pub(crate) use self::again::{adopt, again, changes};
+pub(crate) use self::again::hear_all;
 pub(crate) use self::attribute::{attribute, relabel, turns_of};
 pub(super) use self::ears::{Ears, Listening};
 pub(crate) use self::memory::lacking;
