@@ -535,6 +535,7 @@ impl WorkerConfig {
             segmentation: self.segmentation_model.clone().or_else(found).or_else(cached),
             encoder: self.speaker_encoder.clone(),
             needs_mb: self.diarize_needs_mb,
+            later_ms: self.simulated.listen_ms,
         }
     }
 

@@ -39,6 +39,7 @@ mod audio_decoder;
 mod bad_input;
 mod cli;
 mod cli_jobs;
+mod cli_speakers;
 mod cluster_r3;
 mod dead_letters;
 mod device_faults;

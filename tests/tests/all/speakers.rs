@@ -115,11 +115,12 @@ fn wrong(said: &[Said], number: u32) -> Result<f64> {
 }
 
 /// The finals of a session with their highest revisions in their places.
-async fn revised(fleet: &Fleet, id: &str) -> Result<Vec<Value>> {
+pub(crate) async fn revised(fleet: &Fleet, id: &str) -> Result<Vec<Value>> {
     let finals: Vec<Value> = checker::finals(&fleet.js(), id).await?.into_iter().map(|f| f.json).collect();
     revise(fleet, "session", id, finals).await
 }
 
+/// Finals of a chain with their highest revisions in their places.
 pub(crate) async fn revise(fleet: &Fleet, kind: &str, id: &str, mut finals: Vec<Value>) -> Result<Vec<Value>> {
     let subject = format!("asr.v1.transcript.{kind}.{id}.revision");
     for message in checker::read(&fleet.js(), "ASR_TRANSCRIPT", &subject).await? {
@@ -194,16 +195,27 @@ pub(crate) fn shown(value: &Value) -> Value {
     serde_json::json!({ "segments": segments.collect::<Vec<_>>(), "turns": turns.collect::<Vec<_>>() })
 }
 
-fn is_late(value: &Value) -> bool {
+pub(crate) fn is_late(value: &Value) -> bool {
     value["speakers"]["late"] == true
 }
 
 /// Whoever stored the last final is killed at once, worker or engine in turn.
 #[tokio::test(flavor = "multi_thread")]
 async fn kills_at_every_final_change_no_label() -> Result<()> {
+    hunted(0).await
+}
+
+/// The same where nobody is heard in time: each worker leaves to the next what it was listening to.
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_at_every_final_lose_no_late_label() -> Result<()> {
+    hunted(700).await
+}
+
+/// A call whose worker is killed at each final; speakers are known `listen_ms` later than they are heard.
+async fn hunted(listen_ms: u64) -> Result<()> {
     let Some(library) = can_listen() else { return Ok(()) };
     let _turn = fleet::turn().await;
-    let mut fleet = builder().workers(2).slots(1).start().await?;
+    let mut fleet = builder().workers(2).slots(1).set("worker.simulated.listen_ms", listen_ms).start().await?;
     let js = fleet.js();
     let session = "hunted";
     let mut speaking = JoinSet::new();
@@ -246,6 +258,7 @@ async fn kills_at_every_final_change_no_label() -> Result<()> {
     let late = finals.iter().filter(|f| is_late(&f.json)).count();
     let disturbed = revised(&fleet, session).await?;
     ensure!(disturbed.len() == undisturbed.len() && kills >= 6, "{kills} kills, {} finals", disturbed.len());
+    ensure!(listen_ms == 0 || late * 2 > finals.len(), "{late} of {} finals were late", finals.len());
     println!("{kills} kills, {late} of {} finals without their labels at first", disturbed.len());
     for (told, expected) in disturbed.iter().zip(&undisturbed) {
         ensure!(!is_late(told), "nobody answered for this one:\n{told:#}\n{}", fleet.logs());
@@ -257,24 +270,68 @@ async fn kills_at_every_final_change_no_label() -> Result<()> {
     Ok(())
 }
 
+/// A call up to its first words and a second of what follows, so that nothing else comes for a while; and the rest.
+fn first_words(number: u32, library: &std::path::Path) -> Result<(audio::Pcm, audio::Pcm)> {
+    let spoken = alone(number, library)?.into_iter().find(|f| !f.segments.is_empty()).context("words")?;
+    let mut before = audio::call(number)?;
+    ensure!((before.rate_hz, before.channels) == (16_000, 1), "{} {}", before.rate_hz, before.channels);
+    let rest = before.samples.split_off(spoken.to_sample as usize + 16_000);
+    Ok((before, audio::Pcm::mono_16k(rest)))
+}
+
+/// What a worker had found out and did not get out is said by the next one, which hears nothing again for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_told_and_not_published_is_published_by_the_next() -> Result<()> {
+    let Some(library) = can_listen() else { return Ok(()) };
+    let _turn = fleet::turn().await;
+    let mut fleet = builder().workers(1).slots(1).set("worker.simulated.listen_ms", 1_000).start().await?;
+    let js = fleet.js();
+    let session = "untold";
+    let subject = format!("asr.v1.transcript.session.{session}.revision");
+    let mut producer = Producer::named(js.clone(), session, "s1");
+    let (before, behind) = first_words(2, &library)?;
+    producer.stream_with(&before, 200, Pace::Speed(20.0), &[("Asr-Opt-Diarize", "true")]).await?;
+    // The flush that follows two seconds of nothing is a final, behind which it comes.
+    let revision = eventually("a revision", PATIENCE, || async {
+        checker::read(&js, "ASR_TRANSCRIPT", &subject).await.ok()?.pop()
+    });
+    let revision = revision.await.with_context(|| fleet.logs())?;
+    fleet.workers[0].kill9()?;
+    let finals = checker::finals(&js, session).await?;
+    let of: Value = serde_json::from_slice(&revision.payload)?;
+    let stood = finals.iter().filter(|f| f.seq < revision.seq).count();
+    ensure!(stood == finals.len() && finals.len() == 2 && is_late(&finals[0].json), "{finals:#?}");
+    // As if it had died a moment earlier; nor can anybody hear it again.
+    ensure!(js.get_stream("ASR_TRANSCRIPT").await?.delete_message(revision.seq).await?);
+    let resume = finals[1].json["resume"]["seq"].as_u64().context("resume")?;
+    let audio = js.get_stream("ASR_AUDIO").await?;
+    audio.purge().sequence(resume).filter(format!("asr.v1.audio.{session}")).await?;
+    fleet.restart_worker(0)?;
+    producer.stream(&behind, 200, Pace::Speed(8.0)).await?;
+    producer.end().await?;
+    fleet.wait_end(session, PATIENCE).await?;
+    let revisions = checker::read(&js, "ASR_TRANSCRIPT", &subject).await?;
+    let again: Value = serde_json::from_slice(&revisions.first().context("published again")?.payload)?;
+    ensure!(shown(&again) == shown(&of) && again["index"] == of["index"], "{again:#}\ninstead of\n{of:#}");
+    ensure!(again["epoch"].as_u64() > of["epoch"].as_u64(), "{again:#}");
+    let next = checker::finals(&js, session).await?.into_iter().nth(2).context("another final")?;
+    ensure!(revisions[0].seq < next.seq, "before anything else");
+    ensure!(revised(&fleet, session).await?.iter().all(|f| !is_late(f)), "{}", fleet.logs());
+    Ok(())
+}
+
 /// Audio that expired before anybody could hear it again.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_heard_again_says_why() -> Result<()> {
     let Some(library) = can_listen() else { return Ok(()) };
     let _turn = fleet::turn().await;
-    let mut fleet = builder().workers(1).slots(1).start().await?;
+    let mut fleet = builder().workers(1).slots(1).set("worker.simulated.listen_ms", 1_500).start().await?;
     let js = fleet.js();
     let session = "expired";
     let mut producer = Producer::named(js.clone(), session, "s1");
-    // Up to its first words and a second of what follows, so that no other final comes for a while.
-    let spoken = alone(2, &library)?.into_iter().find(|f| !f.segments.is_empty()).context("words")?;
-    let mut before = audio::call(2)?;
-    ensure!((before.rate_hz, before.channels) == (16_000, 1), "{} {}", before.rate_hz, before.channels);
-    let rest = before.samples.split_off(spoken.to_sample as usize + 16_000);
-    let behind = audio::Pcm::mono_16k(rest);
+    let (before, behind) = first_words(2, &library)?;
     let first = [("Asr-Opt-Diarize", "true")];
     producer.stream_with(&before, 200, Pace::Speed(20.0), &first).await?;
-    // An engine that has just been started listens slowly.
     let late = eventually("a late final", PATIENCE, || async {
         let finals = checker::finals(&js, session).await.ok()?;
         finals.into_iter().find(|f| is_late(&f.json))

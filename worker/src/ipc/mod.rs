@@ -180,6 +180,8 @@ pub struct SimulatedConfig {
     /// The process aborts when the voice detector is shown so many of them in one frame of 512.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub poison_vad: Option<u32>,
+    /// Who speaks is known this much later than it is heard; with any engine.
+    pub listen_ms: u64,
 }
 
 impl Default for SimulatedConfig {
@@ -198,6 +200,7 @@ impl Default for SimulatedConfig {
             poison: None,
             poison_hang: None,
             poison_vad: None,
+            listen_ms: 0,
         }
     }
 }

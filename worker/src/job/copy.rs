@@ -19,10 +19,10 @@ use voxfleet_schema::{
 use super::{Job, Work, part::is_mark, parts::Bound};
 use crate::{
     engine::{
-        diarize::{Heard, Listened},
+        diarize::{Ending, Heard, Listened},
         stream::Tellers,
     },
-    session::{Ending, before_the_end, checkpointed, locate},
+    session::{before_the_end, checkpointed, locate},
 };
 
 /// What is to be copied now.

@@ -63,7 +63,7 @@ pub(crate) use self::{
     life::MAX_RECORDED_ENTRY,
     open::{last_final, locate},
     outputs::{Names, unix_ms},
-    reconsider::{Ending, before_the_end, revisions},
+    reconsider::{before_the_end, revisions},
     store::checkpointed,
 };
 use crate::{

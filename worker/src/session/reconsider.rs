@@ -12,19 +12,11 @@ use voxfleet_nats::{
 use voxfleet_schema::{
     id::{Kind, StreamId},
     session::SessionOptions,
-    transcript::{Checkpoint, Final, Revision, Segment, Speakers, Turn},
+    transcript::{Final, Revision},
 };
 
 use super::outputs::Names;
-use crate::engine::diarize::{adopt, again, attribute, changes, relabel};
-
-/// What an end final that is not stored yet says of its speakers.
-pub(crate) struct Ending<'a> {
-    pub(crate) checkpoint: &'a mut Option<Checkpoint>,
-    pub(crate) segments: &'a mut Vec<Segment>,
-    pub(crate) turns: &'a mut Vec<Turn>,
-    pub(crate) speakers: &'a mut Option<Speakers>,
-}
+use crate::engine::diarize::{Ending, attribute, hear_all, relabel};
 
 /// Revises what the end final and those before it say of their speakers.
 pub(crate) async fn before_the_end(
@@ -35,12 +27,10 @@ pub(crate) async fn before_the_end(
     epoch: u64,
     last_index: Option<u64>,
 ) -> Result<(), ChainError> {
-    let changes = changes(end.checkpoint.as_ref(), options);
+    let changes = hear_all(end, options);
     if changes.is_empty() {
         return Ok(());
     }
-    again(end.segments, end.turns, &changes);
-    adopt(end.checkpoint, end.speakers, &changes);
     let Some(last_index) = last_index else { return Ok(()) };
     let mut revised = revisions(chain, names.kind, &names.id).await?;
     let (mut from, mut revisions) = (0, 0);

@@ -16,7 +16,7 @@ use super::{
     Session, Shared,
     outputs::{Names, without_text},
     park,
-    reconsider::{Ending, before_the_end},
+    reconsider::before_the_end,
 };
 use crate::{ipc::FinalDraft, lifecycle::Draft};
 
@@ -82,13 +82,7 @@ async fn store(
     let (predecessor, last_index) = last.unzip();
     if draft.end && draft.speakers.is_some() {
         let options = session.desired.borrow().options.clone();
-        let end = Ending {
-            checkpoint: &mut draft.checkpoint,
-            segments: &mut draft.segments,
-            turns: &mut draft.turns,
-            speakers: &mut draft.speakers,
-        };
-        before_the_end(&shared.chain, names, &options, end, epoch, last_index).await?;
+        before_the_end(&shared.chain, names, &options, (&mut draft).into(), epoch, last_index).await?;
     }
     let checkpoint_seq = match draft.checkpoint.take() {
         None => None,

@@ -31,7 +31,7 @@ use voxfleet_diarize::{
 };
 use voxfleet_schema::transcript::SpeakersBy;
 
-pub(crate) use self::again::{adopt, again, changes};
+pub(crate) use self::again::{Ending, hear_all};
 pub(crate) use self::attribute::{attribute, relabel, turns_of};
 pub(super) use self::ears::{Ears, Listening};
 pub(crate) use self::memory::lacking;
@@ -52,6 +52,8 @@ pub struct DiarizeConfig {
     pub encoder: Option<PathBuf>,
     /// Sessions that ask for speakers if they can be had get them where so much memory is left on the host, in MB.
     pub needs_mb: u64,
+    /// Answers come this much later, where a test wants them to.
+    pub later_ms: u64,
 }
 
 /// One window to listen to.
