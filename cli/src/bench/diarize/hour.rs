@@ -2,8 +2,8 @@
 //!
 //! A real server, dispatcher and worker with an engine that takes no time for words; the calls come again and again, each time
 //! at another pitch and pace, so that voices are others. Each minute of audio, when its final is there, resident memory is
-//! looked at, and how large the session's checkpoint is. Growth is the slope of a straight line through the minutes
-//! behind the first tenth, in which buffers and allocators come to their size.
+//! looked at, and how large the session's checkpoint is. Growth is the slope of a straight line through the minutes behind the
+//! first tenth, and through those of the second half: buffers and allocators come to their size before.
 
 use std::time::Duration;
 
@@ -137,14 +137,15 @@ async fn watch(fleet: &Fleet) -> Result<Vec<Minute>> {
 }
 
 fn told(minutes: &[Minute]) -> Value {
-    let settled = &minutes[minutes.len() / 10..];
     let process = |mb: fn(&Minute) -> f64| {
+        let growth = |from: usize| rounded(60.0 * slope(&minutes[from..].iter().map(mb).collect::<Vec<_>>()));
         let all: Vec<f64> = minutes.iter().map(mb).collect();
         json!({
             "first_mb": all.first().copied().map(rounded),
             "max_mb": rounded(all.iter().copied().fold(0.0, f64::max)),
             "last_mb": all.last().copied().map(rounded),
-            "growth_mb_per_hour": rounded(60.0 * slope(&settled.iter().map(mb).collect::<Vec<_>>())),
+            "growth_mb_per_hour": growth(minutes.len() / 10),
+            "growth_of_second_half_mb_per_hour": growth(minutes.len() / 2),
             "each_minute_mb": all.iter().map(|mb| format!("{mb:.0}")).collect::<Vec<_>>().join(" "),
         })
     };
@@ -183,11 +184,15 @@ mod tests {
             checkpoint_bytes: 1_000 * n.min(9),
             labels: n as u64,
         };
-        // It jumps to its size in the first minute and then takes half an MB each minute.
+        // It jumps to its size in the first minutes and then takes half an MB each minute, in the end nothing.
+        let size = |n: usize| if n < 2 { 10.0 } else { 100.0 + 0.5 * n.min(10) as f64 };
+        let row = told(&(0..20).map(|n| minute(n, size(n))).collect::<Vec<_>>());
+        assert_eq!(row["engine"]["growth_of_second_half_mb_per_hour"].as_f64(), Some(0.0));
         let minutes: Vec<Minute> =
             (0..20).map(|n| minute(n, if n < 2 { 10.0 } else { 100.0 + 0.5 * n as f64 })).collect();
         let row = told(&minutes);
         assert_eq!(row["engine"]["growth_mb_per_hour"].as_f64(), Some(30.0));
+        assert_eq!(row["engine"]["growth_of_second_half_mb_per_hour"].as_f64(), Some(30.0));
         assert_eq!(row["supervisor"]["growth_mb_per_hour"].as_f64(), Some(0.0));
         assert_eq!((row["engine"]["first_mb"].as_f64(), row["engine"]["last_mb"].as_f64()), (Some(10.0), Some(109.5)));
         assert_eq!((row["labels"].as_u64(), row["checkpoint_max_bytes"].as_u64()), (Some(19), Some(9_000)));
