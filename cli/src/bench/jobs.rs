@@ -60,8 +60,8 @@ pub(crate) struct JobArgs {
     /// simulated engine without delay
     #[arg(long, value_name = "HOURS", requires = "jobs")]
     hours: Option<f64>,
-    /// With --hours: channels of the recording, each transcribed by itself; more than one come from a file and not from the
-    /// object store
+    /// With --hours: channels of the recording, each transcribed by itself; more than one come from a file (1 MB for each
+    /// second of 32) and not from the object store
     #[arg(long, default_value_t = 1, value_name = "N", requires = "hours", value_parser = clap::value_parser!(u16).range(1..=32))]
     channels: u16,
 }
@@ -75,8 +75,6 @@ impl JobArgs {
 pub(super) async fn run(args: &JobArgs, speed: f64, simulated_only: bool) -> Result<Value> {
     if let Some(hours) = args.hours {
         usage((0.01..=24.0).contains(&hours), "--hours: 0.01 to 24")?;
-        let bytes = hours * 3_600.0 * 32_000.0 * f64::from(args.channels);
-        usage(bytes < f64::from(u32::MAX), "--hours: so many channels for so long are more than a wav file holds")?;
         return long_file(hours, usize::from(args.channels)).await;
     }
     usage(args.job_seconds >= 1.0 && args.real_seconds >= 1.0, "nothing to measure")?;
@@ -236,7 +234,8 @@ async fn long_file(hours: f64, channels: usize) -> Result<Value> {
     let kind = Kind::Simulated { speed: 0.0 };
     let fleet = Fleet::builder().workers(1).slots(1).engine(kind.engine()).set("worker.job_slots", 1);
     let root = dir.path().canonicalize()?;
-    let fleet = fleet.set("worker.decode_states", 1).set("worker.fetch.file_roots", root.display()).start().await?;
+    let fleet = fleet.set("worker.decode_states", 1).set("worker.fetch.file_roots", root.display());
+    let fleet = fleet.set("worker.fetch.max_bytes", bytes + 1).start().await?;
     let store = Store::connect(&fleet).await?;
     let [nats_server, dispatcher, supervisor, _] = processes::first_pids(&fleet);
     let mut sampled = Sampled::default();
