@@ -23,6 +23,8 @@ pub(super) struct Copy {
     pub(super) from_seq: u64,
     /// The finals of this part that the chain of the whole lacks.
     pub(super) wanted: Vec<Bound>,
+    /// Its chain has ended: what is not there will not come.
+    pub(super) is_done: bool,
     /// The end of the chain of the whole.
     pub(super) last: Option<StoredFinal>,
 }
@@ -105,7 +107,12 @@ impl Copy {
                 // A look that failed is made again, with the next part of the loop that this belongs to.
                 let found = shared.chain.next_final(Kind::Job, &self.part, self.from_seq).await;
                 let stored = match found {
-                    Ok(stored) => stored?,
+                    Ok(Some(stored)) => stored,
+                    Ok(None) if self.is_done => {
+                        let why = "its finals are no longer stored";
+                        return Some(Over::Unusable(Failure::new(FailureClass::Internal, why)));
+                    }
+                    Ok(None) => return None,
                     Err(error @ (ChainError::Foreign { .. } | ChainError::Encode(_))) => {
                         let why = format!("its chain cannot be read: {error}");
                         return Some(Over::Unusable(Failure::new(FailureClass::Internal, why)));

@@ -92,6 +92,11 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A full store is looked at again after this: each look decodes the end of the recording once more.
 const FULL_FOR_MS: u64 = 60_000;
 
+/// Entries of a recording are 200 ms.
+const ENTRY_SAMPLES: u64 = 3_200;
+/// Entries behind the end of a part that its session is given: ten seconds.
+const HEARD_BEHIND: u64 = 50;
+
 /// What a job's session needs beyond a live one's.
 #[derive(Debug)]
 pub(crate) struct Work {
@@ -133,6 +138,13 @@ impl Work {
             shared: AtomicBool::new(false),
             ..*self
         }
+    }
+
+    /// Whether this entry lies so far behind the end of the part that nobody has to hear it: where a final ends is known
+    /// five seconds later at the latest.
+    pub(crate) fn is_beyond(&self, seq: u64) -> bool {
+        let until = self.part.as_ref().and_then(|part| part.until_sample);
+        until.is_some_and(|until| seq > until / ENTRY_SAMPLES + HEARD_BEHIND)
     }
 
     /// A final was stored. True: the session is to stop behind it.

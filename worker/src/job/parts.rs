@@ -54,9 +54,7 @@ impl Naming {
             vad.as_str()
         );
         let hash: String = Sha256::digest(text.as_bytes()).iter().take(12).map(|byte| format!("{byte:02x}")).collect();
-        // People should see whose it is; what tells it from others is the rest.
-        let whose: String = parent.as_str().chars().take(18).collect();
-        StreamId::new(format!("{whose}-{number:04}-{hash}"))
+        JobPart::id(parent, number, &hash)
     }
 }
 
@@ -142,7 +140,8 @@ pub(super) struct Parts {
 
 impl Parts {
     /// `length`: of the recording, where its container says it; 0 = unknown.
-    pub(super) fn new(naming: Naming, longer_than: u64, length: u64) -> Self {
+    /// `direct`: the chain of the whole is being decoded here.
+    pub(super) fn new(naming: Naming, longer_than: u64, length: u64, direct: bool) -> Self {
         Self {
             naming,
             parts: BTreeMap::new(),
@@ -153,7 +152,7 @@ impl Parts {
             length,
             closed: false,
             ours: None,
-            direct: false,
+            direct,
         }
     }
 
@@ -255,6 +254,11 @@ impl Parts {
         }
     }
 
+    /// Its chain has been begun by somebody.
+    pub(super) fn is_begun(&self, number: u64) -> bool {
+        self.parts.get(&number).is_some_and(|part| matches!(part.state, State::Begun { .. }))
+    }
+
     pub(super) fn id(&self, number: u64) -> Option<&StreamId> {
         self.parts.get(&number).map(|part| &part.id)
     }
@@ -341,8 +345,8 @@ impl Parts {
     }
 
     /// What is decoded here next, when nothing is. Parts that others have are theirs: first what the chain of the whole waits
-    /// for, then what nobody was asked for, then what nobody has begun. Of those the last: the dispatcher begins with the
-    /// first, and of two who do the same part one works for nothing.
+    /// for now or next, then what nobody was asked for, then what nobody has begun. Of those the last: the dispatcher begins
+    /// with the first, and of two who do the same part one works for nothing.
     pub(super) fn turn(&self, now: Instant) -> Turn {
         let Some((number, head)) = self.head().filter(|_| self.open()) else {
             return if self.head().is_none() && self.ended { Turn::Wait } else { Turn::Direct { until: None } };
@@ -356,10 +360,12 @@ impl Parts {
             let parts = self.parts.iter().filter(|(_, part)| part.whole && part.begins != Begins::Before);
             parts.filter(move |(_, part)| wanted(&part.state)).map(|(number, _)| *number)
         };
-        match &head.state {
-            State::Unseen => return Turn::Wait,
-            State::Free | State::Asked => return Turn::Part(number),
-            State::Begun { .. } | State::Done | State::Failed(_) => {}
+        // In order as long as nobody else is at it: going back and forth in the recording costs its decoder time.
+        let next = self.parts.iter().find(|(_, part)| part.state != State::Done);
+        match next.filter(|(_, part)| part.whole && part.begins != Begins::Before) {
+            Some((_, Part { state: State::Unseen, .. })) => return Turn::Wait,
+            Some((next, Part { state: State::Free | State::Asked, .. })) => return Turn::Part(*next),
+            _ => {}
         }
         let unasked = open(|state| *state == State::Free).next();
         if let Some(next) = unasked.or_else(|| open(|state| *state == State::Asked).next_back()) {

@@ -116,7 +116,8 @@ impl Job {
         self.tell_damage(work.recording.facts());
         if let (Some(part), End::Done) = (&self.item.part, &end) {
             let (recording, at) = (Arc::clone(&work.recording), work.recording.position().await);
-            self.means.kept.put(part.parent.clone(), recording, work.bytes, at, Instant::now());
+            let whose = (part.parent.clone(), self.item.audio.clone());
+            self.means.kept.put(whose, recording, work.bytes, at, Instant::now());
         }
         match end {
             End::Done => JobEnd::Done,
@@ -164,7 +165,7 @@ impl Job {
         let begun = Instant::now();
         let here = item.part.as_ref().and_then(|part| {
             let seq = part.from.as_ref().map_or(1, |start| start.resume.seq);
-            self.means.kept.take(&part.parent, seq)
+            self.means.kept.take(&(part.parent.clone(), item.audio.clone()), seq)
         });
         let (recording, bytes) = match here {
             Some(here) => here,

@@ -348,6 +348,9 @@ impl<'a> Life<'a> {
     fn read_log(&self) -> Pin<Box<dyn Future<Output = Result<Option<RawEntry>, ReadFailed>> + Send + 'a>> {
         let (session, from) = (self.session, self.feed.next_from());
         if let Some(work) = &session.work {
+            if work.is_beyond(from) {
+                return Box::pin(std::future::ready(Ok(None)));
+            }
             return Box::pin(async move { work.recording.next(from).await.map_err(ReadFailed::Recording) });
         }
         Box::pin(async move {
