@@ -137,6 +137,11 @@ impl Listener {
         Ok(Self { segmentation, why, encoder, pieces })
     }
 
+    /// The segmentation network by itself, for whoever measures it.
+    pub fn segmenter(&mut self) -> Option<&mut dyn Segmenter> {
+        self.segmentation.as_mut().map(|segmentation| segmentation as &mut dyn Segmenter)
+    }
+
     /// Listens to a window; looks at `cancel` before each run of a network.
     pub fn hear(&mut self, hearing: &Hearing, cancel: &Cancel) -> Result<Heard, String> {
         let begin = Instant::now();
