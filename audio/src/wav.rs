@@ -3,8 +3,13 @@
 //! A recorder that crashed leaves a length of 0, one that writes to a pipe leaves 0xffffffff, a download that broke off
 //! leaves a length beyond the file, and above 4 GiB the length stands elsewhere (RF64, BW64). In all of these the audio
 //! is whatever follows the head of the data chunk, so the demuxer is shown the real length there.
+//!
+//! The demuxer has a name for each of so many channels and takes no more. A file of more is shown to it as one channel, whose
+//! samples the decoder puts together to frames again.
 
 use std::{fs::File, io};
+
+use voxfleet_schema::audio::MAX_CHANNELS;
 
 use crate::source::{Patch, read_up_to};
 
@@ -13,11 +18,42 @@ pub(crate) struct Mended {
     pub(crate) patches: Vec<Patch>,
     /// The header promises more than there is.
     pub(crate) truncated: bool,
+    /// Channels of a file that is shown as one of one channel.
+    pub(crate) channels: Option<u16>,
 }
+
+/// Channels that the demuxer has names for; fewer where the header can give them places.
+const NAMED_CHANNELS: u16 = 26;
+const PLACED_CHANNELS: u16 = 18;
+/// Speaker position of the one channel that is shown: the front's centre.
+const CENTRE: u32 = 4;
+const EXTENSIBLE: u16 = 0xfffe;
 
 /// Chunks before the audio: a handful in files that mean well.
 const MOST_CHUNKS: usize = 256;
 const UNKNOWN: u32 = u32::MAX;
+
+impl Mended {
+    /// `fmt` is the beginning of the format chunk, which lies at `at`: kind, channels, rate, bytes a second, bytes a frame, bits
+    /// a sample.
+    fn show_as_one(&mut self, at: u64, fmt: &[u8]) {
+        let number = |place: usize| u16::from_le_bytes([fmt[place], fmt[place + 1]]);
+        let (kind, channels, frame, bits) = (number(0), number(2), number(12), number(14));
+        let sample = frame / channels.max(1);
+        let known = if kind == EXTENSIBLE { PLACED_CHANNELS } else { NAMED_CHANNELS };
+        let many = (known + 1..=MAX_CHANNELS).contains(&channels);
+        if !many || sample == 0 || sample * channels != frame {
+            return;
+        }
+        let pair = |[a, b]: [u8; 2], [c, d]: [u8; 2]| [a, b, c, d];
+        self.patches.push((at, pair(kind.to_le_bytes(), 1u16.to_le_bytes())));
+        self.patches.push((at + 12, pair(sample.to_le_bytes(), bits.to_le_bytes())));
+        if kind == EXTENSIBLE {
+            self.patches.push((at + 20, CENTRE.to_le_bytes()));
+        }
+        self.channels = Some(channels);
+    }
+}
 
 pub(crate) fn mend(file: &File, len: u64) -> io::Result<Mended> {
     let mut mended = Mended::default();
@@ -45,6 +81,7 @@ pub(crate) fn mend(file: &File, len: u64) -> io::Result<Mended> {
                 wide.copy_from_slice(&chunk[16..24]);
                 long_data = Some(u64::from_le_bytes(wide));
             }
+            b"fmt " if read == 24 => mended.show_as_one(at + 8, &chunk[8..]),
             b"data" => {
                 let room = len.saturating_sub(at + 8);
                 let promised = match (claimed, long_data) {

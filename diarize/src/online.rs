@@ -20,10 +20,18 @@ use crate::{
     hear::Voiced,
 };
 
-/// Voices that are kept; of more, the two nearest of one label become one.
-pub const MOST_VOICES: usize = 256;
+/// Bytes that the vectors of all voices may have together: the state is written with each final.
+const MOST_BYTES: usize = 40 << 10;
+/// However long the vectors are.
+const LEAST_VOICES: usize = 64;
 /// Of voices that became part of another one, so many are remembered.
 const MOST_ABSORBED: usize = 4_096;
+
+/// Voices that are kept of an encoder with so many dimensions; of more, the two nearest of one label become one. Where there
+/// are as many people, who has not been heard for the longest time is forgotten.
+pub fn most_voices(dims: usize) -> usize {
+    (MOST_BYTES / (size_of::<i16>() * dims.max(1))).clamp(LEAST_VOICES, 256)
+}
 
 /// More voices than a label can have had by then.
 const LOST_VOICES: u32 = 65_536;
@@ -94,6 +102,9 @@ struct Voice {
     label: u32,
     weight_ms: u64,
     count: u32,
+    /// The stretch in which it was heard last.
+    #[serde(default)]
+    heard: u32,
     /// Mean of the embeddings, weighted; empty where nothing could be heard yet.
     #[serde(with = "small")]
     mean: Vec<i16>,
@@ -130,7 +141,11 @@ pub struct Voices {
     next_label: u32,
     /// Label and voice of the last turn.
     last: Option<(u32, u32)>,
+    /// Stretches heard so far.
+    #[serde(default)]
+    stretches: u32,
     /// Voices that are part of others now: which, and of which.
+    #[serde(with = "pairs")]
     absorbed: Vec<(u32, u32)>,
 }
 
@@ -142,6 +157,7 @@ impl Voices {
             next_voice: 1,
             next_label: 1,
             last: None,
+            stretches: 0,
             absorbed: Vec::new(),
         }
     }
@@ -176,6 +192,7 @@ impl Voices {
     /// Gives each turn of a stretch its label; `turns` as [`crate::hear::Listener::voices`] made them.
     pub fn hear(&mut self, turns: &[Voiced], limits: Limits, tuning: &Tuning) -> Vec<Assigned> {
         let first_new = self.next_label;
+        self.stretches = self.stretches.saturating_add(1);
         let mut units = units(turns, tuning);
         // Those who say most are the surest, and what is known of them helps with the others.
         units.sort_by_key(|unit| Reverse(unit.reliable_ms));
@@ -303,6 +320,7 @@ impl Voices {
         let sure = reliable_ms >= tuning.open_ms;
         match nearest {
             Some((distance, voice)) if distance <= tuning.voice || !sure => {
+                voice.heard = self.stretches;
                 if sure || voice.mean.is_empty() {
                     voice.hear(embedding, u64::from(reliable_ms));
                 }
@@ -320,7 +338,8 @@ impl Voices {
 
     fn unnamed(&mut self, label: u32) -> Voice {
         self.next_voice += 1;
-        Voice { number: self.next_voice - 1, label, weight_ms: 0, count: 0, mean: Vec::new() }
+        let heard = self.stretches;
+        Voice { number: self.next_voice - 1, label, weight_ms: 0, count: 0, heard, mean: Vec::new() }
     }
 
     /// Somebody spoke, nothing could be heard of them, and nobody is known: the first person.
@@ -350,9 +369,10 @@ impl Voices {
         shown
     }
 
-    /// Keeps to [`MOST_VOICES`].
+    /// Keeps to [`most_voices`].
     fn shrink(&mut self) {
-        while self.voices.len() > MOST_VOICES {
+        let most = most_voices(self.voices.iter().map(|voice| voice.mean.len()).max().unwrap_or(0));
+        while self.voices.len() > most {
             let vectors: Vec<Vec<f32>> = self.voices.iter().map(Voice::vector).collect();
             let mut nearest: Option<(usize, usize, f32)> = None;
             for (i, a) in self.voices.iter().enumerate() {
@@ -370,15 +390,17 @@ impl Voices {
                     let kept = &mut self.voices[into];
                     let count = kept.count + gone.count;
                     kept.hear(&gone.vector(), gone.weight_ms);
-                    kept.count = count;
+                    (kept.count, kept.heard) = (count, kept.heard.max(gone.heard));
                     let number = kept.number;
                     self.absorbed.iter_mut().filter(|(_, at)| *at == gone.number).for_each(|(_, at)| *at = number);
                     self.absorbed.push((gone.number, number));
                 }
-                // As many people as voices: who said least is forgotten.
+                // As many people as voices: of those who were silent longest, who said least is forgotten.
                 None => {
-                    if let Some(least) = (0..self.voices.len()).min_by_key(|v| self.voices[*v].weight_ms) {
-                        self.voices.remove(least);
+                    let order = |voice: &usize| (self.voices[*voice].heard, self.voices[*voice].weight_ms);
+                    if let Some(gone) = (0..self.voices.len()).min_by_key(order) {
+                        let gone = self.voices.remove(gone);
+                        self.absorbed.retain(|(_, into)| *into != gone.number);
                     }
                 }
             }
@@ -531,7 +553,7 @@ mod small {
         serializer.serialize_bytes(&values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())
     }
 
-    struct Bytes;
+    pub(super) struct Bytes;
 
     impl<'de> Visitor<'de> for Bytes {
         type Value = Vec<u8>;
@@ -556,6 +578,46 @@ mod small {
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<i16>, D::Error> {
         let bytes = deserializer.deserialize_bytes(Bytes)?;
         Ok(bytes.chunks_exact(2).map(|pair| i16::from_le_bytes([pair[0], pair[1]])).collect())
+    }
+}
+
+/// Pairs of numbers as bytes: seven bits in each, the rest of a number in those behind.
+mod pairs {
+    use serde::{Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(pairs: &[(u32, u32)], serializer: S) -> Result<S::Ok, S::Error> {
+        let mut bytes = Vec::with_capacity(pairs.len() * 4);
+        for mut number in pairs.iter().flat_map(|(a, b)| [*a, *b]) {
+            while number >= 0x80 {
+                bytes.push(number as u8 | 0x80);
+                number >>= 7;
+            }
+            bytes.push(number as u8);
+        }
+        serializer.serialize_bytes(&bytes)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<(u32, u32)>, D::Error> {
+        let bytes = deserializer.deserialize_bytes(super::small::Bytes)?;
+        let (mut numbers, mut number, mut shift) = (Vec::new(), 0u32, 0);
+        for byte in bytes {
+            let bits = u32::from(byte & 0x7f);
+            // The fifth byte has the last four bits.
+            if shift > 28 || (shift == 28 && bits > 0xf) {
+                return Err(Error::custom("a number of more than 32 bits"));
+            }
+            number |= bits << shift;
+            shift += 7;
+            if byte & 0x80 == 0 {
+                numbers.push(number);
+                (number, shift) = (0, 0);
+            }
+        }
+        if shift > 0 || numbers.len() % 2 > 0 {
+            return Err(Error::custom("half a pair of numbers"));
+        }
+        let (pairs, _) = numbers.as_chunks::<2>();
+        Ok(pairs.iter().map(|[a, b]| (*a, *b)).collect())
     }
 }
 

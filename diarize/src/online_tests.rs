@@ -179,14 +179,74 @@ fn what_is_remembered_is_bounded() {
         let assigned = voices.hear(&[turn], limits, &tuning);
         first.get_or_insert(assigned[0].voice);
     }
-    assert_eq!(voices.voices.len(), MOST_VOICES);
+    assert_eq!(voices.voices.len(), most_voices(64));
     assert!(!voices.absorbed.is_empty());
     let total: u64 = voices.voices.iter().map(|v| v.weight_ms).sum();
     assert_eq!(total, 700 * 2_000);
     // Voices that are part of others still have a label, and the state is small.
     let labels = voices.reconsider(limits, &tuning);
     assert!(voices.absorbed.iter().all(|(gone, _)| labels.contains_key(gone)) && labels.contains_key(&first.unwrap()));
-    assert!(rmp_serde::to_vec_named(&voices).unwrap().len() < 80_000);
+    assert!(rmp_serde::to_vec_named(&voices).unwrap().len() < 64 << 10);
+}
+
+/// One person in so many dimensions, like nobody else.
+fn person(who: usize, dims: usize) -> Voiced {
+    let mut dice = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(who as u64 + 1) | 1;
+    let mut embedding: Vec<f32> = Vec::with_capacity(dims);
+    for _ in 0..dims {
+        dice ^= dice << 13;
+        dice ^= dice >> 7;
+        dice ^= dice << 17;
+        embedding.push(dice as f32 / u64::MAX as f32 - 0.5);
+    }
+    let length = embedding.iter().map(|x| x * x).sum::<f32>().sqrt();
+    embedding.iter_mut().for_each(|x| *x /= length);
+    // Who comes later says less: that is no reason to forget them first.
+    Voiced { embedding: Some(embedding), ..piece(2 * who as u64, 0, None, 4_000 - 5 * who as u32) }
+}
+
+#[test]
+fn hundreds_of_people_stay_apart_in_a_bounded_state() {
+    for (dims, kept, most_bytes) in
+        [(160, 128, 64 << 10), (192, 106, 64 << 10), (256, 80, 64 << 10), (512, 64, 80 << 10)]
+    {
+        assert_eq!(most_voices(dims), kept);
+        let mut voices = Voices::new("e");
+        let label = |voices: &mut Voices, who: usize| voices.hear(&[person(who, dims)], FREE, &TUNING)[0].label;
+        for who in 0..500 {
+            assert_eq!(label(&mut voices, who), who as u32 + 1, "{dims} dimensions");
+            // One of them speaks all the time.
+            assert_eq!(label(&mut voices, 7.min(who)), 8.min(who as u32 + 1));
+        }
+        assert_eq!(voices.voices.len(), kept);
+        let bytes = rmp_serde::to_vec_named(&voices).unwrap().len();
+        assert!(bytes < most_bytes, "{bytes} of {dims} dimensions");
+        // Whoever spoke of late is known; who was silent for longer than so many others gets a label of their own again,
+        // nobody else's.
+        assert_eq!(label(&mut voices, 450), 451);
+        assert_eq!(label(&mut voices, 3), 501);
+        assert_eq!(voices.labels(), 501);
+    }
+}
+
+#[test]
+fn absorbed_voices_are_pairs_of_numbers_in_few_bytes() {
+    let of = |absorbed: &[(u32, u32)]| Voices { absorbed: absorbed.to_vec(), ..Voices::new("e") };
+    let plain = rmp_serde::to_vec_named(&of(&[])).unwrap().len();
+    for (pairs, bytes) in [
+        (vec![(1, 2)], 2),
+        (vec![(127, 128), (16_383, 16_384)], 1 + 2 + 2 + 3),
+        (vec![(u32::MAX, 0), (0, u32::MAX)], 2 * 6),
+    ] {
+        let packed = rmp_serde::to_vec_named(&of(&pairs)).unwrap();
+        assert_eq!(packed.len() - plain, bytes);
+        assert_eq!(rmp_serde::from_slice::<Voices>(&packed).unwrap().absorbed, pairs);
+    }
+    let mut json = serde_json::to_value(of(&[])).unwrap();
+    for broken in [&[1u8][..], &[0x80], &[1, 0x80], &[0xff, 0xff, 0xff, 0xff, 0x10, 1]] {
+        json["absorbed"] = serde_json::json!(broken);
+        assert!(serde_json::from_value::<Voices>(json.clone()).is_err(), "{broken:?}");
+    }
 }
 
 proptest! {

@@ -31,6 +31,12 @@ pub fn activity(logits: &[f32; CLASSES]) -> [f32; LOCAL] {
     MEMBERS.map(|classes| classes.iter().map(|c| odds[*c]).sum::<f32>() / all)
 }
 
+/// Which local speakers are active in a frame, by its likeliest class alone.
+pub fn decided(logits: &[f32; CLASSES]) -> [bool; LOCAL] {
+    let class = (0..CLASSES).fold(0, |best, class| if logits[class] > logits[best] { class } else { best });
+    MEMBERS.map(|classes| classes.contains(&class))
+}
+
 /// The first sample that belongs to a frame: half-way between its centre and the one before.
 pub fn boundary(frame: usize) -> usize {
     match frame {
@@ -119,6 +125,18 @@ mod tests {
         let half = 0.5f32.ln();
         let mixed = activity(&[-50.0, half, -50.0, -50.0, half, -50.0, -50.0]);
         assert!((mixed[0] - 1.0).abs() < 1e-6 && (mixed[1] - 0.5).abs() < 1e-6 && mixed[2] < 1e-6);
+    }
+
+    #[test]
+    fn the_likeliest_class_decides() {
+        let only = |class: usize| std::array::from_fn(|c| if c == class { -0.1 } else { -3.0 });
+        let expected = ["...", "1..", ".2.", "..3", "12.", "1.3", ".23"];
+        for (class, expected) in expected.iter().enumerate() {
+            let active = decided(&only(class));
+            let shown: String =
+                active.iter().zip(['1', '2', '3']).map(|(on, name)| if *on { name } else { '.' }).collect();
+            assert_eq!(&shown, expected);
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::{
     codec::{self, CodecError},
     device::Instead,
     failure::Failure,
-    id::{StreamId, WorkerName},
+    id::{IdError, StreamId, WorkerName},
     session::{SessionOptions, strict_options},
     transcript::{Resume, VadKind},
 };
@@ -121,6 +121,22 @@ pub struct PartStart {
 }
 
 impl JobPart {
+    /// Name of a part: people see whose it is; `hash` (24 hex digits) stands for all that shapes its text.
+    pub fn id(parent: &StreamId, number: u64, hash: &str) -> Result<StreamId, IdError> {
+        StreamId::new(format!("{}{hash}", Self::prefix(parent, number)))
+    }
+
+    /// Whether this can be its name: with any other it could go on in the chain of a job that is none of its.
+    pub fn is_named(&self, id: &StreamId) -> bool {
+        let hash = id.as_str().strip_prefix(&Self::prefix(&self.parent, self.number));
+        hash.is_some_and(|hash| hash.len() == 24 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
+    }
+
+    fn prefix(parent: &StreamId, number: u64) -> String {
+        let whose: String = parent.as_str().chars().take(18).collect();
+        format!("{whose}-{number:04}-")
+    }
+
     /// Sample at which it begins.
     pub fn from_sample(&self) -> u64 {
         self.from.as_ref().map_or(0, |start| start.to_sample)
@@ -148,7 +164,7 @@ pub enum RequestError {
     Name,
     #[error("result_ttl_s is outside 60 to {MAX_RESULT_TTL_S}")]
     Ttl,
-    #[error("part ends before it begins, or is a part of itself")]
+    #[error("part ends before it begins, or does not have the name of a part of its job")]
     Part,
     #[error(transparent)]
     Option(#[from] crate::session::OptionError),
@@ -182,7 +198,7 @@ impl JobRequest {
         }
         if let Some(part) = &self.part
             && (part.until_sample.is_some_and(|until| until <= part.from_sample())
-                || self.job.as_ref() == Some(&part.parent))
+                || self.job.as_ref().is_some_and(|job| !part.is_named(job)))
         {
             return Err(RequestError::Part);
         }
@@ -555,7 +571,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_ends_behind_its_beginning_and_is_no_part_of_itself() {
+    fn a_part_ends_behind_its_beginning_and_has_the_name_of_one() {
         let part = |from: u64, until| {
             let resume = serde_json::json!({
                 "seq": 1, "at_sample": 0, "at_frame": 0, "format": "pcm_s16le;rate=16000;channels=1", "format_sample": 0,
@@ -575,8 +591,13 @@ mod tests {
         assert_eq!(ends, [false, true, true]);
         assert!(!read(part(0, None)).part.is_some_and(|rest| rest.ends_at(u64::MAX, false)), "to the recording's end");
         assert_eq!(read(part(100, Some(100))).validate(), Err(RequestError::Part));
-        let own = JobRequest { job: StreamId::new("whole").ok(), ..good };
-        assert_eq!(own.validate(), Err(RequestError::Part));
+        let named = |name: &str| JobRequest { job: StreamId::new(name).ok(), ..good.clone() }.validate();
+        let hash = "0123456789abcdef01234567";
+        let name = JobPart::id(&stretch.parent, stretch.number, hash).expect("a name");
+        assert_eq!(named(name.as_str()), Ok(()));
+        for other in ["whole", "another", &format!("whole-0003-{hash}"), "whole-0002-0123", &format!("{name}0")] {
+            assert_eq!(named(other), Err(RequestError::Part), "{other}");
+        }
     }
 
     #[test]

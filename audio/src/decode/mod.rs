@@ -74,6 +74,10 @@ pub struct Decoder {
     body_bytes: Option<u64>,
     ended: bool,
     truncated: bool,
+    /// Channels of a recording that the demuxer takes for one of one channel,
+    together: Option<u16>,
+    /// and the samples that do not make a frame yet.
+    begun: BytesMut,
     narrow: Vec<i16>,
     wide: Vec<f32>,
 }
@@ -105,7 +109,7 @@ impl Decoder {
             return Err(AudioError::NoIndex);
         }
         let source = Source::new(file, len, mended.patches);
-        let mut decoder = Self::probe(Box::new(source), &head, name, limits, Some(len))?;
+        let mut decoder = Self::probe(Box::new(source), &head, name, limits, Some(len), mended.channels)?;
         decoder.truncated = mended.truncated;
         Ok(decoder)
     }
@@ -119,7 +123,7 @@ impl Decoder {
         let mut head = Vec::new();
         from.by_ref().take(HEAD_BYTES as u64).read_to_end(&mut head)?;
         let whole = Cursor::new(head.clone()).chain(from);
-        Self::probe(Box::new(ReadOnlySource::new(whole)), &head, name, limits, None)
+        Self::probe(Box::new(ReadOnlySource::new(whole)), &head, name, limits, None, None)
     }
 
     fn probe(
@@ -128,6 +132,7 @@ impl Decoder {
         name: Option<&str>,
         limits: &Limits,
         len: Option<u64>,
+        together: Option<u16>,
     ) -> Result<Self, AudioError> {
         if head.is_empty() {
             return Err(AudioError::Empty);
@@ -163,6 +168,8 @@ impl Decoder {
             body_bytes: len.map(|len| len.saturating_sub(id3_bytes(head))),
             ended: false,
             truncated: false,
+            together,
+            begun: BytesMut::new(),
             narrow: Vec::new(),
             wide: Vec::new(),
         };
@@ -178,7 +185,7 @@ impl Decoder {
     }
 
     fn credible_total(&self, len: Option<u64>) -> Option<u64> {
-        let claimed = self.playing.claimed_ms(self.demuxer.as_ref())?;
+        let claimed = self.playing.claimed_ms(self.demuxer.as_ref())? / u64::from(self.together.unwrap_or(1));
         len.is_none_or(|len| claimed <= (len / LEAST_BYTES_PER_S).saturating_mul(1000)).then_some(claimed)
     }
 
@@ -289,7 +296,7 @@ impl Decoder {
         if frames == 0 {
             return Ok(false);
         }
-        let format = format_of(&self.playing, &buffer)?;
+        let mut format = format_of(&self.playing, &buffer)?;
         let skipped = self.playing.skip.min(frames as u64) as usize;
         self.playing.skip -= skipped as u64;
         let from = skipped * usize::from(format.channels);
@@ -309,6 +316,12 @@ impl Decoder {
                 }
             }
         }
+        if let Some(channels) = self.together {
+            format.channels = channels;
+            self.begun.unsplit(pcm);
+            let whole = self.begun.len() - self.begun.len() % format.frame_bytes();
+            pcm = self.begun.split_to(whole);
+        }
         self.take(format, pcm);
         Ok(damaged)
     }
@@ -319,7 +332,8 @@ impl Decoder {
             return;
         }
         let format = self.changed.as_ref().map_or(self.format, |(format, _)| *format);
-        let frames = self.playing.frames_of(packet, format.rate_hz).min(MAX_FILL_S * u64::from(format.rate_hz));
+        let frames = self.playing.frames_of(packet, format.rate_hz) / u64::from(self.together.unwrap_or(1));
+        let frames = frames.min(MAX_FILL_S * u64::from(format.rate_hz));
         self.take(format, BytesMut::zeroed(frames as usize * format.frame_bytes()));
     }
 

@@ -69,6 +69,30 @@ fn wav_comes_back_bit_for_bit() {
 }
 
 #[test]
+fn every_number_of_channels_is_read() {
+    for channels in [1, 2, 18, 19, 26, 27, 31, 32, 64] {
+        // No whole number of frames is a whole number of the demuxer's packets.
+        let samples: Vec<i16> = (0..16_001 * i32::from(channels)).map(|n| (n % 30_011) as i16).collect();
+        let bytes: Vec<u8> = samples.iter().flat_map(|sample| sample.to_le_bytes()).collect();
+        let mut plain = wav(1, 16, 16_000, channels, &bytes);
+        for extensible in [false, true] {
+            if extensible {
+                // 16 valid bits, no positions, and the kind that the short form says in two bytes.
+                let rest =
+                    [22u16, 16, 0, 0, 1, 0, 0, 0x10, 0x80, 0xaa00, 0x3800, 0x719b].map(u16::to_le_bytes).concat();
+                plain.splice(36..36, rest);
+                plain[16..20].copy_from_slice(&40u32.to_le_bytes());
+                plain[20..22].copy_from_slice(&0xfffeu16.to_le_bytes());
+            }
+            let decoded = decode(&plain).expect("wav");
+            assert_eq!(decoded.format.to_string(), format!("pcm_s16le;rate=16000;channels={channels}"));
+            assert!(decoded.pcm == bytes, "{channels} channels");
+            assert_eq!((decoded.total_ms, decoded.truncated), (Some(1_000), false), "{channels} channels");
+        }
+    }
+}
+
+#[test]
 fn every_width_of_wav_is_read() {
     let tone = tone(16_000, 1, 4_000);
     let int = |bytes: usize| -> Vec<u8> {

@@ -6,6 +6,7 @@
 //! They take turns, and the median of the rounds' ratios counts.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -59,6 +60,10 @@ pub(crate) struct JobArgs {
     /// simulated engine without delay
     #[arg(long, value_name = "HOURS", requires = "jobs")]
     hours: Option<f64>,
+    /// With --hours: channels of the recording, each transcribed by itself; more than one come from a file (1 MB for each
+    /// second of 32) and not from the object store
+    #[arg(long, default_value_t = 1, value_name = "N", requires = "hours", value_parser = clap::value_parser!(u16).range(1..=32))]
+    channels: u16,
 }
 
 impl JobArgs {
@@ -70,7 +75,7 @@ impl JobArgs {
 pub(super) async fn run(args: &JobArgs, speed: f64, simulated_only: bool) -> Result<Value> {
     if let Some(hours) = args.hours {
         usage((0.01..=24.0).contains(&hours), "--hours: 0.01 to 24")?;
-        return long_file(hours).await;
+        return long_file(hours, usize::from(args.channels)).await;
     }
     usage(args.job_seconds >= 1.0 && args.real_seconds >= 1.0, "nothing to measure")?;
     let bursts = audio::bursts(1, args.job_seconds);
@@ -188,15 +193,14 @@ impl Store {
 
 /// Submits what lies under `key` and waits for its result; seconds from the request to the end final.
 pub(super) async fn job(fleet: &Fleet, store: &Store, id: &str, key: &str) -> Result<(f64, JobResult)> {
+    job_at(fleet, store, id, &format!("object://asr_media/{key}"), json!({"interim": false})).await
+}
+
+async fn job_at(fleet: &Fleet, store: &Store, id: &str, audio: &str, options: Value) -> Result<(f64, JobResult)> {
     let client = fleet.client();
     let mut finals = client.subscribe(format!("asr.v1.transcript.job.{id}.final")).await?;
     client.flush().await?;
-    let request = json!({
-        "job": id,
-        "audio": format!("object://asr_media/{key}"),
-        "name": "long.wav",
-        "options": {"interim": false},
-    });
+    let request = json!({ "job": id, "audio": audio, "name": "long.wav", "options": options });
     let begin = Instant::now();
     let asked = client.request("asr.v1.api.job.submit", request.to_string().into());
     let answer = tokio::time::timeout(ASK, asked).await.context("nobody answers job.submit")??;
@@ -220,27 +224,36 @@ pub(super) async fn job(fleet: &Fleet, store: &Store, id: &str, key: &str) -> Re
 }
 
 /// Memory while a recording of `hours` is transcribed.
-async fn long_file(hours: f64) -> Result<Value> {
+async fn long_file(hours: f64, channels: usize) -> Result<Value> {
     let dir = tempfile::tempdir()?;
     let (path, seconds) = (dir.path().join("long.wav"), hours * 3_600.0);
-    progress(&format!("writing {hours} h of audio"));
+    progress(&format!("writing {hours} h of audio, {channels} channels"));
     let written: PathBuf = path.clone();
-    tokio::task::spawn_blocking(move || recording::write_wav(&written, &audio::bursts(1, 600.0), seconds)).await??;
+    tokio::task::spawn_blocking(move || recording::write_wav(&written, &many(channels), seconds)).await??;
     let bytes = path.metadata()?.len();
     let kind = Kind::Simulated { speed: 0.0 };
     let fleet = Fleet::builder().workers(1).slots(1).engine(kind.engine()).set("worker.job_slots", 1);
-    let fleet = fleet.set("worker.decode_states", 1).start().await?;
+    let root = dir.path().canonicalize()?;
+    let fleet = fleet.set("worker.decode_states", 1).set("worker.fetch.file_roots", root.display());
+    let fleet = fleet.set("worker.fetch.max_bytes", bytes + 1).start().await?;
     let store = Store::connect(&fleet).await?;
     let [nats_server, dispatcher, supervisor, _] = processes::first_pids(&fleet);
     let mut sampled = Sampled::default();
     let work = async {
+        if channels > 1 {
+            progress(&format!("transcribing {} MB", bytes >> 20));
+            let audio = format!("file://{}", root.join("long.wav").display());
+            let options = json!({"interim": false, "channels": "split"});
+            let (job_s, result) = job_at(&fleet, &store, "long", &audio, options).await?;
+            return Ok((None, job_s, result));
+        }
         progress(&format!("putting {} MB into the object store", bytes >> 20));
         let begin = Instant::now();
         store.put("long", &path).await?;
         let upload_s = begin.elapsed().as_secs_f64();
         progress("transcribing it");
         let (job_s, result) = job(&fleet, &store, "long", "long").await?;
-        Ok::<_, anyhow::Error>((upload_s, job_s, result))
+        Ok::<_, anyhow::Error>((Some(upload_s), job_s, result))
     };
     let (upload_s, job_s, result) = tokio::select! {
         done = work => done?,
@@ -249,19 +262,41 @@ async fn long_file(hours: f64) -> Result<Value> {
     ensure!((result.duration - seconds).abs() < 1.0, "{} s came out of {seconds} s", result.duration);
     Ok(json!({
         "hours": hours,
+        "channels": channels,
         "file_mb": bytes >> 20,
-        "upload_s": rounded(upload_s),
+        "upload_s": upload_s.map(rounded),
         "job_s": rounded(job_s),
         "audio_s_per_s": rounded(seconds / job_s),
         "stages_s": result.performance_metrics.stages,
         "segments": result.segments.len(),
+        "channels_heard": result.segments.iter().filter_map(|s| s.channel).collect::<BTreeSet<_>>().len(),
+        "result_mb": rounded(serde_json::to_vec(&result)?.len() as f64 / f64::from(1 << 20)),
         "resident_mb": sampled.json(),
     }))
+}
+
+/// Ten minutes of one channel, or one of many that know nothing of each other.
+fn many(channels: usize) -> Pcm {
+    if channels == 1 {
+        return audio::bursts(1, 600.0);
+    }
+    let each: Vec<Pcm> = (1..).take(channels).map(|seed| audio::bursts(seed, 60.0)).collect();
+    let frames = each.iter().map(|pcm| pcm.samples.len()).min().unwrap_or(0);
+    let samples = (0..frames).flat_map(|frame| each.iter().map(move |pcm| pcm.samples[frame])).collect();
+    Pcm { channels, ..Pcm::mono_16k(samples) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn channels_lie_beside_each_other() {
+        let pcm = many(3);
+        assert_eq!((pcm.channels, pcm.seconds()), (3, 60.0));
+        let second: Vec<i16> = pcm.samples.chunks(3).map(|frame| frame[1]).collect();
+        assert_eq!(second, audio::bursts(2, 60.0).samples);
+    }
 
     #[test]
     fn the_middle_of_the_ratios_counts() {

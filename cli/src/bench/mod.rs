@@ -149,7 +149,7 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Coldstart(args) => coldstart::run(args).await,
             Bench::Longfile(args) => longfile::run(args).await,
             Bench::Detection(args) => detection::run(args).await,
-            Bench::Diarize(args) => tokio::task::spawn_blocking(move || diarize::run(&args)).await?,
+            Bench::Diarize(args) => diarize::run(args).await,
             Bench::Engine(args) => tokio::task::spawn_blocking(move || engine::run(&args)).await?,
             Bench::Failover(args) => failover::run(args).await,
             Bench::Latency(args) => latency::run(args).await,

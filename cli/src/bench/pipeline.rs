@@ -48,7 +48,8 @@ const DEADLINE: Duration = Duration::from_secs(600);
 #[command(after_help = "Examples:
   voxfleet bench pipeline
   voxfleet bench pipeline --jobs --simulated-only --json
-  voxfleet bench pipeline --jobs --hours 8")]
+  voxfleet bench pipeline --jobs --hours 8
+  voxfleet bench pipeline --jobs --hours 1 --channels 32 --json")]
 pub(crate) struct PipelineArgs {
     /// Sessions at once
     #[arg(long, default_value_t = 16, value_name = "N")]

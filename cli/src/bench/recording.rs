@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use voxfleet_harness::audio::{self, Pcm};
 
 /// A recording and what is said in it.
@@ -39,11 +39,10 @@ pub(super) fn calls(numbers: &[u32], seconds: f64) -> Result<Spoken> {
 pub(super) fn write_wav(path: &Path, pcm: &Pcm, seconds: f64) -> Result<()> {
     let frame = pcm.channels * 2;
     let wanted = (seconds * f64::from(pcm.rate_hz)).round() as usize * frame;
-    let data_bytes = u32::try_from(wanted).context("more than a wav file holds")?;
     let bytes = pcm.bytes();
     ensure!(!bytes.is_empty(), "nothing to write");
     let mut file = BufWriter::new(File::create(path)?);
-    file.write_all(&header(pcm, data_bytes))?;
+    file.write_all(&header(pcm, wanted as u64))?;
     let mut left = wanted;
     while left > 0 {
         let now = left.min(bytes.len());
@@ -54,14 +53,24 @@ pub(super) fn write_wav(path: &Path, pcm: &Pcm, seconds: f64) -> Result<()> {
     Ok(())
 }
 
-/// The 44 bytes in front of PCM of 16 bits.
-fn header(pcm: &Pcm, data_bytes: u32) -> Vec<u8> {
+/// What stands in front of PCM of 16 bits: 44 bytes, or 80 where lengths take more than 32 bits (RF64).
+fn header(pcm: &Pcm, data_bytes: u64) -> Vec<u8> {
     let channels = pcm.channels as u16;
     let frame = channels * 2;
-    let mut header = Vec::with_capacity(44);
-    header.extend_from_slice(b"RIFF");
-    header.extend_from_slice(&(data_bytes.saturating_add(36)).to_le_bytes());
-    header.extend_from_slice(b"WAVEfmt ");
+    let short = u32::try_from(data_bytes).ok().filter(|bytes| *bytes < u32::MAX - 44);
+    let mut header = Vec::with_capacity(80);
+    header.extend_from_slice(if short.is_some() { b"RIFF" } else { b"RF64" });
+    header.extend_from_slice(&short.map_or(u32::MAX, |bytes| bytes + 36).to_le_bytes());
+    header.extend_from_slice(b"WAVE");
+    if short.is_none() {
+        header.extend_from_slice(b"ds64");
+        header.extend_from_slice(&28u32.to_le_bytes());
+        for length in [data_bytes + 72, data_bytes, data_bytes / u64::from(frame)] {
+            header.extend_from_slice(&length.to_le_bytes());
+        }
+        header.extend_from_slice(&0u32.to_le_bytes());
+    }
+    header.extend_from_slice(b"fmt ");
     header.extend_from_slice(&16u32.to_le_bytes());
     header.extend_from_slice(&1u16.to_le_bytes());
     header.extend_from_slice(&channels.to_le_bytes());
@@ -70,7 +79,7 @@ fn header(pcm: &Pcm, data_bytes: u32) -> Vec<u8> {
     header.extend_from_slice(&frame.to_le_bytes());
     header.extend_from_slice(&16u16.to_le_bytes());
     header.extend_from_slice(b"data");
-    header.extend_from_slice(&data_bytes.to_le_bytes());
+    header.extend_from_slice(&short.unwrap_or(u32::MAX).to_le_bytes());
     header
 }
 
@@ -87,6 +96,18 @@ mod tests {
         let read = audio::read(&path).expect("read");
         assert_eq!((read.rate_hz, read.channels, read.samples.len()), (16_000, 1, 40_000));
         assert_eq!(read.samples[32_000..], pcm.samples[..8_000]);
+    }
+
+    #[test]
+    fn what_is_longer_than_four_gib_says_so_elsewhere() {
+        let pcm = Pcm { channels: 32, ..Pcm::mono_16k(vec![0; 32]) };
+        let (short, long) = (header(&pcm, 64 << 20), header(&pcm, 64 << 26));
+        assert_eq!((short.len(), long.len()), (44, 80));
+        assert_eq!((&short[..4], &long[..4], &long[12..16]), (&b"RIFF"[..], &b"RF64"[..], &b"ds64"[..]));
+        assert_eq!(long[28..36], (64u64 << 26).to_le_bytes());
+        assert_eq!(long[36..44], (1u64 << 26).to_le_bytes());
+        assert_eq!(short[40..], (64u32 << 20).to_le_bytes());
+        assert_eq!(long[76..], u32::MAX.to_le_bytes());
     }
 
     #[test]

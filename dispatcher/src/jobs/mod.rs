@@ -17,6 +17,7 @@ use voxfleet_schema::{
     failure::Failure,
     id::{StreamId, WorkerName},
     job::{JobRecord, JobState},
+    session::{Diarize, SessionOptions},
     transcript::{Final, VadKind},
 };
 
@@ -205,6 +206,16 @@ impl Job {
     }
 }
 
+/// Whether `part` may be a stretch of this whole: the same recording, asked for in the same way, by whoever has the whole.
+/// Parts name the model that the whole runs by default, and leave its speakers to the whole.
+pub fn is_part_of(part: &JobRecord, whole: &JobRecord) -> bool {
+    let model = |record: &JobRecord| record.options.model.clone();
+    let others = |record: &JobRecord| SessionOptions { model: None, diarize: Diarize::Off, ..record.options.clone() };
+    let same_model = model(whole).is_none_or(|model_of_whole| model(part) == Some(model_of_whole));
+    let same = (&part.audio, &part.name) == (&whole.audio, &whole.name) && others(part) == others(whole);
+    same && same_model && whole.part.is_none()
+}
+
 /// A job whose key is being read.
 #[derive(Debug, Default)]
 pub struct Loading {
@@ -341,6 +352,13 @@ impl Book {
         self.parts.iter().filter(|(parent, _)| self.is_gone(parent)).flat_map(|(_, parts)| parts).cloned().collect()
     }
 
+    /// Somebody waits for this: for a part only who has the whole of it, the same recording asked for in the same way.
+    pub fn is_wanted(&self, record: &JobRecord) -> bool {
+        let Some(parent) = record.parent() else { return true };
+        let whole = self.job(parent).map(Job::wanted);
+        whole.is_some_and(|whole| whole.state != JobState::Closing && is_part_of(record, whole))
+    }
+
     /// Nobody waits for parts of this job.
     pub fn is_gone(&self, parent: &StreamId) -> bool {
         match self.known.get(parent) {
@@ -463,6 +481,38 @@ mod tests {
     }
 
     #[test]
+    fn a_part_is_of_the_same_recording_asked_for_in_the_same_way() {
+        let of = |name: &str, change: &dyn Fn(&mut JobRecord)| {
+            let Known::Job(mut job) = queued(name, Priority::Normal, 0) else { unreachable!("a job") };
+            change(&mut job.record);
+            job.record
+        };
+        let part = |change: &dyn Fn(&mut JobRecord)| {
+            of("part", &|record| {
+                record.part = Some(part_of("whole"));
+                record.options.model = Some("small".to_owned());
+                change(record);
+            })
+        };
+        let whole = of("whole", &|_| ());
+        assert!(is_part_of(&part(&|_| ()), &whole), "the model that the whole runs by default");
+        let told_apart = of("whole", &|record| record.options.diarize = Diarize::On);
+        assert!(is_part_of(&part(&|_| ()), &told_apart), "speakers are told apart in the whole");
+        let named = of("whole", &|record| record.options.model = Some("large-v3".to_owned()));
+        assert!(!is_part_of(&part(&|_| ()), &named));
+        assert!(!is_part_of(&part(&|_| ()), &part(&|_| ())), "of a part");
+        let changes: [&dyn Fn(&mut JobRecord); 4] = [
+            &|record| record.audio = "https://audio.example/another.wav".to_owned(),
+            &|record| record.name = Some("another".to_owned()),
+            &|record| record.options.hotwords = vec!["word".to_owned()],
+            &|record| record.options.priority = Priority::High,
+        ];
+        for (n, change) in changes.into_iter().enumerate() {
+            assert!(!is_part_of(&part(change), &whole), "{n}");
+        }
+    }
+
+    #[test]
     fn parts_wait_behind_whole_recordings_of_their_priority_and_go_with_their_own() {
         let mut book = Book::new(AGE);
         let part = |name: &str, priority, at| {
@@ -479,12 +529,17 @@ mod tests {
         let order: Vec<_> = book.queue().map(ToString::to_string).collect();
         assert_eq!(order, ["high-part", "small", "part", "low", "later"]);
 
+        let wanted = |book: &Book| book.is_wanted(&book.job(&id("part")).expect("known").record);
         assert_eq!(book.orphans(), [id("high-part"), id("part")], "nobody has the whole");
+        assert!(!wanted(&book));
         book.insert(id("whole"), Known::Loading(Loading::default()));
         assert_eq!(book.orphans(), []);
+        assert!(!wanted(&book), "what it is a part of is not known yet");
         book.insert(id("whole"), queued("whole", Priority::Normal, 0));
         assert_eq!(book.orphans(), []);
+        assert!(wanted(&book));
         book.job_mut(&id("whole")).expect("known").record.state = JobState::Closing;
+        assert!(!wanted(&book));
         book.remove(&id("part"));
         assert_eq!(book.orphans(), [id("high-part")], "what has ended is nobody's");
         book.remove(&id("high-part"));

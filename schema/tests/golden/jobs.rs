@@ -60,7 +60,7 @@ fn part_request() -> JobRequest {
         vad: VadKind::Energy,
         recording_bytes: 7_680_044,
     };
-    JobRequest { job: Some(stream("job-1-1-0f3c")), part: Some(part), ..job_request() }
+    JobRequest { job: Some(stream("job-1-0001-0f3c5d7e9a1b2c4d6e8f0a1b")), part: Some(part), ..job_request() }
 }
 
 fn progress() -> JobProgress {

@@ -67,6 +67,7 @@ mod live_micro;
 mod live_simulated;
 mod load_progress;
 mod long_jobs;
+mod long_speakers;
 mod measured;
 mod models;
 mod mutants;

@@ -64,10 +64,14 @@ pub(crate) fn can_listen() -> Option<PathBuf> {
 
 /// What the engine says alone, its listener beside it.
 fn alone(number: u32, library: &std::path::Path) -> Result<Vec<FinalDraft>> {
+    alone_of(&audio::call(number)?, library)
+}
+
+pub(crate) fn alone_of(pcm: &audio::Pcm, library: &std::path::Path) -> Result<Vec<FinalDraft>> {
     let config = DiarizeConfig { segmentation: segmentation(), encoder: None, ..DiarizeConfig::default() };
     let mut listener = Listener::open(&config, Some(library)).map_err(anyhow::Error::msg)?;
     let options = SessionOptions { diarize: Diarize::On, ..SessionOptions::default() };
-    let log = direct::log(&audio::call(number)?, 200);
+    let log = direct::log(pcm, 200);
     let (mut recognizer, vad) = (direct::micro()?, direct::best_vad());
     let start = StartPoint::beginning();
     let listener = Some(&mut listener);
@@ -112,8 +116,13 @@ fn wrong(said: &[Said], number: u32) -> Result<f64> {
 
 /// The finals of a session with their highest revisions in their places.
 pub(crate) async fn revised(fleet: &Fleet, id: &str) -> Result<Vec<Value>> {
-    let mut finals: Vec<Value> = checker::finals(&fleet.js(), id).await?.into_iter().map(|f| f.json).collect();
-    let subject = format!("asr.v1.transcript.session.{id}.revision");
+    let finals: Vec<Value> = checker::finals(&fleet.js(), id).await?.into_iter().map(|f| f.json).collect();
+    revise(fleet, "session", id, finals).await
+}
+
+/// Finals of a chain with their highest revisions in their places.
+pub(crate) async fn revise(fleet: &Fleet, kind: &str, id: &str, mut finals: Vec<Value>) -> Result<Vec<Value>> {
+    let subject = format!("asr.v1.transcript.{kind}.{id}.revision");
     for message in checker::read(&fleet.js(), "ASR_TRANSCRIPT", &subject).await? {
         let revision: Value = serde_json::from_slice(&message.payload)?;
         let index = revision["index"].as_u64().context("index")? as usize;

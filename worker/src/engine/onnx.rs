@@ -51,6 +51,9 @@ fn open_checked(model: Model<'_>, library: &Path) -> Result<Session, String> {
         .map_err(setting)?
         .with_inter_op_spinning(false)
         .map_err(setting)?
+        // It keeps one plan for each length of input that was ever seen, and hardly any two are alike.
+        .with_memory_pattern(false)
+        .map_err(setting)?
         .with_optimization_level(GraphOptimizationLevel::Level3)
         .map_err(setting)?;
     match model {

@@ -441,6 +441,9 @@ pub struct FinalDraft {
     /// Its audio was set aside undecoded; `error` says why.
     #[serde(default)]
     pub parked: bool,
+    /// A scout's: the voices in it, where its words are decoded elsewhere and speakers are asked for.
+    #[serde(default)]
+    pub heard: Option<Result<Heard, String>>,
     pub guards: Vec<String>,
     pub checkpoint_missing: bool,
     /// To be written before the final; none when nothing goes beyond it.

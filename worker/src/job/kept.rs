@@ -22,7 +22,8 @@ const MOST: usize = 4;
 
 #[derive(Debug)]
 struct Entry {
-    parent: StreamId,
+    /// The job, and its recording's URL: of a job that comes again under the same name it may be another.
+    parent: (StreamId, String),
     bytes: u64,
     /// Its next entry, as far as it was read.
     at_seq: u64,
@@ -37,7 +38,7 @@ pub(crate) struct Kept(Arc<Mutex<Vec<Entry>>>);
 impl Kept {
     /// The recording of this parent, and the length of its file, for a part that begins at entry `seq`: one that has not been
     /// read so far yet, or another decoder of the same file.
-    pub(super) fn take(&self, parent: &StreamId, seq: u64) -> Option<(Arc<Recording>, u64)> {
+    pub(super) fn take(&self, parent: &(StreamId, String), seq: u64) -> Option<(Arc<Recording>, u64)> {
         let mut kept = locked(&self.0);
         let of_parent = |entry: &Entry| entry.parent == *parent;
         let before = kept.iter().enumerate().filter(|(_, entry)| of_parent(entry) && entry.at_seq <= seq);
@@ -51,7 +52,14 @@ impl Kept {
     }
 
     /// Nobody uses it any more; it was read up to `at_seq`.
-    pub(super) fn put(&self, parent: StreamId, recording: Arc<Recording>, bytes: u64, at_seq: u64, now: Instant) {
+    pub(super) fn put(
+        &self,
+        parent: (StreamId, String),
+        recording: Arc<Recording>,
+        bytes: u64,
+        at_seq: u64,
+        now: Instant,
+    ) {
         let mut kept = locked(&self.0);
         kept.push(Entry { parent, bytes, at_seq, recording, since: now });
         if kept.len() > MOST {
@@ -84,7 +92,7 @@ mod tests {
         let now = Instant::now();
         let file = || tempfile::tempfile().expect("a file");
         let recording = || Recording::new(file(), None, Limits::default(), None);
-        let id = |text: &str| StreamId::new(text).expect("id");
+        let id = |text: &str| (StreamId::new(text).expect("id"), "https://h/a".to_owned());
         let kept = Kept::default();
         let all: Vec<_> = (0..3).map(|_| recording()).collect();
         for (recording, at) in all.iter().zip([100, 300, 200]) {

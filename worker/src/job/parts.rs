@@ -4,7 +4,11 @@
 //! recording alone, so a part is the same whoever cuts, and wherever in the recording he begins to; its name says of which
 //! recording, how cut and how decoded, and a worker that takes the whole over finds what others have done.
 
-use std::{collections::BTreeMap, collections::VecDeque, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
@@ -15,7 +19,7 @@ use voxfleet_schema::{
     transcript::{Resume, VadKind},
 };
 
-use crate::ipc::FinalDraft;
+use crate::{engine::diarize::Heard, ipc::FinalDraft};
 
 /// Parts that wait for a worker at most. More would only wait, and stand in the way of nobody's but their own parent's turn.
 const MOST_WAITING: usize = 8;
@@ -25,12 +29,14 @@ const MOST_ABROAD: usize = 64;
 /// has died and there is no other, or it is slow. Whoever of the two stores a final first, the other goes on behind it.
 const STALLED: Duration = Duration::from_secs(15);
 
-/// A final of the whole recording: where it begins and ends, and whether it is the last one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A final of the whole recording: where it begins and ends, whether it is the last one, and the voices in it, where speakers
+/// are asked for.
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Bound {
     pub(super) from_sample: u64,
     pub(super) to_sample: u64,
     pub(super) end: bool,
+    pub(super) heard: Option<Arc<Result<Heard, String>>>,
 }
 
 /// What parts are named after: everything that shapes their text.
@@ -54,9 +60,7 @@ impl Naming {
             vad.as_str()
         );
         let hash: String = Sha256::digest(text.as_bytes()).iter().take(12).map(|byte| format!("{byte:02x}")).collect();
-        // People should see whose it is; what tells it from others is the rest.
-        let whose: String = parent.as_str().chars().take(18).collect();
-        StreamId::new(format!("{whose}-{number:04}-{hash}"))
+        JobPart::id(parent, number, &hash)
     }
 }
 
@@ -142,7 +146,8 @@ pub(super) struct Parts {
 
 impl Parts {
     /// `length`: of the recording, where its container says it; 0 = unknown.
-    pub(super) fn new(naming: Naming, longer_than: u64, length: u64) -> Self {
+    /// `direct`: the chain of the whole is being decoded here.
+    pub(super) fn new(naming: Naming, longer_than: u64, length: u64, direct: bool) -> Self {
         Self {
             naming,
             parts: BTreeMap::new(),
@@ -153,7 +158,7 @@ impl Parts {
             length,
             closed: false,
             ours: None,
-            direct: false,
+            direct,
         }
     }
 
@@ -181,7 +186,8 @@ impl Parts {
     /// The next final of the recording, undecoded.
     pub(super) fn cut(&mut self, draft: &FinalDraft) -> Result<(), IdError> {
         let number = draft.from_sample / self.naming.part_samples;
-        let bound = Bound { from_sample: draft.from_sample, to_sample: draft.to_sample, end: draft.end };
+        let heard = draft.heard.clone().map(Arc::new);
+        let bound = Bound { from_sample: draft.from_sample, to_sample: draft.to_sample, end: draft.end, heard };
         if !self.parts.contains_key(&number) {
             if let Some(mut before) = self.parts.last_entry() {
                 before.get_mut().whole = true;
@@ -206,7 +212,7 @@ impl Parts {
         Ok(())
     }
 
-    /// The chain of the whole ends at this sample now.
+    /// The chain of the whole ends at this sample now. Where nothing was cut there, what was cut is another chain's.
     pub(super) fn stored(&mut self, to_sample: u64) {
         while let Some(mut first) = self.parts.first_entry() {
             let part = first.get_mut();
@@ -217,6 +223,10 @@ impl Parts {
                 break;
             }
             first.remove();
+        }
+        let next = self.parts.values().find_map(|part| part.bounds.front());
+        if next.is_some_and(|next| to_sample > 0 && next.from_sample != to_sample) {
+            self.closed = true;
         }
     }
 
@@ -253,6 +263,11 @@ impl Parts {
         if let Some(part) = self.parts.get_mut(&number) {
             part.state = State::Failed(failure);
         }
+    }
+
+    /// Its chain has been begun by somebody.
+    pub(super) fn is_begun(&self, number: u64) -> bool {
+        self.parts.get(&number).is_some_and(|part| matches!(part.state, State::Begun { .. }))
     }
 
     pub(super) fn id(&self, number: u64) -> Option<&StreamId> {
@@ -341,8 +356,8 @@ impl Parts {
     }
 
     /// What is decoded here next, when nothing is. Parts that others have are theirs: first what the chain of the whole waits
-    /// for, then what nobody was asked for, then what nobody has begun. Of those the last: the dispatcher begins with the
-    /// first, and of two who do the same part one works for nothing.
+    /// for now or next, then what nobody was asked for, then what nobody has begun. Of those the last: the dispatcher begins
+    /// with the first, and of two who do the same part one works for nothing.
     pub(super) fn turn(&self, now: Instant) -> Turn {
         let Some((number, head)) = self.head().filter(|_| self.open()) else {
             return if self.head().is_none() && self.ended { Turn::Wait } else { Turn::Direct { until: None } };
@@ -356,10 +371,12 @@ impl Parts {
             let parts = self.parts.iter().filter(|(_, part)| part.whole && part.begins != Begins::Before);
             parts.filter(move |(_, part)| wanted(&part.state)).map(|(number, _)| *number)
         };
-        match &head.state {
-            State::Unseen => return Turn::Wait,
-            State::Free | State::Asked => return Turn::Part(number),
-            State::Begun { .. } | State::Done | State::Failed(_) => {}
+        // In order as long as nobody else is at it: going back and forth in the recording costs its decoder time.
+        let next = self.parts.iter().find(|(_, part)| part.state != State::Done);
+        match next.filter(|(_, part)| part.whole && part.begins != Begins::Before) {
+            Some((_, Part { state: State::Unseen, .. })) => return Turn::Wait,
+            Some((next, Part { state: State::Free | State::Asked, .. })) => return Turn::Part(*next),
+            _ => {}
         }
         let unasked = open(|state| *state == State::Free).next();
         if let Some(next) = unasked.or_else(|| open(|state| *state == State::Asked).next_back()) {

@@ -1,9 +1,10 @@
 //! A recording as a log: the entries its decoder makes, numbered from 1, always the same for the same file.
 //!
-//! It is read forwards; whoever asks for an entry behind makes it start again from the first one. Decoding runs hundreds of
-//! times faster than speech, so going back is cheap and nothing but one entry is ever kept.
+//! It is read forwards. The latest entries are kept, for a final is known a few seconds behind its end and whoever goes on
+//! begins half a second before it; to go back further it starts again from the first one. Decoding runs hundreds of times
+//! faster than speech, but an hour of it still takes seconds.
 
-use std::{fs::File, path::PathBuf, sync::Arc};
+use std::{collections::VecDeque, fs::File, path::PathBuf, sync::Arc};
 
 use tokio::sync::Mutex;
 use voxfleet_audio::{Limits, entries::EntryMaker};
@@ -13,6 +14,9 @@ use voxfleet_schema::{
 };
 
 use crate::decoder::DecoderProcess;
+
+/// Bytes of the latest entries that are kept: four minutes of one channel at 16 kHz.
+const KEPT_BYTES: usize = 8 << 20;
 
 /// What is needed to decode it, again and again.
 #[derive(Debug)]
@@ -44,6 +48,37 @@ struct Running {
     /// Sequence of the next entry.
     next: u64,
     ended: bool,
+    /// The latest ones, in order.
+    behind: Behind,
+}
+
+#[derive(Debug, Default)]
+struct Behind {
+    entries: VecDeque<RawEntry>,
+    bytes: usize,
+}
+
+impl Behind {
+    fn push(&mut self, entry: &RawEntry) {
+        self.bytes += entry.payload.len();
+        self.entries.push_back(entry.clone());
+        while self.bytes > KEPT_BYTES
+            && let Some(oldest) = self.entries.pop_front()
+        {
+            self.bytes -= oldest.payload.len();
+        }
+    }
+
+    fn first_seq(&self) -> Option<u64> {
+        self.entries.front().map(|entry| entry.seq)
+    }
+
+    /// The entry at `from`; none if it is not kept.
+    fn at(&self, from: u64) -> Option<&RawEntry> {
+        let first = self.first_seq().filter(|first| *first <= from)?;
+        // They are numbered without gaps.
+        self.entries.get(usize::try_from(from - first).ok()?)
+    }
 }
 
 impl Recording {
@@ -57,9 +92,10 @@ impl Recording {
         Ok(Self::new(file, self.name.clone(), self.limits.clone(), self.exe.clone()))
     }
 
-    /// The entry that comes next, were it read on from where it is.
+    /// The first entry that it can give without starting again.
     pub(super) async fn position(&self) -> u64 {
-        self.running.lock().await.as_ref().map_or(1, |running| running.next)
+        let running = self.running.lock().await;
+        running.as_ref().map_or(1, |running| running.behind.first_seq().unwrap_or(running.next))
     }
 
     pub(crate) fn facts(&self) -> Facts {
@@ -79,12 +115,15 @@ impl Recording {
         let file = self.file.try_clone().map_err(not_again)?;
         let decoder = DecoderProcess::start(self.exe.clone(), file, self.name.clone(), self.limits.clone()).await?;
         crate::capacity::locked(&self.facts).total_ms = decoder.total_ms();
-        Ok(Running { decoder, maker: EntryMaker::default(), next: 1, ended: false })
+        Ok(Running { decoder, maker: EntryMaker::default(), next: 1, ended: false, behind: Behind::default() })
     }
 
     /// The entry at `from` or the first above it; none behind the end.
     pub(crate) async fn next(&self, from: u64) -> Result<Option<RawEntry>, Failure> {
         let mut slot = self.running.lock().await;
+        if let Some(kept) = slot.as_ref().and_then(|running| running.behind.at(from)) {
+            return Ok(Some(kept.clone()));
+        }
         if let Some(old) = slot.take_if(|running| running.next > from) {
             old.decoder.stop().await;
         }
@@ -111,6 +150,7 @@ impl Recording {
                 }
             };
             running.next = entry.seq + 1;
+            running.behind.push(&entry);
             if entry.seq >= from {
                 return Ok(Some(entry));
             }
@@ -120,4 +160,29 @@ impl Recording {
 
 fn not_again(error: std::io::Error) -> Failure {
     Failure::new(FailureClass::Internal, format!("the recording cannot be read again: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(seq: u64, len: usize) -> RawEntry {
+        RawEntry { seq, headers: Vec::new(), payload: vec![0; len].into() }
+    }
+
+    #[test]
+    fn the_latest_entries_are_given_again_and_no_more_than_fit() {
+        let mut behind = Behind::default();
+        assert_eq!((behind.first_seq(), behind.at(1)), (None, None));
+        let (len, count) = (KEPT_BYTES / 10, 25);
+        (1..=count).for_each(|seq| behind.push(&entry(seq, len)));
+        let first = behind.first_seq().expect("some are kept");
+        assert!(behind.bytes <= KEPT_BYTES && (15..=17).contains(&first), "{first}");
+        for seq in first..=count {
+            assert_eq!(behind.at(seq).map(|entry| entry.seq), Some(seq));
+        }
+        assert_eq!((behind.at(first - 1), behind.at(count + 1)), (None, None));
+        behind.push(&entry(count + 1, KEPT_BYTES + 1));
+        assert_eq!((behind.first_seq(), behind.bytes), (None, 0), "one that is too large by itself");
+    }
 }

@@ -61,9 +61,10 @@ use self::{
 pub(crate) use self::{
     hints::{HintQueue, WaitingHint},
     life::MAX_RECORDED_ENTRY,
-    open::last_final,
+    open::{last_final, locate},
     outputs::{Names, unix_ms},
-    reconsider::revisions,
+    reconsider::{before_the_end, revisions},
+    store::checkpointed,
 };
 use crate::{
     capacity::{Budget, locked},
@@ -495,6 +496,9 @@ impl Session {
     /// The first entry at or above `from`, if there is one yet.
     async fn entry(&self, from: u64) -> Result<Option<RawEntry>, ReadFailed> {
         if let Some(work) = &self.work {
+            if work.is_beyond(from) {
+                return Ok(None);
+            }
             return work.recording.next(from).await.map_err(ReadFailed::Recording);
         }
         // Never closed; without it the read would only be uncounted.

@@ -60,7 +60,7 @@ pub(crate) async fn last_final(chain: &Chain, kind: Kind, id: &StreamId) -> Resu
 }
 
 /// Everything else that [`start_point`] needs, from the server. Without a log nothing expires.
-pub(super) async fn locate(
+pub(crate) async fn locate(
     chain: &Chain,
     log: Option<&AudioLog>,
     kind: Kind,

@@ -193,6 +193,7 @@ pub(crate) mod tests {
             lost: None,
             error: None,
             parked: false,
+            heard: None,
             guards: Vec::new(),
             checkpoint_missing: false,
             checkpoint: None,

@@ -11,29 +11,27 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::{
     id::{Kind, StreamId},
+    session::SessionOptions,
     transcript::{Final, Revision},
 };
 
-use super::{Session, again::asked, outputs::Names};
-use crate::{
-    engine::diarize::{attribute, hear_all, relabel},
-    ipc::FinalDraft,
-};
+use super::{again::asked, outputs::Names};
+use crate::engine::diarize::{Ending, attribute, hear_all, relabel};
 
 /// Revises what the end final and those before it say of their speakers.
-pub(super) async fn before_the_end(
-    session: &Session,
-    draft: &mut FinalDraft,
+pub(crate) async fn before_the_end(
+    chain: &Chain,
+    names: &Names,
+    options: &SessionOptions,
+    end: Ending<'_>,
     epoch: u64,
     last_index: Option<u64>,
 ) -> Result<(), ChainError> {
-    let options = session.desired.borrow().options.clone();
-    let changes = hear_all(draft, &options);
+    let changes = hear_all(end, options);
     if changes.is_empty() {
         return Ok(());
     }
     let Some(last_index) = last_index else { return Ok(()) };
-    let (names, chain) = (&session.names, &session.shared.chain);
     let mut revised = revisions_from(chain, names.kind, &names.id, 0).await?;
     let (mut from, mut revisions) = (0, 0);
     let mut backoff = Backoff::default();

@@ -10,14 +10,26 @@
 //! | `sample` | pyannote's sample, 30 s |
 //! | `ami30`, `ami30_oracle` | far-field AMI, ten clips of 30 s; `oracle`: the number of speakers is given |
 //! | `digits` | people who say digits in turns |
+//! | `segmentation`, `segmentation_pooled` | the segmentation network alone, on the sample; on the sample and `ami30` |
 //! | `vbx` | clustering alone, on the x-vectors that VBx's authors give, scored as they do it |
 //!
-//! Sets whose recordings are not here are named under `skipped`.
+//! `realtime_factor` is the time in features, networks and clustering; `realtime_factor_whole`, where words are not asked for,
+//! has the voice detector and the stream as well. Sets whose recordings are not here are named under `skipped`.
+//!
+//! | module | does |
+//! |---|---|
+//! | [`sets`] | the recordings |
+//! | [`segmentation`], [`vbx`] | one part alone |
+//! | [`peers`] | what a user would take instead, over the same recordings |
+//! | [`hour`] | an hour of one live session: what grows |
 
+mod hour;
+mod peers;
+mod segmentation;
 mod sets;
 mod vbx;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use serde_json::{Value, json};
@@ -50,6 +62,8 @@ const SEGMENTATION: &str = "models/pyannote-segmentation-3.0.fp32.onnx";
 #[command(after_help = "Examples:
   voxfleet bench diarize
   voxfleet bench diarize --without-segmentation --json
+  voxfleet bench diarize --peers --python venv/bin/python --json
+  voxfleet bench diarize --hour
   VOXFLEET_TEST_DATA=/data voxfleet bench diarize --only ami30 --only digits
 
 The segmentation network is VOXFLEET_TEST_DATA/models/pyannote-segmentation-3.0.fp32.onnx unless one is named.")]
@@ -66,6 +80,32 @@ pub(crate) struct DiarizeArgs {
     /// Another speaker encoder than ours
     #[arg(long, value_name = "FILE")]
     encoder: Option<PathBuf>,
+    #[command(flatten)]
+    peers: peers::PeerArgs,
+    /// Nothing of that, but what grows in an hour of one live session with ever new people
+    #[arg(long, conflicts_with_all = ["sets", "peers"])]
+    hour: bool,
+    #[command(flatten)]
+    long: hour::HourArgs,
+}
+
+/// Networks and libraries that are here.
+struct Found {
+    config: DiarizeConfig,
+    library: Option<PathBuf>,
+    silero: Option<PathBuf>,
+}
+
+impl Found {
+    fn new(args: &DiarizeArgs) -> Self {
+        let there = |path: PathBuf| path.is_file().then_some(path);
+        let library = std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from).and_then(there);
+        let library = library.or_else(|| there(find::cache().join("lib/libonnxruntime.so")));
+        let segmentation = args.segmentation.clone().or_else(|| there(sets::data().join(SEGMENTATION)));
+        let segmentation = segmentation.filter(|_| !args.without_segmentation);
+        let config = DiarizeConfig { segmentation, encoder: args.encoder.clone(), ..DiarizeConfig::default() };
+        Self { config, library, silero: there(find::cache().join("models/silero_vad.onnx")) }
+    }
 }
 
 /// What everything is heard with.
@@ -77,21 +117,15 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(args: &DiarizeArgs) -> Result<(Self, DiarizeConfig)> {
-        let there = |path: PathBuf| path.is_file().then_some(path);
-        let library = std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from).and_then(there);
-        let library = library.or_else(|| there(find::cache().join("lib/libonnxruntime.so")));
-        let segmentation = args.segmentation.clone().or_else(|| there(sets::data().join(SEGMENTATION)));
-        let segmentation = segmentation.filter(|_| !args.without_segmentation);
-        let config = DiarizeConfig { segmentation, encoder: args.encoder.clone(), ..DiarizeConfig::default() };
-        let listener = Listener::open(&config, library.as_deref()).map_err(|why| anyhow!("{why}"))?;
-        let silero = there(find::cache().join("models/silero_vad.onnx"));
-        let detector = vad::best_available(silero.as_deref(), library.as_deref()).0;
+    fn new(found: &Found) -> Result<Self> {
+        let library = found.library.as_deref();
+        let listener = Listener::open(&found.config, library).map_err(|why| anyhow!("{why}"))?;
+        let detector = vad::best_available(found.silero.as_deref(), library).0;
         let micro = fleet::models_dir().join(format!("{MICRO}.bin"));
         let words = Box::new(WhisperModel::load(MICRO, &micro, false, 1)?.state()?);
         let none = SimulatedConfig { speed: 0.0, ..SimulatedConfig::default() };
         let no_words = Box::new(SimulatedModel::load("simulated", &none)?.state()?);
-        Ok((Self { listener, detector, words, no_words }, config))
+        Ok(Self { listener, detector, words, no_words })
     }
 
     fn hear(&mut self, recording: &Recording, options: &SessionOptions) -> Result<Vec<FinalDraft>> {
@@ -110,24 +144,32 @@ struct Row {
     wder: Wder,
     audio_s: f64,
     listened_s: f64,
+    /// From the first sample to the last label.
+    whole_s: f64,
     /// Off by so many, summed.
     miscounted: usize,
     recordings: usize,
 }
 
 impl Row {
-    fn add(&mut self, recording: &Recording, finals: &[FinalDraft]) {
+    fn add(&mut self, recording: &Recording, finals: &[FinalDraft], whole_s: f64) {
         let turns: Vec<Turn> = finals.iter().flat_map(|f| &f.turns).map(turn).collect();
-        let heard = turns.iter().map(|t| t.speaker.as_str()).collect::<std::collections::BTreeSet<_>>().len();
-        self.der += der::score(&recording.turns, &turns, &der::Options::default());
+        let listened_s = finals.iter().map(|f| f.timings.diarize_ms as f64 / 1_000.0).sum::<f64>();
+        self.add_turns(recording, &turns, listened_s);
+        self.whole_s += whole_s;
         let words = finals.iter().flat_map(|f| &f.segments).flat_map(|s| &s.words);
         let words: Vec<Spoken> =
             words.map(|w| Spoken { word: w.text.to_lowercase(), speaker: w.speaker.clone() }).collect();
         if !recording.words.is_empty() {
             self.wder += wder::score(&recording.words, &words);
         }
+    }
+
+    fn add_turns(&mut self, recording: &Recording, turns: &[Turn], listened_s: f64) {
+        let heard = turns.iter().map(|t| t.speaker.as_str()).collect::<std::collections::BTreeSet<_>>().len();
+        self.der += der::score(&recording.turns, turns, &der::Options::default());
         self.audio_s += recording.seconds();
-        self.listened_s += finals.iter().map(|f| f.timings.diarize_ms as f64 / 1_000.0).sum::<f64>();
+        self.listened_s += listened_s;
         self.miscounted += heard.abs_diff(recording.speakers());
         self.recordings += 1;
     }
@@ -135,6 +177,7 @@ impl Row {
     fn object(&self, set: &str) -> Value {
         let share = |seconds: f64| rounded(seconds / self.der.total_s.max(f64::MIN_POSITIVE));
         let words = self.wder.pairs > 0;
+        let factor = |seconds: f64| rounded(seconds / self.audio_s.max(f64::MIN_POSITIVE));
         json!({
             "set": set,
             "der": rounded(self.der.rate()),
@@ -146,7 +189,8 @@ impl Row {
             "miscounted_speakers": self.miscounted,
             "recordings": self.recordings,
             "audio_s": rounded(self.audio_s),
-            "realtime_factor": rounded(self.listened_s / self.audio_s.max(f64::MIN_POSITIVE)),
+            "realtime_factor": factor(self.listened_s),
+            "realtime_factor_whole": (!words && self.whole_s > 0.0).then(|| factor(self.whole_s)),
         })
     }
 }
@@ -157,36 +201,70 @@ fn turn(turn: &voxfleet_schema::transcript::Turn) -> Turn {
 }
 
 /// Names of the sets, in the order in which they are told.
-const SETS: [&str; 7] = ["synth_offline", "synth_stream", "sample", "ami30", "ami30_oracle", "digits", "vbx"];
+const SETS: [&str; 9] = [
+    "synth_offline",
+    "synth_stream",
+    "sample",
+    "ami30",
+    "ami30_oracle",
+    "digits",
+    "segmentation",
+    "segmentation_pooled",
+    "vbx",
+];
 
-pub(super) fn run(args: &DiarizeArgs) -> Result<Value> {
+/// Those that a peer hears as well: whole recordings, with labels as they stand at the end.
+const WITH_PEERS: [&str; 5] = ["synth_offline", "sample", "ami30", "ami30_oracle", "digits"];
+
+fn recordings_of(set: &str) -> Result<Vec<Recording>> {
+    match set {
+        "synth_offline" | "synth_stream" => sets::synthetic(),
+        "sample" | "segmentation" => sets::sample(),
+        "digits" => sets::digits(),
+        "segmentation_pooled" => Ok([sets::sample()?, sets::ami30()?].into_iter().flatten().collect()),
+        _ => sets::ami30(),
+    }
+}
+
+pub(super) async fn run(args: DiarizeArgs) -> Result<Value> {
     let unknown = args.sets.iter().find(|set| !SETS.contains(&set.as_str()));
     super::usage(unknown.is_none(), &format!("--only: the sets are {}", SETS.join(", ")))?;
-    let (mut rig, config) = Rig::new(args)?;
+    let found = Found::new(&args);
+    if args.hour {
+        return hour::run(&args.long, &found).await;
+    }
+    tokio::task::spawn_blocking(move || score(&args, &found)).await?
+}
+
+fn score(args: &DiarizeArgs, found: &Found) -> Result<Value> {
+    let mut rig = Rig::new(found)?;
     let (mut rows, mut skipped) = (Vec::new(), Vec::new());
+    let mut skip = |set: &str, why: &anyhow::Error| skipped.push(json!({ "set": set, "why": format!("{why:#}") }));
+    let mut for_peers: Vec<(&str, Vec<Recording>)> = Vec::new();
     let (mut audio_s, mut listened_s) = (0.0, 0.0);
-    for set in SETS.iter().filter(|set| args.sets.is_empty() || args.sets.iter().any(|s| s == *set)) {
-        if *set == "vbx" {
+    for set in SETS.into_iter().filter(|set| args.sets.is_empty() || args.sets.iter().any(|s| s == set)) {
+        if set == "vbx" {
             match vbx::row() {
                 Ok(row) => rows.push(row),
-                Err(error) => skipped.push(json!({ "set": set, "why": format!("{error:#}") })),
+                Err(error) => skip(set, &error),
             }
             continue;
         }
-        let recordings = match *set {
-            "synth_offline" | "synth_stream" => sets::synthetic(),
-            "sample" => sets::sample(),
-            "digits" => sets::digits(),
-            _ => sets::ami30(),
-        };
-        let recordings = match recordings {
+        let recordings = match recordings_of(set) {
             Ok(recordings) => recordings,
             Err(error) => {
-                skipped.push(json!({ "set": set, "why": format!("{error:#}") }));
+                skip(set, &error);
                 continue;
             }
         };
         progress(&format!("{set}: {} recordings", recordings.len()));
+        if set.starts_with("segmentation") {
+            match rig.listener.segmenter() {
+                Some(segmenter) => rows.push(segmentation::row(set, &recordings, segmenter)?),
+                None => skip(set, &anyhow!("there is no segmentation network")),
+            }
+            continue;
+        }
         let mut row = Row::default();
         for recording in &recordings {
             let mut options = SessionOptions { diarize: Diarize::On, ..SessionOptions::default() };
@@ -194,16 +272,29 @@ pub(super) fn run(args: &DiarizeArgs) -> Result<Value> {
                 let speakers = u16::try_from(recording.speakers()).ok();
                 (options.min_speakers, options.max_speakers) = (speakers, speakers);
             }
+            let begin = Instant::now();
             let finals = rig.hear(recording, &options)?;
-            let finals = if *set == "synth_stream" { finals } else { reconsidered(finals, &options) };
-            row.add(recording, &finals);
+            let finals = if set == "synth_stream" { finals } else { reconsidered(finals, &options) };
+            row.add(recording, &finals, begin.elapsed().as_secs_f64());
         }
         (audio_s, listened_s) = (audio_s + row.audio_s, listened_s + row.listened_s);
         rows.push(row.object(set));
+        if WITH_PEERS.contains(&set) {
+            for_peers.push((set, recordings));
+        }
+    }
+    let config = &found.config;
+    let mut peers = Vec::new();
+    if args.peers.wanted() {
+        match peers::rows(&args.peers, config.segmentation.as_deref(), config.encoder.as_deref(), &for_peers) {
+            Ok(rows) => peers = rows,
+            Err(error) => skip("sherpa-onnx", &error),
+        }
     }
     let name = |path: &PathBuf| path.file_name().map(|name| name.to_string_lossy().into_owned());
     Ok(json!({
         "rows": rows,
+        "peers": peers,
         "realtime_factor": rounded(listened_s / f64::max(audio_s, f64::MIN_POSITIVE)),
         "segmentation": config.segmentation.as_ref().and_then(name),
         "encoder": config.encoder.as_ref().and_then(name).unwrap_or_else(|| "ours".to_owned()),

@@ -8,9 +8,11 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
+use voxfleet_diarize::RATE_HZ;
 use voxfleet_eval::{Turn, rttm, wder::Spoken};
 use voxfleet_harness::find;
-use voxfleet_schema::audio::{ASR_END, ASR_FORMAT, AudioFormat, RawEntry};
+use voxfleet_schema::audio::{ASR_END, ASR_FORMAT, AudioFormat, Encoding, RawEntry};
+use voxfleet_worker::engine::resample::To16k;
 
 use crate::{demo::speakers::reference, sound};
 
@@ -34,8 +36,33 @@ impl Recording {
         (self.pcm.len() / self.format.frame_bytes()) as f64 / f64::from(self.format.rate_hz)
     }
 
+    /// One channel at 16 kHz.
+    pub(super) fn at_16k(&self) -> Result<Vec<f32>> {
+        let value: fn(&[u8]) -> f32 = match self.format.encoding {
+            Encoding::PcmS16Le => |b| f32::from(i16::from_le_bytes([b[0], b[1]])) / 32_768.0,
+            Encoding::PcmF32Le => |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+        };
+        let channels = usize::from(self.format.channels).max(1);
+        let frames = self.pcm.chunks_exact(self.format.frame_bytes());
+        let mono: Vec<f32> = frames
+            .map(|frame| frame.chunks_exact(frame.len() / channels).map(value).sum::<f32>() / channels as f32)
+            .collect();
+        let mut resampler = To16k::new(self.format.rate_hz)?;
+        let mut samples = Vec::new();
+        resampler.push(&mono, &mut samples);
+        resampler.flush(mono.len() as u64 * u64::from(RATE_HZ) / u64::from(self.format.rate_hz), &mut samples);
+        Ok(samples)
+    }
+
     pub(super) fn speakers(&self) -> usize {
         self.turns.iter().map(|turn| turn.speaker.as_str()).collect::<std::collections::BTreeSet<_>>().len()
+    }
+
+    /// Of these samples at 16 kHz.
+    #[cfg(test)]
+    pub(super) fn of(samples: Vec<i16>, turns: Vec<Turn>) -> Self {
+        let pcm = samples.iter().flat_map(|sample| sample.to_le_bytes()).collect::<Vec<u8>>().into();
+        Self { name: "made".to_owned(), format: AudioFormat::default(), pcm, turns, words: Vec::new() }
     }
 
     /// As it stands in a session's log when it has been streamed in chunks of 200 ms.

@@ -9,7 +9,7 @@ use voxfleet_schema::{
 use super::{Core, JobEffect, JobLoaded, ListError, PutError};
 use crate::{
     core::Answer,
-    jobs::{Ask, Job, JobMark, Known, Loading, Stage, Submission, request},
+    jobs::{Ask, Job, JobMark, Known, Loading, Stage, Submission, is_part_of, request},
     moment::Moment,
     routing::Rows,
     sessions::CallId,
@@ -163,6 +163,11 @@ impl Core {
             return self.refuse(call, failure);
         }
         let record = submission.record(now);
+        let whole = record.parent().and_then(|parent| self.jobs.book.job(parent));
+        if let Some(whole) = whole.filter(|whole| !is_part_of(&record, whole.wanted())) {
+            let why = format!("it is no part of job {}: that has another recording or other options", whole.record.id);
+            return self.refuse(call, Failure::new(FailureClass::BadRequest, why));
+        }
         let id = record.id.clone();
         let recording = submission.recording.take();
         let mut job = Job::new(record.clone(), None, chain, now.mono);

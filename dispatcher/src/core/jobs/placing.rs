@@ -278,7 +278,7 @@ impl Core {
             let ready = |id: &&StreamId| {
                 let job = self.jobs.book.job(id);
                 let due = |job: &Job| job.record.not_before_ms.is_none_or(|at| at <= now.unix_ms);
-                let wanted = |job: &Job| !job.record.parent().is_some_and(|parent| self.jobs.book.is_gone(parent));
+                let wanted = |job: &Job| self.jobs.book.is_wanted(&job.record);
                 job.is_some_and(|job| due(job) && wanted(job) && !job.is_done_by_its_parent(now.mono))
             };
             let queue: Vec<StreamId> = self.jobs.book.queue().filter(ready).cloned().collect();

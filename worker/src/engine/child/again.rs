@@ -1,6 +1,6 @@
-//! Scouts that listen: streams that find a final which stands already, and hear who speaks in it.
+//! Scouts that listen: their words are decoded elsewhere, or stand already, and their voices are heard here.
 //!
-//! Its words are not decoded again. What is heard depends on the log alone, as what was heard the first time would have.
+//! What is heard depends on the log alone, as what would be heard beside the words.
 
 use super::desk::{Desk, Said};
 use crate::{
@@ -8,20 +8,17 @@ use crate::{
     ipc::{FinalDraft, FromEngine, HeardIn},
 };
 
-/// The first final of such a stream.
+/// The first final of a stream that looks for no more.
 #[derive(Default)]
 pub(super) struct Hears {
     range: (u64, u64),
-    /// It waits for somebody who listens.
-    waiting: Option<Box<Hearing>>,
 }
 
 impl Hears {
-    /// It was found. `hearing`: none where there is nobody to listen to.
-    pub(super) fn found(&mut self, draft: &FinalDraft, hearing: Option<Box<Hearing>>) -> Option<HeardIn> {
+    /// It was found. What can be said of it at once: `heard` is whether somebody is to be listened to.
+    pub(super) fn found(&mut self, draft: &FinalDraft, heard: bool) -> Option<HeardIn> {
         self.range = (draft.from_sample, draft.to_sample);
-        self.waiting = hearing;
-        self.waiting.is_none().then(|| self.answer(Err("nobody speaks in it".to_owned())))
+        (!heard).then(|| self.answer(Err("nobody speaks in it".to_owned())))
     }
 
     pub(super) fn answer(&self, heard: Result<Heard, String>) -> HeardIn {
@@ -30,16 +27,22 @@ impl Hears {
     }
 }
 
+/// A window whose voices are to be heard.
+pub(super) struct ToHear {
+    /// Where its final begins.
+    pub(super) at: u64,
+    pub(super) hearing: Box<Hearing>,
+}
+
 impl Desk {
     /// Has what was found listened to, where there is room for it. Each answer makes some.
     pub(super) fn listen_again(&mut self) -> Said {
-        let waits = |session: &super::desk::Session| session.hears.as_ref().is_some_and(|h| h.waiting.is_some());
-        let waiting: Vec<u64> = self.sessions.iter().filter(|(_, s)| waits(s)).map(|(handle, _)| *handle).collect();
+        let waiting: Vec<u64> =
+            self.sessions.iter().filter(|(_, s)| s.to_hear.is_some()).map(|(handle, _)| *handle).collect();
         for handle in waiting {
             let Some(session) = self.sessions.get_mut(&handle) else { continue };
-            let Some(hears) = &mut session.hears else { continue };
-            let Some(hearing) = hears.waiting.take() else { continue };
-            let (index, at) = (hearing.index, hears.range.0);
+            let Some(ToHear { at, hearing }) = session.to_hear.take() else { continue };
+            let index = hearing.index;
             // First, so that whoever finds this process dead knows what it was doing.
             self.say(&FromEngine::Began { handle, at })?;
             let listening = self.pool.listen(handle, *hearing);
@@ -47,11 +50,27 @@ impl Desk {
             match listening {
                 Ok(flag) => session.listening.push((index, flag)),
                 Err(hearing) => {
-                    session.hears.iter_mut().for_each(|hears| hears.waiting = Some(hearing.clone()));
+                    session.to_hear = Some(ToHear { at, hearing });
                     self.say(&FromEngine::Over { handle })?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// What was heard in the final that a scout has come to.
+    pub(super) fn overheard(&mut self, handle: u64, heard: Result<Heard, String>) -> Said {
+        let Some(session) = self.sessions.get_mut(&handle) else {
+            return Ok(());
+        };
+        if let Some(hears) = &session.hears {
+            let heard = Box::new(hears.answer(heard));
+            return self.say(&FromEngine::Heard { handle, heard });
+        }
+        session.dirty = !session.finishing;
+        if let Some(draft) = session.stream.pass_over(Some(heard)) {
+            self.say(&FromEngine::Final { handle, draft })?;
+        }
+        self.say_what_it_left(handle)
     }
 }

@@ -16,7 +16,7 @@ use voxfleet_schema::{
 };
 
 use super::{
-    again::Hears,
+    again::{Hears, ToHear},
     neighbour::{LockError, Neighbour, Turn},
     pace::{Pace, Role, Spent, Stretch},
     shelf::{Shelved, shelve},
@@ -73,6 +73,8 @@ pub(super) struct Session {
     pub(super) scout: Option<VecDeque<RawEntry>>,
     /// Somebody listens to what it finds.
     pub(super) hears: Option<Hears>,
+    /// It waits for somebody who listens.
+    pub(super) to_hear: Option<ToHear>,
 }
 
 /// What a stream is for, beside being decoded.
@@ -280,6 +282,7 @@ impl Desk {
             spent: Spent::default(),
             scout: scout.then(VecDeque::new),
             hears: hears.then(Hears::default),
+            to_hear: None,
         };
         self.sessions.insert(handle, session);
         if let Some(note) = because {
@@ -546,9 +549,8 @@ impl Desk {
         let HeardLate { handle, index, heard } = late;
         if let Some(session) = self.sessions.get_mut(&handle) {
             session.listening.retain(|(listening, _)| *listening != index);
-            if let Some(hears) = &mut session.hears {
-                let heard = hears.answer(heard);
-                self.say(&FromEngine::Heard { handle, heard: Box::new(heard) })?;
+            if session.scout.is_some() {
+                self.overheard(handle, heard)?;
                 return self.say(&FromEngine::Over { handle });
             }
             session.stream.heard_late(index, heard);

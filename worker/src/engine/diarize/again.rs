@@ -3,7 +3,11 @@
 use std::collections::BTreeMap;
 
 use voxfleet_diarize::online::{Tuning, Voices};
-use voxfleet_schema::{codec, session::SessionOptions, transcript::Checkpoint};
+use voxfleet_schema::{
+    codec,
+    session::SessionOptions,
+    transcript::{Checkpoint, Segment, Speakers, Turn},
+};
 
 use super::{attribute, relabel};
 use crate::{engine::stream::limits_of, ipc::FinalDraft};
@@ -22,14 +26,14 @@ fn changes(checkpoint: Option<&Checkpoint>, options: &SessionOptions) -> BTreeMa
 
 /// Has the checkpoint of an end final, and what it says, know what was found: who speaks on behind it has the label that was
 /// shown last, and nobody else gets it.
-fn adopt(draft: &mut FinalDraft, changes: &BTreeMap<u32, u32>) {
-    let Some(checkpoint) = &mut draft.checkpoint else { return };
+fn adopt(end: &mut Ending<'_>, changes: &BTreeMap<u32, u32>) {
+    let Some(checkpoint) = end.checkpoint else { return };
     let Some(mut voices) = checkpoint.voices.as_ref().and_then(|bytes| codec::from_msgpack::<Voices>(bytes).ok())
     else {
         return;
     };
     voices.adopt(changes);
-    if let Some(speakers) = &mut draft.speakers {
+    if let Some(speakers) = end.speakers {
         speakers.labels = voices.labels();
     }
     match codec::to_msgpack(&voices) {
@@ -38,34 +42,49 @@ fn adopt(draft: &mut FinalDraft, changes: &BTreeMap<u32, u32>) {
     }
 }
 
+/// What an end final that is not stored yet says of its speakers.
+pub(crate) struct Ending<'a> {
+    pub(crate) checkpoint: &'a mut Option<Checkpoint>,
+    pub(crate) segments: &'a mut Vec<Segment>,
+    pub(crate) turns: &'a mut Vec<Turn>,
+    pub(crate) speakers: &'a mut Option<Speakers>,
+}
+
+impl<'a> From<&'a mut FinalDraft> for Ending<'a> {
+    fn from(draft: &'a mut FinalDraft) -> Self {
+        let FinalDraft { checkpoint, segments, turns, speakers, .. } = draft;
+        Self { checkpoint, segments, turns, speakers }
+    }
+}
+
 /// Has an end final say what all voices heard together say: the labels that are to be changed before it, too.
-pub(crate) fn hear_all(draft: &mut FinalDraft, options: &SessionOptions) -> BTreeMap<u32, u32> {
-    let changes = changes(draft.checkpoint.as_ref(), options);
-    again(draft, &changes);
+pub(crate) fn hear_all(mut end: Ending<'_>, options: &SessionOptions) -> BTreeMap<u32, u32> {
+    let changes = changes(end.checkpoint.as_ref(), options);
     if !changes.is_empty() {
-        adopt(draft, &changes);
+        again(end.segments, end.turns, &changes);
+        adopt(&mut end, &changes);
     }
     changes
 }
 
 /// Puts a final under other labels.
-pub(crate) fn again(draft: &mut FinalDraft, changes: &BTreeMap<u32, u32>) {
-    if relabel(&mut draft.turns, changes) {
-        draft.segments = attribute(std::mem::take(&mut draft.segments), &draft.turns);
+pub(crate) fn again(segments: &mut Vec<Segment>, turns: &mut [Turn], changes: &BTreeMap<u32, u32>) {
+    if relabel(turns, changes) {
+        *segments = attribute(std::mem::take(segments), turns);
     }
 }
 
 /// What a chain of these finals says when its revisions at the end are taken in.
 pub fn reconsidered(mut finals: Vec<FinalDraft>, options: &SessionOptions) -> Vec<FinalDraft> {
     let changes = changes(finals.last().and_then(|last| last.checkpoint.as_ref()), options);
-    finals.iter_mut().for_each(|draft| again(draft, &changes));
+    finals.iter_mut().for_each(|draft| again(&mut draft.segments, &mut draft.turns, &changes));
     finals
 }
 
 #[cfg(test)]
 mod tests {
     use voxfleet_diarize::{hear::Voiced, online::Limits};
-    use voxfleet_schema::transcript::{Speakers, SpeakersBy};
+    use voxfleet_schema::transcript::SpeakersBy;
 
     use super::*;
     use crate::{engine::diarize::turns_of, session::tests::draft};
@@ -109,7 +128,7 @@ mod tests {
             ..draft()
         };
         let options = SessionOptions::default();
-        let changes = hear_all(&mut end, &options);
+        let changes = hear_all((&mut end).into(), &options);
         assert!(!changes.is_empty(), "{first:?} {second:?}");
         assert_eq!(end.turns[0].speaker, first.speaker, "the end final itself");
         // The next one to speak as the second did, behind this end.

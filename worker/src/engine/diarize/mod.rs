@@ -31,7 +31,7 @@ use voxfleet_diarize::{
 };
 use voxfleet_schema::transcript::SpeakersBy;
 
-pub(crate) use self::again::hear_all;
+pub(crate) use self::again::{Ending, hear_all};
 pub(crate) use self::attribute::{attribute, relabel, turns_of};
 pub(super) use self::ears::{Ears, Listening};
 pub(crate) use self::memory::lacking;
@@ -135,6 +135,11 @@ impl Listener {
         }
         let pieces = hear::Listener::new(encoder.front_end(), hear::Hearing::default());
         Ok(Self { segmentation, why, encoder, pieces })
+    }
+
+    /// The segmentation network by itself, for whoever measures it.
+    pub fn segmenter(&mut self) -> Option<&mut dyn Segmenter> {
+        self.segmentation.as_mut().map(|segmentation| segmentation as &mut dyn Segmenter)
     }
 
     /// Listens to a window; looks at `cancel` before each run of a network.

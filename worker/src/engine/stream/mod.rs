@@ -21,7 +21,7 @@ mod segment;
 mod speakers;
 mod words;
 
-pub(crate) use self::speakers::limits_of;
+pub(crate) use self::speakers::{Tellers, limits_of};
 
 use std::{collections::VecDeque, ops::Range};
 
@@ -38,7 +38,6 @@ use self::{
     endpoint::Cut,
     parts::{Answer, Joined, Part, Pending},
     segment::{Detectors, Segment},
-    speakers::Tellers,
 };
 use crate::{
     engine::{
@@ -344,10 +343,12 @@ impl SessionStream {
         self.index
     }
 
-    /// Answers the last [`Step::Final`] undecoded, for whoever asks for the boundaries alone.
-    pub fn pass_over(&mut self) -> Option<Box<FinalDraft>> {
+    /// Answers the last [`Step::Final`] undecoded, for whoever asks for the boundaries alone and the voices between them.
+    pub fn pass_over(&mut self, heard: Option<Result<Heard, String>>) -> Option<Box<FinalDraft>> {
         let pending = self.pending.take()?;
-        Some(self.draft(pending, Joined::nothing(None)))
+        let mut draft = self.draft(pending, Joined::nothing(None));
+        draft.heard = heard;
+        Some(draft)
     }
 
     /// First sample of the present stretch: the end of the last final.
@@ -386,6 +387,7 @@ impl SessionStream {
             lost: self.lost.take(),
             error,
             parked: false,
+            heard: None,
             guards,
             checkpoint_missing: std::mem::take(&mut self.checkpoint_missing),
             checkpoint,

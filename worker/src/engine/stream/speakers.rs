@@ -33,7 +33,7 @@ struct Owed {
     heard: Option<Result<Heard, String>>,
 }
 
-pub(super) struct Tellers {
+pub(crate) struct Tellers {
     voices: Voices,
     limits: Limits,
     /// What the last final said.
@@ -46,7 +46,7 @@ pub(super) struct Tellers {
 
 impl Tellers {
     /// None where speakers are not asked for.
-    pub(super) fn new(options: &SessionOptions, start: &StartPoint) -> Option<Self> {
+    pub(crate) fn new(options: &SessionOptions, start: &StartPoint) -> Option<Self> {
         if options.diarize == Diarize::Off || options.channels == Channels::Split {
             return None;
         }
@@ -102,12 +102,12 @@ impl Tellers {
     }
 
     /// Finals that still wait for their speakers, in order.
-    pub(super) fn late(&self) -> Vec<u64> {
+    pub(crate) fn late(&self) -> Vec<u64> {
         self.owed.iter().map(|owed| owed.index).collect()
     }
 
     /// What the revisions say that come behind the final that was just told.
-    pub(super) fn told(&self) -> Vec<ToldLate> {
+    pub(crate) fn told(&self) -> Vec<ToldLate> {
         let told = |revision: &RevisionDraft| ToldLate {
             index: revision.index,
             turns: revision.turns.clone(),
@@ -117,7 +117,7 @@ impl Tellers {
     }
 
     /// What the next final says, and the revisions of those before it that are possible now.
-    pub(super) fn tell(&mut self, index: u64, segments: Vec<Segment>, listened: Listened) -> Told {
+    pub(crate) fn tell(&mut self, index: u64, segments: Vec<Segment>, listened: Listened) -> Told {
         self.settle();
         match listened {
             Listened::NotAsked => Told { segments, turns: Vec::new(), speakers: self.last.clone().map(repeated) },
@@ -179,7 +179,7 @@ impl Tellers {
     }
 
     /// For the checkpoint of the final that was just told.
-    pub(super) fn voices(&self) -> Option<bytes::Bytes> {
+    pub(crate) fn voices(&self) -> Option<bytes::Bytes> {
         if self.voices.labels() == 0 {
             return None;
         }

@@ -369,7 +369,8 @@ fn prompts_of(diarize: Diarize) -> Vec<String> {
             prompts.push(window.prompt.clone());
             let length = window.samples.len() as u64;
             let half = length / 32;
-            let word = |text: &str, start_ms, end_ms| HeardWord { text: text.to_owned(), start_ms, end_ms, confidence: 1.0 };
+            let word =
+                |text: &str, start_ms, end_ms| HeardWord { text: text.to_owned(), start_ms, end_ms, confidence: 1.0 };
             let words = vec![word("well", 0, half), word("-known", half, 2 * half)];
             let text = "well-known".to_owned();
             let segment = HeardSegment { end_ms: 2 * half, text, words, ..HeardSegment::default() };

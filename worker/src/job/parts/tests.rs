@@ -33,7 +33,7 @@ fn finals(from: u64, to: u64, end: bool) -> Vec<FinalDraft> {
 }
 
 fn cut(from: u64, to: u64, end: bool) -> Parts {
-    let mut parts = Parts::new(naming(), 0, 0);
+    let mut parts = Parts::new(naming(), 0, 0, false);
     for draft in finals(from, to, end) {
         parts.cut(&draft).expect("a name");
     }
@@ -108,7 +108,7 @@ fn a_part_is_named_after_all_that_shapes_its_text() {
 #[test]
 fn nothing_is_given_out_before_the_language_is_locked_or_of_a_short_recording() {
     let now = Instant::now();
-    let mut parts = Parts::new(naming(), 2_500, 0);
+    let mut parts = Parts::new(naming(), 2_500, 0, false);
     for draft in finals(0, 2_400, false) {
         parts.cut(&draft).expect("a name");
     }
@@ -121,7 +121,7 @@ fn nothing_is_given_out_before_the_language_is_locked_or_of_a_short_recording() 
     parts.close();
     assert_eq!((parts.turn(now), parts.to_give_out()), (Turn::Direct { until: None }, Vec::new()));
 
-    let mut unlocked = Parts::new(naming(), 0, 0);
+    let mut unlocked = Parts::new(naming(), 0, 0, false);
     for draft in finals(0, 3_000, true) {
         unlocked.cut(&draft).expect("a name");
     }
@@ -184,6 +184,15 @@ fn with_one_slot_in_all_the_fleet_everything_is_done_in_order() {
     }
     assert_eq!(order, (0..20).collect::<Vec<_>>());
     assert_eq!(parts.turn(now), Turn::Wait, "all of it stands");
+
+    // The chain of the whole need not have caught up.
+    let mut parts = free(0, 5_000, now);
+    for number in 0..5 {
+        assert_eq!(parts.turn(now), Turn::Part(number));
+        parts.ours(number, now);
+        parts.over(Some(number), true, now);
+    }
+    assert_eq!((parts.turn(now), parts.head().map(|(number, _)| number)), (Turn::Wait, Some(0)));
 }
 
 #[test]

@@ -31,7 +31,9 @@ fn a_cancel_closes_the_chain_wherever_the_job_is() {
 }
 
 fn part(name: &str, parent: &str) -> Result<Box<Submission>, Failure> {
-    Ok(Box::new(Submission { part: Some(testing::part_of(parent)), ..*submission(name) }))
+    let mut part = Submission { part: Some(testing::part_of(parent)), ..*submission(name) };
+    part.options.model = Some("small".to_owned());
+    Ok(Box::new(part))
 }
 
 #[test]
@@ -55,6 +57,20 @@ fn parts_go_when_their_whole_has_ended() {
     world.seconds(5, |w| w.beat(0, |_| ()));
     assert_eq!((world.state("whole"), world.state("part")), (JobState::Done, JobState::Cancelled));
     assert!(world.stored.dead.is_empty(), "that is no failure");
+}
+
+#[test]
+fn nobody_gets_his_own_recording_into_anothers_parts() {
+    let mut world = World::new(2);
+    world.submit(1, "whole");
+    world.run();
+    let mut forged = part("part", "whole").expect("a part");
+    forged.audio = "https://audio.example/b.wav".to_owned();
+    world.core.job(JobInput::Submit { call: CallId(2), submission: Ok(forged) }, world.now);
+    world.run();
+    let Some(Answer::Refused(failure)) = world.answer(2) else { panic!("{:?}", world.answer(2)) };
+    assert_eq!(failure.class, FailureClass::BadRequest, "{failure}");
+    assert!(!world.stored.keys.contains_key(&id("part")));
 }
 
 #[test]
