@@ -301,6 +301,36 @@ pub struct Revision {
     pub turns: Vec<Turn>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speakers: Option<Speakers>,
+    /// It would have been too long with them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub words_omitted: bool,
+}
+
+impl Revision {
+    /// What answers for a final whose speakers nobody will know: its segments as they stand, and why.
+    pub fn nobody(stands: &Final, epoch: u64, why: String) -> Self {
+        let labels = stands.speakers.as_ref().map_or(0, |speakers| speakers.labels);
+        let speakers = Speakers { by: SpeakersBy::None, labels, late: false, afresh: false, why: Some(why) };
+        Self {
+            kind: stands.kind,
+            id: stands.id.clone(),
+            index: stands.index,
+            revision: 0,
+            epoch,
+            segments: stands.segments.clone(),
+            turns: Vec::new(),
+            speakers: Some(speakers),
+            words_omitted: stands.words_omitted,
+        }
+    }
+
+    /// Drops words if it would be too long for the wire.
+    pub fn fit(&mut self, encoded_len: usize) {
+        if encoded_len > MAX_FINAL_BYTES {
+            self.segments.iter_mut().for_each(|segment| segment.words.clear());
+            self.words_omitted = true;
+        }
+    }
 }
 
 /// What a session knows beyond its last final. MessagePack; viewers cannot read it.

@@ -106,6 +106,7 @@ impl Document {
                 // Its own digits, not those of the wider number.
                 score: (f64::from(word.score) * 10_000.0).round() / 10_000.0,
                 speaker: word.speaker.as_deref().or(piece.speaker.as_deref()),
+                overlapped_by: word.overlapped_by.as_deref(),
                 channel: piece.channel,
             })
         };
@@ -122,6 +123,9 @@ struct Row<'a> {
     end: f64,
     score: f64,
     speaker: Option<&'a str>,
+    /// Who else: only where there is somebody.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    overlapped_by: Option<&'a str>,
     channel: Option<u16>,
 }
 
@@ -155,7 +159,7 @@ mod tests {
 
     fn word(text: &str, start_ms: u64, speaker: Option<&str>) -> Timed {
         let speaker = speaker.map(str::to_owned);
-        Timed { text: text.to_owned(), start_ms, end_ms: start_ms + 300, score: 0.9, speaker }
+        Timed { text: text.to_owned(), start_ms, end_ms: start_ms + 300, score: 0.9, speaker, overlapped_by: None }
     }
 
     fn document(pieces: Vec<Piece>) -> Document {
@@ -221,12 +225,13 @@ mod tests {
     #[test]
     fn words_have_all_their_fields() {
         let mut one = piece(0, "no yes", Some("B"));
-        (one.channel, one.words) = (Some(1), vec![word(" no", 400, None), word("yes", 800, Some("A"))]);
+        let both = Timed { overlapped_by: Some("B".to_owned()), ..word("yes", 800, Some("A")) };
+        (one.channel, one.words) = (Some(1), vec![word(" no", 400, None), both]);
         let of = document(vec![one, piece(0, "no words", None)]);
         let found: serde_json::Value = serde_json::from_str(&of.render(Format::Words, true)).expect("JSON");
         let expected = serde_json::json!({"name": "call-1", "words": [
             {"word": "no", "start": 0.4, "end": 0.7, "score": 0.9, "speaker": "B", "channel": 1},
-            {"word": "yes", "start": 0.8, "end": 1.1, "score": 0.9, "speaker": "A", "channel": 1},
+            {"word": "yes", "start": 0.8, "end": 1.1, "score": 0.9, "speaker": "A", "overlapped_by": "B", "channel": 1},
         ]});
         assert_eq!(found, expected);
         assert_eq!(of.notes(Format::Words), ["call-1: 1 segments have no words with times and are left out"]);

@@ -36,6 +36,8 @@ pub(crate) struct Timed {
     /// 0 to 1.
     pub(crate) score: f32,
     pub(crate) speaker: Option<String>,
+    /// Who speaks over it.
+    pub(crate) overlapped_by: Option<String>,
 }
 
 fn ms(seconds: f64) -> u64 {
@@ -66,6 +68,7 @@ fn of_result(result: &JobResult) -> Vec<Piece> {
         end_ms: ms(w.end),
         score: w.score,
         speaker: w.speaker.clone(),
+        overlapped_by: w.overlapped_by.clone(),
     };
     let piece = |s: &AlignedSegment| Piece {
         start_ms: ms(s.start),
@@ -113,6 +116,7 @@ impl Chain {
         }
         for one in &mut self.finals {
             if let Some(revision) = highest.remove(&one.index) {
+                one.words_omitted |= revision.words_omitted;
                 (one.segments, one.turns, one.speakers) = (revision.segments, revision.turns, revision.speakers);
             }
         }
@@ -138,6 +142,7 @@ impl Chain {
             end_ms: w.end_ms,
             score: w.confidence,
             speaker: w.speaker.clone(),
+            overlapped_by: w.overlapped_by.clone(),
         };
         let piece = |s: &Segment| Piece {
             start_ms: s.start_ms,
@@ -245,6 +250,7 @@ mod tests {
             segments,
             turns: vec![turn(index * 1_000, index * 1_000 + 700, text)],
             speakers: None,
+            words_omitted: false,
         }
     }
 

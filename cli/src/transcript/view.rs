@@ -283,7 +283,17 @@ pub(crate) mod tests {
         let mut segments = a_final(index, 1, "g", text).segments;
         segments[0].speaker = Some(speaker.to_owned());
         let id = StreamId::new("s").expect("id");
-        Revision { kind: Kind::Session, id, index, revision, epoch: 1, segments, turns: Vec::new(), speakers: None }
+        Revision {
+            kind: Kind::Session,
+            id,
+            index,
+            revision,
+            epoch: 1,
+            segments,
+            turns: Vec::new(),
+            speakers: None,
+            words_omitted: false,
+        }
     }
 
     #[test]

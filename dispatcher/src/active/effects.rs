@@ -16,13 +16,14 @@ use voxfleet_nats::{
     log::{AudioLog, LogError},
     publish::{HintSent, Publisher},
     topology,
-    transcript::{Chain, Outcome},
+    transcript::{Chain, ChainError, Outcome},
 };
 use voxfleet_schema::{
     audio::{ASR_CAUSE, ASR_END, ASR_FLUSH, RawEntry},
     fleet::{Assignment, ControlReply, ControlRequest, Heartbeat},
     id::{Kind, StreamId, WorkerName},
     session::{Reply, SessionRecord},
+    transcript::Revision,
 };
 
 use super::{
@@ -341,12 +342,24 @@ impl Tools {
             return Ok(mark);
         }
         let (last, predecessor) = (found.as_ref().map(|s| &s.value), found.as_ref().map(|s| s.seq));
+        if let Some(found) = found.as_ref().filter(|found| found.value.speakers.is_some()) {
+            self.answer_late(id, epoch.max(found.value.epoch), found.seq).await.map_err(|e| describe(&e))?;
+        }
         let final_id = uuid::Uuid::new_v4().to_string();
         let end = closing_final(id, epoch, to_seq, last, final_id).map_err(|e| describe(&e))?;
         match self.chain.store(&end, predecessor).await.map_err(|e| describe(&e))? {
             Outcome::Stored { .. } => Ok(Some(ChainMark::from(&end))),
             Outcome::LetGo(stored) | Outcome::Rebuild(stored) => Ok(Some(ChainMark::from(&stored.value))),
         }
+    }
+
+    /// Nobody will hear who spoke in them.
+    async fn answer_late(&self, id: &StreamId, epoch: u64, last_seq: u64) -> Result<(), ChainError> {
+        for late in self.chain.unanswered(Kind::Session, id, last_seq).await? {
+            let why = "not heard in time, and its audio has expired".to_owned();
+            self.chain.revise(Revision::nobody(&late, epoch, why)).await?;
+        }
+        Ok(())
     }
 
     async fn admit(&self, worker: &WorkerName, heartbeat: &Heartbeat) -> Admission {

@@ -23,6 +23,7 @@ use voxfleet_schema::{
 
 pub use self::{
     chain::{Chain, ChainError, Outcome, Published, StoredFinal},
+    revising::Revised,
     storing::{Link, Verdict, after_conflict},
 };
 use crate::{

@@ -3,11 +3,13 @@
 //! They have a subject of their own, fenced like the chain, and count along it: of two workers that believe they own a
 //! session, the one with the lower epoch finds the other's and lets go.
 
+use std::collections::BTreeMap;
+
 use async_nats::jetstream::message::PublishMessage;
 use voxfleet_schema::{
     codec,
     id::{Kind, StreamId},
-    transcript::{MAX_FINAL_BYTES, Revision},
+    transcript::{Final, MAX_FINAL_BYTES, Revision},
 };
 
 use super::chain::{Chain, ChainError};
@@ -17,6 +19,16 @@ use crate::{
     retry::Backoff,
     topology::names::TRANSCRIPT,
 };
+
+/// What [`Chain::revise`] came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Revised {
+    Stored,
+    /// A higher epoch has revised: the chain is not ours any more.
+    LetGo,
+    /// No server would take it, even without its words; nothing was stored.
+    TooLong,
+}
 
 impl Chain {
     /// The last revision of a chain and its sequence in the stream, from the leader.
@@ -44,18 +56,44 @@ impl Chain {
         self.read_revision(&Get { seq: Some(from_seq.max(1)), next_by_subj: Some(&subject), ..Get::default() }).await
     }
 
-    /// Puts this behind the last revision of its chain, under the next number, and says whether the chain is still ours: not when a
-    /// higher epoch has revised. Repeats until that is known; an error is what no repetition can change.
-    pub async fn revise(&self, mut value: Revision) -> Result<bool, ChainError> {
+    /// The revision at this sequence of the stream, which must be one.
+    pub async fn revision_at(&self, seq: u64) -> Result<Option<Revision>, ChainError> {
+        let found = self.read_revision(&Get { seq: Some(seq), ..Get::default() }).await?;
+        Ok(found.map(|(_, revision)| revision))
+    }
+
+    /// Finals up to `last_seq` of the stream that promised their speakers, and that no revision answers for.
+    pub async fn unanswered(&self, kind: Kind, id: &StreamId, last_seq: u64) -> Result<Vec<Final>, ChainError> {
+        let mut late: BTreeMap<u64, Final> = BTreeMap::new();
+        let mut from = 0;
+        while let Some(found) = self.next_final(kind, id, from).await?.filter(|found| found.seq <= last_seq) {
+            from = found.seq + 1;
+            if found.value.speakers.as_ref().is_some_and(|speakers| speakers.late) {
+                late.insert(found.value.index, found.value);
+            }
+        }
+        from = 0;
+        while !late.is_empty()
+            && let Some((seq, revision)) = self.next_revision(kind, id, from).await?
+        {
+            from = seq + 1;
+            late.remove(&revision.index);
+        }
+        Ok(late.into_values().collect())
+    }
+
+    /// Puts this behind the last revision of its chain, under the next number. Repeats until it is known what became of it; an
+    /// error is what no repetition can change.
+    pub async fn revise(&self, mut value: Revision) -> Result<Revised, ChainError> {
         let mut backoff = Backoff::default();
         loop {
             let tried = match self.last_revision(value.kind, &value.id).await {
                 Ok(last) => {
                     if last.as_ref().is_some_and(|(_, last)| last.epoch > value.epoch) {
-                        return Ok(false);
+                        return Ok(Revised::LetGo);
                     }
                     if last.as_ref().is_some_and(|(_, last)| says_the_same(last, &value)) {
-                        return Ok(true);
+                        return Ok(Revised::Stored);
                     }
                     value.revision = last.as_ref().map_or(0, |(_, last)| last.revision) + 1;
                     self.attempt_revision(&value, last.map_or(0, |(seq, _)| seq)).await
@@ -63,16 +101,15 @@ impl Chain {
                 Err(error) => Err(error),
             };
             match tried {
-                Ok(()) => return Ok(true),
+                Ok(()) => return Ok(Revised::Stored),
                 // It may have been stored all the same: the next look tells.
                 Err(ChainError::Conflict | ChainError::Server(ServerError::Timeout)) => {}
                 Err(ChainError::Server(error)) if !matches!(error, ServerError::TooLarge | ServerError::Closed) => {
                     tracing::warn!(id = %value.id, index = value.index, %error, "revision is not stored yet, trying again");
                 }
                 Err(error @ (ChainError::TooLarge { .. } | ChainError::Server(ServerError::TooLarge))) => {
-                    // What stands is worth more than what would be told of its speakers.
                     tracing::error!(id = %value.id, index = value.index, %error, "revision left out");
-                    return Ok(true);
+                    return Ok(Revised::TooLong);
                 }
                 Err(error) => return Err(error),
             }
@@ -94,7 +131,13 @@ impl Chain {
 fn says_the_same(one: &Revision, other: &Revision) -> bool {
     let mut one = one.clone();
     one.revision = other.revision;
-    one == *other
+    one == *other || (one.words_omitted && one == fitted(other))
+}
+
+fn fitted(value: &Revision) -> Revision {
+    let mut short = value.clone();
+    short.fit(usize::MAX);
+    short
 }
 
 /// JSON within the limit of finals, without words where they do not fit.
@@ -103,9 +146,7 @@ fn encode(value: &Revision) -> Result<Vec<u8>, ChainError> {
     if bytes.len() <= MAX_FINAL_BYTES {
         return Ok(bytes);
     }
-    let mut short = value.clone();
-    short.segments.iter_mut().for_each(|segment| segment.words.clear());
-    let bytes = codec::to_json(&short).map_err(ChainError::Encode)?;
+    let bytes = codec::to_json(&fitted(value)).map_err(ChainError::Encode)?;
     match bytes.len() {
         len if len > MAX_FINAL_BYTES => Err(ChainError::TooLarge { len, limit: MAX_FINAL_BYTES }),
         _ => Ok(bytes),

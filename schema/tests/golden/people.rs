@@ -294,6 +294,7 @@ fn what_people_may_look_at_is_pinned_json() {
             segments: vec![segment()],
             turns: turns(),
             speakers: speakers(),
+            words_omitted: false,
         },
     );
     json("event", &event());

@@ -6,7 +6,7 @@
 //! revision says why. What had been told when the session moved, and was not published yet, stands in the checkpoint.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     time::Duration,
 };
 
@@ -18,10 +18,10 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::{
     id::{Kind, StreamId},
-    transcript::{Checkpoint, Final, Revision, Speakers, ToldLate},
+    transcript::{Checkpoint, Final, Revision, ToldLate},
 };
 
-use super::{Names, Session, life::ReadFailed, open, reconsider::revisions_from};
+use super::{Names, Session, life::ReadFailed, open, reconsider::revisions_from, store::answer};
 use crate::{
     engine::diarize::attribute,
     ipc::{ENTRY_COST, Heard, HeardIn, HeardOf, StartPoint},
@@ -54,12 +54,6 @@ pub(super) fn owed(last: &Final, start: &StartPoint) -> Owed {
     }
 }
 
-/// Finals of a whole chain that nobody has answered for. Pure.
-fn unanswered<'a>(finals: impl Iterator<Item = &'a Final>, answered: &BTreeSet<u64>) -> Vec<u64> {
-    let is_late = |speakers: &Option<Speakers>| speakers.as_ref().is_some_and(|speakers| speakers.late);
-    finals.filter(|f| is_late(&f.speakers) && !answered.contains(&f.index)).map(|f| f.index).collect()
-}
-
 /// The revision of a final that was told late. Pure.
 fn revision_of(names: &Names, stands: &Final, told: ToldLate, epoch: u64) -> Revision {
     Revision {
@@ -72,6 +66,7 @@ fn revision_of(names: &Names, stands: &Final, told: ToldLate, epoch: u64) -> Rev
         segments: attribute(stands.segments.clone(), &told.turns),
         turns: told.turns,
         speakers: told.speakers,
+        words_omitted: stands.words_omitted,
     }
 }
 
@@ -86,7 +81,7 @@ fn back(at: u64, step: u64, found: Option<u64>, index: u64) -> Option<(u64, u64)
 }
 
 /// Asks until the server answers.
-async fn asked<T, E: Future<Output = Result<T, ChainError>>>(
+pub(super) async fn asked<T, E: Future<Output = Result<T, ChainError>>>(
     id: &StreamId,
     ask: impl Fn() -> E,
 ) -> Result<T, ChainError> {
@@ -132,9 +127,8 @@ pub(super) async fn late(session: &Session, last: &StoredFinal, start: &StartPoi
         Owed::Known(late) => Ok(late),
         Owed::Ask => {
             let (chain, Names { kind, id, .. }) = (&session.shared.chain, &session.names);
-            let finals = finals_from(chain, (*kind, id), 0, last.seq).await?;
-            let answered = revisions_from(chain, *kind, id, 0).await?.into_keys().collect();
-            Ok(unanswered(finals.values(), &answered))
+            let late = asked(id, || chain.unanswered(*kind, id, last.seq)).await?;
+            Ok(late.into_iter().map(|late| late.index).collect())
         }
     }
 }
@@ -146,7 +140,9 @@ pub(super) async fn publish_told(
     told: Vec<ToldLate>,
     epoch: u64,
 ) -> Result<(), ChainError> {
-    let Some(first) = told.iter().map(|told| told.index).min() else { return Ok(()) };
+    // Before an end they were published first.
+    let first = told.iter().map(|told| told.index).min().filter(|_| !last.value.end);
+    let Some(first) = first else { return Ok(()) };
     let (chain, names) = (&session.shared.chain, &session.names);
     // They come behind the final they were told with.
     let published = revisions_from(chain, names.kind, &names.id, last.seq).await?;
@@ -158,7 +154,7 @@ pub(super) async fn publish_told(
         let Some(stands) = finals.get(&told.index) else { continue };
         let revision = revision_of(names, stands, told, epoch);
         tracing::info!(id = %names.id, index = revision.index, epoch, "speakers told by whoever had it before");
-        if !chain.revise(revision).await? {
+        if !answer(chain, revision).await? {
             // A higher epoch has it: the next final will find that out.
             return Ok(());
         }
@@ -337,7 +333,7 @@ fn is_it(heard: HeardIn, stands: &Final) -> Result<Heard, NotHeard> {
 
 #[cfg(test)]
 mod tests {
-    use voxfleet_schema::transcript::{SpeakersBy, Turn};
+    use voxfleet_schema::transcript::{Speakers, SpeakersBy, Turn};
 
     use super::*;
     use crate::session::tests::final_of;
@@ -371,12 +367,6 @@ mod tests {
             let start = StartPoint { checkpoint, checkpoint_missing, ..StartPoint::beginning() };
             assert_eq!(owed(&last, &start), expected, "{:?} {end} {checkpoint_missing} {late:?}", last.speakers);
         }
-        let finals = [(0, true), (1, false), (2, true), (3, true)].map(|(index, late)| {
-            let mut value = final_of(index);
-            value.speakers = speakers(late);
-            value
-        });
-        assert_eq!(unanswered(finals.iter(), &BTreeSet::from([2])), [0, 3]);
     }
 
     #[test]

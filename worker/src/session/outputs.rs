@@ -74,6 +74,7 @@ impl Names {
             segments: draft.segments,
             turns: draft.turns,
             speakers: draft.speakers,
+            words_omitted: false,
         }
     }
 

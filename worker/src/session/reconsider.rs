@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use voxfleet_nats::{
     retry::Backoff,
-    transcript::{Chain, ChainError},
+    transcript::{Chain, ChainError, Revised},
 };
 use voxfleet_schema::{
     id::{Kind, StreamId},
@@ -15,7 +15,7 @@ use voxfleet_schema::{
     transcript::{Final, Revision},
 };
 
-use super::outputs::Names;
+use super::{again::asked, outputs::Names};
 use crate::engine::diarize::{Ending, attribute, hear_all, relabel};
 
 /// Revises what the end final and those before it say of their speakers.
@@ -32,7 +32,7 @@ pub(crate) async fn before_the_end(
         return Ok(());
     }
     let Some(last_index) = last_index else { return Ok(()) };
-    let mut revised = revisions(chain, names.kind, &names.id).await?;
+    let mut revised = revisions_from(chain, names.kind, &names.id, 0).await?;
     let (mut from, mut revisions) = (0, 0);
     let mut backoff = Backoff::default();
     loop {
@@ -40,10 +40,14 @@ pub(crate) async fn before_the_end(
             Ok(Some(stored)) if stored.value.index <= last_index => {
                 from = stored.seq + 1;
                 backoff = Backoff::default();
-                if let Some(revision) = revision_of(names, &stored.value, revised.remove(&stored.value.index), &changes)
-                {
+                let before = match revised.remove(&stored.value.index) {
+                    Some(seq) => asked(&names.id, || chain.revision_at(seq)).await?,
+                    None => None,
+                };
+                if let Some(revision) = revision_of(names, &stored.value, before, &changes) {
                     revisions += 1;
-                    if !chain.revise(Revision { epoch, ..revision }).await? {
+                    // What is too long is left out: what stands is worth more than what would be told of its speakers.
+                    if chain.revise(Revision { epoch, ..revision }).await? == Revised::LetGo {
                         // A higher epoch has it: the end final will find that out.
                         return Ok(());
                     }
@@ -72,10 +76,12 @@ fn revision_of(
     revised: Option<Revision>,
     changes: &BTreeMap<u32, u32>,
 ) -> Option<Revision> {
+    let revised_omits = revised.as_ref().map(|revision| revision.words_omitted);
     let (segments, mut turns, speakers) = match revised {
         Some(revision) => (revision.segments, revision.turns, revision.speakers),
         None => (stands.segments.clone(), stands.turns.clone(), stands.speakers.clone()),
     };
+    let words_omitted = revised_omits.unwrap_or(stands.words_omitted);
     relabel(&mut turns, changes).then(|| Revision {
         kind: names.kind,
         id: names.id.clone(),
@@ -85,21 +91,27 @@ fn revision_of(
         segments: attribute(segments, &turns),
         turns,
         speakers,
+        words_omitted,
     })
 }
 
 /// The highest revision of each final that has one.
 pub(crate) async fn revisions(chain: &Chain, kind: Kind, id: &StreamId) -> Result<BTreeMap<u64, Revision>, ChainError> {
-    revisions_from(chain, kind, id, 0).await
+    let mut found = BTreeMap::new();
+    for (index, seq) in revisions_from(chain, kind, id, 0).await? {
+        found.extend(asked(id, || chain.revision_at(seq)).await?.map(|revision| (index, revision)));
+    }
+    Ok(found)
 }
 
-/// The same of those at or after a sequence of the stream.
+/// Where the highest revision of each final stands that has one at or after a sequence of the stream. Those of hours are more
+/// than is held at once.
 pub(super) async fn revisions_from(
     chain: &Chain,
     kind: Kind,
     id: &StreamId,
     mut from: u64,
-) -> Result<BTreeMap<u64, Revision>, ChainError> {
+) -> Result<BTreeMap<u64, u64>, ChainError> {
     let mut found = BTreeMap::new();
     let mut backoff = Backoff::default();
     loop {
@@ -107,7 +119,7 @@ pub(super) async fn revisions_from(
             // They count along the chain: a later one is higher.
             Ok(Some((seq, revision))) => {
                 from = seq + 1;
-                found.insert(revision.index, revision);
+                found.insert(revision.index, seq);
             }
             Ok(None) => return Ok(found),
             Err(ChainError::Server(error)) if !matches!(error, voxfleet_nats::ServerError::Closed) => {

@@ -3,13 +3,13 @@
 use voxfleet_nats::{
     ServerError,
     retry::Backoff,
-    transcript::{Chain, ChainError, Outcome},
+    transcript::{Chain, ChainError, Outcome, Revised},
 };
 use voxfleet_schema::{
     codec,
     failure::Failure,
     job::JobStage,
-    transcript::{Checkpoint, Final},
+    transcript::{Checkpoint, Final, Revision, SpeakersBy},
 };
 
 use super::{
@@ -39,13 +39,35 @@ pub(super) async fn store_draft(
         Draft::Revision(draft) => {
             let value = session.names.revision_of(*draft, epoch);
             let index = value.index;
-            if !session.shared.chain.revise(value).await? {
+            if !answer(&session.shared.chain, value).await? {
                 // Whoever has the session now will be found by the next final.
                 tracing::warn!(id = %session.names.id, index, epoch, "revision is not wanted any more");
             }
             Ok(Stored::Revision)
         }
     }
+}
+
+/// Publishes what a late final was promised, or why that cannot be. False: a higher epoch has the chain.
+pub(super) async fn answer(chain: &Chain, value: Revision) -> Result<bool, ChainError> {
+    let short = without_speakers(&value);
+    let mut revised = chain.revise(value).await?;
+    if revised == Revised::TooLong {
+        revised = chain.revise(short).await?;
+    }
+    Ok(revised != Revised::LetGo)
+}
+
+/// Less than the final that it is about, which there was room for. Pure.
+fn without_speakers(value: &Revision) -> Revision {
+    let mut short = value.clone();
+    short.fit(usize::MAX);
+    short.turns.clear();
+    short.segments.iter_mut().for_each(|segment| segment.speaker = None);
+    if let Some(speakers) = &mut short.speakers {
+        (speakers.by, speakers.why) = (SpeakersBy::None, Some("what was told of them is too long".to_owned()));
+    }
+    short
 }
 
 /// A final and what became of it.
@@ -143,7 +165,28 @@ fn is_too_large(error: &ChainError) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use voxfleet_schema::transcript::Turn;
+
     use super::*;
+    use crate::session::tests::{final_of, said};
+
+    #[test]
+    fn what_is_too_long_to_be_told_is_answered() {
+        let mut stands = final_of(2);
+        stands.segments = said("yes");
+        let mut value = Revision::nobody(&stands, 4, "none".to_owned());
+        value.segments[0].speaker = Some("S1".to_owned());
+        value.turns = vec![Turn { start_ms: 0, end_ms: 9, speaker: "S1".to_owned(), voice: None }];
+        let short = without_speakers(&value);
+        assert_eq!((short.index, short.epoch, &short.segments), (2, 4, &stands.segments));
+        assert!(short.turns.is_empty() && short.words_omitted);
+        let speakers = short.speakers.expect("said");
+        assert!(
+            !speakers.late
+                && speakers.by == SpeakersBy::None
+                && speakers.why.is_some_and(|why| why.contains("too long"))
+        );
+    }
 
     #[test]
     fn a_final_that_no_server_takes_is_stored_without_its_text() {

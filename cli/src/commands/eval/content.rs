@@ -82,7 +82,7 @@ fn ms(seconds: f64) -> u64 {
 impl From<Word> for Timed {
     fn from(word: Word) -> Self {
         let (start_ms, end_ms) = (ms(word.start), ms(word.end));
-        Timed { text: word.word, start_ms, end_ms, speaker: word.speaker, score: 1.0 }
+        Timed { text: word.word, start_ms, end_ms, speaker: word.speaker, score: 1.0, overlapped_by: None }
     }
 }
 

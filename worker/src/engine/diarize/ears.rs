@@ -50,6 +50,8 @@ pub(in crate::engine) struct Ears {
 /// An answer on its way.
 pub(in crate::engine) struct Listening {
     slot: Result<Arc<Slot>, String>,
+    /// What there was no room for yet: who is patient asks again.
+    waiting: Option<(Order, SyncSender<Order>)>,
     patient: bool,
     waited_ms: u64,
     /// Of the decode that waits, and of the listener.
@@ -120,9 +122,12 @@ impl Ears {
         let (slot, patient, waited_ms) = (Arc::<Slot>::default(), hearing.patient, hearing.waited_ms);
         let listener = Cancel::default();
         let order = Order { handle, hearing, cancel: listener.clone(), slot: Arc::clone(&slot) };
-        let sent = if patient { self.orders.send(order).is_ok() } else { self.orders.try_send(order).is_ok() };
-        let slot = sent.then_some(slot).ok_or_else(|| "voices are listened to more slowly than words".to_owned());
-        Listening { slot, patient, waited_ms, decode, listener }
+        let (slot, waiting) = match self.orders.try_send(order) {
+            Ok(()) => (Ok(slot), None),
+            Err(TrySendError::Full(order)) if patient => (Ok(slot), Some((order, self.orders.clone()))),
+            Err(_) => (Err("voices are listened to more slowly than words".to_owned()), None),
+        };
+        Listening { slot, waiting, patient, waited_ms, decode, listener }
     }
 }
 
@@ -140,7 +145,7 @@ impl Ears {
 
 impl Listening {
     /// Waits as long as words may wait behind a decode of this length.
-    pub(in crate::engine) fn wait(self, decode: Duration) -> Listened {
+    pub(in crate::engine) fn wait(mut self, decode: Duration) -> Listened {
         let slot = match self.slot {
             Ok(slot) => slot,
             Err(why) => return Listened::Heard(Err(why)),
@@ -150,6 +155,17 @@ impl Listening {
         let mut looks = self.listener.looks();
         let mut answer = slot.answer.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
+            match self.waiting.take().map(|(order, orders)| (orders.try_send(order), orders)) {
+                Some((Err(TrySendError::Full(order)), orders)) => {
+                    // The decode waits, and that is no standing still.
+                    let _ = self.decode.is_cancelled();
+                    self.waiting = Some((order, orders));
+                }
+                Some((Err(TrySendError::Disconnected(_)), _)) => {
+                    return Listened::Heard(Err("nobody listens any more".to_owned()));
+                }
+                Some((Ok(()), _)) | None => {}
+            }
             if let Some(heard) = answer.0.take() {
                 slot.there.notify_all();
                 return Listened::Heard(heard);
