@@ -9,6 +9,8 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     RATE_HZ, changes,
     changes::Changes,
@@ -69,7 +71,7 @@ pub struct Stretch<'a> {
 }
 
 /// A piece of a turn.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Voiced {
     /// In samples of the stream, half-open.
     pub from_sample: u64,

@@ -281,6 +281,11 @@ impl Subjects {
         format!("{}.transcript.{}.revision", self.prefix, filter.tokens())
     }
 
+    /// Finals and their revisions: what their stream has.
+    pub fn said_of(&self, filter: &Filter) -> String {
+        format!("{}.transcript.{}.*", self.prefix, filter.tokens())
+    }
+
     pub fn partials_of(&self, filter: &Filter) -> String {
         format!("{}.transcript.{}.partial", self.prefix, filter.tokens())
     }

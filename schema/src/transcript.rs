@@ -316,4 +316,20 @@ pub struct Checkpoint {
     /// The voices heard so far, as the diarizer keeps them; none without diarization.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub voices: Option<bytes::Bytes>,
+    /// Finals up to this one whose speakers are still being listened to, in order: `voices` knows nothing of them. Whoever
+    /// takes over hears them again.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub late: Vec<u64>,
+    /// What was found out with this final about earlier ones. Their revisions come behind it, from whoever has the session.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub told: Vec<ToldLate>,
+}
+
+/// The speakers of a final that was late: with the segments that stand in it, this is its revision.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ToldLate {
+    /// Of the final.
+    pub index: u64,
+    pub turns: Vec<Turn>,
+    pub speakers: Option<Speakers>,
 }

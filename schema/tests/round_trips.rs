@@ -181,7 +181,7 @@ proptest! {
         index in any::<u64>(), tail in text(), hit in any::<bool>(),
         headers in prop::collection::vec((text(), text()), 0..4), payload in prop::collection::vec(any::<u8>(), 0..64),
     ) {
-        both_codecs(&Checkpoint { index, prompt_tail: tail, guard_hit: hit, voices: Some(bytes::Bytes::from_static(b"\x00\xff")) })?;
+        both_codecs(&Checkpoint { index, prompt_tail: tail, guard_hit: hit, voices: Some(bytes::Bytes::from_static(b"\x00\xff")), late: vec![index], ..Checkpoint::default() })?;
         let entry = RawEntry { seq: index, headers, payload: payload.into() };
         let bytes = codec::to_msgpack(&entry).expect("MessagePack");
         prop_assert_eq!(codec::from_msgpack::<RawEntry>(&bytes).expect("reads"), entry);

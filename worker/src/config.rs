@@ -220,7 +220,7 @@ impl Default for WorkerConfig {
             // A day: longer recordings are split by whoever makes them.
             max_recording_s: 86_400,
             // Of none until a fleet has been killed under it often enough.
-            split_jobs_over_s: 0,
+            split_jobs_over_s: 600,
             // Seconds of work for a GPU: what it costs to begin one is little beside it, and at the end nobody waits long.
             job_part_s: 120,
             // An m4a's index for a day of audio is about 20 MB; libraries and the binary itself need the rest.
@@ -548,6 +548,7 @@ impl WorkerConfig {
             encoder: self.speaker_encoder.clone(),
             distance_percent: self.speaker_distance_percent,
             needs_mb: self.diarize_needs_mb,
+            later_ms: self.simulated.listen_ms,
         }
     }
 
@@ -570,6 +571,7 @@ impl WorkerConfig {
         Split {
             longer_than: if self.split_jobs_over_s == 0 { u64::MAX } else { samples(self.split_jobs_over_s) },
             part_samples: samples(self.job_part_s),
+            speakers_need_mb: self.diarize_needs_mb,
         }
     }
 

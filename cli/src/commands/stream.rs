@@ -20,7 +20,6 @@ use voxfleet_schema::{
     event::{Event, What},
     id::{Kind, StreamId},
     session::{OpenRequest, Opened, SessionOptions},
-    transcript::Final,
 };
 
 use super::{close, need_jetstream};
@@ -101,7 +100,7 @@ impl Answers {
                     format!("{why} (log entry {seq})")
                 });
             }
-            Seen::Event(_) | Seen::Partial(_) => {}
+            Seen::Event(_) | Seen::Partial(_) | Seen::Revision(_) => {}
         }
     }
 
@@ -118,12 +117,12 @@ pub(crate) async fn run(args: &StreamArgs, context: &Context) -> anyhow::Result<
     stream(args, context, &mut screen, &mut |_| ()).await
 }
 
-/// The same with the transcript going elsewhere: to `screen` whatever is news, to `keep` each final once.
+/// The same with the transcript going elsewhere: to `screen` whatever is news, to `keep` whatever came.
 pub(super) async fn stream(
     args: &StreamArgs,
     context: &Context,
     screen: &mut Screen,
-    keep: &mut (dyn FnMut(&Final) + Send),
+    keep: &mut (dyn FnMut(Seen<'_>) + Send),
 ) -> anyhow::Result<Exit> {
     let plan = Plan::of(args)?;
     let (input, format) = (plan.input.clone(), args.format);
@@ -145,7 +144,7 @@ async fn with_nats(
     nats: &Nats,
     context: &Context,
     screen: &mut Screen,
-    keep: &mut (dyn FnMut(&Final) + Send),
+    keep: &mut (dyn FnMut(Seen<'_>) + Send),
 ) -> anyhow::Result<Exit> {
     let give_up = Duration::from_secs(args.give_up_s);
     let mut producer = Producer::new(nats, plan.id.clone(), sound.format(), give_up).or_exit(Exit::Internal)?;
@@ -169,9 +168,7 @@ async fn with_nats(
     let lag = move |ms: u64| speed.map(|speed| ago(started, ms, speed));
     let (note, mut answers) = watch::channel(Answers::default());
     let mut seen = |seen: Seen<'_>| {
-        if let Seen::Final(value) = seen {
-            keep(value);
-        }
+        keep(seen);
         note.send_modify(|answers| answers.note(seen));
     };
     let following = follow_all(nats, &what, screen, &lag, &mut seen, &stop);

@@ -20,7 +20,8 @@ use crate::{
     },
     formats::{Chain, Document},
     transcript::{
-        line::{Paint, clock, of_final},
+        follow::Seen,
+        line::{Paint, clock, of_final, of_revision},
         screen::{Detail, Screen, Style, out},
     },
 };
@@ -115,17 +116,27 @@ async fn live(args: &TranscribeArgs, context: &Context) -> anyhow::Result<Exit> 
         flags: args.job.flags.clone(),
         ..StreamArgs::default()
     };
-    let mut chain = Chain::default();
-    let mut keep = |value: &voxfleet_schema::transcript::Final| {
-        if args.verbose
-            && let Some(line) = of_final(value, Paint { colour: false }, None)
-        {
+    let (mut chain, mut revisions) = (Chain::default(), Vec::new());
+    let mut keep = |seen: Seen<'_>| {
+        let paint = Paint { colour: false };
+        let line = match seen {
+            Seen::Final(value) => {
+                chain.finals.push(value.clone());
+                of_final(value, paint, None)
+            }
+            Seen::Revision(value) => {
+                revisions.push(value.clone());
+                of_revision(value, paint).map(|line| format!("revised {line}"))
+            }
+            Seen::Partial(_) | Seen::Event(_) => None,
+        };
+        if let Some(line) = line.filter(|_| args.verbose) {
             eprintln!("{line}");
         }
-        chain.finals.push(value.clone());
     };
     let mut screen = Screen::new(Style::Silent, Detail::default());
     let exit = stream::stream(&stream, context, &mut screen, &mut keep).await?;
+    chain.revise(revisions);
     // Stopped or failed half way, what was heard until then is still worth having.
     match chain.document() {
         Some(document) => deliver(&args.output, &document.or_exit(Exit::Internal)?)?,

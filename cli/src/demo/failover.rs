@@ -135,7 +135,7 @@ fn note(watched: &Mutex<Watched>, news: Seen<'_>) {
     let (gpu_id, epoch, is_final) = match news {
         Seen::Final(new) => (&new.gpu_id, new.epoch, true),
         Seen::Partial(new) => (&new.gpu_id, new.epoch, false),
-        Seen::Event(_) => return,
+        Seen::Revision(_) | Seen::Event(_) => return,
     };
     let mut watched = locked(watched);
     watched.owner = Some((gpu_id.clone(), epoch));

@@ -1,4 +1,4 @@
-//! Reads finals, partials and events as they come and hands what is news to a [`Screen`], until told to stop.
+//! Reads finals and their revisions, partials and events as they come and hands what is news to a [`Screen`], until told to stop.
 
 use std::time::Duration;
 
@@ -6,11 +6,11 @@ use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
     Nats,
     retry::Backoff,
-    transcript::{self, Filter, Read, ReadError, Start},
+    transcript::{self, Filter, Read, ReadError, Said, Start},
 };
 use voxfleet_schema::{
     event::Event,
-    transcript::{Final, Partial},
+    transcript::{Final, Partial, Revision},
 };
 
 use super::{screen::Screen, view::View};
@@ -67,12 +67,14 @@ pub(crate) async fn follow(
 pub(crate) enum Seen<'a> {
     /// New, each once.
     Final(&'a Final),
+    /// New, each once; of a final that came before it.
+    Revision(&'a Revision),
     /// As it came, old epochs and all.
     Partial(#[cfg_attr(not(feature = "bench"), expect(dead_code, reason = "the demo looks at it"))] &'a Partial),
     Event(&'a Event),
 }
 
-/// `seen` is told every new final, every partial and every event.
+/// `seen` is told every new final and revision, every partial and every event.
 pub(crate) async fn follow_all(
     nats: &Nats,
     what: &Follow,
@@ -83,29 +85,42 @@ pub(crate) async fn follow_all(
 ) -> Result<Followed, FollowError> {
     let (past, present) =
         if what.from_start { (Start::First, Start::LastPerSubject) } else { (Start::New, Start::New) };
-    let mut finals = transcript::finals(nats, &what.filter, past);
+    // Of one reader, so that they come in the order in which they stand.
+    let mut said = transcript::said(nats, &what.filter, past);
     let mut events = transcript::events(nats, &what.filter, past);
     let mut partials = transcript::partials(nats, &what.filter, present);
     let mut view = View::default();
     let mut backoff = Backoff::default();
     // Until the past has been read, a partial would stand above finals that belong before it.
     let mut caught_up = !what.from_start;
+    let mut end: Option<Box<Final>> = None;
     loop {
         tokio::select! {
             biased;
             () = stop.cancelled() => return Ok(Followed::Stopped),
-            read = finals.next() => {
+            read = said.next() => {
                 let Some(read) = good(read, nats, &mut backoff).await? else { continue };
-                let (value, last) = (read.value, read.pending == 0);
+                let last = read.pending == 0;
                 caught_up |= last;
-                if let Some(news) = view.on_final(&value) {
-                    let heard_ms = value.segments.last().map(|s| s.end_ms);
-                    screen.show(&news, heard_ms.and_then(lag))?;
-                    seen(Seen::Final(&value));
+                match read.value {
+                    Said::Final(value) => {
+                        if let Some(news) = view.on_final(&value) {
+                            let heard_ms = value.segments.last().map(|s| s.end_ms);
+                            screen.show(&news, heard_ms.and_then(lag))?;
+                            seen(Seen::Final(&value));
+                        }
+                        end = Some(value).filter(|value| value.end);
+                    }
+                    Said::Revision(value) => {
+                        if let Some(news) = view.on_revision(&value) {
+                            screen.show(&news, None)?;
+                            seen(Seen::Revision(&value));
+                        }
+                    }
                 }
                 // An end in the past may have been followed by more audio.
-                if what.until_end && value.end && last {
-                    return Ok(Followed::Ended(Box::new(value)));
+                if what.until_end && last && let Some(end) = end.take() {
+                    return Ok(Followed::Ended(end));
                 }
             }
             read = events.next() => {

@@ -2,7 +2,7 @@
 
 use voxfleet_schema::{
     event::Event,
-    transcript::{Final, Partial, Segment, Word},
+    transcript::{Final, Partial, Revision, Segment, Word},
 };
 
 /// Colours where they are wanted: on a terminal.
@@ -73,6 +73,22 @@ fn samples_ms(samples: u64) -> u64 {
     samples * 1000 / u64::from(voxfleet_schema::SAMPLE_RATE_HZ)
 }
 
+/// Segments of several channels overlap.
+fn range(segments: &[Segment]) -> Option<(u64, u64)> {
+    Some((segments.first()?.start_ms, segments.iter().map(|s| s.end_ms).max()?))
+}
+
+/// The line of an earlier final as it reads now, or why it is not known who speaks in it.
+pub(crate) fn of_revision(r: &Revision, paint: Paint) -> Option<String> {
+    let (from, to) = range(&r.segments)?;
+    let mut line = format!("{}  {}", paint.dim(&format!("{}-{}", clock(from), clock(to))), spoken(&r.segments, paint));
+    let nobody = r.segments.iter().all(|segment| segment.speaker.is_none());
+    if let Some(why) = r.speakers.as_ref().and_then(|speakers| speakers.why.as_deref()).filter(|_| nobody) {
+        line.push_str(&paint.yellow(&format!("  [no speakers: {why}]")));
+    }
+    Some(line)
+}
+
 /// A final without text (silence, lost audio) has a line only when it says something.
 pub(crate) fn of_final(f: &Final, paint: Paint, lag_ms: Option<u64>) -> Option<String> {
     let text = spoken(&f.segments, paint);
@@ -89,11 +105,7 @@ pub(crate) fn of_final(f: &Final, paint: Paint, lag_ms: Option<u64>) -> Option<S
     if text.is_empty() && notes.is_empty() {
         return None;
     }
-    // Segments of several channels overlap.
-    let range = match (f.segments.first(), f.segments.iter().map(|s| s.end_ms).max()) {
-        (Some(first), Some(last)) => (first.start_ms, last),
-        _ => (samples_ms(f.from_sample), samples_ms(f.to_sample)),
-    };
+    let range = range(&f.segments).unwrap_or_else(|| (samples_ms(f.from_sample), samples_ms(f.to_sample)));
     let mut line = format!(
         "{} {}  {}",
         paint.dim(&format!("{}-{}", clock(range.0), clock(range.1))),
@@ -122,9 +134,9 @@ pub(crate) fn of_partial(p: &Partial, paint: Paint) -> String {
 }
 
 /// Each word with its start in seconds: `good 0.53 morning 0.68`.
-pub(crate) fn of_words(f: &Final, paint: Paint) -> Option<String> {
+pub(crate) fn of_words(segments: &[Segment], paint: Paint) -> Option<String> {
     let one = |w: &Word| format!("{} {}", w.text.trim(), paint.dim(&format!("{:.2}", w.start_ms as f64 / 1000.0)));
-    let words: Vec<String> = f.segments.iter().flat_map(|s| &s.words).map(one).collect();
+    let words: Vec<String> = segments.iter().flat_map(|s| &s.words).map(one).collect();
     (!words.is_empty()).then(|| words.join("  "))
 }
 
@@ -147,7 +159,7 @@ pub(crate) fn of_event(e: &Event, paint: Paint) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::view::tests::{a_final, a_partial};
+    use super::super::view::tests::{a_final, a_partial, a_revision};
     use super::*;
 
     const PLAIN: Paint = Paint { colour: false };
@@ -157,7 +169,7 @@ mod tests {
         let f = a_final(3, 1, "cpu-h-0", "good morning");
         assert_eq!(of_final(&f, PLAIN, Some(640)).as_deref(), Some("00:03.0-00:03.9 cpu-h-0  good morning  +0.6 s"));
         assert_eq!(of_partial(&a_partial(None, 1, "g", 24_000), PLAIN), "00:00.0-00:01.5 g  good morning  lag 0.4 s");
-        assert_eq!(of_words(&f, PLAIN).as_deref(), Some("good morning 3.00"));
+        assert_eq!(of_words(&f.segments, PLAIN).as_deref(), Some("good morning 3.00"));
     }
 
     #[test]
@@ -172,6 +184,19 @@ mod tests {
         assert_eq!(of_final(&f, PLAIN, None).as_deref(), Some("00:00.0-00:00.9 g  S1: good morning  S2: hello"));
         f.segments[2].speaker = None;
         assert_eq!(of_final(&f, PLAIN, None).as_deref(), Some("00:00.0-00:00.9 g  S1: good morning  hello"));
+    }
+
+    #[test]
+    fn a_revision_is_its_final_as_it_reads_now() {
+        let mut r = a_revision(3, 1, "good morning", "S2");
+        assert_eq!(of_revision(&r, PLAIN).as_deref(), Some("00:03.0-00:03.9  S2: good morning"));
+        r.segments[0].speaker = None;
+        let why = serde_json::json!({"by": "none", "why": "its audio has expired"});
+        r.speakers = Some(serde_json::from_value(why).expect("speakers"));
+        let told = "00:03.0-00:03.9  good morning  [no speakers: its audio has expired]";
+        assert_eq!(of_revision(&r, PLAIN).as_deref(), Some(told));
+        r.segments.clear();
+        assert_eq!(of_revision(&r, PLAIN), None);
     }
 
     #[test]

@@ -82,7 +82,7 @@ impl Screen {
                 if let Some(text) = line::of_final(new, self.paint, lag_ms) {
                     self.line(&self.named(&new.id, &text, "final  "))?;
                 }
-                match line::of_words(new, self.paint).filter(|_| self.detail.words) {
+                match line::of_words(&new.segments, self.paint).filter(|_| self.detail.words) {
                     Some(words) => self.line(&format!("    {words}")),
                     None => Ok(()),
                 }
@@ -104,6 +104,18 @@ impl Screen {
                 bar.set_message(text);
                 bar.tick();
                 Ok(())
+            }
+            News::Revision(new) => {
+                let Some(text) = line::of_revision(new, self.paint) else { return Ok(()) };
+                let text = match self.style {
+                    Style::Terminal => format!("{} {text}", self.paint.yellow("revised")),
+                    _ => text,
+                };
+                self.line(&self.named(&new.id, &text, "revised"))?;
+                match line::of_words(&new.segments, self.paint).filter(|_| self.detail.words) {
+                    Some(words) => self.line(&format!("    {words}")),
+                    None => Ok(()),
+                }
             }
             News::Moved(told) => {
                 if let Some(bar) = self.open.remove(&told.id) {
@@ -164,6 +176,7 @@ impl Screen {
             News::Moved(Move { id, from, to, epoch }) => {
                 object(&json!({"type": "moved", "id": id, "from": from, "to": to, "epoch": epoch}))
             }
+            News::Revision(new) => object(&json!({"type": "revision", "revision": new})),
             News::Event(event) => object(&json!({"type": "event", "event": event})),
         }
     }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use voxfleet_schema::{
     event::{Event, Scope, What},
     id::{Kind, StreamId},
-    transcript::{Final, Partial},
+    transcript::{Final, Partial, Revision},
 };
 
 #[derive(Debug, Default)]
@@ -21,6 +21,8 @@ struct Session {
     moved: u64,
     /// Range of the newest partial since that final.
     partial_to: u64,
+    /// Number of the last revision shown: they count along the chain.
+    revision: u64,
 }
 
 /// State of everything shown so far.
@@ -45,6 +47,8 @@ pub(crate) enum News<'a> {
         new: &'a Partial,
         moved_from: Option<String>,
     },
+    /// What stands in the place of an earlier final's segments.
+    Revision(&'a Revision),
     /// Told by the dispatcher before anything of the new owner came: what the old one was at is void.
     Moved(Move),
     Event(&'a Event),
@@ -97,6 +101,15 @@ impl View {
         let moved_from = session.owner(new.epoch, new.gpu_id.as_str());
         session.partial_to = new.to_sample;
         Some(News::Partial { new, moved_from })
+    }
+
+    pub(crate) fn on_revision<'a>(&mut self, new: &'a Revision) -> Option<News<'a>> {
+        let session = self.session(new.kind, &new.id);
+        if new.revision <= session.revision {
+            return None;
+        }
+        session.revision = new.revision;
+        Some(News::Revision(new))
     }
 
     pub(crate) fn on_event<'a>(&mut self, new: &'a Event) -> Option<News<'a>> {
@@ -264,6 +277,24 @@ pub(crate) mod tests {
         let mut late = View::default();
         assert!(matches!(late.on_partial(&partial), Some(News::Partial { moved_from: None, .. })));
         assert!(matches!(late.on_event(&a_move(2, "a", "b")), Some(News::Moved(_))));
+    }
+
+    pub(crate) fn a_revision(index: u64, revision: u64, text: &str, speaker: &str) -> Revision {
+        let mut segments = a_final(index, 1, "g", text).segments;
+        segments[0].speaker = Some(speaker.to_owned());
+        let id = StreamId::new("s").expect("id");
+        Revision { kind: Kind::Session, id, index, revision, epoch: 1, segments, turns: Vec::new(), speakers: None }
+    }
+
+    #[test]
+    fn revisions_are_shown_once_and_in_order() {
+        let mut view = View::default();
+        let (first, second) = (a_revision(0, 1, "x", "S1"), a_revision(3, 2, "y", "S2"));
+        // Of a final from before as well: whoever began to read behind it has not seen its words.
+        assert_eq!(view.on_revision(&second), Some(News::Revision(&second)));
+        assert!(view.on_revision(&second).is_none() && view.on_revision(&first).is_none());
+        let again = a_revision(3, 3, "y", "S1");
+        assert!(view.on_revision(&again).is_some(), "the highest counts");
     }
 
     #[test]

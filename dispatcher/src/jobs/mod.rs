@@ -17,7 +17,7 @@ use voxfleet_schema::{
     failure::Failure,
     id::{StreamId, WorkerName},
     job::{JobRecord, JobState},
-    session::SessionOptions,
+    session::{Diarize, SessionOptions},
     transcript::{Final, VadKind},
 };
 
@@ -207,10 +207,10 @@ impl Job {
 }
 
 /// Whether `part` may be a stretch of this whole: the same recording, asked for in the same way, by whoever has the whole.
-/// Parts name the model that the whole runs by default.
+/// Parts name the model that the whole runs by default, and leave its speakers to the whole.
 pub fn is_part_of(part: &JobRecord, whole: &JobRecord) -> bool {
     let model = |record: &JobRecord| record.options.model.clone();
-    let others = |record: &JobRecord| SessionOptions { model: None, ..record.options.clone() };
+    let others = |record: &JobRecord| SessionOptions { model: None, diarize: Diarize::Off, ..record.options.clone() };
     let same_model = model(whole).is_none_or(|model_of_whole| model(part) == Some(model_of_whole));
     let same = (&part.audio, &part.name) == (&whole.audio, &whole.name) && others(part) == others(whole);
     same && same_model && whole.part.is_none()
@@ -496,6 +496,8 @@ mod tests {
         };
         let whole = of("whole", &|_| ());
         assert!(is_part_of(&part(&|_| ()), &whole), "the model that the whole runs by default");
+        let told_apart = of("whole", &|record| record.options.diarize = Diarize::On);
+        assert!(is_part_of(&part(&|_| ()), &told_apart), "speakers are told apart in the whole");
         let named = of("whole", &|record| record.options.model = Some("large-v3".to_owned()));
         assert!(!is_part_of(&part(&|_| ()), &named));
         assert!(!is_part_of(&part(&|_| ()), &part(&|_| ())), "of a part");

@@ -13,7 +13,7 @@ mod storing;
 
 use std::marker::PhantomData;
 
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, de::DeserializeOwned};
 use voxfleet_schema::{
     codec::{self, CodecError},
     event::{Event, Scope, What},
@@ -84,6 +84,18 @@ impl<T: DeserializeOwned> Reader<T> {
 
 pub fn finals(nats: &Nats, filter: &Filter, start: Start) -> Reader<Final> {
     Reader::new(nats, TRANSCRIPT, nats.subjects().finals_of(filter), start)
+}
+
+/// What a chain says, in the order in which it stands: finals, and what replaces the segments of earlier ones.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(untagged)]
+pub enum Said {
+    Final(Box<Final>),
+    Revision(Box<Revision>),
+}
+
+pub fn said(nats: &Nats, filter: &Filter, start: Start) -> Reader<Said> {
+    Reader::new(nats, TRANSCRIPT, nats.subjects().said_of(filter), start)
 }
 
 pub fn partials(nats: &Nats, filter: &Filter, start: Start) -> Reader<Partial> {

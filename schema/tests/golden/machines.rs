@@ -15,6 +15,7 @@ fn what_only_machines_exchange_is_pinned_messagepack() {
             prompt_tail: "good morning".into(),
             guard_hit: true,
             voices: Some(Bytes::from_static(&[1, 0, 255])),
+            ..Checkpoint::default()
         },
     );
     msgpack(

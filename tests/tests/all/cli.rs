@@ -28,20 +28,20 @@ fn command(url: &str, dir: &Path, arguments: &[&str]) -> Result<Command> {
 }
 
 /// Runs to its end on a thread that may block, so that the server's pipes keep being served.
-async fn run(url: &str, dir: &Path, arguments: &[&str]) -> Result<Output> {
+pub(crate) async fn run(url: &str, dir: &Path, arguments: &[&str]) -> Result<Output> {
     let mut command = command(url, dir, arguments)?;
     Ok(tokio::task::spawn_blocking(move || command.output()).await??)
 }
 
-fn out(output: &Output) -> String {
+pub(crate) fn out(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn said(output: &Output) -> String {
+pub(crate) fn said(output: &Output) -> String {
     format!("{}{}", out(output), String::from_utf8_lossy(&output.stderr))
 }
 
-fn objects(output: &Output) -> Result<Vec<Value>> {
+pub(crate) fn objects(output: &Output) -> Result<Vec<Value>> {
     out(output).lines().map(|l| serde_json::from_str(l).with_context(|| l.to_owned())).collect()
 }
 

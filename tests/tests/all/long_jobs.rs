@@ -18,6 +18,7 @@ use voxfleet_nats::{
 use voxfleet_schema::{
     id::StreamId,
     job::{JobList, JobListRequest, JobQuery, JobRecord, JobRequest, JobState, JobStatus},
+    session::SessionOptions,
 };
 
 use crate::{
@@ -39,10 +40,20 @@ fn recording() -> Pcm {
 }
 
 async fn hand_in(nats: &Nats, fleet: &Fleet, job: &str, pcm: &Pcm) -> Result<()> {
+    hand_in_as(nats, fleet, job, pcm, SessionOptions::default()).await
+}
+
+pub(crate) async fn hand_in_as(
+    nats: &Nats,
+    fleet: &Fleet,
+    job: &str,
+    pcm: &Pcm,
+    options: SessionOptions,
+) -> Result<()> {
     let store = fleet.js().get_object_store("asr_media").await?;
     store.put(format!("upload/{job}").as_str(), &mut pcm.wav().as_slice()).await?;
     let audio = Some(format!("object://asr_media/upload/{job}"));
-    submit(nats, &JobRequest { audio, data: None, ..request(job, Vec::new())? }).await?;
+    submit(nats, &JobRequest { audio, data: None, options, ..request(job, Vec::new())? }).await?;
     Ok(())
 }
 
@@ -68,7 +79,7 @@ async fn parts(nats: &Nats, job: &str) -> Result<Vec<JobRecord>> {
 }
 
 /// Waits until some part of it is with another worker than `not`, and has finals; gives that worker.
-async fn abroad(nats: &Nats, fleet: &Fleet, job: &str, not: usize) -> Result<usize> {
+pub(crate) async fn abroad(nats: &Nats, fleet: &Fleet, job: &str, not: usize) -> Result<usize> {
     let found = eventually("a part at another worker", PATIENCE, || async {
         for part in parts(nats, job).await.ok()? {
             let Some(worker) = part.worker.filter(|_| part.state == JobState::Assigned) else { continue };
@@ -168,7 +179,7 @@ async fn whoever_dies_in_between_no_word_is_lost_and_none_is_said_twice() -> Res
     Ok(())
 }
 
-async fn parent_at_once(nats: &Nats, fleet: &Fleet, job: &str) -> Result<usize> {
+pub(crate) async fn parent_at_once(nats: &Nats, fleet: &Fleet, job: &str) -> Result<usize> {
     let at = eventually("its worker", PATIENCE, || async { parent_at(nats, job).await.ok() }).await;
     at.with_context(|| fleet.logs())
 }

@@ -279,7 +279,7 @@ async fn checkpoints_belong_to_their_session() -> Result<()> {
     let nats = ready(vec![server.url()], 1).await?;
     let chain = Chain::new(&nats);
     let (a, b) = (StreamId::new("a")?, StreamId::new("b")?);
-    let checkpoint = Checkpoint { index: 7, prompt_tail: "so far".into(), guard_hit: true, voices: None };
+    let checkpoint = Checkpoint { index: 7, prompt_tail: "so far".into(), guard_hit: true, ..Checkpoint::default() };
     let seq = chain.checkpoint_put(Kind::Session, &a, &checkpoint).await?;
     ensure!(chain.checkpoint_get(Kind::Session, &a, seq).await? == Some(checkpoint));
     ensure!(chain.checkpoint_get(Kind::Session, &b, seq).await?.is_none());

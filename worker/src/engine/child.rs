@@ -5,6 +5,7 @@
 //! partials, the oldest ready window first; partials only where a thread is idle. The loop ends when the supervisor
 //! closes the socket or dies.
 
+mod again;
 mod desk;
 mod neighbour;
 mod pace;

@@ -15,8 +15,8 @@ use std::{
 };
 
 use super::{
-    EngineError, Hypothesis, Recognizer, RecognizerInfo, Window,
-    diarize::{DiarizeConfig, Ears, HeardLate, Listened, Listening},
+    Cancel, EngineError, Hypothesis, Recognizer, RecognizerInfo, Window,
+    diarize::{DiarizeConfig, Ears, HeardLate, Hearing, Listened, Listening},
     guards::{Judged, judge},
     models,
     simulated::{self, SimulatedModel},
@@ -168,6 +168,8 @@ pub struct Pool {
     loader: JoinHandle<()>,
     /// States that are being dropped.
     forgetting: Vec<Receiver<()>>,
+    /// Listens to finals that were decoded elsewhere.
+    ears: Ears,
 }
 
 struct DecodeThread {
@@ -195,12 +197,19 @@ impl Pool {
                 .spawn(move || decode_loop(number, ears, &queue, &events))?;
             threads.push(DecodeThread { orders, thread, idle: true, warm: Vec::new() });
         }
+        let ears = Ears::start("ears".to_owned(), config.diarize.clone(), config.onnxruntime.clone(), events.clone())?;
         let (loads, queue) = sync_channel(config.models.len().max(1));
         let (config, events) = (config.clone(), events.clone());
         let loader = std::thread::Builder::new()
             .name("model-loader".to_owned())
             .spawn(move || load_loop(&config, &queue, &events))?;
-        Ok(Self { threads, loads, loader, forgetting: Vec::new() })
+        Ok(Self { threads, loads, loader, forgetting: Vec::new(), ears })
+    }
+
+    /// Listens to a window that is not decoded here; the answer is a [`HeardLate`] of this handle. Gives it back where too many
+    /// wait already.
+    pub fn listen(&self, handle: u64, hearing: Hearing) -> Result<Cancel, Box<Hearing>> {
+        self.ears.listen(handle, hearing)
     }
 
     pub fn idle(&self) -> bool {

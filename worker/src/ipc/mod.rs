@@ -10,7 +10,7 @@ pub mod transport;
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::engine::diarize::DiarizeConfig;
+pub use crate::engine::diarize::{DiarizeConfig, Heard};
 use voxfleet_schema::{
     audio::RawEntry,
     event::What,
@@ -41,6 +41,9 @@ pub struct StartPoint {
     /// It was named by the final and could not be found.
     #[serde(default)]
     pub checkpoint_missing: bool,
+    /// Finals before it whose speakers nobody has told: what is heard of them comes as [`ToEngine::Heard`].
+    #[serde(default)]
+    pub late: Vec<u64>,
     /// Another worker was at work on it, or there is a final already: somebody may be waiting for its next words.
     #[serde(default)]
     pub taken_over: bool,
@@ -80,6 +83,7 @@ impl StartPoint {
             lost: None,
             checkpoint: Checkpoint::default(),
             checkpoint_missing: false,
+            late: Vec::new(),
             taken_over: false,
         }
     }
@@ -176,6 +180,8 @@ pub struct SimulatedConfig {
     /// The process aborts when the voice detector is shown so many of them in one frame of 512.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub poison_vad: Option<u32>,
+    /// Who speaks is known this much later than it is heard; with any engine.
+    pub listen_ms: u64,
 }
 
 impl Default for SimulatedConfig {
@@ -194,6 +200,7 @@ impl Default for SimulatedConfig {
             poison: None,
             poison_hang: None,
             poison_vad: None,
+            listen_ms: 0,
         }
     }
 }
@@ -222,12 +229,20 @@ pub enum ToEngine {
         /// Nothing is decoded: its finals say where a recording is cut, and how much speech there is.
         #[serde(default)]
         scout: bool,
+        /// Of a scout: the speakers of its first final are listened to, and nothing else is said of it.
+        #[serde(default)]
+        hears: bool,
     },
     /// Say `Pong`.
     Ping {
         n: u64,
     },
     Entry(EntryFor),
+    /// What was heard of the speakers of a final that was late when the session came here.
+    Heard {
+        handle: u64,
+        heard: Box<HeardOf>,
+    },
     /// Nothing more is fed: finish a final already begun and say so, begin no other.
     Finish {
         handle: u64,
@@ -256,6 +271,23 @@ pub struct Suspect {
 pub struct EntryFor {
     pub handle: u64,
     pub entry: RawEntry,
+}
+
+/// What was heard of a final.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HeardOf {
+    pub index: u64,
+    /// As they stand in the chain; none where it is not there any more.
+    pub segments: Option<Vec<Segment>>,
+    pub heard: Result<Heard, String>,
+}
+
+/// What was heard in the first stretch of a stream that listens.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HeardIn {
+    pub from_sample: u64,
+    pub to_sample: u64,
+    pub heard: Result<Heard, String>,
 }
 
 /// Child -> supervisor.
@@ -298,6 +330,11 @@ pub enum FromEngine {
     Revision {
         handle: u64,
         revision: Box<RevisionDraft>,
+    },
+    /// All that a scout that listens says.
+    Heard {
+        handle: u64,
+        heard: Box<HeardIn>,
     },
     /// A window of the stretch that begins at this sample goes to a decode thread. Said before it does, so that whoever
     /// finds the child dead knows what it was doing.
@@ -404,6 +441,9 @@ pub struct FinalDraft {
     /// Its audio was set aside undecoded; `error` says why.
     #[serde(default)]
     pub parked: bool,
+    /// A scout's: the voices in it, where its words are decoded elsewhere and speakers are asked for.
+    #[serde(default)]
+    pub heard: Option<Result<Heard, String>>,
     pub guards: Vec<String>,
     pub checkpoint_missing: bool,
     /// To be written before the final; none when nothing goes beyond it.

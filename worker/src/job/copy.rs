@@ -1,8 +1,10 @@
 //! From the chain of a part into the chain of the whole.
 //!
 //! A final is taken as it is: who decoded it, with what and on which device stays in it. What is its place there is said anew:
-//! whose it is, its index, its epoch, its id, and whether the recording ends with it. Recordings whose speakers are to be told
-//! apart have no parts.
+//! whose it is, its index, its epoch, its id, and whether the recording ends with it. And who spoke: a part has words alone, the
+//! scout has heard the voices, and whose they are follows from those before them, in order, as in one piece.
+
+use std::sync::Arc;
 
 use voxfleet_nats::transcript::{ChainError, Outcome, StoredFinal};
 use voxfleet_schema::{
@@ -10,10 +12,18 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     id::{Kind, StreamId},
     job::JobStage,
-    transcript::{Final, Partial},
+    session::{Channels, Diarize, SessionOptions},
+    transcript::{Checkpoint, Final, Partial},
 };
 
 use super::{Job, Work, part::is_mark, parts::Bound};
+use crate::{
+    engine::{
+        diarize::{Ending, Heard, Listened},
+        stream::Tellers,
+    },
+    session::{before_the_end, checkpointed, locate},
+};
 
 /// What is to be copied now.
 pub(super) struct Copy {
@@ -27,6 +37,8 @@ pub(super) struct Copy {
     pub(super) is_done: bool,
     /// The end of the chain of the whole.
     pub(super) last: Option<StoredFinal>,
+    /// Who has spoken up to the final of this index.
+    pub(super) tellers: Option<(u64, Tellers)>,
 }
 
 /// How far it got.
@@ -34,6 +46,7 @@ pub(super) struct Copied {
     pub(super) number: u64,
     pub(super) from_seq: u64,
     pub(super) last: Option<StoredFinal>,
+    pub(super) tellers: Option<(u64, Tellers)>,
     /// None: more of it is to come.
     pub(super) over: Option<Over>,
 }
@@ -62,7 +75,7 @@ enum Place {
 }
 
 /// Judges the next final of a part's chain, where the whole wants `wanted` next.
-fn place(value: &Final, wanted: Bound) -> Place {
+fn place(value: &Final, wanted: &Bound) -> Place {
     if let Some(failure) = &value.error {
         return Place::Broken(failure.clone());
     }
@@ -92,15 +105,15 @@ fn adopted(value: Final, id: &StreamId, epoch: u64, last: Option<&Final>, end: b
 
 impl Copy {
     /// Stores what is there.
-    pub(super) async fn run(mut self, job: &Job, work: &Work) -> Copied {
-        let over = self.all(job, work).await;
+    pub(super) async fn run(mut self, job: &Job, work: &Work, options: &SessionOptions) -> Copied {
+        let over = self.all(job, work, options).await;
         if let Some(last) = &self.last {
             self.tell(job, &last.value).await;
         }
-        Copied { number: self.number, from_seq: self.from_seq, last: self.last, over }
+        Copied { number: self.number, from_seq: self.from_seq, last: self.last, tellers: self.tellers, over }
     }
 
-    async fn all(&mut self, job: &Job, work: &Work) -> Option<Over> {
+    async fn all(&mut self, job: &Job, work: &Work, options: &SessionOptions) -> Option<Over> {
         let shared = &job.means.shared;
         for wanted in std::mem::take(&mut self.wanted) {
             let value = loop {
@@ -122,7 +135,7 @@ impl Copy {
                         return None;
                     }
                 };
-                match place(&stored.value, wanted) {
+                match place(&stored.value, &wanted) {
                     Place::Passed => self.from_seq = stored.seq + 1,
                     Place::Broken(failure) => return Some(Over::Unusable(failure)),
                     Place::Next => {
@@ -135,7 +148,18 @@ impl Copy {
             if value.gpu_id != job.handle.names.gpu_id {
                 work.shared.store(true, std::sync::atomic::Ordering::Relaxed);
             }
+            if last.is_some_and(|last| last.to_sample != wanted.from_sample) {
+                let why = format!("the chain of the whole does not end at {}, where it begins", wanted.from_sample);
+                return Some(Over::Unusable(Failure::new(FailureClass::Internal, why)));
+            }
             let mut value = adopted(value, &job.item.job, job.handle.epoch(), last, wanted.end);
+            if options.diarize != Diarize::Off
+                && options.channels == Channels::Mix
+                && let Err(error) = self.attribute(&mut value, wanted.heard, job, options).await
+            {
+                let why = format!("its speakers cannot be stored: {error}");
+                return Some(Over::Failed(Failure::new(FailureClass::Internal, why)));
+            }
             if value.end {
                 job.handle.figures.enter(JobStage::Finishing);
                 match work.aggregate(&shared.chain, &value).await {
@@ -170,6 +194,51 @@ impl Copy {
         Some(Over::All)
     }
 
+    /// Says who spoke in a final that stands next in the chain of the whole, and puts what is known of them before it.
+    async fn attribute(
+        &mut self,
+        value: &mut Final,
+        heard: Option<Arc<Result<Heard, String>>>,
+        job: &Job,
+        options: &SessionOptions,
+    ) -> Result<(), ChainError> {
+        let (chain, last) = (&job.means.shared.chain, self.last.as_ref().map(|last| &last.value));
+        let known = self.tellers.take().filter(|(index, _)| last.is_some_and(|last| last.index == *index));
+        let mut tellers = match known {
+            Some((_, tellers)) => tellers,
+            None => {
+                let start = locate(chain, None, Kind::Job, &value.id, last).await?;
+                value.checkpoint_missing = start.checkpoint_missing;
+                let Some(tellers) = Tellers::new(options, &start) else { return Ok(()) };
+                tellers
+            }
+        };
+        let listened = heard.map_or(Listened::NotAsked, |heard| Listened::Heard(Arc::unwrap_or_clone(heard)));
+        if let Listened::Heard(Ok(heard)) = &listened {
+            value.timings.diarize_ms = heard.took.as_millis() as u64;
+        }
+        let told = tellers.tell(value.index, std::mem::take(&mut value.segments), listened);
+        (value.segments, value.turns, value.speakers) = (told.segments, told.turns, told.speakers);
+        let voices = tellers.voices();
+        let mut checkpoint =
+            voices.map(|voices| Checkpoint { index: value.index, voices: Some(voices), ..Checkpoint::default() });
+        if value.end {
+            let end = Ending {
+                checkpoint: &mut checkpoint,
+                segments: &mut value.segments,
+                turns: &mut value.turns,
+                speakers: &mut value.speakers,
+            };
+            before_the_end(chain, &job.handle.names, options, end, value.epoch, last.map(|last| last.index)).await?;
+        }
+        value.checkpoint_seq = match &checkpoint {
+            Some(checkpoint) => Some(checkpointed(chain, &job.handle.names, checkpoint).await?),
+            None => None,
+        };
+        self.tellers = Some((value.index, tellers));
+        Ok(())
+    }
+
     /// Says how far the whole is.
     async fn tell(&self, job: &Job, last: &Final) {
         if !job.handle.progress_due() {
@@ -200,7 +269,7 @@ mod tests {
     use crate::session::tests::final_of;
 
     fn bound(from_sample: u64, to_sample: u64) -> Bound {
-        Bound { from_sample, to_sample, end: false }
+        Bound { from_sample, to_sample, end: false, heard: None }
     }
 
     fn final_at(from_sample: u64, to_sample: u64) -> Final {
@@ -209,17 +278,17 @@ mod tests {
 
     #[test]
     fn only_what_comes_next_is_taken() {
-        assert_eq!(place(&final_at(100, 200), bound(100, 200)), Place::Next);
-        assert_eq!(place(&final_at(50, 100), bound(100, 200)), Place::Passed, "it stands there already");
-        assert_eq!(place(&final_at(100, 100), bound(100, 200)), Place::Passed, "a mark");
+        assert_eq!(place(&final_at(100, 200), &bound(100, 200)), Place::Next);
+        assert_eq!(place(&final_at(50, 100), &bound(100, 200)), Place::Passed, "it stands there already");
+        assert_eq!(place(&final_at(100, 100), &bound(100, 200)), Place::Passed, "a mark");
         for odd in [final_at(100, 201), final_at(200, 300)] {
-            assert!(matches!(place(&odd, bound(100, 200)), Place::Broken(_)), "{odd:?}");
+            assert!(matches!(place(&odd, &bound(100, 200)), Place::Broken(_)), "{odd:?}");
         }
         let last = Final { end: true, ..final_at(200, 200) };
-        assert_eq!(place(&last, bound(200, 200)), Place::Next, "the recording's end");
+        assert_eq!(place(&last, &bound(200, 200)), Place::Next, "the recording's end");
         let failure = Failure::new(FailureClass::EngineCrash, "x");
         let failed = Final { error: Some(failure.clone()), end: true, ..final_at(200, 200) };
-        assert_eq!(place(&failed, bound(200, 300)), Place::Broken(failure));
+        assert_eq!(place(&failed, &bound(200, 300)), Place::Broken(failure));
     }
 
     #[test]

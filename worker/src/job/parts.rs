@@ -4,7 +4,11 @@
 //! recording alone, so a part is the same whoever cuts, and wherever in the recording he begins to; its name says of which
 //! recording, how cut and how decoded, and a worker that takes the whole over finds what others have done.
 
-use std::{collections::BTreeMap, collections::VecDeque, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
@@ -15,7 +19,7 @@ use voxfleet_schema::{
     transcript::{Resume, VadKind},
 };
 
-use crate::ipc::FinalDraft;
+use crate::{engine::diarize::Heard, ipc::FinalDraft};
 
 /// Parts that wait for a worker at most. More would only wait, and stand in the way of nobody's but their own parent's turn.
 const MOST_WAITING: usize = 8;
@@ -25,12 +29,14 @@ const MOST_ABROAD: usize = 64;
 /// has died and there is no other, or it is slow. Whoever of the two stores a final first, the other goes on behind it.
 const STALLED: Duration = Duration::from_secs(15);
 
-/// A final of the whole recording: where it begins and ends, and whether it is the last one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A final of the whole recording: where it begins and ends, whether it is the last one, and the voices in it, where speakers
+/// are asked for.
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Bound {
     pub(super) from_sample: u64,
     pub(super) to_sample: u64,
     pub(super) end: bool,
+    pub(super) heard: Option<Arc<Result<Heard, String>>>,
 }
 
 /// What parts are named after: everything that shapes their text.
@@ -180,7 +186,8 @@ impl Parts {
     /// The next final of the recording, undecoded.
     pub(super) fn cut(&mut self, draft: &FinalDraft) -> Result<(), IdError> {
         let number = draft.from_sample / self.naming.part_samples;
-        let bound = Bound { from_sample: draft.from_sample, to_sample: draft.to_sample, end: draft.end };
+        let heard = draft.heard.clone().map(Arc::new);
+        let bound = Bound { from_sample: draft.from_sample, to_sample: draft.to_sample, end: draft.end, heard };
         if !self.parts.contains_key(&number) {
             if let Some(mut before) = self.parts.last_entry() {
                 before.get_mut().whole = true;
@@ -205,7 +212,7 @@ impl Parts {
         Ok(())
     }
 
-    /// The chain of the whole ends at this sample now.
+    /// The chain of the whole ends at this sample now. Where nothing was cut there, what was cut is another chain's.
     pub(super) fn stored(&mut self, to_sample: u64) {
         while let Some(mut first) = self.parts.first_entry() {
             let part = first.get_mut();
@@ -216,6 +223,10 @@ impl Parts {
                 break;
             }
             first.remove();
+        }
+        let next = self.parts.values().find_map(|part| part.bounds.front());
+        if next.is_some_and(|next| to_sample > 0 && next.from_sample != to_sample) {
+            self.closed = true;
         }
     }
 

@@ -167,7 +167,7 @@ mod tests {
     use super::*;
 
     fn entry(seq: u64, len: usize) -> RawEntry {
-        RawEntry { seq, time_ms: 0, headers: Vec::new(), payload: vec![0; len].into() }
+        RawEntry { seq, headers: Vec::new(), payload: vec![0; len].into() }
     }
 
     #[test]

@@ -21,12 +21,13 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     id::Kind,
     job::{AudioUrl, JobStage, WorkItem},
-    session::{Channels, Diarize, SessionOptions},
+    session::{Diarize, SessionOptions},
 };
 use voxfleet_store::fetch::Fetcher;
 
 use super::{Kept, Recording, Work, part::mark, recording::Facts};
 use crate::{
+    engine::diarize::lacking,
     memory::Memory,
     provider::Rent,
     session::{End, Handle, Shared, last_final, unix_ms},
@@ -55,6 +56,8 @@ pub(crate) struct Split {
     pub(crate) longer_than: u64,
     /// Length of a part.
     pub(crate) part_samples: u64,
+    /// Free memory that it takes to tell speakers apart where they are wanted if they can be had, in MB.
+    pub(crate) speakers_need_mb: u64,
 }
 
 impl Split {
@@ -63,8 +66,10 @@ impl Split {
     fn concerns(self, item: &WorkItem, total_ms: Option<u64>) -> bool {
         let options = &item.options;
         let long = total_ms.is_none_or(|ms| ms * (u64::from(SAMPLE_RATE_HZ) / 1_000) >= self.longer_than);
-        let apart = !options.carry_prompt && options.diarize == Diarize::Off && options.channels == Channels::Mix;
-        self.longer_than < u64::MAX && long && apart && item.part.is_none() && !item.suspect
+        // By channels it would be cut in other places.
+        let heard = || options.diarize != Diarize::Auto || lacking(self.speakers_need_mb).is_none();
+        let apart = !options.carry_prompt && item.part.is_none() && !item.suspect;
+        self.longer_than < u64::MAX && long && apart && heard()
     }
 }
 
@@ -227,20 +232,27 @@ mod tests {
             change(&mut item);
             item
         };
-        let split = Split { longer_than: 600 * 16_000, part_samples: 120 * 16_000 };
+        let item_with = |item: &WorkItem, diarize| {
+            let options = SessionOptions { diarize, ..item.options.clone() };
+            WorkItem { options, ..item.clone() }
+        };
+        let split = Split { longer_than: 600 * 16_000, part_samples: 120 * 16_000, speakers_need_mb: 0 };
         let whole = item(|_| ());
         let concerns = [None, Some(599_999), Some(600_000)].map(|total_ms| split.concerns(&whole, total_ms));
         assert_eq!(concerns, [true, false, true], "one that does not say how long it is may be long");
         assert!(!Split { longer_than: u64::MAX, ..split }.concerns(&whole, None), "switched off");
+        let speakers = |diarize| item_with(&whole, diarize);
+        assert!(split.concerns(&speakers(Diarize::On), None) && split.concerns(&speakers(Diarize::Auto), None));
+        let full = Split { speakers_need_mb: u64::MAX, ..split };
+        let concerns =
+            [Diarize::Off, Diarize::On, Diarize::Auto].map(|diarize| full.concerns(&speakers(diarize), None));
+        assert_eq!(concerns, [true, true, false], "where memory is short");
         let part = serde_json::json!({ "parent": "p", "number": 0, "vad": "energy", "recording_bytes": 1 });
         let part: voxfleet_schema::job::JobPart = serde_json::from_value(part).expect("a part");
         assert!(!split.concerns(&WorkItem { part: Some(part), ..whole }, None), "a part has none");
-        for change in [
-            |item: &mut WorkItem| item.options.carry_prompt = true,
-            |item: &mut WorkItem| item.options.diarize = Diarize::Auto,
-            |item: &mut WorkItem| item.options.channels = Channels::Split,
-            |item: &mut WorkItem| item.suspect = true,
-        ] {
+        for change in
+            [|item: &mut WorkItem| item.options.carry_prompt = true, |item: &mut WorkItem| item.suspect = true]
+        {
             assert!(!split.concerns(&item(change), None));
         }
     }

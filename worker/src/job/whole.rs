@@ -24,7 +24,7 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     id::{Kind, StreamId},
     job::{JobPart, JobRequest},
-    session::SessionOptions,
+    session::{Diarize, SessionOptions},
     transcript::VadKind,
 };
 
@@ -39,6 +39,7 @@ use super::{
 };
 use crate::{
     capacity::locked,
+    engine::stream::Tellers,
     ipc::{AfterFinal, FinalDraft, StartPoint},
     lifecycle::{Engine, Known},
     session::{Desired, End, Handle, Names, last_final},
@@ -86,6 +87,8 @@ struct Whole<'a> {
     look_at: Instant,
     /// Its own chain is decoded here now.
     direct: bool,
+    /// Who has spoken in it, up to the final of this index.
+    tellers: Option<(u64, Tellers)>,
 }
 
 impl Job {
@@ -93,7 +96,9 @@ impl Job {
     pub(super) async fn run_whole(&self, work: Arc<Work>, last: Option<StoredFinal>) -> JobEnd {
         let model = self.item.model_asked.clone().or_else(|| self.item.options.model.clone());
         let model = model.unwrap_or_else(|| self.means.shared.engine.default_model().to_owned());
-        let options = SessionOptions { model: Some(model.clone()), ..self.item.options.clone() };
+        // Where they can be had: somebody else's memory is asked when he is given a part.
+        let diarize = if self.item.options.diarize == Diarize::Off { Diarize::Off } else { Diarize::On };
+        let options = SessionOptions { model: Some(model.clone()), diarize, ..self.item.options.clone() };
         let recording = match work.recording.again() {
             Ok(recording) => recording,
             Err(failure) => return JobEnd::GivenUp(failure),
@@ -111,7 +116,16 @@ impl Job {
         let mut scouting: Running<'_, Over> =
             Some(Box::pin(scout.run(StartPoint { after, ..StartPoint::beginning() }, cuts)));
         let now = Instant::now();
-        let mut whole = Whole { task: &task, parts: None, last, at: (0, 0), copy_at: now, look_at: now, direct: false };
+        let mut whole = Whole {
+            task: &task,
+            parts: None,
+            last,
+            at: (0, 0),
+            copy_at: now,
+            look_at: now,
+            direct: false,
+            tellers: None,
+        };
         let mut decoding: Running<'_, Decoded> = None;
         let mut looking: Running<'_, Looked> = None;
         let mut copying: Running<'_, Copied> = None;
@@ -245,7 +259,8 @@ impl<'a> Whole<'a> {
                 let id = parts.ours(number, Instant::now())?;
                 tracing::debug!(job = %task.job.item.job, number, "a part is done here");
                 let names = Names { kind: Kind::Job, id, gpu_id: task.job.handle.names.gpu_id.clone() };
-                let handle = Arc::new(Handle::new(names, 0, job_options(&task.options)));
+                let options = SessionOptions { diarize: Diarize::Off, ..job_options(&task.options) };
+                let handle = Arc::new(Handle::new(names, 0, options));
                 let own = Arc::clone(&handle);
                 Some((handle, Box::pin(async move { (Some(number), task.decode_part(&own, part, may_join).await) })))
             }
@@ -298,17 +313,19 @@ impl<'a> Whole<'a> {
             number,
             part: part.id.clone(),
             from_seq: self.at.1,
-            wanted: part.bounds.iter().copied().collect(),
+            wanted: part.bounds.iter().cloned().collect(),
             is_done: part.state == State::Done,
             last: self.last.clone(),
+            tellers: self.tellers.take(),
         };
         self.copy_at = Instant::now() + COPY_EVERY;
         let task = self.task;
-        Some(Box::pin(async move { copy.run(task.job, &task.work).await }))
+        Some(Box::pin(async move { copy.run(task.job, &task.work, &task.options).await }))
     }
 
     fn copied(&mut self, copied: Copied) -> Option<JobEnd> {
-        let Copied { number, from_seq, last, over } = copied;
+        let Copied { number, from_seq, last, tellers, over } = copied;
+        self.tellers = tellers;
         self.at = (number, from_seq);
         self.last = last;
         match over? {
@@ -397,7 +414,8 @@ impl Task<'_> {
             audio: Some(item.audio.clone()),
             data: None,
             name: item.name.clone(),
-            options: self.options.clone(),
+            // Whose voices these are can only be said in the whole.
+            options: SessionOptions { diarize: Diarize::Off, ..self.options.clone() },
             result_ttl_s: Some(PART_TTL_S),
             part: Some(part),
         };

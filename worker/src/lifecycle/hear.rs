@@ -80,6 +80,11 @@ impl Engine {
                     outbox.revision(revision);
                 }
             }
+            FromEngine::Heard { handle, heard } => {
+                if let Some(outbox) = outbox(handle) {
+                    outbox.heard(heard);
+                }
+            }
             FromEngine::Finished { handle } => {
                 if let Some(outbox) = outbox(handle) {
                     outbox.finished();

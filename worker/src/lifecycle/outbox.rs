@@ -12,7 +12,7 @@ use voxfleet_schema::failure::Failure;
 use super::suspects::Name;
 use crate::{
     capacity::{Account, locked},
-    ipc::{FinalDraft, PartialDraft, RevisionDraft, StreamNote},
+    ipc::{FinalDraft, HeardIn, PartialDraft, RevisionDraft, StreamNote},
 };
 
 /// Notes beyond this are dropped and counted: a producer of nothing but bad chunks must not fill memory.
@@ -31,6 +31,7 @@ struct Waiting {
     partial: Option<PartialDraft>,
     notes: VecDeque<StreamNote>,
     notes_dropped: u64,
+    heard: Option<Box<HeardIn>>,
     failed: Option<Failure>,
     finished: bool,
     gone: bool,
@@ -44,6 +45,8 @@ pub(crate) struct Taken {
     pub(crate) notes: VecDeque<StreamNote>,
     /// Notes there was no room for.
     pub(crate) notes_dropped: u64,
+    /// Of a stream that listens: all that it says.
+    pub(crate) heard: Option<Box<HeardIn>>,
     pub(crate) failed: Option<Failure>,
     /// Nothing was fed since it was told to finish, and nothing is begun any more.
     pub(crate) finished: bool,
@@ -98,6 +101,11 @@ impl Outbox {
         self.changed.notify_one();
     }
 
+    pub(crate) fn heard(&self, heard: Box<HeardIn>) {
+        locked(&self.waiting).heard = Some(heard);
+        self.changed.notify_one();
+    }
+
     pub(crate) fn failed(&self, failure: Failure) {
         locked(&self.waiting).failed = Some(failure);
         self.changed.notify_one();
@@ -122,6 +130,7 @@ impl Outbox {
             partial: waiting.partial.take(),
             notes: std::mem::take(&mut waiting.notes),
             notes_dropped: std::mem::take(&mut waiting.notes_dropped),
+            heard: waiting.heard.take(),
             failed: waiting.failed.take(),
             finished: waiting.finished,
             gone: waiting.gone,

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use super::{Engine, Link, Outbox, suspects::Treatment};
 use crate::{
     capacity::locked,
-    ipc::{EntryFor, StartPoint, Suspect, ToEngine},
+    ipc::{EntryFor, HeardOf, StartPoint, Suspect, ToEngine},
     session::Names,
 };
 use voxfleet_schema::session::SessionOptions;
@@ -22,6 +22,8 @@ pub(crate) struct Opening<'a> {
     pub(crate) treatment: &'a Treatment,
     /// Boundaries alone: no model is needed for it.
     pub(crate) scout: bool,
+    /// Of a scout: who speaks in its first final.
+    pub(crate) hears: bool,
 }
 
 impl Opening<'_> {
@@ -72,6 +74,11 @@ impl FeedPermit<'_> {
         self.permit.send(ToEngine::Entry(EntryFor { handle: self.handle, entry }));
     }
 
+    /// Says what was heard again of an earlier final.
+    pub(crate) fn heard(self, heard: HeardOf) {
+        self.permit.send(ToEngine::Heard { handle: self.handle, heard: Box::new(heard) });
+    }
+
     /// Says that nothing more comes.
     pub(crate) fn finish(self) {
         self.permit.send(ToEngine::Finish { handle: self.handle });
@@ -99,7 +106,19 @@ impl Engine {
         start: StartPoint,
     ) -> Option<EngineSession> {
         let treatment = &Treatment::Normal;
-        self.open(link, Opening { names, options, start, background: true, treatment, scout: true }).await
+        self.open(link, Opening { names, options, start, background: true, treatment, scout: true, hears: false }).await
+    }
+
+    /// Opens a stream whose first final is only listened to. None: the child is gone.
+    pub(crate) async fn hear_again(
+        &self,
+        link: &Link,
+        names: &Names,
+        options: SessionOptions,
+        start: StartPoint,
+    ) -> Option<EngineSession> {
+        let treatment = &Treatment::Normal;
+        self.open(link, Opening { names, options, start, background: true, treatment, scout: true, hears: true }).await
     }
 
     /// Opens a session with a child that is ready. None: the child is gone, ask [`Self::ready`] again.
@@ -122,9 +141,9 @@ impl Engine {
             session.frames.send(ToEngine::Unload { model }).await.ok()?;
         }
         let suspect = opening.suspect();
-        let Opening { options, start, background, scout, .. } = opening;
+        let Opening { options, start, background, scout, hears, .. } = opening;
         let (options, start) = (Box::new(options), Box::new(start));
-        let open = ToEngine::Open { handle, options, start, background, suspect, scout };
+        let open = ToEngine::Open { handle, options, start, background, suspect, scout, hears };
         session.frames.send(open).await.ok()?;
         Some(session)
     }

@@ -20,6 +20,7 @@ use voxfleet_schema::{
 
 use super::{
     Desired, End, PROGRESS_EVERY, Session,
+    again::Again,
     feed::{Feed, HintVerdict},
     footing::Standing,
     outputs::LagAlarm,
@@ -27,7 +28,7 @@ use super::{
     store::{Kept, StoreFailed, Stored, store_draft},
 };
 use crate::{
-    ipc::{ENTRY_COST, PartialDraft, StartPoint},
+    ipc::{ENTRY_COST, HeardOf, PartialDraft, StartPoint},
     lifecycle::{Draft, EngineSession},
 };
 
@@ -39,8 +40,6 @@ const LAG_LOOK: Duration = Duration::from_secs(1);
 const LONGEST_WINDOW_MS: u64 = 31_000;
 /// A partial nobody could send in this time is old news.
 const PARTIAL_TIMEOUT: Duration = Duration::from_secs(1);
-/// A log read is one small request; a server that does not answer is asked again.
-const READ_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest entry of a recording: 200 ms of eight channels at 192 kHz are 1.2 MB.
 pub(crate) const MAX_RECORDED_ENTRY: u64 = 2 << 20;
 
@@ -48,7 +47,7 @@ type Running<'a, T> = Option<Pin<Box<dyn Future<Output = T> + Send + 'a>>>;
 
 /// Why an entry could not be read.
 #[derive(Debug)]
-enum ReadFailed {
+pub(super) enum ReadFailed {
     Log(LogError),
     /// The recording cannot be decoded; asking again gives the same.
     Recording(Failure),
@@ -90,6 +89,9 @@ pub(super) struct Life<'a> {
     asked_to_finish: bool,
     finished: bool,
     next_progress: Instant,
+    /// Finals whose speakers are owed, while none of them is listened to; an answer that goes to the engine next.
+    again: Option<Again<'a>>,
+    heard: Option<HeardOf>,
 }
 
 impl<'a> Life<'a> {
@@ -104,6 +106,7 @@ impl<'a> Life<'a> {
         let after = start.after.as_deref();
         let done_end = after.filter(|a| a.end).map_or(0, |a| a.to_seq);
         let format = after.map(|a| a.resume.format).unwrap_or_default();
+        let again = Again::new(session, &start.late, last.as_ref().map(|last| last.seq));
         Self {
             session,
             engine: Arc::new(engine),
@@ -125,6 +128,8 @@ impl<'a> Life<'a> {
             asked_to_finish: false,
             finished: false,
             next_progress: Instant::now(),
+            again,
+            heard: None,
         }
     }
 
@@ -133,10 +138,11 @@ impl<'a> Life<'a> {
         let shared = &session.shared;
         let engine = Arc::clone(&self.engine);
         let _hints = session.hints.read();
-        let max_entry = if session.work.is_some() { MAX_RECORDED_ENTRY } else { shared.max_entry };
+        let max_entry = session.max_entry();
         let mut storing: Running<'a, Result<Stored, StoreFailed>> = None;
         let mut sending: Running<'a, Result<(), PublishError>> = None;
         let mut reading: Running<'a, Result<Option<RawEntry>, ReadFailed>> = None;
+        let mut hearing: Running<'a, (Again<'a>, Option<HeardOf>)> = self.again.take().map(hear_next);
         loop {
             let desired = self.desired.borrow_and_update().clone();
             if desired.epoch > self.epoch {
@@ -210,6 +216,18 @@ impl<'a> Life<'a> {
                         return Next::Stop(end);
                     }
                 }
+                (again, heard) = resolve(&mut hearing) => {
+                    self.heard = heard;
+                    // One answer at a time; without one there is no other.
+                    (hearing, self.again) = (None, self.heard.is_some().then_some(again));
+                }
+                permit = engine.room(), if self.heard.is_some() => match (permit, self.heard.take()) {
+                    (Some(permit), Some(heard)) => {
+                        permit.heard(heard);
+                        hearing = self.again.take().map(hear_next);
+                    }
+                    _ => self.gone = true,
+                },
                 permit = engine.room(), if self.pending.is_some() || says_finish => match (permit, self.pending.take()) {
                     (Some(permit), Some(entry)) => permit.feed(entry),
                     (Some(permit), None) => {
@@ -346,21 +364,7 @@ impl<'a> Life<'a> {
     }
 
     fn read_log(&self) -> Pin<Box<dyn Future<Output = Result<Option<RawEntry>, ReadFailed>> + Send + 'a>> {
-        let (session, from) = (self.session, self.feed.next_from());
-        if let Some(work) = &session.work {
-            if work.is_beyond(from) {
-                return Box::pin(std::future::ready(Ok(None)));
-            }
-            return Box::pin(async move { work.recording.next(from).await.map_err(ReadFailed::Recording) });
-        }
-        Box::pin(async move {
-            // Never closed; without it the read would only be uncounted.
-            let _reading = session.shared.log_reads.acquire().await.ok();
-            match timeout(READ_TIMEOUT, session.shared.log.next(&session.names.id, from)).await {
-                Ok(answer) => answer.map_err(ReadFailed::Log),
-                Err(_) => Err(ReadFailed::Log(LogError::Server(ServerError::Timeout))),
-            }
-        })
+        Box::pin(self.session.entry(self.feed.next_from()))
     }
 
     fn read(&mut self, read: Result<Option<RawEntry>, ReadFailed>) -> Option<End> {
@@ -466,6 +470,14 @@ impl<'a> Life<'a> {
             }
         }
     }
+}
+
+/// The next of them.
+fn hear_next<'a>(mut again: Again<'a>) -> Pin<Box<dyn Future<Output = (Again<'a>, Option<HeardOf>)> + Send + 'a>> {
+    Box::pin(async move {
+        let heard = again.next().await;
+        (again, heard)
+    })
 }
 
 /// Waits for what is running; for ever when nothing is.

@@ -8,6 +8,7 @@
 //! A file job is a session whose log is its recording: the same feeding, engine and chain, and an end final that names the
 //! job's aggregate.
 
+mod again;
 mod feed;
 mod footing;
 mod hints;
@@ -19,6 +20,7 @@ mod reconsider;
 mod store;
 
 use std::{
+    collections::BTreeSet,
     future::Future,
     panic::AssertUnwindSafe,
     sync::{
@@ -31,16 +33,18 @@ use std::{
 use futures_util::FutureExt as _;
 use tokio::{
     sync::{Semaphore, watch},
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
+    ServerError,
     events::Events,
-    log::AudioLog,
+    log::{AudioLog, LogError},
     publish::Publisher,
     transcript::{Chain, ChainError, StoredFinal},
 };
 use voxfleet_schema::{
+    audio::RawEntry,
     event::What,
     failure::{Failure, FailureClass},
     fleet::Held,
@@ -52,14 +56,15 @@ use voxfleet_schema::{
 
 use self::{
     footing::{Standing, Told},
-    life::{Life, Next},
+    life::{Life, Next, ReadFailed},
 };
 pub(crate) use self::{
     hints::{HintQueue, WaitingHint},
     life::MAX_RECORDED_ENTRY,
-    open::last_final,
+    open::{last_final, locate},
     outputs::{Names, unix_ms},
-    reconsider::revisions,
+    reconsider::{before_the_end, revisions},
+    store::checkpointed,
 };
 use crate::{
     capacity::{Budget, locked},
@@ -70,6 +75,8 @@ use crate::{
 
 /// How long a session that changes hands waits before it looks at the chain again.
 pub(crate) const REOPEN_PAUSE: Duration = Duration::from_millis(50);
+/// A log read is one small request; a server that does not answer is asked again.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What all sessions of a worker share.
 #[derive(Debug, Clone)]
@@ -257,6 +264,7 @@ impl Handle {
             hints: Arc::clone(&self.hints),
             figures: Arc::clone(&self.figures),
             told: Mutex::default(),
+            harmful: Mutex::default(),
         }
     }
 }
@@ -297,6 +305,8 @@ pub(crate) struct Session {
     figures: Arc<Figures>,
     /// What was said about its model and device.
     told: Mutex<Told>,
+    /// Where stretches begin that may have killed the engine while it listened to them again.
+    harmful: Mutex<BTreeSet<u64>>,
 }
 
 impl Session {
@@ -384,6 +394,14 @@ impl Session {
                 .map_err(|error| self.chain_failed(epoch, &error))?,
         };
         start.taken_over |= epoch > 1;
+        if let Some(last) = &last {
+            let told = std::mem::take(&mut start.checkpoint.told);
+            let of_the_chain = async {
+                again::publish_told(self, last, told, epoch).await?;
+                again::late(self, last, &start).await
+            };
+            start.late = of_the_chain.await.map_err(|error| self.chain_failed(epoch, &error))?;
+        }
         let engine = &self.shared.engine;
         let model = desired.options.model.as_deref().unwrap_or_else(|| engine.default_model());
         let ask = Ask { model: model.to_owned(), policy: desired.options.policy };
@@ -418,6 +436,7 @@ impl Session {
             self.shared.events.tell(event, Some(format!("{id}-lost-{}-{}", lost.from_seq, lost.to_seq)));
         }
         // Asked last: it is about the child that has just become ready.
+        self.remember_harm(goes_on_at);
         let treatment = match self.shared.engine.treat(&self.names, goes_on_at) {
             Treatment::GiveUp(failure) => return Err(self.failed(epoch, failure)),
             Treatment::Wait { until } => {
@@ -448,6 +467,7 @@ impl Session {
             background: self.work.is_some(),
             treatment: &treatment,
             scout: false,
+            hears: false,
         };
         match self.shared.engine.open(&link, opening).await {
             None => Ok(Opened::EngineGone),
@@ -455,6 +475,37 @@ impl Session {
                 self.tell(epoch, &standing);
                 Ok(Opened::Life(Box::new(Life::new(self, engine, standing, epoch, last, &start))))
             }
+        }
+    }
+
+    /// What killed the engine before the place where the session goes on was listened to again.
+    fn remember_harm(&self, goes_on_at: u64) {
+        let known = self.shared.engine.suspected(self.names.kind, &self.names.id);
+        locked(&self.harmful).extend(known.from.filter(|from| *from < goes_on_at));
+    }
+
+    fn is_harmful(&self, from_sample: u64) -> bool {
+        locked(&self.harmful).contains(&from_sample)
+    }
+
+    /// Largest entry of its log.
+    fn max_entry(&self) -> u64 {
+        if self.work.is_some() { MAX_RECORDED_ENTRY } else { self.shared.max_entry }
+    }
+
+    /// The first entry at or above `from`, if there is one yet.
+    async fn entry(&self, from: u64) -> Result<Option<RawEntry>, ReadFailed> {
+        if let Some(work) = &self.work {
+            if work.is_beyond(from) {
+                return Ok(None);
+            }
+            return work.recording.next(from).await.map_err(ReadFailed::Recording);
+        }
+        // Never closed; without it the read would only be uncounted.
+        let _reading = self.shared.log_reads.acquire().await.ok();
+        match timeout(READ_TIMEOUT, self.shared.log.next(&self.names.id, from)).await {
+            Ok(answer) => answer.map_err(ReadFailed::Log),
+            Err(_) => Err(ReadFailed::Log(LogError::Server(ServerError::Timeout))),
         }
     }
 
@@ -489,7 +540,7 @@ enum Opened<'a> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    pub(crate) use super::outputs::tests::{draft, final_of};
+    pub(crate) use super::outputs::tests::{draft, final_of, said};
     use super::*;
 
     #[test]

@@ -38,6 +38,7 @@ pub(super) fn start_point(last: &Final, checkpoint: Option<Option<Checkpoint>>, 
         lost,
         checkpoint_missing: matches!(checkpoint, Some(None)),
         checkpoint: checkpoint.flatten().unwrap_or_default(),
+        late: Vec::new(),
         taken_over: true,
     }
 }
@@ -59,7 +60,7 @@ pub(crate) async fn last_final(chain: &Chain, kind: Kind, id: &StreamId) -> Resu
 }
 
 /// Everything else that [`start_point`] needs, from the server. Without a log nothing expires.
-pub(super) async fn locate(
+pub(crate) async fn locate(
     chain: &Chain,
     log: Option<&AudioLog>,
     kind: Kind,
@@ -157,7 +158,7 @@ mod tests {
     #[test]
     fn a_checkpoint_that_is_gone_is_said() {
         let last = final_of(0);
-        let found = Checkpoint { index: 0, prompt_tail: "so far".to_owned(), guard_hit: false, voices: None };
+        let found = Checkpoint { index: 0, prompt_tail: "so far".to_owned(), ..Checkpoint::default() };
         let with = |checkpoint| start_point(&last, checkpoint, ResumeChunk::There);
         assert!(!with(None).checkpoint_missing);
         assert!(with(Some(None)).checkpoint_missing);

@@ -165,7 +165,7 @@ pub(crate) mod tests {
     use voxfleet_schema::{
         audio::AudioFormat,
         source::SourceState,
-        transcript::{AudioRange, Resume, Timings, VadKind},
+        transcript::{AudioRange, Resume, Segment, Timings, VadKind},
     };
 
     use super::*;
@@ -192,6 +192,7 @@ pub(crate) mod tests {
             lost: None,
             error: None,
             parked: false,
+            heard: None,
             guards: Vec::new(),
             checkpoint_missing: false,
             checkpoint: None,
@@ -201,6 +202,21 @@ pub(crate) mod tests {
             vad: VadKind::Energy,
             timings: Timings::default(),
         }
+    }
+
+    /// One segment of two words' length.
+    pub(crate) fn said(text: &str) -> Vec<Segment> {
+        vec![Segment {
+            id: 0,
+            start_ms: 100,
+            end_ms: 900,
+            text: text.to_owned(),
+            speaker: None,
+            channel: None,
+            language: None,
+            confidence: 1.0,
+            words: Vec::new(),
+        }]
     }
 
     fn names() -> Names {

@@ -11,31 +11,27 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::{
     id::{Kind, StreamId},
+    session::SessionOptions,
     transcript::{Final, Revision},
 };
 
-use super::{Session, outputs::Names};
-use crate::{
-    engine::diarize::{adopt, again, attribute, changes, relabel},
-    ipc::FinalDraft,
-};
+use super::outputs::Names;
+use crate::engine::diarize::{Ending, attribute, hear_all, relabel};
 
 /// Revises what the end final and those before it say of their speakers.
-pub(super) async fn before_the_end(
-    session: &Session,
-    draft: &mut FinalDraft,
+pub(crate) async fn before_the_end(
+    chain: &Chain,
+    names: &Names,
+    options: &SessionOptions,
+    end: Ending<'_>,
     epoch: u64,
     last_index: Option<u64>,
 ) -> Result<(), ChainError> {
-    let options = session.desired.borrow().options.clone();
-    let changes = changes(draft.checkpoint.as_ref(), &options);
+    let changes = hear_all(end, options);
     if changes.is_empty() {
         return Ok(());
     }
-    again(draft, &changes);
-    adopt(draft, &changes);
     let Some(last_index) = last_index else { return Ok(()) };
-    let (names, chain) = (&session.names, &session.shared.chain);
     let mut revised = revisions(chain, names.kind, &names.id).await?;
     let (mut from, mut revisions) = (0, 0);
     let mut backoff = Backoff::default();
@@ -94,8 +90,17 @@ fn revision_of(
 
 /// The highest revision of each final that has one.
 pub(crate) async fn revisions(chain: &Chain, kind: Kind, id: &StreamId) -> Result<BTreeMap<u64, Revision>, ChainError> {
+    revisions_from(chain, kind, id, 0).await
+}
+
+/// The same of those at or after a sequence of the stream.
+pub(super) async fn revisions_from(
+    chain: &Chain,
+    kind: Kind,
+    id: &StreamId,
+    mut from: u64,
+) -> Result<BTreeMap<u64, Revision>, ChainError> {
     let mut found = BTreeMap::new();
-    let mut from = 0;
     let mut backoff = Backoff::default();
     loop {
         match chain.next_revision(kind, id, from).await {

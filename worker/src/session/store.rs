@@ -3,14 +3,20 @@
 use voxfleet_nats::{
     ServerError,
     retry::Backoff,
-    transcript::{ChainError, Outcome},
+    transcript::{Chain, ChainError, Outcome},
 };
-use voxfleet_schema::{codec, failure::Failure, job::JobStage, transcript::Final};
+use voxfleet_schema::{
+    codec,
+    failure::Failure,
+    job::JobStage,
+    transcript::{Checkpoint, Final},
+};
 
 use super::{
     Session, Shared,
     outputs::{Names, without_text},
-    park, reconsider,
+    park,
+    reconsider::before_the_end,
 };
 use crate::{ipc::FinalDraft, lifecycle::Draft};
 
@@ -75,27 +81,14 @@ async fn store(
     let (shared, names): (&Shared, &Names) = (&session.shared, &session.names);
     let (predecessor, last_index) = last.unzip();
     if draft.end && draft.speakers.is_some() {
-        reconsider::before_the_end(session, &mut draft, epoch, last_index).await?;
+        let options = session.desired.borrow().options.clone();
+        before_the_end(&shared.chain, names, &options, (&mut draft).into(), epoch, last_index).await?;
     }
     let checkpoint_seq = match draft.checkpoint.take() {
         None => None,
         Some(mut checkpoint) => {
             checkpoint.index = last_index.map_or(0, |index| index + 1);
-            let mut backoff = Backoff::default();
-            loop {
-                match shared.chain.checkpoint_put(names.kind, &names.id, &checkpoint).await {
-                    Ok(seq) => break Some(seq),
-                    Err(error @ ChainError::Encode(_)) => return Err(error.into()),
-                    Err(error) => {
-                        tracing::warn!(
-                            id = %names.id,
-                            error = &error as &dyn std::error::Error,
-                            "checkpoint not written, trying again"
-                        );
-                        backoff.wait().await;
-                    }
-                }
-            }
+            Some(checkpointed(&shared.chain, names, &checkpoint).await?)
         }
     };
     let parked = draft.parked;
@@ -121,6 +114,25 @@ async fn store(
             Ok(Kept { outcome: shared.chain.store(&value, predecessor).await?, value, parked })
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Writes a checkpoint; gives the sequence under which its final names it. Repeats until the server answers.
+pub(crate) async fn checkpointed(chain: &Chain, names: &Names, checkpoint: &Checkpoint) -> Result<u64, ChainError> {
+    let mut backoff = Backoff::default();
+    loop {
+        match chain.checkpoint_put(names.kind, &names.id, checkpoint).await {
+            Ok(seq) => return Ok(seq),
+            Err(error @ ChainError::Encode(_)) => return Err(error),
+            Err(error) => {
+                tracing::warn!(
+                    id = %names.id,
+                    error = &error as &dyn std::error::Error,
+                    "checkpoint not written, trying again"
+                );
+                backoff.wait().await;
+            }
+        }
     }
 }
 

@@ -108,6 +108,7 @@ impl Child {
             background,
             suspect: None,
             scout: false,
+            hears: false,
         });
     }
 

@@ -53,7 +53,15 @@ fn most_at_once(seen: &[FromEngine]) -> usize {
 
 fn open_suspect(child: &mut Child, suspect: Suspect) {
     let (options, start) = (Box::new(split()), Box::new(StartPoint::beginning()));
-    child.send(ToEngine::Open { handle: 7, options, start, background: false, suspect: Some(suspect), scout: false });
+    child.send(ToEngine::Open {
+        handle: 7,
+        options,
+        start,
+        background: false,
+        suspect: Some(suspect),
+        scout: false,
+        hears: false,
+    });
 }
 
 #[test]

@@ -27,7 +27,15 @@ use crate::{
 fn open_suspect(child: &mut Child, handle: u64, suspect: Suspect) {
     let start = Box::new(StartPoint::beginning());
     let options = Box::new(SessionOptions::default());
-    child.send(ToEngine::Open { handle, options, start, background: false, suspect: Some(suspect), scout: false });
+    child.send(ToEngine::Open {
+        handle,
+        options,
+        start,
+        background: false,
+        suspect: Some(suspect),
+        scout: false,
+        hears: false,
+    });
 }
 
 /// A suspect, session 0, among so many that are fed alike; each says what the engine says when it is called directly.

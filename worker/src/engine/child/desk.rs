@@ -16,6 +16,7 @@ use voxfleet_schema::{
 };
 
 use super::{
+    again::{Hears, ToHear},
     neighbour::{LockError, Neighbour, Turn},
     pace::{Pace, Role, Spent, Stretch},
     shelf::{Shelved, shelve},
@@ -53,7 +54,7 @@ pub(super) struct Session {
     /// A partial is being decoded.
     pub(super) partial: Option<Cancel>,
     /// Finals whose speakers are still being listened to.
-    listening: Vec<(u64, Cancel)>,
+    pub(super) listening: Vec<(u64, Cancel)>,
     pub(super) last_partial: Instant,
     /// A file job: live sessions come first.
     pub(super) background: bool,
@@ -70,6 +71,16 @@ pub(super) struct Session {
     spent: Spent,
     /// It looks for boundaries alone; what it has not looked at.
     pub(super) scout: Option<VecDeque<RawEntry>>,
+    /// Somebody listens to what it finds.
+    pub(super) hears: Option<Hears>,
+    /// It waits for somebody who listens.
+    pub(super) to_hear: Option<ToHear>,
+}
+
+/// What a stream is for, beside being decoded.
+struct Look {
+    scout: bool,
+    hears: bool,
 }
 
 #[derive(Default, Clone, Copy, PartialEq, Eq)]
@@ -178,8 +189,9 @@ impl Desk {
                 return self.say_models();
             }
             ToEngine::Unload { model } => return self.unload(&model),
-            ToEngine::Open { handle, options, start, background, suspect, scout } => {
-                return self.open(handle, &options, *start, background, suspect, scout);
+            ToEngine::Open { handle, options, start, background, suspect, scout, hears } => {
+                let look = Look { scout, hears };
+                return self.open(handle, &options, *start, background, suspect, look);
             }
             ToEngine::Ping { n } => return self.say(&FromEngine::Pong { n }),
             // Audio of a session that failed or was closed a moment ago.
@@ -192,6 +204,13 @@ impl Desk {
                     } else if let Err(error) = guarded(|| session.stream.push(entry)) {
                         return self.fail(handle, &error);
                     }
+                }
+            }
+            ToEngine::Heard { handle, heard } => {
+                if let Some(session) = self.sessions.get_mut(&handle) {
+                    session.stream.heard_again(*heard);
+                    // Its end may have waited for it.
+                    session.dirty = !session.finishing;
                 }
             }
             ToEngine::Finish { handle } => return self.finish(handle),
@@ -222,7 +241,7 @@ impl Desk {
         start: StartPoint,
         background: bool,
         suspect: Option<Suspect>,
-        scout: bool,
+        Look { scout, hears }: Look,
     ) -> Said {
         let model = options.model.clone().unwrap_or_else(|| self.config.default_model.clone());
         let was = self.models.get(&model).map(|m| m.state);
@@ -230,6 +249,10 @@ impl Desk {
             return self.fail(handle, &error);
         }
         let lacking = Some(self.config.diarize.needs_mb).filter(|_| options.diarize == Diarize::Auto).and_then(lacking);
+        if let Some(why) = lacking.clone().filter(|_| hears) {
+            let heard = Box::new(Hears::default().answer(Err(why)));
+            return self.say(&FromEngine::Heard { handle, heard });
+        }
         let mut because = None;
         let stream = match lacking.filter(|_| options.channels != Channels::Split) {
             Some(why) => {
@@ -258,6 +281,8 @@ impl Desk {
             unseen,
             spent: Spent::default(),
             scout: scout.then(VecDeque::new),
+            hears: hears.then(Hears::default),
+            to_hear: None,
         };
         self.sessions.insert(handle, session);
         if let Some(note) = because {
@@ -297,6 +322,7 @@ impl Desk {
 
     fn work_on_all(&mut self) -> Said {
         self.dispatch()?;
+        self.listen_again()?;
         if self.alone.is_some() {
             // Looked at beside a suspect, somebody harmless would be blamed together with it.
             return Ok(());
@@ -523,6 +549,10 @@ impl Desk {
         let HeardLate { handle, index, heard } = late;
         if let Some(session) = self.sessions.get_mut(&handle) {
             session.listening.retain(|(listening, _)| *listening != index);
+            if session.scout.is_some() {
+                self.overheard(handle, heard)?;
+                return self.say(&FromEngine::Over { handle });
+            }
             session.stream.heard_late(index, heard);
             // Its end may have waited for it.
             session.dirty = !session.finishing;

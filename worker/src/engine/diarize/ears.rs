@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Condvar, Mutex, PoisonError,
-        mpsc::{Receiver, SyncSender, sync_channel},
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
     time::{Duration, Instant},
 };
@@ -126,6 +126,18 @@ impl Ears {
     }
 }
 
+impl Ears {
+    /// Listens to what no decode waits for: the answer goes its own way. Gives it back where too much waits already.
+    pub(in crate::engine) fn listen(&self, handle: u64, hearing: Hearing) -> Result<Cancel, Box<Hearing>> {
+        let (slot, cancel) = (Arc::<Slot>::default(), Cancel::default());
+        slot.answer.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
+        match self.orders.try_send(Order { handle, hearing, cancel: cancel.clone(), slot }) {
+            Ok(()) => Ok(cancel),
+            Err(TrySendError::Full(order) | TrySendError::Disconnected(order)) => Err(Box::new(order.hearing)),
+        }
+    }
+}
+
 impl Listening {
     /// Waits as long as words may wait behind a decode of this length.
     pub(in crate::engine) fn wait(self, decode: Duration) -> Listened {
@@ -178,6 +190,11 @@ fn listen<E: From<HeardLate>>(
         }));
         let heard = heard.unwrap_or_else(|_| Err("the listener panicked".to_owned()));
         let mut answer = slot.answer.lock().unwrap_or_else(PoisonError::into_inner);
+        let then = Instant::now() + Duration::from_millis(config.later_ms);
+        while Instant::now() < then && !cancel.is_cancelled() {
+            let left = then.saturating_duration_since(Instant::now()).min(LOOK);
+            answer = slot.there.wait_timeout(answer, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
         answer.0 = Some(heard);
         slot.there.notify_all();
         // Whoever waits takes it, or lets it go.
@@ -190,5 +207,115 @@ fn listen<E: From<HeardLate>>(
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        engine::{
+            Purpose, Window,
+            pool::{Done, Job, Loaded, Model, Pool},
+            simulated::SimulatedModel,
+        },
+        ipc::{EngineConfig, EngineKind, SimulatedConfig},
+    };
+
+    /// Longer than anything here takes.
+    const PATIENCE: Duration = Duration::from_secs(30);
+    /// For an answer that must not come.
+    const HELD_MS: u64 = 400;
+
+    #[derive(Debug, PartialEq, Eq)]
+    enum Came {
+        Final { late: bool },
+        Late { index: u64 },
+        Loaded,
+    }
+
+    /// Says that an answer has gone its own way.
+    static GONE: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
+
+    impl From<Done> for Came {
+        /// Between a final's text and the moment at which the loop hears of it: an answer may be there long since.
+        fn from(done: Done) -> Self {
+            let gone = GONE.0.lock().expect("no panic");
+            let until = Duration::from_millis(HELD_MS);
+            let _waited = GONE.1.wait_timeout_while(gone, until, |gone| !*gone).expect("no panic");
+            Came::Final { late: matches!(done.listened, Listened::Late(_)) }
+        }
+    }
+
+    impl From<HeardLate> for Came {
+        fn from(late: HeardLate) -> Self {
+            *GONE.0.lock().expect("no panic") = true;
+            GONE.1.notify_all();
+            Came::Late { index: late.index }
+        }
+    }
+
+    impl From<Loaded> for Came {
+        fn from(_: Loaded) -> Self {
+            Came::Loaded
+        }
+    }
+
+    #[test]
+    fn a_late_answer_never_comes_before_its_final() {
+        let simulated = SimulatedConfig { speed: 0.0, ..SimulatedConfig::default() };
+        // It cannot listen at all, and says so a little later than the words.
+        let diarize = DiarizeConfig { later_ms: HELD_MS / 4, ..DiarizeConfig::default() };
+        let config = EngineConfig {
+            engine: EngineKind::Simulated,
+            models: Vec::new(),
+            default_model: "simulated".to_owned(),
+            silero_model: None,
+            onnxruntime: None,
+            decode_states: 1,
+            decode_threads: 1,
+            use_gpu: false,
+            reserve_mb: 0,
+            turns: None,
+            diarize,
+            simulated: simulated.clone(),
+        };
+        let (events, inbox) = sync_channel::<Came>(4);
+        let mut pool = Pool::start(&config, &events).expect("threads");
+        let model = SimulatedModel::load("simulated", &simulated).expect("a model");
+        let (index, samples) = (7, vec![0.1; 16_000]);
+        let hearing = Hearing {
+            index,
+            samples: samples.clone(),
+            from_sample: 0,
+            speech: Vec::new(),
+            patient: false,
+            waited_ms: 0,
+        };
+        let window = Window {
+            samples,
+            from_sample: 0,
+            purpose: Purpose::Final,
+            prompt: String::new(),
+            language: None,
+            task: Default::default(),
+            hearing: Some(Box::new(hearing)),
+            cancel: Cancel::default(),
+        };
+        let job = Job { handle: 1, part: 0, model: Model::Simulated(model), window, ready_at: Instant::now() };
+        assert!(pool.decode(Box::new(job)).is_ok());
+        let came = [(); 2].map(|()| inbox.recv_timeout(PATIENCE).expect("an event"));
+        assert_eq!(came, [Came::Final { late: true }, Came::Late { index }]);
+        // What nobody waits for comes by itself.
+        let hearing = Hearing {
+            index: 8,
+            samples: vec![0.1; 160],
+            from_sample: 0,
+            speech: Vec::new(),
+            patient: false,
+            waited_ms: 0,
+        };
+        assert!(pool.listen(1, hearing).is_ok());
+        assert_eq!(inbox.recv_timeout(PATIENCE), Ok(Came::Late { index: 8 }));
     }
 }

@@ -31,7 +31,7 @@ use voxfleet_diarize::{
 };
 use voxfleet_schema::transcript::SpeakersBy;
 
-pub(crate) use self::again::{adopt, again, changes};
+pub(crate) use self::again::{Ending, hear_all};
 pub(crate) use self::attribute::{attribute, relabel, turns_of};
 pub(super) use self::ears::{Ears, Listening};
 pub(crate) use self::memory::lacking;
@@ -54,6 +54,8 @@ pub struct DiarizeConfig {
     pub distance_percent: Option<u16>,
     /// Sessions that ask for speakers if they can be had get them where so much memory is left on the host, in MB.
     pub needs_mb: u64,
+    /// Answers come this much later, where a test wants them to.
+    pub later_ms: u64,
 }
 
 /// One window to listen to.
@@ -74,7 +76,7 @@ pub struct Hearing {
 }
 
 /// What was heard in it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Heard {
     pub voiced: Vec<Voiced>,
     pub by: SpeakersBy,

@@ -21,7 +21,7 @@ mod segment;
 mod speakers;
 mod words;
 
-pub(crate) use self::speakers::limits_of;
+pub(crate) use self::speakers::{Tellers, limits_of};
 
 use std::{collections::VecDeque, ops::Range};
 
@@ -29,7 +29,7 @@ use voxfleet_schema::{
     audio::{RawEntry, preroll_start},
     failure::Failure,
     session::{Channels, SessionOptions},
-    transcript::{AudioRange, Checkpoint, Lost, Resume, Timings, VadKind},
+    transcript::{AudioRange, Checkpoint, Lost, Resume, Timings, ToldLate, VadKind},
 };
 
 use self::{
@@ -38,14 +38,13 @@ use self::{
     endpoint::Cut,
     parts::{Answer, Joined, Part, Pending},
     segment::{Detectors, Segment},
-    speakers::Tellers,
 };
 use crate::{
     engine::{
         Cancel, EngineError, Hypothesis, Purpose, RecognizerInfo, Vad, Window,
         diarize::{Heard, Hearing, Listened},
     },
-    ipc::{FinalDraft, PartialDraft, RevisionDraft, StartPoint, StreamNote, Told},
+    ipc::{FinalDraft, HeardOf, PartialDraft, RevisionDraft, StartPoint, StreamNote, Told},
 };
 
 /// Audio between two partials, in samples (1 s).
@@ -293,6 +292,13 @@ impl SessionStream {
         self.tellers.iter_mut().for_each(|tellers| tellers.heard(index, heard.clone()));
     }
 
+    /// Takes what was heard again of a final that was late when this stream began.
+    pub fn heard_again(&mut self, heard: HeardOf) {
+        if let Some(tellers) = &mut self.tellers {
+            tellers.heard_again(heard);
+        }
+    }
+
     /// Whether an earlier final still waits for its speakers.
     pub fn owes_speakers(&self) -> bool {
         self.tellers.as_ref().is_some_and(Tellers::owes)
@@ -337,10 +343,12 @@ impl SessionStream {
         self.index
     }
 
-    /// Answers the last [`Step::Final`] undecoded, for whoever asks for the boundaries alone.
-    pub fn pass_over(&mut self) -> Option<Box<FinalDraft>> {
+    /// Answers the last [`Step::Final`] undecoded, for whoever asks for the boundaries alone and the voices between them.
+    pub fn pass_over(&mut self, heard: Option<Result<Heard, String>>) -> Option<Box<FinalDraft>> {
         let pending = self.pending.take()?;
-        Some(self.draft(pending, Joined::nothing(None)))
+        let mut draft = self.draft(pending, Joined::nothing(None));
+        draft.heard = heard;
+        Some(draft)
     }
 
     /// First sample of the present stretch: the end of the last final.
@@ -364,7 +372,7 @@ impl SessionStream {
         let resume = self.restart(pending.to);
         self.last = Some((pending.audio.to_seq, pending.end));
         self.ended = pending.end;
-        let checkpoint = self.next_checkpoint(&said, !guards.is_empty());
+        let checkpoint = self.next_checkpoint(&said, !guards.is_empty(), pending.end);
         self.index += 1;
         Box::new(FinalDraft {
             from_sample: from,
@@ -379,6 +387,7 @@ impl SessionStream {
             lost: self.lost.take(),
             error,
             parked: false,
+            heard: None,
             guards,
             checkpoint_missing: std::mem::take(&mut self.checkpoint_missing),
             checkpoint,
@@ -391,15 +400,20 @@ impl SessionStream {
     }
 
     /// `said`: as the engine said it, however it is cut for its speakers.
-    fn next_checkpoint(&mut self, said: &str, guard_hit: bool) -> Option<Checkpoint> {
-        let voices = self.tellers.as_ref().and_then(Tellers::voices);
+    fn next_checkpoint(&mut self, said: &str, guard_hit: bool, end: bool) -> Option<Checkpoint> {
+        let tellers = self.tellers.as_ref();
+        let voices = tellers.and_then(Tellers::voices);
+        let late: Vec<u64> = tellers.map(Tellers::late).unwrap_or_default();
+        // Before an end they are published first.
+        let told: Vec<ToldLate> = tellers.filter(|_| !end).map(Tellers::told).unwrap_or_default();
         if !self.options.carry_prompt {
-            self.checkpoint = Checkpoint { index: self.index, voices, ..Checkpoint::default() };
-            return self.checkpoint.voices.is_some().then(|| self.checkpoint.clone());
+            let goes_beyond = voices.is_some() || !late.is_empty() || !told.is_empty();
+            self.checkpoint = Checkpoint { index: self.index, voices, late, told, ..Checkpoint::default() };
+            return goes_beyond.then(|| self.checkpoint.clone());
         }
         let pieces = [self.checkpoint.prompt_tail.as_str(), said].into_iter();
         let prompt_tail = words::tail(&voxfleet_schema::transcript::join_text(pieces), PROMPT_TAIL_CHARS).to_owned();
-        self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit, voices };
+        self.checkpoint = Checkpoint { index: self.index, prompt_tail, guard_hit, voices, late, told };
         Some(self.checkpoint.clone())
     }
 

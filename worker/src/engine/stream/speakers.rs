@@ -4,6 +4,8 @@
 //! - Finals get their labels in the order of the chain, however late their voices are heard: what is shown depends on the log
 //!   alone.
 //! - A label is shown only where a checkpoint that knows it is stored: with its final, or as a revision behind a later one.
+//! - A final whose speakers are owed keeps being owed wherever the session goes, and gets its answer in its place: what was
+//!   heard, or why it was not.
 //! - A label is never given to somebody else, not even where the voices of earlier finals are lost: it counts on.
 
 use std::{collections::VecDeque, ops::Range};
@@ -12,12 +14,12 @@ use voxfleet_diarize::online::{Limits, Tuning, Voices};
 use voxfleet_schema::{
     codec,
     session::{Channels, Diarize, SessionOptions},
-    transcript::{Segment, Speakers, SpeakersBy, Turn},
+    transcript::{Segment, Speakers, SpeakersBy, ToldLate, Turn},
 };
 
 use crate::{
     engine::diarize::{Heard, Listened, attribute, turns_of},
-    ipc::{RevisionDraft, StartPoint, Told},
+    ipc::{HeardOf, RevisionDraft, StartPoint, Told},
 };
 
 /// A checkpoint with more is not believed.
@@ -26,11 +28,12 @@ const MOST_LABELS: u32 = 1_000_000;
 /// A final whose voices were not heard when its words were said.
 struct Owed {
     index: u64,
-    segments: Vec<Segment>,
+    /// None where it was said elsewhere: they come with what is heard of it.
+    segments: Option<Vec<Segment>>,
     heard: Option<Result<Heard, String>>,
 }
 
-pub(super) struct Tellers {
+pub(crate) struct Tellers {
     voices: Voices,
     limits: Limits,
     /// What the last final said.
@@ -43,7 +46,7 @@ pub(super) struct Tellers {
 
 impl Tellers {
     /// None where speakers are not asked for.
-    pub(super) fn new(options: &SessionOptions, start: &StartPoint) -> Option<Self> {
+    pub(crate) fn new(options: &SessionOptions, start: &StartPoint) -> Option<Self> {
         if options.diarize == Diarize::Off || options.channels == Channels::Split {
             return None;
         }
@@ -61,7 +64,8 @@ impl Tellers {
         let afresh = kept.is_none() && shown > 0;
         let voices = kept.unwrap_or_else(|| Voices::after(shown));
         let limits = limits_of(options);
-        Some(Self { voices, limits, last, afresh, owed: VecDeque::new(), revisions: Vec::new() })
+        let owed = start.late.iter().map(|index| Owed { index: *index, segments: None, heard: None }).collect();
+        Some(Self { voices, limits, last, afresh, owed, revisions: Vec::new() })
     }
 
     /// Whether there are finals that still wait for their speakers.
@@ -76,28 +80,58 @@ impl Tellers {
         }
     }
 
-    /// What the next final says, and the revisions of those before it that are possible now.
-    pub(super) fn tell(&mut self, index: u64, segments: Vec<Segment>, listened: Listened) -> Told {
-        while let Some(Owed { heard: Some(_), .. }) = self.owed.front()
-            && let Some(Owed { index, segments, heard: Some(heard) }) = self.owed.pop_front()
-        {
-            let Told { segments, turns, speakers } = self.label(segments, heard);
-            self.revisions.push(RevisionDraft { index, segments, turns, speakers });
-        }
-        match listened {
-            Listened::NotAsked => Told { segments, turns: Vec::new(), speakers: self.last.clone().map(repeated) },
-            Listened::Heard(heard) if self.owed.is_empty() => self.label(segments, heard),
-            Listened::Heard(heard) => self.postpone(Owed { index, segments, heard: Some(heard) }),
-            Listened::Late(_) => self.postpone(Owed { index, segments, heard: None }),
+    /// What was heard of a final that was said elsewhere.
+    pub(super) fn heard_again(&mut self, again: HeardOf) {
+        if let Some(owed) = self.owed.iter_mut().find(|owed| owed.index == again.index) {
+            (owed.segments, owed.heard) = (again.segments, Some(again.heard));
         }
     }
 
-    fn postpone(&mut self, owed: Owed) -> Told {
+    /// The revisions of earlier finals that are possible now.
+    fn settle(&mut self) {
+        while let Some(Owed { heard: Some(_), .. }) = self.owed.front()
+            && let Some(Owed { index, segments, heard: Some(heard) }) = self.owed.pop_front()
+        {
+            // One that stands nowhere any more has nothing that could be revised. Its voices count all the same.
+            let gone = segments.is_none();
+            let Told { segments, turns, speakers } = self.label(segments.unwrap_or_default(), heard);
+            if !gone {
+                self.revisions.push(RevisionDraft { index, segments, turns, speakers });
+            }
+        }
+    }
+
+    /// Finals that still wait for their speakers, in order.
+    pub(crate) fn late(&self) -> Vec<u64> {
+        self.owed.iter().map(|owed| owed.index).collect()
+    }
+
+    /// What the revisions say that come behind the final that was just told.
+    pub(crate) fn told(&self) -> Vec<ToldLate> {
+        let told = |revision: &RevisionDraft| ToldLate {
+            index: revision.index,
+            turns: revision.turns.clone(),
+            speakers: revision.speakers.clone(),
+        };
+        self.revisions.iter().map(told).collect()
+    }
+
+    /// What the next final says, and the revisions of those before it that are possible now.
+    pub(crate) fn tell(&mut self, index: u64, segments: Vec<Segment>, listened: Listened) -> Told {
+        self.settle();
+        match listened {
+            Listened::NotAsked => Told { segments, turns: Vec::new(), speakers: self.last.clone().map(repeated) },
+            Listened::Heard(heard) if self.owed.is_empty() => self.label(segments, heard),
+            Listened::Heard(heard) => self.postpone(index, segments, Some(heard)),
+            Listened::Late(_) => self.postpone(index, segments, None),
+        }
+    }
+
+    fn postpone(&mut self, index: u64, segments: Vec<Segment>, heard: Option<Result<Heard, String>>) -> Told {
         let by = self.last.as_ref().map_or(SpeakersBy::None, |last| last.by);
         let speakers = Speakers { by, labels: self.voices.labels(), late: true, afresh: false, why: None };
         self.last = Some(speakers.clone());
-        let segments = owed.segments.clone();
-        self.owed.push_back(owed);
+        self.owed.push_back(Owed { index, segments: Some(segments.clone()), heard });
         Told { segments, turns: Vec::new(), speakers: Some(speakers) }
     }
 
@@ -129,6 +163,7 @@ impl Tellers {
         mono: bool,
         why: &str,
     ) -> Told {
+        self.settle();
         if mono {
             turns.clear();
             for segment in &mut segments {
@@ -144,7 +179,7 @@ impl Tellers {
     }
 
     /// For the checkpoint of the final that was just told.
-    pub(super) fn voices(&self) -> Option<bytes::Bytes> {
+    pub(crate) fn voices(&self) -> Option<bytes::Bytes> {
         if self.voices.labels() == 0 {
             return None;
         }
@@ -186,7 +221,7 @@ pub(super) fn inside(speech: &[Range<u64>], window: &Range<u64>) -> Vec<Range<u6
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{collections::BTreeMap, time::Duration};
 
     use proptest::prelude::*;
     use voxfleet_diarize::hear::Voiced;
@@ -287,8 +322,78 @@ mod tests {
         StartPoint { after: Some(Box::new(after)), checkpoint, ..StartPoint::beginning() }
     }
 
+    /// The same call with a move to somebody else behind each final where `moves` says so: what was on its way is lost, what the
+    /// last checkpoint says is not.
+    fn tell_moved(people: &[usize], late: &[u64], moves: &[bool]) -> Vec<Told> {
+        let mut tellers = Tellers::new(&options(), &StartPoint::beginning()).expect("asked for");
+        let mut stands: Vec<Told> = Vec::new();
+        // When each is heard that was not heard in time.
+        let mut due: BTreeMap<u64, u64> = BTreeMap::new();
+        let last = people.len() as u64 - 1;
+        for (index, who) in (0..).zip(people) {
+            let now: Vec<u64> = due.iter().filter(|(_, at)| **at <= index || index == last).map(|(i, _)| *i).collect();
+            for earlier in now {
+                due.remove(&earlier);
+                let (segments, heard) = (segments(earlier), heard(earlier, people[earlier as usize]));
+                // As it comes from whoever said it, or from who heard it again.
+                match moves[..index as usize].iter().any(|moved| *moved) {
+                    true => tellers.heard_again(HeardOf { index: earlier, segments: Some(segments), heard }),
+                    false => tellers.heard(earlier, heard),
+                }
+            }
+            assert!(index < last || !tellers.owes());
+            let behind = late[index as usize];
+            let listened = match behind {
+                1.. if index < last => Listened::Late(Cancel::default().into()),
+                _ => Listened::Heard(heard(index, *who)),
+            };
+            if matches!(listened, Listened::Late(_)) {
+                due.insert(index, index + behind);
+            }
+            let told = tellers.tell(index, segments(index), listened);
+            let checkpoint = (tellers.voices(), tellers.late(), tellers.told());
+            stands.push(told.clone());
+            let mut revise = |index: u64, told: Told| {
+                let stands: &mut Told = &mut stands[index as usize];
+                assert!(stands.speakers.as_ref().is_some_and(|s| s.late), "only what was late is revised, and once");
+                *stands = told;
+            };
+            if !moves[index as usize] || index == last {
+                for RevisionDraft { index, segments, turns, speakers } in tellers.take_revisions() {
+                    revise(index, Told { segments, turns, speakers });
+                }
+                continue;
+            }
+            let (voices, owed, told_late) = checkpoint;
+            for ToldLate { index, turns, speakers } in told_late {
+                let segments = attribute(segments(index), &turns);
+                revise(index, Told { segments, turns, speakers });
+            }
+            // Heard again from the beginning, as long as that takes.
+            due = owed.iter().map(|i| (*i, index + late[*i as usize].max(1))).collect();
+            let start = StartPoint { late: owed, ..self::behind(index, &told, voices) };
+            tellers = Tellers::new(&options(), &start).expect("asked for");
+        }
+        stands
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn whoever_takes_over_answers_for_what_was_late(
+            call in prop::collection::vec((0usize..4, 0u64..4, any::<bool>()), 2..12)
+        ) {
+            let people: Vec<usize> = call.iter().map(|(who, ..)| *who).collect();
+            let late: Vec<u64> = call.iter().map(|(_, late, _)| *late).collect();
+            let moves: Vec<bool> = call.iter().map(|(.., moved)| *moved).collect();
+            let punctual = tell(&StartPoint::beginning(), 0, &people, &vec![0; people.len()]);
+            let moved = tell_moved(&people, &late, &moves);
+            for (told, (expected, _)) in moved.iter().zip(&punctual) {
+                prop_assert_eq!((&told.segments, &told.turns), (&expected.segments, &expected.turns));
+                prop_assert!(told.speakers.as_ref().is_some_and(|s| !s.late));
+            }
+        }
 
         #[test]
         fn labels_do_not_depend_on_when_voices_are_heard(
@@ -343,6 +448,30 @@ mod tests {
         ] {
             assert!(Tellers::new(&options, &StartPoint::beginning()).is_none());
         }
+    }
+
+    #[test]
+    fn what_cannot_be_heard_again_is_answered_all_the_same() {
+        let start = StartPoint { late: vec![3, 4], ..StartPoint::beginning() };
+        let mut tellers = Tellers::new(&options(), &start).expect("asked for");
+        assert!(tellers.owes());
+        let told = tellers.tell(5, segments(5), Listened::Heard(heard(5, 0)));
+        assert!(told.speakers.is_some_and(|s| s.late) && tellers.told().is_empty(), "those before it come first");
+        assert_eq!(tellers.late(), [3, 4, 5]);
+        let why = || Err("its audio has expired".to_owned());
+        tellers.heard_again(HeardOf { index: 3, segments: Some(segments(3)), heard: why() });
+        // One that has expired itself has no revision.
+        tellers.heard_again(HeardOf { index: 4, segments: None, heard: why() });
+        assert!(!tellers.owes());
+        // Also where nobody listens any more.
+        tellers.by_channels(Vec::new(), Vec::new(), true, "no memory");
+        let revisions = tellers.take_revisions();
+        assert_eq!(revisions.iter().map(|r| r.index).collect::<Vec<_>>(), [3, 5]);
+        assert_eq!(revisions[0].segments, segments(3));
+        let said = revisions[0].speakers.as_ref().expect("said");
+        assert_eq!((said.by, said.late, said.why.as_deref()), (SpeakersBy::None, false, Some("its audio has expired")));
+        assert_eq!(revisions[1].segments[0].speaker.as_deref(), Some("S1"));
+        assert!(tellers.late().is_empty());
     }
 
     #[test]

@@ -4,11 +4,15 @@
 mod split;
 
 use proptest::prelude::*;
-use voxfleet_schema::transcript::VadKind;
+use voxfleet_diarize::hear::Voiced;
+use voxfleet_schema::{
+    session::Diarize,
+    transcript::{SpeakersBy, VadKind},
+};
 
 use super::*;
 use crate::{
-    engine::{HeardSegment, VAD_FRAME},
+    engine::{HeardSegment, HeardWord, VAD_FRAME},
     ipc::{AfterFinal, ENTRY_COST},
 };
 
@@ -351,4 +355,52 @@ proptest! {
             prop_assert_eq!(&rest[..], &whole[n + 1..]);
         }
     }
+}
+
+/// Each final says "well-known", half of it by one and half by somebody else: the prompts of its windows.
+fn prompts_of(diarize: Diarize) -> Vec<String> {
+    let options = SessionOptions { carry_prompt: true, diarize, ..SessionOptions::default() };
+    let mut stream = SessionStream::new(&options, StartPoint::beginning(), Box::new(Loudness));
+    let mut prompts = Vec::new();
+    for entry in entries(&call(&PATTERN, 16_000), 6_400, &[]) {
+        stream.push(entry);
+        while let Step::Final(windows) = stream.step().expect("this VAD cannot fail") {
+            let [window] = &windows[..] else { panic!("one channel") };
+            prompts.push(window.prompt.clone());
+            let length = window.samples.len() as u64;
+            let half = length / 32;
+            let word =
+                |text: &str, start_ms, end_ms| HeardWord { text: text.to_owned(), start_ms, end_ms, confidence: 1.0 };
+            let words = vec![word("well", 0, half), word("-known", half, 2 * half)];
+            let text = "well-known".to_owned();
+            let segment = HeardSegment { end_ms: 2 * half, text, words, ..HeardSegment::default() };
+            let heard = Hypothesis { segments: vec![segment], language: Some("en".into()), ..Hypothesis::default() };
+            let piece = |track: u32, embedding: [f32; 2]| Voiced {
+                from_sample: window.from_sample + u64::from(track) * length / 2,
+                to_sample: window.from_sample + u64::from(track + 1) * length / 2,
+                track,
+                overlapped: false,
+                embedding: Some(embedding.to_vec()),
+                reliable_ms: 2_000,
+            };
+            let voiced = vec![piece(0, [1.0, 0.0]), piece(1, [0.0, 1.0])];
+            let (by, encoder, took) = (SpeakersBy::Segmentation, "one".to_owned(), std::time::Duration::ZERO);
+            let listened = match diarize {
+                Diarize::Off => Listened::NotAsked,
+                _ => Listened::Heard(Ok(Heard { voiced, by, why: None, encoder, took })),
+            };
+            let nobody = RecognizerInfo::none();
+            let draft = stream.complete(0, Ok(heard), Vec::new(), listened, &nobody, Timings::default());
+            let parts = draft.expect("one window").segments.len();
+            assert_eq!(parts, if diarize == Diarize::Off { 1 } else { 2 });
+        }
+    }
+    prompts
+}
+
+#[test]
+fn prompts_do_not_depend_on_how_text_is_cut_for_its_speakers() {
+    let prompts = prompts_of(Diarize::On);
+    assert_eq!(prompts, prompts_of(Diarize::Off));
+    assert_eq!(prompts.last().map(String::as_str), Some("well-known well-known well-known"));
 }
