@@ -84,6 +84,32 @@ impl Default for Tuning {
     }
 }
 
+impl Tuning {
+    /// The same for an encoder whose name says at which distance somebody else speaks: every distance in proportion.
+    fn of(&self, encoder: &str) -> Self {
+        let percent = encoder.rsplit_once('/').and_then(|(_, percent)| percent.parse::<u16>().ok());
+        let Some(percent) = percent.filter(|percent| *percent > 0) else { return *self };
+        let scale = f32::from(percent) / 100.0 / self.open;
+        Self {
+            open: self.open * scale,
+            apart: self.apart * scale,
+            voice: self.voice * scale,
+            margin: self.margin * scale,
+            offline: self.offline * scale,
+            ..*self
+        }
+    }
+}
+
+/// How an encoder is called under which somebody has chosen [`Tuning::open`] themselves, in hundredths. Voices that were told
+/// apart by another measure are not those of this name.
+pub fn encoder_name(encoder: &str, distance_percent: Option<u16>) -> String {
+    match distance_percent {
+        Some(percent) => format!("{encoder}/{percent}"),
+        None => encoder.to_owned(),
+    }
+}
+
 /// What a turn was given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Assigned {
@@ -191,6 +217,7 @@ impl Voices {
 
     /// Gives each turn of a stretch its label; `turns` as [`crate::hear::Listener::voices`] made them.
     pub fn hear(&mut self, turns: &[Voiced], limits: Limits, tuning: &Tuning) -> Vec<Assigned> {
+        let tuning = &tuning.of(&self.encoder);
         let first_new = self.next_label;
         self.stretches = self.stretches.saturating_add(1);
         let mut units = units(turns, tuning);
@@ -425,6 +452,7 @@ impl Voices {
     /// A person keeps a label that was mostly theirs; people who turn out to be one take the oldest of theirs; a label
     /// never goes to somebody else; who has none left gets a new one.
     pub fn reconsider(&self, limits: Limits, tuning: &Tuning) -> BTreeMap<u32, u32> {
+        let tuning = &tuning.of(&self.encoder);
         let heard: Vec<&Voice> = self.voices.iter().filter(|v| !v.mean.is_empty()).collect();
         let items: Vec<Item> = heard.iter().map(|v| Item { vector: v.vector(), weight_ms: v.weight_ms }).collect();
         let clusters = ahc::cluster(&items, &Self::offline(limits, tuning));

@@ -156,6 +156,23 @@ fn another_encoder_forgets_voices_and_uses_no_label_again() {
     assert_eq!(one_by_one(&mut other, &pieces(&[0.0]), FREE), [3]);
 }
 
+#[test]
+fn who_chose_a_distance_has_all_of_them_in_proportion() {
+    // 40 degrees are a distance of 0.23, 60 one of 0.5; the test's own measure is 0.5.
+    let turns = pieces(&[0.0, 40.0, 62.0]);
+    for (percent, said, people) in [(None, [1, 1, 1], 1), (Some(20), [1, 2, 2], 2), (Some(100), [1, 1, 1], 1)] {
+        let mut voices = Voices::new(&encoder_name("e", percent));
+        assert_eq!(one_by_one(&mut voices, &turns, FREE), said, "{percent:?}");
+        let again: std::collections::BTreeSet<u32> = voices.reconsider(FREE, &TUNING).into_values().collect();
+        assert_eq!(again.len(), people, "{percent:?}");
+    }
+    for odd in ["e/0", "e/x", "e/"] {
+        assert_eq!(TUNING.of(odd), TUNING);
+    }
+    let half = TUNING.of("a/b/25");
+    assert_eq!((half.open, half.apart, half.voice, half.margin, half.offline), (0.25, 0.3, 0.05, 0.075, 0.2));
+}
+
 /// Unlike each other in many dimensions, but all of one person.
 fn many(count: usize) -> Vec<Voiced> {
     (0..count)

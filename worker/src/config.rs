@@ -148,6 +148,10 @@ pub struct WorkerConfig {
     /// A speaker encoder as ONNX file: WeSpeaker's, CAM++ or TitaNet; none = ours.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub speaker_encoder: Option<PathBuf>,
+    /// Cosine distance between voices beyond which somebody else speaks, in hundredths; it belongs to an encoder. None = 60,
+    /// which suits ours.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub speaker_distance_percent: Option<u16>,
     /// Memory that must be left on the host for sessions with `diarize=auto` to be listened to; below it their channels are
     /// told apart, or nobody.
     pub diarize_needs_mb: u64,
@@ -236,6 +240,7 @@ impl Default for WorkerConfig {
             onnxruntime: None,
             segmentation_model: None,
             speaker_encoder: None,
+            speaker_distance_percent: None,
             // Two states' networks and what they compute in, with room for the decode beside them.
             diarize_needs_mb: 512,
             // Two decodes overlap well; more wait for one device anyway.
@@ -292,6 +297,13 @@ impl WorkerConfig {
         check(self.slots >= 1, "worker.slots: 0, a worker without slots takes nothing".to_owned());
         check(self.slots <= 10_000, format!("worker.slots: {}, the most is 10000", self.slots));
         check(self.job_slots <= 64, format!("worker.job_slots: {}, the most is 64", self.job_slots));
+        check(
+            self.speaker_distance_percent.is_none_or(|percent| (5..=150).contains(&percent)),
+            format!(
+                "worker.speaker_distance_percent: {}, allowed are 5 to 150",
+                self.speaker_distance_percent.unwrap_or_default()
+            ),
+        );
         check(
             (1..=31 * 86_400).contains(&self.max_recording_s),
             format!("worker.max_recording_s: {}, allowed are 1 to {}", self.max_recording_s, 31 * 86_400),
@@ -534,6 +546,7 @@ impl WorkerConfig {
         DiarizeConfig {
             segmentation: self.segmentation_model.clone().or_else(found).or_else(cached),
             encoder: self.speaker_encoder.clone(),
+            distance_percent: self.speaker_distance_percent,
             needs_mb: self.diarize_needs_mb,
             later_ms: self.simulated.listen_ms,
         }

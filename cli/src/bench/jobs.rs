@@ -37,7 +37,7 @@ use super::{
 const DEADLINE: Duration = Duration::from_secs(1_800);
 const ASK: Duration = Duration::from_secs(10);
 /// Longest aggregate read back.
-const MAX_RESULT: usize = 256 << 20;
+const MAX_RESULT: usize = 1 << 30;
 
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct JobArgs {

@@ -268,7 +268,7 @@ fn grid(rows: &[Value]) -> Vec<String> {
 }
 
 /// Fields that name a row.
-const HEADS: [&str; 8] = ["engine", "gpus", "sessions", "workers", "process", "call", "model", "start"];
+const HEADS: [&str; 9] = ["set", "engine", "gpus", "sessions", "workers", "process", "call", "model", "start"];
 
 /// Three digits behind the point are more than these measurements are good for.
 fn rounded(value: f64) -> f64 {

@@ -6,6 +6,7 @@
 //! | `card` | faults of a simulated card, and how they end a real process |
 //! | `child` | the child process's loop over a real socketpair |
 //! | `conformance` | what every engine promises, real and simulated |
+//! | `encoders` | speaker encoders of every interface that is known |
 //! | `neighbour` | turns on the device by flock(1) |
 //! | `official` | models of the official shapes |
 //! | `rig` | an engine child in a thread, and its supervisor's side of the socket |
@@ -18,6 +19,7 @@ mod accuracy;
 mod card;
 mod child;
 mod conformance;
+mod encoders;
 mod neighbour;
 mod official;
 mod rig;

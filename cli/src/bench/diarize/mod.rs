@@ -80,6 +80,9 @@ pub(crate) struct DiarizeArgs {
     /// Another speaker encoder than ours
     #[arg(long, value_name = "FILE")]
     encoder: Option<PathBuf>,
+    /// Cosine distance of that encoder beyond which somebody else speaks, in hundredths [default: 60, which suits ours]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(5..=150))]
+    distance_percent: Option<u16>,
     #[command(flatten)]
     peers: peers::PeerArgs,
     /// Nothing of that, but what grows in an hour of one live session with ever new people
@@ -103,7 +106,8 @@ impl Found {
         let library = library.or_else(|| there(find::cache().join("lib/libonnxruntime.so")));
         let segmentation = args.segmentation.clone().or_else(|| there(sets::data().join(SEGMENTATION)));
         let segmentation = segmentation.filter(|_| !args.without_segmentation);
-        let config = DiarizeConfig { segmentation, encoder: args.encoder.clone(), ..DiarizeConfig::default() };
+        let (encoder, distance_percent) = (args.encoder.clone(), args.distance_percent);
+        let config = DiarizeConfig { segmentation, encoder, distance_percent, ..DiarizeConfig::default() };
         Self { config, library, silero: there(find::cache().join("models/silero_vad.onnx")) }
     }
 }
@@ -297,6 +301,7 @@ fn score(args: &DiarizeArgs, found: &Found) -> Result<Value> {
         "peers": peers,
         "realtime_factor": rounded(listened_s / f64::max(audio_s, f64::MIN_POSITIVE)),
         "segmentation": config.segmentation.as_ref().and_then(name),
+        "distance_percent": config.distance_percent,
         "encoder": config.encoder.as_ref().and_then(name).unwrap_or_else(|| "ours".to_owned()),
         "detector": rig.detector.kind().as_str(),
         "skipped": skipped,

@@ -50,6 +50,8 @@ pub struct DiarizeConfig {
     pub segmentation: Option<PathBuf>,
     /// A speaker encoder; none = ours.
     pub encoder: Option<PathBuf>,
+    /// Cosine distance of that encoder beyond which somebody else speaks, in hundredths; none = what suits ours.
+    pub distance_percent: Option<u16>,
     /// Sessions that ask for speakers if they can be had get them where so much memory is left on the host, in MB.
     pub needs_mb: u64,
     /// Answers come this much later, where a test wants them to.
@@ -122,7 +124,8 @@ impl Listener {
     pub fn open(config: &DiarizeConfig, onnxruntime: Option<&std::path::Path>) -> Result<Self, String> {
         let library = onnxruntime.ok_or("no ONNX Runtime library configured")?;
         let file = config.encoder.clone().map_or(EncoderFile::BuiltIn, EncoderFile::File);
-        let encoder = Encoder::open(&file, library).map_err(|why| format!("speaker encoder: {why}"))?;
+        let encoder =
+            Encoder::open(&file, config.distance_percent, library).map_err(|why| format!("speaker encoder: {why}"))?;
         let (segmentation, why) = match &config.segmentation {
             None => (None, Some(NO_SEGMENTATION.to_owned())),
             Some(file) => match Segmentation::open(file, library) {

@@ -14,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 use voxfleet_diarize::{
     fbank::{Features, FrontEnd},
     models::{Embedder, ModelError, Segmenter},
+    online::encoder_name,
     powerset::CLASSES,
 };
 
@@ -71,14 +72,14 @@ pub(super) enum EncoderFile {
 /// A speaker encoder.
 pub(super) struct Encoder {
     session: Session,
-    /// Its checksum.
+    /// Its checksum, and the distance chosen for it.
     id: String,
     front_end: FrontEnd,
     dims: usize,
 }
 
 impl Encoder {
-    pub(super) fn open(file: &EncoderFile, library: &Path) -> Result<Self, String> {
+    pub(super) fn open(file: &EncoderFile, distance_percent: Option<u16>, library: &Path) -> Result<Self, String> {
         let read;
         let bytes = match file {
             EncoderFile::BuiltIn => voxfleet_diarize::ENCODER,
@@ -89,6 +90,7 @@ impl Encoder {
         };
         let session = onnx::open(Model::Bytes(bytes), library)?;
         let id: String = Sha256::digest(bytes).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let id = encoder_name(&id, distance_percent);
         let front_end = match session.inputs().len() {
             1 => FrontEnd::Kaldi { bins: BINS },
             2 => FrontEnd::Nemo { bins: BINS },
