@@ -208,7 +208,7 @@ async fn kills_at_every_final_change_no_label() -> Result<()> {
 /// The same where nobody is heard in time: each worker leaves to the next what it was listening to.
 #[tokio::test(flavor = "multi_thread")]
 async fn kills_at_every_final_lose_no_late_label() -> Result<()> {
-    hunted(700).await
+    hunted(1_500).await
 }
 
 /// A call whose worker is killed at each final; speakers are known `listen_ms` later than they are heard.
@@ -258,7 +258,7 @@ async fn hunted(listen_ms: u64) -> Result<()> {
     let late = finals.iter().filter(|f| is_late(&f.json)).count();
     let disturbed = revised(&fleet, session).await?;
     ensure!(disturbed.len() == undisturbed.len() && kills >= 6, "{kills} kills, {} finals", disturbed.len());
-    ensure!(listen_ms == 0 || late * 2 > finals.len(), "{late} of {} finals were late", finals.len());
+    ensure!(listen_ms == 0 || late >= 3, "{late} of {} finals were late", finals.len());
     println!("{kills} kills, {late} of {} finals without their labels at first", disturbed.len());
     for (told, expected) in disturbed.iter().zip(&undisturbed) {
         ensure!(!is_late(told), "nobody answered for this one:\n{told:#}\n{}", fleet.logs());
