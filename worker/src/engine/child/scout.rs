@@ -46,7 +46,7 @@ impl Desk {
         match found {
             Ok(drafts) => {
                 for draft in drafts {
-                    self.say(&FromEngine::Final { handle, draft })?;
+                    self.say(&FromEngine::Final { handle, draft: Box::new(draft) })?;
                 }
                 self.say_what_it_left(handle)
             }
@@ -77,7 +77,7 @@ impl super::desk::Session {
     }
 
     /// Cuts what is ahead, a little of it.
-    fn look(&mut self) -> Result<Vec<Box<FinalDraft>>, EngineError> {
+    fn look(&mut self) -> Result<Vec<FinalDraft>, EngineError> {
         let Some(ahead) = &mut self.scout else { return Ok(Vec::new()) };
         let next = ahead.len().min(ENTRIES_AT_ONCE);
         ahead.drain(..next).for_each(|entry| self.stream.push(entry));
@@ -87,14 +87,14 @@ impl super::desk::Session {
             let at = self.stream.from_sample();
             match self.stream.step()? {
                 Step::Starved | Step::Ended => return Ok(drafts),
-                Step::Draft(draft) => drafts.push(draft),
+                Step::Draft(draft) => drafts.push(*draft),
                 Step::Final(windows) => match windows.into_iter().find_map(|window| window.hearing) {
                     // It goes on behind it when they have been heard.
                     Some(hearing) => {
                         (self.to_hear, self.dirty) = (Some(ToHear { at, hearing }), false);
                         return Ok(drafts);
                     }
-                    None => drafts.extend(self.stream.pass_over(None)),
+                    None => drafts.extend(self.stream.pass_over(None).map(|draft| *draft)),
                 },
             }
         }
