@@ -28,6 +28,8 @@ const PLACED_CHANNELS: u16 = 18;
 /// Speaker position of the one channel that is shown: the front's centre.
 const CENTRE: u32 = 4;
 const EXTENSIBLE: u16 = 0xfffe;
+/// Whole numbers, floats, A-law, mu-law, and the header that says more.
+const PLAIN: [u16; 5] = [1, 3, 6, 7, EXTENSIBLE];
 
 /// Chunks before the audio: a handful in files that mean well.
 const MOST_CHUNKS: usize = 256;
@@ -40,6 +42,10 @@ impl Mended {
         let number = |place: usize| u16::from_le_bytes([fmt[place], fmt[place + 1]]);
         let (kind, channels, frame, bits) = (number(0), number(2), number(12), number(14));
         let sample = frame / channels.max(1);
+        // Anything else packs samples in ways of its own.
+        if !PLAIN.contains(&kind) || sample != bits.div_ceil(8) {
+            return;
+        }
         let known = if kind == EXTENSIBLE { PLACED_CHANNELS } else { NAMED_CHANNELS };
         let many = (known + 1..=MAX_CHANNELS).contains(&channels);
         if !many || sample == 0 || sample * channels != frame {

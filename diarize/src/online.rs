@@ -25,7 +25,7 @@ const MOST_BYTES: usize = 40 << 10;
 /// However long the vectors are.
 const LEAST_VOICES: usize = 64;
 /// Of voices that became part of another one, so many are remembered.
-const MOST_ABSORBED: usize = 4_096;
+const MOST_ABSORBED: usize = 2_048;
 
 /// Voices that are kept of an encoder with so many dimensions; of more, the two nearest of one label become one. Where there
 /// are as many people, who has not been heard for the longest time is forgotten.

@@ -219,7 +219,7 @@ impl Default for WorkerConfig {
             job_slots: 1,
             // A day: longer recordings are split by whoever makes them.
             max_recording_s: 86_400,
-            // Of none until a fleet has been killed under it often enough.
+            // A shorter one is done before others have fetched it.
             split_jobs_over_s: 600,
             // Seconds of work for a GPU: what it costs to begin one is little beside it, and at the end nobody waits long.
             job_part_s: 120,

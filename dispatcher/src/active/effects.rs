@@ -16,7 +16,7 @@ use voxfleet_nats::{
     log::{AudioLog, LogError},
     publish::{HintSent, Publisher},
     topology,
-    transcript::{Chain, ChainError, Outcome},
+    transcript::{Chain, ChainError, Outcome, Revised},
 };
 use voxfleet_schema::{
     audio::{ASR_CAUSE, ASR_END, ASR_FLUSH, RawEntry},
@@ -357,7 +357,14 @@ impl Tools {
     async fn answer_late(&self, id: &StreamId, epoch: u64, last_seq: u64) -> Result<(), ChainError> {
         for late in self.chain.unanswered(Kind::Session, id, last_seq).await? {
             let why = "not heard in time, and its audio has expired".to_owned();
-            self.chain.revise(Revision::nobody(&late, epoch, why)).await?;
+            match self.chain.revise(Revision::nobody(&late, epoch, why)).await? {
+                Revised::Stored => {}
+                // It is somebody else's.
+                Revised::LetGo => return Ok(()),
+                Revised::TooLong => {
+                    tracing::warn!(%id, index = late.index, "there is no room to say why nobody is named")
+                }
+            }
         }
         Ok(())
     }

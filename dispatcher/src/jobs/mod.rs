@@ -347,9 +347,14 @@ impl Book {
         self.queue.len()
     }
 
-    /// Parts whose whole has ended, is ending, or is not there.
+    /// Parts whose whole has ended, is ending, is not there, or is another recording.
     pub fn orphans(&self) -> Vec<StreamId> {
-        self.parts.iter().filter(|(parent, _)| self.is_gone(parent)).flat_map(|(_, parts)| parts).cloned().collect()
+        let stray = |parent: &StreamId, part: &StreamId| match (self.job(parent), self.job(part)) {
+            (Some(whole), Some(part)) => !is_part_of(&part.record, whole.wanted()),
+            _ => false,
+        };
+        let all = self.parts.iter().flat_map(|(parent, parts)| parts.iter().map(move |part| (parent, part)));
+        all.filter(|(parent, part)| self.is_gone(parent) || stray(parent, part)).map(|(_, part)| part.clone()).collect()
     }
 
     /// Somebody waits for this: for a part only who has the whole of it, the same recording asked for in the same way.

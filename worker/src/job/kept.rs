@@ -25,7 +25,7 @@ struct Entry {
     /// The job, and its recording's URL: of a job that comes again under the same name it may be another.
     parent: (StreamId, String),
     bytes: u64,
-    /// Its next entry, as far as it was read.
+    /// The first entry that it can give without starting again.
     at_seq: u64,
     recording: Arc<Recording>,
     since: Instant,

@@ -66,6 +66,7 @@ use voxfleet_nats::{
     transcript::{Chain, ChainError, StoredFinal},
 };
 use voxfleet_schema::{
+    audio::RawEntry,
     codec,
     failure::{Failure, FailureClass},
     id::Kind,
@@ -95,10 +96,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A full store is looked at again after this: each look decodes the end of the recording once more.
 const FULL_FOR_MS: u64 = 60_000;
 
-/// Entries of a recording are 200 ms.
-const ENTRY_SAMPLES: u64 = 3_200;
-/// Entries behind the end of a part that its session is given: ten seconds.
-const HEARD_BEHIND: u64 = 50;
+/// Samples behind the end of a part that its session is given: ten seconds.
+const HEARD_BEHIND: u64 = 160_000;
 
 /// What a job's session needs beyond a live one's.
 #[derive(Debug)]
@@ -143,11 +142,11 @@ impl Work {
         }
     }
 
-    /// Whether this entry lies so far behind the end of the part that nobody has to hear it: where a final ends is known
-    /// five seconds later at the latest.
-    pub(crate) fn is_beyond(&self, seq: u64) -> bool {
+    /// The entry at `from` or the first above it. Of a part none far behind its end: where a final ends is known five seconds
+    /// later at the latest.
+    pub(crate) async fn entry(&self, from: u64) -> Result<Option<RawEntry>, Failure> {
         let until = self.part.as_ref().and_then(|part| part.until_sample);
-        until.is_some_and(|until| seq > until / ENTRY_SAMPLES + HEARD_BEHIND)
+        self.recording.next(from, until.map_or(u64::MAX, |until| until.saturating_add(HEARD_BEHIND))).await
     }
 
     /// A final was stored. True: the session is to stop behind it.

@@ -25,6 +25,8 @@ use crate::{engine::diarize::Heard, ipc::FinalDraft};
 const MOST_WAITING: usize = 8;
 /// Parts that others have or wait for at most.
 const MOST_ABROAD: usize = 64;
+/// Parts that are held at most, those that are done and not copied among them.
+const MOST_HELD: usize = 2 * MOST_ABROAD;
 /// A part that nobody has got on with for so long is done by who has the whole, when there is nothing else to do: its worker
 /// has died and there is no other, or it is slow. Whoever of the two stores a final first, the other goes on behind it.
 const STALLED: Duration = Duration::from_secs(15);
@@ -176,6 +178,11 @@ impl Parts {
     /// Nothing more is given out: all that is left is decoded here, in one piece.
     pub(super) fn close(&mut self) {
         self.closed = true;
+    }
+
+    /// Whether there is room for what is cut next.
+    pub(super) fn takes_cuts(&self) -> bool {
+        self.closed || self.parts.len() <= MOST_HELD
     }
 
     /// Whether anything may be given out.

@@ -110,7 +110,7 @@ impl Scout {
                 }
                 continue;
             }
-            match self.recording.next(from).await {
+            match self.recording.next(from, u64::MAX).await {
                 Ok(Some(entry)) => {
                     from = entry.seq + 1;
                     account.take(entry.payload.len() as u64 + ENTRY_COST);

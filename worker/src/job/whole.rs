@@ -99,6 +99,8 @@ impl Job {
         // Where they can be had: somebody else's memory is asked when he is given a part.
         let diarize = if self.item.options.diarize == Diarize::Off { Diarize::Off } else { Diarize::On };
         let options = SessionOptions { model: Some(model.clone()), diarize, ..self.item.options.clone() };
+        // What is decoded in the chain of the whole is cut where parts are.
+        self.handle.desired.send_modify(|desired| Arc::make_mut(&mut desired.options).diarize = diarize);
         let recording = match work.recording.again() {
             Ok(recording) => recording,
             Err(failure) => return JobEnd::GivenUp(failure),
@@ -155,7 +157,7 @@ impl Job {
             }
             let idle_until = whole.look_at.min(whole.copy_at).max(now + IDLE);
             tokio::select! {
-                Some((draft, vad)) = found.recv() => whole.cut(&draft, vad),
+                Some((draft, vad)) = found.recv(), if whole.takes_cuts() => whole.cut(&draft, vad),
                 over = resolve(&mut scouting) => {
                     scouting = None;
                     // What it said before comes first.
@@ -214,6 +216,11 @@ impl<'a> Whole<'a> {
             tracing::error!(job = %job.item.job, %error, "a part has no name");
             parts.close();
         }
+    }
+
+    /// The scout need not be hours ahead: what it finds takes memory.
+    fn takes_cuts(&self) -> bool {
+        self.parts.as_ref().is_none_or(Parts::takes_cuts)
     }
 
     /// Nothing more is given out.

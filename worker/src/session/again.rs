@@ -104,7 +104,13 @@ async fn finals_from(
     index: u64,
     last_seq: u64,
 ) -> Result<BTreeMap<u64, Final>, ChainError> {
-    let next = |seq| asked(id, move || chain.next_final(kind, id, seq));
+    let next = async |mut seq| loop {
+        match asked(id, move || chain.next_final(kind, id, seq)).await {
+            // What nobody can read is not one of them.
+            Err(ChainError::Foreign { seq: unreadable, .. }) => seq = unreadable + 1,
+            answer => return answer,
+        }
+    };
     // Back from the end, further each time: a session's last finals are near each other.
     let (mut at, mut step) = (last_seq, 1);
     let mut found = next(at).await?;
@@ -293,6 +299,7 @@ async fn listen(session: &Session, stream: &EngineSession, mut from: u64, stands
                 let Some(permit) = stream.room().await else { return Looked::Gone };
                 permit.feed(entry);
             }
+            // The engine has all of it, or as much as this stream may have: no other stream takes that away.
             Ok(None) => {
                 let now = Instant::now();
                 if now >= *give_up.get_or_insert(now + PATIENCE) {

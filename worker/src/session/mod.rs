@@ -496,10 +496,7 @@ impl Session {
     /// The first entry at or above `from`, if there is one yet.
     async fn entry(&self, from: u64) -> Result<Option<RawEntry>, ReadFailed> {
         if let Some(work) = &self.work {
-            if work.is_beyond(from) {
-                return Ok(None);
-            }
-            return work.recording.next(from).await.map_err(ReadFailed::Recording);
+            return work.entry(from).await.map_err(ReadFailed::Recording);
         }
         // Never closed; without it the read would only be uncounted.
         let _reading = self.shared.log_reads.acquire().await.ok();

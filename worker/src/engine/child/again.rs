@@ -35,8 +35,11 @@ pub(super) struct ToHear {
 }
 
 impl Desk {
-    /// Has what was found listened to, where there is room for it. Each answer makes some.
+    /// Has what was found listened to, one window at a time, so that nobody is blamed for another's. Each answer makes room.
     pub(super) fn listen_again(&mut self) -> Said {
+        if self.alone.is_some() || self.first_suspect().is_some() || self.listens() {
+            return Ok(());
+        }
         let waiting: Vec<u64> =
             self.sessions.iter().filter(|(_, s)| s.to_hear.is_some()).map(|(handle, _)| *handle).collect();
         for handle in waiting {
@@ -48,7 +51,10 @@ impl Desk {
             let listening = self.pool.listen(handle, *hearing);
             let Some(session) = self.sessions.get_mut(&handle) else { continue };
             match listening {
-                Ok(flag) => session.listening.push((index, flag)),
+                Ok(flag) => {
+                    session.listening.push((index, flag));
+                    return Ok(());
+                }
                 Err(hearing) => {
                     session.to_hear = Some(ToHear { at, hearing });
                     self.say(&FromEngine::Over { handle })?;
@@ -56,6 +62,11 @@ impl Desk {
             }
         }
         Ok(())
+    }
+
+    /// Whether somebody listens to what a scout has found.
+    pub(super) fn listens(&self) -> bool {
+        self.sessions.values().any(|session| session.scout.is_some() && !session.listening.is_empty())
     }
 
     /// What was heard in the final that a scout has come to.

@@ -346,7 +346,7 @@ impl Desk {
                 // Its death would be the loader's as well. The others go on: a load may take minutes.
                 continue;
             }
-            if !self.pool.all_idle() {
+            if !self.pool.all_idle() || self.listens() {
                 // After this or the next decode; see `dispatch`.
                 if let Some(session) = self.sessions.get_mut(&handle) {
                     session.held_since.get_or_insert_with(Instant::now);

@@ -77,7 +77,7 @@ impl Desk {
             let loading = self.loading();
             let next = match self.first_suspect().filter(|_| !loading) {
                 // It waits until the others are done, and they for it.
-                Some(_) if !self.pool.all_idle() || self.stepping => return Ok(()),
+                Some(_) if !self.pool.all_idle() || self.listens() || self.stepping => return Ok(()),
                 Some(handle) => {
                     let job = self.job_of(handle);
                     self.alone = job.as_ref().map(|job| job.handle);
@@ -123,7 +123,7 @@ impl Desk {
 
     /// The suspect whose window is to be decoded next: those that have done least harm first, so that on a device where
     /// everything dies no single one is blamed for it.
-    fn first_suspect(&self) -> Option<u64> {
+    pub(super) fn first_suspect(&self) -> Option<u64> {
         let waiting = self.sessions.iter().filter_map(|(handle, session)| {
             let crashes = session.suspect.as_ref()?.crashes;
             let since = session.ready_since()?;
