@@ -220,21 +220,12 @@ function followAddress() {
   const where = target();
   for (const id of ["reader", "gpu"]) {
     const mine = where && (id === "gpu") === (where.kind === "gpu");
-    if ($(id).open && !mine) closeQuietly($(id));
+    if ($(id).open && !mine) $(id).close();
   }
   if (!where) return;
   if ($("record").open) $("record").close();
   if (where.kind === "gpu") gpu.open(where.id);
   else reader.open(where.kind, where.id);
-}
-
-// Closing a dialog clears the address; here the address has already moved on.
-function closeQuietly(dialog) {
-  const { hash } = location;
-  dialog.addEventListener("close", () => {
-    if (hash) history.replaceState(null, "", hash);
-  }, { once: true });
-  dialog.close();
 }
 
 function startDialogs() {

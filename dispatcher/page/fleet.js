@@ -92,6 +92,7 @@ function update(entry, tile) {
   const part = (mb) => `${shares.total ? ((100 * mb) / shares.total).toFixed(1) : 0}%`;
   style(parts.ours, "inline-size", part(shares.ours));
   style(parts.others, "inline-size", part(shares.others));
+  style(element, "--load", tile.slots > 0 ? `${Math.round((100 * (tile.slots_used ?? 0)) / tile.slots)}%` : "0%");
   put(element, "aria-label", describe(tile, shares));
   if (inspected === element.dataset.key) inspect(entry);
 }

@@ -3,10 +3,11 @@
 
 import { $, el, put, say } from "./dom.js";
 import { ApiError, ask, Stream } from "./api.js";
-import { address, leaveTarget, openFor } from "./state.js";
+import { address, leave, openFor } from "./state.js";
 import { lag, place, plural, words } from "./format.js";
 
 let stream = null;
+let opened = null; // {kind, id}
 let finals = new Map(); // index -> {final, block, revision}
 let speakers = new Map(); // name -> number, in the order they first spoke
 let last_epoch = 0;
@@ -135,6 +136,7 @@ function follow() {
 
 export function open(kind, id) {
   close();
+  opened = { kind, id };
   pinned = true;
   say($("reader-title"), id);
   say($("reader-kind"), kind === "job" ? "Job" : "Session");
@@ -201,8 +203,10 @@ function plainText() {
 
 export function start() {
   $("reader").addEventListener("close", () => {
+    if ($("reader").open || !opened) return; // opened again before this was told
     close();
-    leaveTarget();
+    leave(opened.kind, opened.id);
+    opened = null;
   });
   const box = $("reader-scroll");
   box.addEventListener("scroll", () => {

@@ -127,6 +127,7 @@ class Page:
     def __init__(self, browser, width=1440, height=900, mobile=False, dark=False, calm_motion=True):
         self.browser = browser
         self.console, self.exceptions, self.requests, self.dialogs = [], [], {}, []
+        self.violations, self.closed = [], False
         self.context = browser.call("Target.createBrowserContext")["browserContextId"]
         target = browser.call("Target.createTarget", {"url": "about:blank", "browserContextId": self.context})["targetId"]
         self.session = browser.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
@@ -185,7 +186,7 @@ class Page:
         """Polls until the script is true; returns the seconds it took."""
         start = time.monotonic()
         while True:
-            value = self.eval(script)
+            value = self.eval(f"!!({script})")
             if value:
                 return time.monotonic() - start
             if time.monotonic() - start > timeout:
@@ -215,5 +216,6 @@ class Page:
         return {m["name"]: m["value"] for m in self.call("Performance.getMetrics")["metrics"]}
 
     def close(self):
+        self.violations, self.closed = self.eval("window.violations"), True
         self.browser.pages.pop(self.session, None)
         self.browser.call("Target.disposeBrowserContext", {"browserContextId": self.context})
