@@ -422,6 +422,7 @@ def signs_in(run):
     page.type("op")
     page.key("Enter")
     page.wait("document.querySelector('#me').textContent === 'operator'", 5)
+    run.token = "op"
 
 
 def drains(run):
