@@ -28,8 +28,8 @@ KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), "Escape": (27, ""), " ": (32, " "),
 
 def find():
     """The browser's program, or None. Debian's starter script is passed by: it adds flags of its own."""
-    names = [os.environ.get("VOXFLEET_CHROMIUM"), CACHE / "chromium" / "chromium", "/usr/lib/chromium/chromium", "chromium",
-             "chromium-browser", "google-chrome", "google-chrome-stable"]
+    names = [os.environ.get("VOXFLEET_CHROMIUM"), "/usr/lib/chromium/chromium", CACHE / "chromium" / "chromium", "chromium",
+             "chromium-browser", "google-chrome"]
     for name in filter(None, names):
         path = shutil.which(str(name))
         if path:
