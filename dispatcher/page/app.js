@@ -37,9 +37,12 @@ function totals(t) {
   say($("t-jobs"), count(t.jobs_assigned));
   say($("t-jobs-more"), `running of ${plural(t.job_slots ?? 0, "slot")}; ${count(t.jobs_queued)} queued`);
   share("t-jobs-bar", t.job_slots_used ?? t.jobs_assigned, t.job_slots);
-  say($("t-memory"), percent(t.memory_used_mb, t.memory_total_mb));
-  say($("t-memory-more"), `${megabytes(t.memory_used_mb)} of ${megabytes(t.memory_total_mb)}`);
-  share("t-memory-bar", t.memory_used_mb, t.memory_total_mb);
+  const memory = fleet.memoryOfAll();
+  put($("t-memory-cell"), "hidden", !memory.total);
+  say($("t-memory"), percent(memory.total - memory.free, memory.total));
+  say($("t-memory-more"), `ours ${megabytes(memory.ours)}, others ${megabytes(memory.others)} of ${megabytes(memory.total)}`);
+  share("t-memory-bar", memory.ours, memory.total);
+  share("t-memory-others", memory.others, memory.total);
   say($("t-dead"), count(t.dead_letters));
   say($("t-dead-more"), t.dead_letters ? "given up" : "nothing given up");
   put($("t-dead-cell"), "data-kind", t.dead_letters ? "bad" : null);

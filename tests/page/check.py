@@ -23,7 +23,7 @@ import checks
 from mock import Server
 
 SCENARIOS = {
-    "calm": ["loads", "agrees", "grows", "reads_along", "keyboard", "narrow", "accessible", "record", "stale", "clean"],
+    "calm": ["loads", "agrees", "grows", "keeps_focus", "reads_along", "keyboard", "narrow", "accessible", "record", "stale", "clean"],
     "load": ["loads", "agrees", "smooth", "searches", "keyboard_map", "narrow", "accessible_main", "clean"],
     "dead": ["loads", "death", "accessible_main", "clean"],
     "hostile": ["loads", "inert", "narrow", "accessible", "clean"],
@@ -86,7 +86,8 @@ def play(scenario, arguments, program):
     flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", f"--use-file-for-fake-audio-capture={wav}"]
     with chromium.Browser(program, *flags) as browser:
         run = Run(scenario, base, browser, arguments, server)
-        for name in (SCENARIOS if run.mock else REAL)[scenario]:
+        names = (SCENARIOS if run.mock else REAL)[scenario]
+        for name in [n for n in names if not arguments.only or n in ("loads", "signs_in") or n in arguments.only.split(",")]:
             start = time.monotonic()
             run.notes = []
             try:
@@ -110,6 +111,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="the address of a dispatcher; without it the mock is played")
     parser.add_argument("--scenario", choices=SCENARIOS, help="what to look at (default: everything the mock plays)")
+    parser.add_argument("--only", help="these checks of the scenario, with commas")
     parser.add_argument("--screens", help="a folder for screenshots")
     parser.add_argument("--token", default=os.environ.get("VOXFLEET_TOKEN"), help="signs in first (or VOXFLEET_TOKEN)")
     parser.add_argument("--wav", help="what the microphone hears, instead of a tone")

@@ -104,6 +104,21 @@ def grows(run):
     run.notes.append(f"transcripts grew after {took:.1f} s, in the same rows")
 
 
+def keeps_focus(run):
+    """Rows move around the one that somebody stands on; moving that one would take the focus away."""
+    page = run.page
+    order = "[...document.querySelectorAll('#sessions-rows .s-id')].map((e) => e.textContent)"
+    page.wait(f"{order}.length === 14", 5)
+    for n, stand in enumerate((9, 13, 5)):
+        mine = page.eval(f"(document.querySelectorAll('#sessions-rows .s-id a')[{stand}].focus(), document.activeElement.textContent)")
+        run.steer("lag", id=mine, lag_ms=5000 + 300 * n)
+        page.wait(f"{order}[0] === {json.dumps(mine)}", 5)
+        assert page.eval("document.activeElement.textContent") == mine, f"the focus left {mine} when it rose to the top"
+    asked = [s["id"] for s in run.ask("/api/sessions?sort=lag&order=desc")["rows"]]
+    page.wait(f"JSON.stringify({order}) === {json.dumps(json.dumps(asked, separators=(',', ':')))}", 3)
+    page.eval("document.activeElement.blur()")
+
+
 # ---- reading along
 
 def reads_along(run):
@@ -475,6 +490,15 @@ def searches(run):
     page.click("th.s-id button")
     page.wait("document.querySelector('th.s-id').getAttribute('aria-sort') === 'ascending'", 3)
     page.wait("(() => { const ids = [...document.querySelectorAll('#sessions-rows .s-id')].map((e) => e.textContent); return ids.every((id, n) => n === 0 || ids[n - 1] <= id) })()", 5)
+    page.click("th.s-age button")
+    page.wait("document.querySelector('th.s-age').getAttribute('aria-sort') === 'descending'", 3)
+    asked = "&order=asc"
+    wait_until(lambda: any(asked in r["url"] and "sessions=age" in r["url"] for r in page.requests.values()), 3)
+    if page.eval("document.querySelector('#jobs-pages').hidden"):
+        assert number(page, "#jobs-count") <= 20, "jobs are missing without a word"
+    else:
+        page.click("#jobs-more")
+        page.wait("document.querySelectorAll('#jobs-rows .row').length > 20", 5)
     page.eval("document.querySelector('#fleet-trouble').click()")
     bad = page.eval("[...document.querySelectorAll('.tile:not([hidden])')].map((t) => t.dataset.state)")
     assert all(state in ("dead", "suspect", "unhealthy") for state in bad), f"not trouble: {bad}"

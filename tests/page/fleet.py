@@ -108,7 +108,7 @@ class Fleet:
 
     def make_job(self, n):
         state = ["assigned", "assigned", "queued", "done", "queued", "failed"][n % 6]
-        return {"id": self.strange(n, f"rec-{5100 + n}"), "state": state, "priority": ["normal", "high", "low"][n % 3],
+        return {"id": self.strange(n, f"rec-{5100 + n}"), "state": state, "priority": ["normal", "high", "low"][n % 3], "ahead": n if state == "queued" else None,
                 "gpu_id": self.tiles[n % len(self.tiles)]["gpu_id"] if state == "assigned" else None,
                 "percent": float(n * 13 % 90) if state == "assigned" else None, "submitted_ms": now_ms() - n * 61000,
                 "duration_s": 620.5 + n * 97, "attempts": 1 + (n % 6 == 5), "failure": "unsupported_format" if state == "failed" else None,
@@ -197,7 +197,8 @@ class Fleet:
                     if self.scenario != "hostile":
                         session["text"] = f"{session['text']} {self.words(session['at'], more)}"[-160:]
                     session["at"] += more
-                    session["lag_ms"] = max(90, min(6000, session["lag_ms"] + pick.choice([-60, -20, 0, 20, 60])))
+                    if not session.get("still"):
+                        session["lag_ms"] = max(90, min(6000, session["lag_ms"] + pick.choice([-60, -20, 0, 20, 60])))
             for job in self.jobs:
                 if job["state"] == "assigned":
                     job["percent"] = min(99.0, job["percent"] + 0.7)
@@ -242,12 +243,13 @@ class Fleet:
         rows = [s for s in self.sessions if (state == "all" or s["state"] == state) and
                 (not text or any(text in str(s[k] or "").lower() for k in ("id", "gpu_id", "text")))]
         keys = {"lag": lambda s: s["lag_ms"] // 250 if s["state"] == "assigned" else -1, "id": lambda s: s["id"], "gpu": lambda s: s["gpu_id"] or "",
-                "age": lambda s: -s["started_ms"], "words": lambda s: len(s["text"])}
+                "age": lambda s: s["started_ms"], "words": lambda s: len(s["text"])}
+        # Lag in steps, so that rows do not dance.
         rows.sort(key=lambda s: s["id"])
         rows.sort(key=keys.get(query.get("sort", "lag"), keys["lag"]), reverse=query.get("order") == "desc")
         offset, limit = int(query.get("offset", 0)), min(500, int(query.get("limit", 100)))
         return {"total": len(self.sessions), "matched": len(rows),
-                "rows": [{k: v for k, v in s.items() if k != "at" and v is not None} for s in rows[offset:offset + limit]]}
+                "rows": [{k: v for k, v in s.items() if k not in ("at", "still") and v is not None} for s in rows[offset:offset + limit]]}
 
 
 class Talk:
@@ -281,5 +283,5 @@ class Talk:
         return {"after_index": self.index - 1, "committed": committed, "tentative": tentative, "lag_ms": 240, "epoch": self.epoch}
 
     def row(self):
-        row = {k: v for k, v in (self.session or {"id": self.sid, "state": "unknown"}).items() if k != "at" and v is not None}
+        row = {k: v for k, v in (self.session or {"id": self.sid, "state": "unknown"}).items() if k not in ("at", "still") and v is not None}
         return row

@@ -47,13 +47,12 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status, body=b"", kind="application/json", headers=()):
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
-        host = self.headers.get("Host", "")
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
-        self.send_header("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-                         f"connect-src 'self' ws://{host} wss://{host}; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        self.send_header("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+                         "manifest-src 'self'; worker-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Referrer-Policy", "no-referrer")
         for name, value in headers:
@@ -75,8 +74,6 @@ class Handler(BaseHTTPRequestHandler):
         if parts == ["mock", "recorded"]:
             return self.send(200, self.server.recorded)
         if parts == ["api", "me"]:
-            if self.fleet.scenario == "login" and not self.roles():
-                return self.fail(401, "unauthorized", "a token is needed")
             return self.send(200, {"roles": self.roles(), "login": self.fleet.scenario in ("login", "calm"), "dispatcher": "dispatcher-1f", "version": "0.1.0", "prefix": "asr.v1"})
         if not self.roles():
             return self.fail(401, "unauthorized", "a token is needed")
@@ -85,6 +82,8 @@ class Handler(BaseHTTPRequestHandler):
         if answer is not None:
             return self.send(200, answer)
         if parts[1:2] == ["stream"]:
+            if "sort" in query:
+                return self.fail(400, "bad_request", "of a stream it is called sessions")
             return self.stream(query)
         if len(parts) == 4 and parts[3] == "stream" and parts[1] in ("sessions", "jobs"):
             return self.talk(parts[1][:-1], parts[2])
@@ -92,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, parts, query):
         fleet = self.fleet
-        page = lambda rows: {"total": len(rows), "rows": rows[int(query.get("offset", 0)):][:int(query.get("limit", 100))]}
+        page = lambda rows: {"total": len(rows), "rows": rows[:int(query.get("limit", 100))]}
         if parts == ["fleet"]:
             return fleet.view()
         if parts == ["sessions"]:
@@ -136,7 +135,11 @@ class Handler(BaseHTTPRequestHandler):
         fleet = self.fleet
         if what == "kill":
             return self.send(200, {"gpu_id": fleet.kill(body.get("index", 1), body.get("state", "suspect"))})
-        if what == "pause":
+        if what == "lag":
+            with fleet.changed:
+                for session in fleet.sessions:
+                    session["lag_ms"], session["still"] = (body["lag_ms"] if session["id"] == body["id"] else session["lag_ms"]), True
+        elif what == "pause":
             self.server.paused = body["on"]
         elif what == "drop":
             self.server.dropped += 1
