@@ -82,6 +82,7 @@ mod nats_media;
 mod nats_pub;
 mod nats_topology;
 mod operator;
+mod page;
 mod poison;
 mod prefetch;
 mod pressure;
