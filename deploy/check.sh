@@ -6,7 +6,7 @@
 #   sh deploy/check.sh --cuda    also the CUDA toolkit's wheels and a probe compiled with them (530 MB at first)
 #
 # Scripts by shellcheck; Dockerfiles, compose files and units by their linters and by rules of ours; every setting in them by the real
-# binary; NATS with TLS, nkeys, three servers and leaf nodes, started; entry and on-start scripts in a clean root with a real
+# binary; alerts, dashboard and the list of metrics by promtool and a real Prometheus; NATS with TLS, nkeys, three servers and leaf nodes, started; entry and on-start scripts in a clean root with a real
 # dispatcher and worker. Builds no image and calls no cargo.
 #
 # environment: VOXFLEET_BIN  the binary for what needs one (default: the newer of target/{debug,release}/voxfleet)
@@ -125,7 +125,7 @@ if [ -n "$LINT" ]; then
     fi
 fi
 if have docker && docker compose version >/dev/null 2>&1; then
-    for file in deploy/compose/*.yml; do
+    for file in deploy/compose/*.yml deploy/observability/compose.yml; do
         if docker compose -f "$file" config -q; then say "ok docker compose config $file"; else say "FAIL docker compose config $file"; fi
     done
 else
@@ -159,6 +159,34 @@ if have systemd-analyze; then
     done
 else
     say "skip systemd-analyze verify: not here (apt-get install systemd)"
+fi
+
+# ---------------------------------------------------------------------------------------------- metrics and alerts
+
+# promtool and prometheus: those that are installed, else Debian's and Ubuntu's package unpacked into the cache; nothing of it runs
+# but these two. Its checksum is apt's business.
+PROMETHEUS=
+if have promtool && have prometheus; then
+    PROMETHEUS=$(dirname "$(command -v promtool)")
+elif [ -x "$CACHE/prometheus/promtool" ]; then
+    PROMETHEUS=$CACHE/prometheus
+elif [ "${VOXFLEET_OFFLINE:-0}" != 1 ] && have apt-get && have dpkg-deb; then
+    mkdir "$WORK/prometheus"
+    fetch_prometheus() { (cd "$WORK/prometheus" && apt-get -qq download prometheus) >>"$WORK/apt.log" 2>&1; }
+    if { fetch_prometheus || { [ "$(id -u)" = 0 ] && apt-get -qq update >>"$WORK/apt.log" 2>&1 && fetch_prometheus; }; } &&
+        dpkg-deb -x "$WORK"/prometheus/prometheus_*.deb "$WORK/prometheus/tree" 2>>"$WORK/apt.log"; then
+        cp -R "$WORK/prometheus/tree/usr/bin" "$CACHE/prometheus.$$"
+        mv "$CACHE/prometheus.$$" "$CACHE/prometheus" 2>/dev/null || rm -rf "$CACHE/prometheus.$$" # somebody else was here
+        PROMETHEUS=$CACHE/prometheus
+    fi
+fi
+if [ -n "$LINT" ]; then
+    mkdir "$WORK/observability"
+    PYTHONPATH=$LINT python3 deploy/check/observability.py "$ROOT" "$WORK/observability" "$PROMETHEUS" >"$WORK/observability.out" \
+        2>"$WORK/observability.err" || echo "FAIL observability.py: it broke: $(tail -n 2 "$WORK/observability.err")" >>"$WORK/observability.out"
+    report <"$WORK/observability.out"
+else
+    say "skip alerts, dashboard, metrics: they are read with PyYAML, which PyPI did not give"
 fi
 
 if [ -z "$CUDA" ]; then
