@@ -236,7 +236,7 @@ else
         # shellcheck disable=SC2086 # a command with its options
         [ "${VOXFLEET_OFFLINE:-0}" = 1 ] || timeout 120 $deny fetch db >"$WORK/supply/fetch" 2>&1 || :
         if [ -z "$(ls -d "${CARGO_HOME:-$HOME/.cargo}"/advisory-dbs/*/ 2>/dev/null)" ]; then
-            say "skip cargo deny check advisories: their database cannot be had here ($(tail -n 1 "$WORK/supply/fetch" 2>/dev/null))"
+            say "skip cargo deny check advisories: their database cannot be had here ($(grep '^fatal' "$WORK/supply/fetch" 2>/dev/null | tail -n 1))"
         elif
             # shellcheck disable=SC2086
             $deny --offline check advisories >"$WORK/supply/log" 2>&1
