@@ -28,7 +28,13 @@ pub(crate) async fn api<T: DeserializeOwned>(
     subject: String,
     request: &(impl Serialize + ?Sized),
 ) -> Result<T, ServerError> {
-    match nats.js().request(subject, request).await? {
+    let full = format!("$JS.API.{subject}");
+    let refused = nats.denials().publishing(&full);
+    let answer = tokio::select! {
+        answer = nats.js().request(subject, request) => answer?,
+        error = refused => return Err(error),
+    };
+    match answer {
         Response::Ok(value) => Ok(value),
         Response::Err { error } => Err(error.into()),
     }
@@ -130,7 +136,12 @@ pub(crate) async fn leader_get(nats: &Nats, stream: &str, which: &Get<'_>) -> Re
 
 /// Publishes into a stream and waits for its answer.
 pub(crate) async fn publish(nats: &Nats, subject: String, message: PublishMessage) -> Result<PublishAck, ServerError> {
-    Ok(nats.js().send_publish(subject, message).await?.await?)
+    let refused = nats.denials().publishing(&subject);
+    let publishing = async { Ok(nats.js().send_publish(subject.clone(), message).await?.await?) };
+    tokio::select! {
+        stored = publishing => stored,
+        error = refused => Err(error),
+    }
 }
 
 /// Removes what stands on `filter`, up to the message before `below` where that is given. Gone already is done.
