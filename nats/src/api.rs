@@ -101,7 +101,13 @@ impl ApiServer {
 
     /// The next request. None: the connection is closed. Cancel-safe.
     pub async fn next(&mut self) -> Option<(ApiCall, ApiResponder)> {
-        let (endpoint, request) = self.requests.next().await?;
+        let (endpoint, request) = loop {
+            let (endpoint, request) = self.requests.next().await?;
+            if !raw::is_from_a_stream(&request.message) {
+                break (endpoint, request);
+            }
+            tracing::warn!(%endpoint, "a message that a stream sent is no request");
+        };
         let header = |name: &str| {
             request
                 .message

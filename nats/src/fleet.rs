@@ -68,10 +68,16 @@ impl Heartbeats {
     /// Cancel-safe.
     pub async fn next(&mut self) -> Result<Heartbeat, FleetError> {
         let subject = self.nats.subjects().heartbeats_all();
-        let message = tokio::select! {
-            biased;
-            message = self.subscriber.next() => message.ok_or(ServerError::Closed)?,
-            error = subscribing(&mut self.denials, &subject) => return Err(error.into()),
+        let message = loop {
+            let message = tokio::select! {
+                biased;
+                message = self.subscriber.next() => message.ok_or(ServerError::Closed)?,
+                error = subscribing(&mut self.denials, &subject) => return Err(error.into()),
+            };
+            if !raw::is_from_a_stream(&message) {
+                break message;
+            }
+            tracing::debug!("a message that a stream sent is no heartbeat");
         };
         let heartbeat: Heartbeat = codec::from_json(&message.payload)
             .map_err(|source| FleetError::Malformed { subject: message.subject.to_string(), source })?;
@@ -119,6 +125,10 @@ impl ControlServer {
     pub async fn next(&mut self) -> Option<(ControlRequest, ControlResponder)> {
         loop {
             let message = self.subscriber.next().await?;
+            if raw::is_from_a_stream(&message) {
+                tracing::warn!("a message that a stream sent is no control request");
+                continue;
+            }
             let responder = ControlResponder { nats: self.nats.clone(), to: message.reply };
             match codec::from_json(&message.payload) {
                 Ok(request) => return Some((request, responder)),

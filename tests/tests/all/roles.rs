@@ -19,6 +19,7 @@ use voxfleet_harness::{
     verdict,
     wait::eventually,
 };
+use voxfleet_schema::fleet::ControlRequest;
 
 use crate::{dead_letters::said, direct};
 
@@ -239,7 +240,7 @@ async fn answers_go_where_their_asker_says() -> Result<()> {
     let _place = fleet::place().await;
     let keys = Keys::make(&[ACCOUNT, "other"], &[])?;
     let server = server(&keys).await?;
-    let builder = Fleet::builder().workers(0).of_account(&keys, ACCOUNT);
+    let builder = Fleet::builder().workers(1).of_account(&keys, ACCOUNT);
     let fleet = builder.on(Servers::Elsewhere(vec![server.url()])).start().await?;
     let (viewer, refusals) = keys.login(ACCOUNT, "viewer").connect(fleet.urls()).await?;
     let count = |stream: &'static str| {
@@ -262,5 +263,34 @@ async fn answers_go_where_their_asker_says() -> Result<()> {
     // The dispatcher may have written behind it.
     ensure!(before.is_some() && count("ASR_AUDIO").await >= before, "a purge by reply");
     ensure!(refusals.all().is_empty(), "{:?}", refusals.all());
+
+    // Bytes of one's own, by a stream that was told where to send them: a worker takes them for no order of its dispatcher,
+    // and a dispatcher for no request.
+    let (producer, _) = keys.login(ACCOUNT, "producer").connect(fleet.urls()).await?;
+    let mut beats = fleet.client().subscribe("asr.v1.heartbeat.gpu-1").await?;
+    let beat = tokio::time::timeout(SOON, futures_util::StreamExt::next(&mut beats)).await?.context("a heartbeat")?;
+    let beat: Value = serde_json::from_slice(&beat.payload)?;
+    let incarnation = beat["incarnation"].as_str().context("its incarnation")?.to_owned();
+    let drain = serde_json::to_string(&ControlRequest::Drain { deadline_ms: 1_000 })?;
+    let drain_by_api = serde_json::json!({"gpu_id": "gpu-1"}).to_string();
+    for (name, body, to) in [
+        ("control", drain, format!("asr.v1.control.gpu-1.{incarnation}")),
+        ("api", drain_by_api, "asr.v1.api.fleet.drain".to_owned()),
+    ] {
+        let stored = format!("$O.asr_media.C.{name}");
+        jetstream::new(producer.clone()).publish(stored.clone(), body.into()).await?.await?;
+        let consumer = serde_json::json!({"stream_name": "OBJ_asr_media", "config": {
+            "name": name, "deliver_subject": to, "filter_subject": stored, "ack_policy": "none", "deliver_policy": "all"}});
+        let create = format!("$JS.API.CONSUMER.CREATE.OBJ_asr_media.{name}.{stored}");
+        let made = producer.request(create, consumer.to_string().into()).await?;
+        ensure!(!String::from_utf8_lossy(&made.payload).contains("error"), "{made:?}");
+    }
+    let told = || {
+        let worker = fleet.workers.first().is_some_and(|w| w.log().contains("is no control request"));
+        let dispatcher = fleet.dispatchers.first().is_some_and(|d| d.log().contains("is no request"));
+        std::future::ready((worker && dispatcher).then_some(()))
+    };
+    eventually("both pass it over", SOON, told).await.with_context(|| fleet.logs())?;
+    ensure!(!fleet.logs().contains("draining"), "{}", fleet.logs());
     Ok(())
 }
