@@ -18,6 +18,7 @@
 //! | [`rebalance`] | half of the workers killed at once: events, moves, time until all sessions produce again |
 //! | [`route`] | added latency from a producer's publish to the engine, and what a fleet saturates at |
 //! | [`scale`] | sessions over more and more workers: what one dispatcher carries, and where its wall is |
+//! | [`tenants`] | two accounts on one server: what one notices of the other's flood |
 //! | [`startup`] | start-up time of each process, and memory with idle sessions |
 //! | [`probe`] | the engine's door: where latency is measured |
 //! | [`models`] | model files with random weights in the official shapes |
@@ -48,6 +49,7 @@ mod route;
 mod sampled;
 mod scale;
 mod startup;
+mod tenants;
 
 use std::path::PathBuf;
 
@@ -81,7 +83,8 @@ Examples:
   voxfleet bench rebalance
   voxfleet bench route --sessions 1000 --seconds 30 --json
   voxfleet bench scale
-  voxfleet bench startup")]
+  voxfleet bench startup
+  voxfleet bench tenants")]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
     bench: Option<Bench>,
@@ -126,6 +129,8 @@ enum Bench {
     Scale(scale::ScaleArgs),
     /// Start-up time of each process, memory with idle sessions
     Startup(startup::StartupArgs),
+    /// Two accounts on one server: latency in one with and without a flood in the other
+    Tenants(tenants::TenantsArgs),
     /// Write the models with random weights that other benches use
     #[command(hide = true)]
     Stubs(models::StubsArgs),
@@ -160,6 +165,7 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Route(args) => route::run(args).await,
             Bench::Scale(args) => scale::run(args).await,
             Bench::Startup(args) => startup::run(args).await,
+            Bench::Tenants(args) => tenants::run(args).await,
             Bench::Stubs(args) => tokio::task::spawn_blocking(move || models::write_stubs(&args)).await?,
             Bench::Weigh(args) => tokio::task::spawn_blocking(move || models::weigh(&args)).await?,
             Bench::Probe(args) => {

@@ -31,6 +31,7 @@
 //! | [`faults_r1`], [`faults_r3`] | what may break at any moment, on one server and on three ([`faults`]) |
 //! | [`mutants`] | the checker sees a broken fence and a broken resume position |
 //! | [`device_sharing`] | a card with a foreign tenant: what it grows by, turns, nothing left behind |
+//! | [`roles`], [`tls`], [`tenants`] | who may do what, who is let in, and what one account sees of another |
 //! | [`fetch`] | recordings come from allowed places only, whole or not at all |
 //! | [`direct`] | the engine without a fleet, for comparison |
 
@@ -86,9 +87,12 @@ mod page;
 mod poison;
 mod prefetch;
 mod pressure;
+mod roles;
 mod speakers;
 mod split;
 mod standby;
+mod tenants;
 mod third_party;
+mod tls;
 mod viewer;
 mod worker_supervisor;
