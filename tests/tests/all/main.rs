@@ -17,6 +17,7 @@
 //! | [`dispatcher_jobs`] | the same for file jobs: submit, queue, give out, fail, cancel, expire, take over |
 //! | [`fleet_map`] | who serves, who stands in, who gives back |
 //! | [`fleet_routing`] | where sessions land on a whole fleet, who is refused, and a burst of opens |
+//! | [`recipes`], [`pages`] | every command of `docs/nats-recipes.md`, as it stands there |
 //! | [`speakers`] | who said what: live, recordings, workers killed at every final |
 //! | [`standby`] | dispatchers that stop, die and come back |
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
@@ -81,9 +82,11 @@ mod nats_media;
 mod nats_pub;
 mod nats_topology;
 mod operator;
+mod pages;
 mod poison;
 mod prefetch;
 mod pressure;
+mod recipes;
 mod speakers;
 mod split;
 mod standby;
