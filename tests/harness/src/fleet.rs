@@ -83,6 +83,7 @@ pub struct FleetBuilder {
     servers: Option<Servers>,
     through: Through,
     worker_env: Vec<(String, String)>,
+    binary: Option<PathBuf>,
 }
 
 /// Whether processes speak to their servers through relays, and who looks at what they publish.
@@ -156,6 +157,12 @@ impl FleetBuilder {
         self
     }
 
+    /// Every process is this binary, until [`Fleet::use_binary`] says otherwise.
+    pub fn binary(mut self, path: PathBuf) -> Self {
+        self.binary = Some(path);
+        self
+    }
+
     /// Starts everything and waits until each worker beats, is ready, and has its consumer.
     pub async fn start(self) -> Result<Fleet> {
         let dir =
@@ -183,6 +190,7 @@ impl FleetBuilder {
             through: self.through,
             relays: BTreeMap::new(),
             worker_env: self.worker_env,
+            binary: self.binary,
             dispatcher_starts: 0,
             dir,
         };
@@ -233,6 +241,8 @@ pub struct Fleet {
     through: Through,
     relays: BTreeMap<String, Relay>,
     worker_env: Vec<(String, String)>,
+    /// None: the one that was built.
+    binary: Option<PathBuf>,
     dispatcher_starts: u32,
     dir: TempDir,
 }
@@ -250,6 +260,7 @@ impl Fleet {
             servers: None,
             through: Through::default(),
             worker_env: Vec::new(),
+            binary: None,
         }
     }
 
@@ -293,7 +304,26 @@ impl Fleet {
 
     fn start_worker(&self, gpu_id: &str) -> Result<Worker> {
         let settings = self.reached_by(gpu_id, &self.worker_settings);
-        Worker::start_in(gpu_id, &settings, self.dir.path(), &self.worker_env)
+        Worker::start_at(&self.program()?, gpu_id, &settings, self.dir.path(), &self.worker_env)
+    }
+
+    fn program(&self) -> Result<PathBuf> {
+        match &self.binary {
+            Some(path) => Ok(path.clone()),
+            None => Ok(find::voxfleet()?),
+        }
+    }
+
+    /// What is started from now on is this binary; none = the one that was built.
+    pub fn use_binary(&mut self, path: Option<PathBuf>) {
+        self.binary = path;
+    }
+
+    /// What is started from now on is told this.
+    pub fn set_later(&mut self, key: &str, value: impl ToString) {
+        let value = value.to_string();
+        self.settings = self.settings.clone().with(key, &value);
+        self.worker_settings = self.worker_settings.clone().with(key, &value);
     }
 
     /// A name of its own for each start: logs and `fleet.status` tell them apart.
@@ -302,7 +332,7 @@ impl Fleet {
         self.dispatcher_starts += 1;
         let settings = self.reached_by(&name, &self.settings);
         let settings = settings.with("dispatcher.name", format!("{name}-{}", self.dispatcher_starts));
-        Dispatcher::start(&name, &settings, self.dir.path())
+        Dispatcher::start_at(&self.program()?, &name, &settings, self.dir.path())
     }
 
     /// Settings with the address of this process's relay, if it has one.

@@ -87,6 +87,12 @@ impl Shell {
         self.variables.push((name.to_owned(), value.to_owned()));
     }
 
+    /// Of another server from now on.
+    pub(crate) fn at(&mut self, url: &str) {
+        self.set("NATS_URL", url);
+        self.set("VOXFLEET__NATS__URLS", url);
+    }
+
     pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }

@@ -46,7 +46,7 @@ impl<'a> Scene<'a> {
     async fn set(fleet: &'a Fleet) -> Result<Self> {
         let mut shell = Shell::new(&fleet.url())?;
         let pcm = audio::bursts(71, 5.0);
-        let options = [("Asr-Opt-Diarize", "true"), ("Asr-Opt-Idle-Timeout-S", "600")];
+        let options = [("Asr-Opt-Carry-Prompt", "true"), ("Asr-Opt-Idle-Timeout-S", "600")];
         let mut producer = Producer::named(fleet.js(), "call-1", "s1");
         producer.stream_with(&pcm, 200, Pace::AsFastAsPossible, &options).await?;
         producer.flush().await?;
@@ -120,7 +120,7 @@ impl<'a> Scene<'a> {
             }
             "What it knows beyond its last final" => shell.sees(block, &["prompt_tail", r#""index""#]).await.map(drop),
             "Its options, asked of the dispatcher" => {
-                shell.sees(block, &[r#""diarize": true"#, r#""record""#]).await.map(drop)
+                shell.sees(block, &[r#""carry_prompt": true"#, r#""record""#]).await.map(drop)
             }
             "Open one, send into it, close it" => {
                 shell.sees(block, &[r#""worker""#, r#""end_seq""#]).await?;
@@ -180,7 +180,7 @@ impl<'a> Scene<'a> {
             }
             "Cancel a job" => {
                 self.hand_in_long().await?;
-                shell.sees(block, &[r#""job": "long""#]).await?;
+                shell.sees(block, &[r#""id": "long""#, "cancelled"]).await?;
                 self.state("asr_jobs", "long", "cancelled").await
             }
             "Find them" => shell.sees(block, &["asr.v1.dead.job.job-1", r#""class": "not_found""#]).await.map(drop),

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde_json::Value;
 use voxfleet_nats::topology::Behind;
 use voxfleet_schema::{
     fleet::{FleetStatus, Heartbeat, WorkerHealth, WorkerStatus},
@@ -120,6 +121,13 @@ pub(super) struct Waiting {
     pub(super) why: Vec<String>,
 }
 
+/// Why one waits: what the dispatcher says of it as a whole, and each reason that speaks against a GPU, once.
+pub(super) fn reasons(whole: &[String], candidates: &Value) -> Vec<String> {
+    let refused = candidates.as_array().into_iter().flatten().filter_map(|row| row["refused"].as_str());
+    let refused: BTreeSet<&str> = refused.collect();
+    whole.iter().map(String::as_str).chain(refused).map(str::to_owned).collect()
+}
+
 /// Sessions without a GPU; jobs wait as they like.
 pub(super) fn waiting(status: &FleetStatus, told: &[Waiting]) -> Vec<Check> {
     if status.sessions_waiting == 0 {
@@ -189,7 +197,7 @@ fn named(names: &[String]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
     use crate::commands::doctor::Verdict;
@@ -294,6 +302,9 @@ mod tests {
         let checks = waiting(&waiting_now, &told);
         assert_eq!(checks[0].found, "4 without a GPU; a waits: g1: no free slot; b waits: for a place");
         assert_eq!(waiting(&status(&[], json!({})), &[])[0].verdict, Verdict::Ok);
+        let candidates = json!([{"gpu_id": "g1", "refused": "too hot"}, {"gpu_id": "g2", "refused": "too hot"}, {}]);
+        assert_eq!(reasons(&names(&["no_capacity: full"]), &candidates), ["no_capacity: full", "too hot"]);
+        assert_eq!(reasons(&[], &Value::Null), [""; 0]);
     }
 
     #[test]

@@ -203,7 +203,8 @@ async fn waiting(nats: &Nats, status: &FleetStatus) -> Vec<Waiting> {
     for record in waiting.into_iter().take(WAITING_ASKED) {
         let query = SessionRequest { session: record.id.clone() };
         let asked = api::request::<_, SessionStatus>(nats, Endpoint::SessionStatus, &query, ASK).await;
-        told.push(Waiting { id: record.id, why: asked.map(|status| status.why).unwrap_or_default() });
+        let why = asked.map(|status| running::reasons(&status.why, &status.candidates)).unwrap_or_default();
+        told.push(Waiting { id: record.id, why });
     }
     told
 }
