@@ -321,7 +321,7 @@ def peak_hz(samples, rate):
         for s in tail:
             a, b = s + coefficient * a - b, a
         return a * a + b * b - coefficient * a * b
-    return max((250, 440, 660, 1000, 1500, 2000), key=power) if tail else 0
+    return max((220, 330, 440, 660, 990, 1320, 1980), key=power) if tail else 0
 
 
 class Server(ThreadingHTTPServer):
