@@ -369,7 +369,8 @@ def death(run):
         if said:
             late = fall["at"] - said[0]["at_ms"]
             assert late <= DEATH_SHOWN_MS, f"{fall['state']} was shown {late} ms after it was said"
-            run.notes.append(f"{fall['state']} shown {late} ms after the dispatcher said it, at {fall['at']}")
+            told = f"{late} ms after the dispatcher said it" if late >= 0 else f"{-late} ms before its event"
+            run.notes.append(f"{fall['state']} shown {told}, at {fall['at']}")
     page.wait("document.querySelector('#t-gpus-more').textContent.includes('dead')", 3)
     page.wait("[...document.querySelectorAll('#events-rows .event-what')].some((e) => e.textContent === 'dead')", 3)
     assert "dead" in page.eval(f"[...document.querySelectorAll('.tile')].find((t) => t.dataset.key === {json.dumps(dead['key'])}).getAttribute('aria-label')")
@@ -442,9 +443,9 @@ def signs_in(run):
 
 def drains(run):
     page = run.page
-    page.eval("document.querySelectorAll('.tile')[2].focus()")
+    page.eval("[...document.querySelectorAll('.tile[data-state=alive]')].at(-1).focus()")
     page.key("Enter")
-    page.wait("document.querySelector('#gpu').open && !document.querySelector('#drain-ask').hidden", 3)
+    page.wait("document.querySelector('#gpu').open && !document.querySelector('#drain-ask').hidden", 5)
     page.eval("document.querySelector('#drain-ask').focus()")
     page.key("Enter")
     page.wait("document.activeElement.id === 'drain-no'", 3)
@@ -452,15 +453,18 @@ def drains(run):
     page.key("Enter")
     page.wait("document.querySelector('#drain-confirm').hidden && document.activeElement.id === 'drain-ask'", 3)
     name = text(page, "#gpu-title")
-    state = f"[...document.querySelectorAll('.tile')].find((t) => t.dataset.key.startsWith({json.dumps(name + '/')})).dataset.state"
+    state = f"([...document.querySelectorAll('.tile')].find((t) => t.dataset.key.startsWith({json.dumps(name + '/')}))?.dataset.state ?? 'gone')"
     assert page.eval(state) == "alive", "keeping it drained it"
     page.key("Enter")
     page.eval("document.querySelector('#drain-yes').focus()")
     page.key("Enter")
-    page.wait("document.querySelector('#drain-told').textContent.startsWith('Draining')", 5)
-    page.wait(f"{state} === 'draining'", 5)
+    page.wait("document.querySelector('#drain-told').textContent.startsWith('Draining')", 10)
+    # A worker that holds nothing is gone before it is seen draining.
+    page.wait(f"['draining', 'gone'].includes({state})", 10)
     assert "Draining" in text(page, "#announce"), "nobody is told"
+    run.notes.append(f"{name} is {page.eval(state)}")
     page.key("Escape")
+    page.wait("!document.querySelector('#gpu').open", 3)
 
 
 def retries(run):
