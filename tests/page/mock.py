@@ -177,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(503, "unavailable", "paused")
         self.begin_stream()
         query = {**query, "sort": query.get("sessions", "lag")}
-        since, rows, dropped, events, dead, born = None, None, server.dropped, fleet.event_count, None, time.monotonic()
+        since, rows, dropped, events, dead, born = None, None, server.dropped, max(0, fleet.event_count - 20), None, time.monotonic()
         try:
             while server.dropped == dropped and not (fleet.scenario == "drops" and time.monotonic() - born > 6):
                 if server.paused:
