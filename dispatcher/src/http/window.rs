@@ -1,7 +1,10 @@
 //! What the loop of an active dispatcher lets others in this process see: a copy, once a tick, while somebody looks.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -21,11 +24,21 @@ pub(crate) struct Snapshot {
 pub(crate) struct Window {
     shown: Arc<watch::Sender<Option<Arc<Snapshot>>>>,
     wanted_until: Arc<Mutex<Option<Instant>>>,
+    active: Arc<AtomicBool>,
 }
 
 impl Window {
     pub(crate) fn new() -> Self {
-        Self { shown: Arc::new(watch::Sender::new(None)), wanted_until: Arc::default() }
+        Self { shown: Arc::new(watch::Sender::new(None)), wanted_until: Arc::default(), active: Arc::default() }
+    }
+
+    /// This process decides from now on, and shows what it believes.
+    pub(crate) fn open(&self) {
+        self.active.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.active.load(Ordering::Relaxed)
     }
 
     /// Somebody will look for this long: copies cost, and mostly nobody does.
@@ -45,6 +58,7 @@ impl Window {
 
     /// This process is no longer active: what it believed is nobody's business.
     pub(crate) fn close(&self) {
+        self.active.store(false, Ordering::Relaxed);
         self.shown.send_replace(None);
     }
 
