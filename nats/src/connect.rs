@@ -160,6 +160,11 @@ impl Nats {
         self.client().server_info().server_name
     }
 
+    /// The certificate that this connection shows, where one is configured.
+    pub fn client_certificate(&self) -> Option<std::path::PathBuf> {
+        self.inner.config.tls_cert.clone()
+    }
+
     pub fn subjects(&self) -> &Subjects {
         &self.inner.subjects
     }

@@ -5,11 +5,14 @@ use voxfleet_schema::device::Device;
 
 use crate::memory::Change;
 
-/// Memory of the device in MB; `kind` is `total`, `free`, `used` (ours) or `others`.
-pub const DEVICE_MEMORY_MB: &str = "voxfleet_device_memory_mb";
-/// Memory in use by this worker around a stage, in MB; `stage` is `load`, `transcribe` or `release`, `when` is `before` or
+/// Memory of the device in bytes; `kind` is `total`, `free`, `used` (ours) or `others`.
+pub const DEVICE_MEMORY: &str = "voxfleet_device_memory_bytes";
+/// Memory in use by this worker around a stage, in bytes; `stage` is `load`, `transcribe` or `release`, `when` is `before` or
 /// `after`.
-pub const STAGE_MEMORY_MB: &str = "voxfleet_stage_memory_mb";
+pub const STAGE_MEMORY: &str = "voxfleet_stage_memory_bytes";
+
+/// Of one MB as NVIDIA's tools count.
+const BYTES: f64 = 1_048_576.0;
 
 pub(crate) fn device_memory(device: &Device) {
     let figures = [
@@ -19,13 +22,13 @@ pub(crate) fn device_memory(device: &Device) {
         ("others", device.used_by_others_mb),
     ];
     for (kind, mb) in figures {
-        gauge!(DEVICE_MEMORY_MB, "kind" => kind).set(mb as f64);
+        gauge!(DEVICE_MEMORY, "kind" => kind).set(mb as f64 * BYTES);
     }
 }
 
 pub(crate) fn stage_memory(change: Change) {
     for (when, mb) in [("before", change.before_mb), ("after", change.after_mb)] {
-        gauge!(STAGE_MEMORY_MB, "stage" => change.stage.as_str(), "when" => when).set(mb as f64);
+        gauge!(STAGE_MEMORY, "stage" => change.stage.as_str(), "when" => when).set(mb as f64 * BYTES);
     }
 }
 
@@ -59,12 +62,12 @@ mod tests {
         }
         seen.sort_by(|a, b| a.0.cmp(&b.0));
         let expected = [
-            ("voxfleet_device_memory_mb free", 60.0),
-            ("voxfleet_device_memory_mb others", 10.0),
-            ("voxfleet_device_memory_mb total", 100.0),
-            ("voxfleet_device_memory_mb used", 30.0),
-            ("voxfleet_stage_memory_mb load after", 31.0),
-            ("voxfleet_stage_memory_mb load before", 1.0),
+            ("voxfleet_device_memory_bytes free", 60.0 * BYTES),
+            ("voxfleet_device_memory_bytes others", 10.0 * BYTES),
+            ("voxfleet_device_memory_bytes total", 100.0 * BYTES),
+            ("voxfleet_device_memory_bytes used", 30.0 * BYTES),
+            ("voxfleet_stage_memory_bytes load after", 31.0 * BYTES),
+            ("voxfleet_stage_memory_bytes load before", 1.0 * BYTES),
         ];
         assert_eq!(seen, expected.map(|(name, value)| (name.to_owned(), value)));
     }

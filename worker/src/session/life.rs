@@ -333,6 +333,7 @@ impl<'a> Life<'a> {
         self.engine_lag_ms = self.engine_lag_ms.min(held_ms);
         let engine_ms = self.engine_lag_ms.max(held_ms.saturating_sub(LONGEST_WINDOW_MS));
         let lag_ms = (engine_ms + self.feed.unfed_ms()).max(storing_ms);
+        self.session.figures.lags(lag_ms);
         if let Some(what) = self.lag.observe(lag_ms) {
             let mut event = self.session.names.event(what, self.epoch);
             event.seq = self.feed.last_fed();
