@@ -25,14 +25,7 @@ const EDGES: [(&str, &[&str]); 12] = [
     ("voxfleet-dispatcher", &["voxfleet-schema", "voxfleet-nats", "voxfleet-http"]),
     (
         "voxfleet-worker",
-        &[
-            "voxfleet-schema",
-            "voxfleet-audio",
-            "voxfleet-diarize",
-            "voxfleet-nats",
-            "voxfleet-http",
-            "voxfleet-store",
-        ],
+        &["voxfleet-schema", "voxfleet-audio", "voxfleet-diarize", "voxfleet-nats", "voxfleet-http", "voxfleet-store"],
     ),
     // What checks the product does not share its code.
     ("voxfleet-harness", &[]),
