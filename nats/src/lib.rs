@@ -16,6 +16,7 @@
 //! | [`dead`] | dead letters found again, and put away for good |
 //! | [`claim`] | a worker's capacity-limited pull of hints |
 //! | [`jobs`] | submitted jobs on their way in, work items on their way to a worker |
+//! | [`purge`] | all that is kept of a session or job, found and removed |
 //! | [`media`] | the object store: recordings and results |
 //! | [`transcript`] | the chain of finals, checkpoints, and readers of what workers publish |
 //! | [`fleet`] | heartbeats and control requests |
@@ -44,6 +45,7 @@ pub mod log;
 pub mod media;
 pub mod publish;
 mod pull;
+pub mod purge;
 mod raw;
 pub mod retry;
 pub mod subjects;
