@@ -631,7 +631,7 @@ mod tests {
             ("whole-0002", name.to_string()),
             ("whole", format!("whole-2-{hash}")),
             ("whole", format!("whole-0002-{}", hash.to_uppercase())),
-            ("whole", format!("{name}-0001-{hash}")),
+            ("whole", format!("{name}0")),
             // Nobody can tell whose: two jobs may begin alike.
             ("a-name-of-nineteen-", format!("a-name-of-nineteen-0001-{hash}")),
         ] {

@@ -31,10 +31,13 @@
 //! | [`faults_r1`], [`faults_r3`] | what may break at any moment, on one server and on three ([`faults`]) |
 //! | [`mutants`] | the checker sees a broken fence and a broken resume position |
 //! | [`device_sharing`] | a card with a foreign tenant: what it grows by, turns, nothing left behind |
+//! | [`at_rest`] | an encrypted store tells nothing, and is opened with its own key only |
+//! | [`purge`] | what a purge removes and what it leaves, read stream by stream |
 //! | [`fetch`] | recordings come from allowed places only, whole or not at all |
 //! | [`direct`] | the engine without a fleet, for comparison |
 
 // Tests may unwrap; what is forbidden in the product is forbidden here too.
+mod at_rest;
 mod audio_decoder;
 mod bad_input;
 mod cli;
@@ -84,6 +87,7 @@ mod operator;
 mod poison;
 mod prefetch;
 mod pressure;
+mod purge;
 mod speakers;
 mod split;
 mod standby;
