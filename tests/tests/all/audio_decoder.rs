@@ -228,6 +228,39 @@ async fn a_decoder_that_hangs_is_ended() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_file_without_an_end_has_its_time() -> Result<()> {
+    // A recording, and behind it nothing for 64 GiB, which takes no room on the disk: read to its end that is half a minute of
+    // looking for the next frame.
+    for name in ["call-01.mp3", "call-01.ogg", "call-01.opus", "call-01.webm", "call-01.m4a", "call-01-adpcm.wav"] {
+        let path = find::root().join("audio/tests/fixtures").join(name);
+        let endless = file(&std::fs::read(&path)?)?;
+        endless.set_len(64 << 30)?;
+        let few = Limits { stall: Duration::from_secs(3), max_seconds: 3_600, ..limits() };
+        let begun = Instant::now();
+        let mut heard = 0;
+        let ended = match start(endless, few).await {
+            Err(failure) => Some(failure),
+            Ok(mut process) => loop {
+                match process.next().await {
+                    Ok(Some(chunk)) => heard += chunk.pcm.len(),
+                    Ok(None) => break None,
+                    Err(failure) => break Some(failure),
+                }
+            },
+        };
+        let took = begun.elapsed();
+        eprintln!("{name}: {heard} bytes of sound, {ended:?}, {took:.1?}");
+        // Said to be over, or to be bad, or ended: never followed to its end.
+        ensure!(took < Duration::from_secs(25), "{name}: {took:?}");
+        let typed = ended.as_ref().is_none_or(|failure| {
+            matches!(failure.class, FailureClass::Timeout | FailureClass::BadAudio | FailureClass::TooLarge)
+        });
+        ensure!(typed, "{name}: {ended:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn too_much_memory_is_too_large() -> Result<()> {
     // A chunk alone, 1.2 MB, is more than what is left to it.
     let failure = failure_of(start(silence(60, 192_000, 16)?, Limits { memory_mb: 0, ..limits() }).await).await?;
