@@ -32,9 +32,11 @@
 //! | [`mutants`] | the checker sees a broken fence and a broken resume position |
 //! | [`device_sharing`] | a card with a foreign tenant: what it grows by, turns, nothing left behind |
 //! | [`fetch`] | recordings come from allowed places only, whole or not at all |
+//! | [`asr_socket`], [`transcribe_http`] | browsers and programs without NATS: WebSocket clients, recordings over HTTP |
 //! | [`direct`] | the engine without a fleet, for comparison |
 
 // Tests may unwrap; what is forbidden in the product is forbidden here too.
+mod asr_socket;
 mod audio_decoder;
 mod bad_input;
 mod cli;
@@ -88,5 +90,6 @@ mod speakers;
 mod split;
 mod standby;
 mod third_party;
+mod transcribe_http;
 mod viewer;
 mod worker_supervisor;
