@@ -37,9 +37,12 @@ function totals(t) {
   say($("t-jobs"), count(t.jobs_assigned));
   say($("t-jobs-more"), `running of ${plural(t.job_slots ?? 0, "slot")}; ${count(t.jobs_queued)} queued`);
   share("t-jobs-bar", t.job_slots_used ?? t.jobs_assigned, t.job_slots);
-  say($("t-memory"), percent(t.memory_used_mb, t.memory_total_mb));
-  say($("t-memory-more"), `${megabytes(t.memory_used_mb)} of ${megabytes(t.memory_total_mb)}`);
-  share("t-memory-bar", t.memory_used_mb, t.memory_total_mb);
+  const memory = fleet.memoryOfAll();
+  put($("t-memory-cell"), "hidden", !memory.total);
+  say($("t-memory"), percent(memory.total - memory.free, memory.total));
+  say($("t-memory-more"), `ours ${megabytes(memory.ours)}, others ${megabytes(memory.others)} of ${megabytes(memory.total)}`);
+  share("t-memory-bar", memory.ours, memory.total);
+  share("t-memory-others", memory.others, memory.total);
   say($("t-dead"), count(t.dead_letters));
   say($("t-dead-more"), t.dead_letters ? "given up" : "nothing given up");
   put($("t-dead-cell"), "data-kind", t.dead_letters ? "bad" : null);
@@ -98,30 +101,33 @@ function tellLosses(tiles, before, full) {
 
 // ---- whether the figures are fresh
 
+const signedOut = () => shared.me.login && !shared.me.roles?.length;
+
+// What stands above everything: [text, kind], the worst first.
+function bannerOf(age, fresh) {
+  if (signedOut()) return ["Sign in to see the fleet.", "warn"];
+  if (age === null) return [performance.now() > 4000 ? "The dispatcher has not answered yet; trying again." : "", "bad"];
+  if (!fresh) {
+    return [`Connection to the dispatcher lost. The figures are ${span(age)} old, from ${clock(view.at_ms)}; trying again.`, "bad"];
+  }
+  if (view.nats?.connected === false) return ["The dispatcher has lost NATS: these figures stand still until it is back.", "bad"];
+  if (view.active === false) {
+    return [`${view.dispatcher || "This dispatcher"} is a standby: another one holds the lease and decides.`, "warn"];
+  }
+  if (view.verdicts_wait) return [`No worker is declared dead for now: ${view.verdicts_wait}`, "warn"];
+  return ["", "bad"];
+}
+
 function freshness() {
   const age = view.heard_at === null ? null : performance.now() - view.heard_at;
   const fresh = age !== null && age < STALE_MS;
-  let banner = "";
-  let kind = "bad";
-  if (age === null) {
-    banner = performance.now() > 4000 ? "The dispatcher has not answered yet; trying again." : "";
-  } else if (!fresh) {
-    banner = `Connection to the dispatcher lost. The figures are ${span(age)} old, from ${clock(view.at_ms)}; trying again.`;
-  } else if (view.nats && view.nats.connected === false) {
-    banner = "The dispatcher has lost NATS: these figures stand still until it is back.";
-  } else if (view.active === false) {
-    kind = "warn";
-    banner = `${view.dispatcher || "This dispatcher"} is a standby: another one holds the lease and decides.`;
-  } else if (view.verdicts_wait) {
-    kind = "warn";
-    banner = `No worker is declared dead for now: ${view.verdicts_wait}`;
-  }
+  const [banner, kind] = bannerOf(age, fresh);
   say($("banner-text"), banner);
   put($("banner"), "hidden", !banner);
   put($("banner"), "data-kind", kind);
   put(document.body, "data-stale", age !== null && !fresh);
   put($("link"), "data-state", fresh ? "live" : age === null ? "opening" : "lost");
-  say($("link-text"), fresh ? "live" : age === null ? "connecting" : "lost");
+  say($("link-text"), fresh ? "live" : signedOut() ? "signed out" : age === null ? "connecting" : "lost");
   const rtt = view.nats?.rtt_ms;
   say($("link-more"), view.dispatcher ? `${view.dispatcher}${typeof rtt === "number" ? `, NATS ${rtt < 10 ? rtt.toFixed(1) : Math.round(rtt)} ms` : ""}` : "");
   if (was_fresh !== null && was_fresh !== fresh && age !== null) announce(fresh ? "Connection is back, figures are live" : "Connection lost, figures are old");
@@ -130,18 +136,25 @@ function freshness() {
 
 // ---- who looks
 
+let questions = 0;
+let offered = false;
+
 async function whoAmI() {
+  const mine = ++questions;
+  let me;
   try {
-    shared.me = await ask("/api/me");
+    me = await ask("/api/me");
   } catch (error) {
-    if (error.status === 401 || error.status === 403) {
-      shared.me = { roles: [], login: true };
-      openFor($("login"));
-    } else {
-      return;
-    }
+    if (error.status !== 401 && error.status !== 403) return;
+    me = { roles: [], login: true };
   }
-  const { me } = shared;
+  if (mine !== questions) return; // asked again meanwhile: after a sign-in, an older refusal must not count
+  shared.me = me;
+  // Offered once; whoever closes it has the button.
+  if (signedOut() && !offered) {
+    offered = true;
+    openFor($("login"));
+  }
   const roles = me.roles ?? [];
   const most = ["operator", "producer", "viewer"].find((role) => roles.includes(role)) ?? "";
   say($("me"), most);
@@ -212,6 +225,7 @@ const asideLists = () => Promise.all([lists.jobs(), lists.dead(), lists.recentEv
 
 async function everything() {
   await whoAmI();
+  if (signedOut()) return freshness();
   listen();
   asideLists();
 }
@@ -220,21 +234,12 @@ function followAddress() {
   const where = target();
   for (const id of ["reader", "gpu"]) {
     const mine = where && (id === "gpu") === (where.kind === "gpu");
-    if ($(id).open && !mine) closeQuietly($(id));
+    if ($(id).open && !mine) $(id).close();
   }
   if (!where) return;
   if ($("record").open) $("record").close();
   if (where.kind === "gpu") gpu.open(where.id);
   else reader.open(where.kind, where.id);
-}
-
-// Closing a dialog clears the address; here the address has already moved on.
-function closeQuietly(dialog) {
-  const { hash } = location;
-  dialog.addEventListener("close", () => {
-    if (hash) history.replaceState(null, "", hash);
-  }, { once: true });
-  dialog.close();
 }
 
 function startDialogs() {
@@ -256,9 +261,7 @@ reader.start();
 record.start();
 startLogin();
 startDialogs();
-whoAmI();
-listen();
-asideLists();
+everything();
 addEventListener("hashchange", followAddress);
 followAddress();
 setInterval(freshness, 500);

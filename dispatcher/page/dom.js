@@ -46,29 +46,36 @@ export class Keyed {
   }
 
   show(rows, keyOf) {
-    const wanted = new Set();
-    let place = this.parent.firstElementChild;
-    for (const row of rows) {
-      const key = keyOf(row);
+    const wanted = new Map();
+    for (const row of rows) wanted.set(keyOf(row), row);
+    for (const [key, entry] of this.entries) {
       if (wanted.has(key)) continue;
-      wanted.add(key);
+      entry.element.remove();
+      this.entries.delete(key);
+    }
+    const elements = [];
+    for (const [key, row] of wanted) {
       let entry = this.entries.get(key);
       if (!entry) {
         entry = this.make(row);
         this.entries.set(key, entry);
       }
       this.update(entry, row);
-      if (entry.element === place) {
-        place = place.nextElementSibling;
-      } else {
-        this.parent.insertBefore(entry.element, place);
-      }
+      elements.push(entry.element);
     }
-    for (const [key, entry] of this.entries) {
-      if (!wanted.has(key)) {
-        entry.element.remove();
-        this.entries.delete(key);
-      }
+    this.#order(elements);
+  }
+
+  // An element that is moved loses the focus, so the others move around the one that has it.
+  #order(elements) {
+    const held = elements.findIndex((element) => element.contains(document.activeElement));
+    for (let n = held - 1; n >= 0; n--) {
+      if (elements[n].nextElementSibling !== elements[n + 1]) this.parent.insertBefore(elements[n], elements[n + 1]);
+    }
+    let place = held < 0 ? this.parent.firstElementChild : elements[held].nextElementSibling;
+    for (const element of elements.slice(held + 1)) {
+      if (element === place) place = place.nextElementSibling;
+      else this.parent.insertBefore(element, place);
     }
   }
 }

@@ -14,13 +14,24 @@ let filter = { trouble: false, text: "" };
 let current = null; // the key that holds the map's place in the tab order
 let inspected = null;
 
-// Memory in four shares that always add up: ours, other tenants', free, and the whole.
+// Memory in shares that always add up to the whole: ours, everybody else's with what the driver keeps, and free.
 export function memory(tile) {
   const total = Math.max(0, tile.total_mb || 0);
   const clamp = (mb, most) => Math.min(Math.max(0, mb || 0), most);
   const free = clamp(tile.free_mb, total);
-  const others = clamp(tile.others_mb, total - free);
-  return { total, free, others, ours: total - free - others };
+  const ours = clamp(tile.used_mb ?? total - free - (tile.others_mb ?? 0), total - free);
+  return { total, free, ours, others: total - free - ours };
+}
+
+// The same over all GPUs that are there.
+export function memoryOfAll() {
+  const sum = { total: 0, free: 0, ours: 0, others: 0 };
+  for (const tile of shared.tiles.values()) {
+    if (tile.cpu || tile.state === "dead") continue;
+    const shares = memory(tile);
+    for (const name of Object.keys(sum)) sum[name] += shares[name];
+  }
+  return sum;
 }
 
 // The model that tells most: one being loaded, else the biggest on the device, else the first it could load.
@@ -92,6 +103,7 @@ function update(entry, tile) {
   const part = (mb) => `${shares.total ? ((100 * mb) / shares.total).toFixed(1) : 0}%`;
   style(parts.ours, "inline-size", part(shares.ours));
   style(parts.others, "inline-size", part(shares.others));
+  style(element, "--load", tile.slots > 0 ? `${Math.round((100 * (tile.slots_used ?? 0)) / tile.slots)}%` : "0%");
   put(element, "aria-label", describe(tile, shares));
   if (inspected === element.dataset.key) inspect(entry);
 }

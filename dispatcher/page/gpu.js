@@ -2,7 +2,7 @@
 
 import { $, announce, el, onPress, put, say, style } from "./dom.js";
 import { ask } from "./api.js";
-import { keyOf, leaveTarget, may, openFor, shared } from "./state.js";
+import { keyOf, leave, may, openFor, shared } from "./state.js";
 import { clock, count, lag, megabytes, plural, shareOf, span, words } from "./format.js";
 import { hot, memory, modelText } from "./fleet.js";
 import { search } from "./sessions.js";
@@ -118,8 +118,9 @@ export function open(gpu_id) {
 export function start() {
   const dialog = $("gpu");
   dialog.addEventListener("close", () => {
+    if (dialog.open || !open_id) return; // opened again before this was told
+    leave("gpu", open_id);
     open_id = null;
-    leaveTarget();
   });
   $("gpu-sessions").addEventListener("click", () => {
     const gpu_id = open_id;

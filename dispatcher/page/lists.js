@@ -6,6 +6,7 @@ import { address, may } from "./state.js";
 import { bytes, clock, count, span, words } from "./format.js";
 
 const PAGE = 20;
+const MOST = 500;
 const EVENTS_KEPT = 200;
 
 // ---- jobs
@@ -41,7 +42,8 @@ function updateJob({ parts, bar }, job) {
     job.duration_s ? `${span(job.duration_s * 1000)} of audio` : null,
     job.gpu_id ? `on ${job.gpu_id}` : null,
     job.attempts > 1 ? `attempt ${job.attempts}` : null,
-    job.failure ? words(typeof job.failure === "object" ? job.failure.class : job.failure) : null,
+    job.failure ? words(job.failure.class ?? job.failure) : null,
+    job.ahead ? `${count(job.ahead)} before it` : null,
     job.submitted_ms ? clock(job.submitted_ms) : null,
   ];
   say(parts.facts, facts.filter(Boolean).join(" · "));
@@ -145,21 +147,16 @@ function flushEvents() {
 // ---- asking
 
 let job_rows, dead_rows;
-const offsets = { jobs: 0, dead: 0 };
-
-function pages(name, total) {
-  if (offsets[name] > 0 && offsets[name] >= total) offsets[name] = Math.max(0, Math.floor((total - 1) / PAGE) * PAGE);
-  put($(`${name}-pages`), "hidden", total <= PAGE);
-  put($(`${name}-before`), "aria-disabled", offsets[name] === 0 ? "true" : null);
-  put($(`${name}-after`), "aria-disabled", offsets[name] + PAGE >= total ? "true" : null);
-  say($(`${name}-place`), total ? `${count(offsets[name] + 1)} to ${count(Math.min(total, offsets[name] + PAGE))} of ${count(total)}` : "");
-}
+const limits = { jobs: PAGE, dead: PAGE };
 
 async function list(name, extra, render) {
   try {
-    const answer = await ask(`/api/${name}?limit=${PAGE}&offset=${offsets[name]}${extra}`);
+    const answer = await ask(`/api/${name}?limit=${limits[name]}${extra}`);
     render(answer);
-    pages(name, answer.total ?? 0);
+    const shown = Math.min(answer.total ?? 0, answer.rows?.length ?? 0);
+    put($(`${name}-pages`), "hidden", shown >= answer.total);
+    put($(`${name}-more`), "hidden", limits[name] >= MOST);
+    say($(`${name}-place`), `${count(shown)} of ${count(answer.total)}`);
   } catch (error) {
     // The banner tells a lost dispatcher; an old list stays until it answers again.
     if (error.status) say($(`${name}-empty`), `Could not be read: ${error.message}`);
@@ -207,17 +204,14 @@ export function start() {
   job_rows = new Keyed($("jobs-rows"), makeJob, updateJob);
   dead_rows = new Keyed($("dead-rows"), makeDead, updateDead);
   for (const [name, read] of [["jobs", jobs], ["dead", dead]]) {
-    const turn = (step) => (event) => {
-      if (event.currentTarget.getAttribute("aria-disabled") === "true") return;
-      offsets[name] = Math.max(0, offsets[name] + step);
+    $(`${name}-more`).addEventListener("click", () => {
+      limits[name] = Math.min(MOST, limits[name] * 2);
       read();
-    };
-    $(`${name}-before`).addEventListener("click", turn(-PAGE));
-    $(`${name}-after`).addEventListener("click", turn(PAGE));
+    });
   }
   $("jobs-state").addEventListener("change", (event) => {
     jobs_state = event.target.value;
-    offsets.jobs = 0;
+    limits.jobs = PAGE;
     jobs();
   });
   $("events-kind").addEventListener("change", (event) => {
@@ -226,6 +220,6 @@ export function start() {
   });
   // Progress of running jobs is in no event.
   setInterval(() => {
-    if (!document.hidden && (job_rows.entries.size || offsets.jobs)) jobs();
+    if (!document.hidden && job_rows.entries.size) jobs();
   }, 4000);
 }

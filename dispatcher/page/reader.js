@@ -3,10 +3,11 @@
 
 import { $, el, put, say } from "./dom.js";
 import { ApiError, ask, Stream } from "./api.js";
-import { address, leaveTarget, openFor } from "./state.js";
+import { address, leave, openFor } from "./state.js";
 import { lag, place, plural, words } from "./format.js";
 
 let stream = null;
+let opened = null; // {kind, id}
 let finals = new Map(); // index -> {final, block, revision}
 let speakers = new Map(); // name -> number, in the order they first spoke
 let last_epoch = 0;
@@ -44,6 +45,7 @@ function blockOf(final, segments, revision) {
     block.append(segmentLine(segment, before));
     before = segment;
   }
+  if (final.lost) block.append(el("p", { class: "moved" }, "some of the audio before this was lost"));
   if (final.error) block.append(el("p", { class: "moved" }, `not transcribed: ${words(final.error.class ?? final.error)}`));
   return block;
 }
@@ -84,26 +86,46 @@ function setEnded() {
   ended = true;
   setPartial(null);
   say($("reader-lag"), "");
+  if (opened?.kind !== "session") return;
   say($("reader-state"), "ended");
   put($("reader"), "data-state", "ended");
 }
 
-function setState(kind, row) {
-  if (!row) return;
-  if (row.state === "ended") ended = true;
-  say($("reader-state"), ended ? "ended" : words(row.state));
-  put($("reader"), "data-state", ended ? "ended" : row.state);
+function setState(kind, answer) {
+  if (!answer) return;
+  const row = kind === "job" ? jobLine(answer) : answer;
+  // A state that has grown old on its way does not undo the end that was read.
+  if (row.state === "ended" || (kind === "job" && JOB_ENDS.has(row.state))) ended = true;
+  const state = ended && kind === "session" ? "ended" : row.state;
+  say($("reader-state"), words(state));
+  put($("reader"), "data-state", state);
   const facts = [
     [row.model, row.language].filter(Boolean).join(", "),
     row.epoch > 1 ? `moved ${plural(row.epoch - 1, "time")}` : "",
     row.state === "waiting" && row.waiting_why ? words(row.waiting_why) : "",
-    kind === "job" && typeof row.percent === "number" ? `${Math.round(row.percent)} %` : "",
-    kind === "job" && row.failure ? words(row.failure.class ?? row.failure) : "",
+    typeof row.percent === "number" && !ended ? `${Math.round(row.percent)} %` : "",
+    row.failure ? words(row.failure.class ?? row.failure) : "",
   ];
   say($("reader-facts"), facts.filter(Boolean).join(" · "));
   say($("reader-gpu"), row.gpu_id ?? "");
   put($("reader-gpu"), "href", row.gpu_id ? address("gpu", row.gpu_id) : null);
   if (typeof row.lag_ms === "number" && !ended) say($("reader-lag"), `lag ${lag(row.lag_ms)}`);
+}
+
+// A job's line of the list, or its whole record.
+const JOB_ENDS = new Set(["done", "failed", "cancelled"]);
+function jobLine(answer) {
+  const record = answer.record ?? answer;
+  const { total_ms, done_ms } = answer.progress ?? {};
+  return {
+    state: record.state,
+    epoch: record.epoch,
+    model: record.model ?? record.options?.model,
+    language: record.language ?? record.options?.language,
+    gpu_id: record.gpu_id ?? record.worker?.gpu_id,
+    percent: answer.percent ?? (total_ms > 0 ? (100 * Math.min(done_ms, total_ms)) / total_ms : undefined),
+    failure: record.failure ?? record.error,
+  };
 }
 
 function begin(kind, value) {
@@ -135,6 +157,7 @@ function follow() {
 
 export function open(kind, id) {
   close();
+  opened = { kind, id };
   pinned = true;
   say($("reader-title"), id);
   say($("reader-kind"), kind === "job" ? "Job" : "Session");
@@ -201,8 +224,10 @@ function plainText() {
 
 export function start() {
   $("reader").addEventListener("close", () => {
+    if ($("reader").open || !opened) return; // opened again before this was told
     close();
-    leaveTarget();
+    leave(opened.kind, opened.id);
+    opened = null;
   });
   const box = $("reader-scroll");
   box.addEventListener("scroll", () => {

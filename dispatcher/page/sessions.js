@@ -10,9 +10,9 @@ let matched = 0;
 let ask = () => {};
 
 export function parameters() {
-  const query = new URLSearchParams({
-    sessions: question.sort, sort: question.sort, order: question.order, limit: PAGE, offset: question.offset,
-  });
+  // The dispatcher orders by when a session began; people by how old it is.
+  const turned = question.sort === "age" ? { asc: "desc", desc: "asc" }[question.order] : question.order;
+  const query = new URLSearchParams({ sessions: question.sort, order: turned, limit: PAGE, offset: question.offset });
   if (question.q) query.set("q", question.q);
   if (question.state !== "all") query.set("state", question.state);
   return query;

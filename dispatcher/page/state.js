@@ -21,10 +21,12 @@ export function target() {
 }
 export const address = (kind, id) => `#${kind}=${encodeURIComponent(id)}`;
 
-// Opens a dialog for the address and goes back to the plain address when it closes.
+
 export function openFor(dialog) {
   if (!dialog.open) dialog.showModal();
 }
-export function leaveTarget() {
-  if (location.hash) history.replaceState(null, "", location.pathname + location.search);
+
+// A dialog that closes takes its own address away, but not one that somebody has gone to meanwhile.
+export function leave(kind, id) {
+  if (location.hash === address(kind, id)) history.replaceState(null, "", location.pathname + location.search);
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
-    Router,
+    Router, body,
     extract::{FromRequestParts, MatchedPath, Request, State},
     http::{HeaderName, HeaderValue, Method, StatusCode, header, request::Parts},
     middleware::{self, Next},
@@ -18,6 +18,9 @@ use crate::{
 
 /// Requests by route and class of status.
 pub const HTTP_REQUESTS: &str = "voxfleet_http_requests_total";
+
+/// Of a refusal that some library wrote.
+const MAX_REASON: usize = 4 * 1024;
 
 /// The page needs nothing but its own files, and talks to nobody but us.
 pub const CSP: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; \
@@ -110,11 +113,39 @@ async fn admit(
     next.run(request).await
 }
 
+/// Libraries refuse in plain text; whoever asks us reads one shape of errors.
+async fn in_json(response: Response) -> Response {
+    let plain = response.headers().get(header::CONTENT_TYPE).is_none_or(|kind| kind.as_bytes().starts_with(b"text/plain"));
+    let status = response.status();
+    if !(status.is_client_error() || status.is_server_error()) || !plain {
+        return response;
+    }
+    let class = match status {
+        StatusCode::NOT_FOUND => "not_found",
+        StatusCode::METHOD_NOT_ALLOWED => "method_not_allowed",
+        StatusCode::PAYLOAD_TOO_LARGE => "too_large",
+        _ if status.is_server_error() => "internal",
+        _ => "bad_request",
+    };
+    let (parts, body) = response.into_parts();
+    let said = body::to_bytes(body, MAX_REASON).await.unwrap_or_default();
+    let said = String::from_utf8_lossy(&said);
+    let message = if said.is_empty() { status.canonical_reason().unwrap_or("refused").to_owned() } else { said.into_owned() };
+    let mut refused = Refusal::new(status, class, message).into_response();
+    // What says which methods there are, when to come again.
+    for (name, value) in &parts.headers {
+        if !matches!(*name, header::CONTENT_TYPE | header::CONTENT_LENGTH) {
+            refused.headers_mut().insert(name.clone(), value.clone());
+        }
+    }
+    refused
+}
+
 /// Headers that every answer has, and the count of requests. No CORS: other sites' pages have no business here.
 async fn finish(request: Request, next: Next) -> Response {
     // Patterns, not paths: a path holds ids of sessions.
     let route = request.extensions().get::<MatchedPath>().map_or("none".to_owned(), |path| path.as_str().to_owned());
-    let mut response = next.run(request).await;
+    let mut response = in_json(next.run(request).await).await;
     let class = match response.status().as_u16() {
         100..=199 => "1xx",
         200..=299 => "2xx",

@@ -12,12 +12,14 @@
 //! | [`tls`] | the certificate, read again when its file changes; when it expires |
 //! | [`exposition`] | Prometheus' text format for figures that are computed when somebody asks |
 //! | [`recorder`] | counters of the whole process |
+//! | [`probe`] | one GET, for health checks |
 //! | [`process`] | memory, descriptors and CPU time of this process |
 
 pub mod access;
 pub mod config;
 pub mod exposition;
 pub mod guard;
+pub mod probe;
 pub mod process;
 pub mod recorder;
 pub mod refusal;

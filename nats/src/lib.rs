@@ -14,6 +14,7 @@
 //! | [`publish`] | hints, events, partials, dead letters |
 //! | [`events`] | events on their way out: a queue that waits for the stream |
 //! | [`dead`] | dead letters found again, and put away for good |
+//! | [`again`] | a job that failed, submitted again from its dead letter |
 //! | [`claim`] | a worker's capacity-limited pull of hints |
 //! | [`jobs`] | submitted jobs on their way in, work items on their way to a worker |
 //! | [`media`] | the object store: recordings and results |
@@ -28,6 +29,7 @@
 //! Invariants: an expected-sequence conflict is 10071 or 10164, whichever the server's replica count makes of it; the end
 //! of any endless read is an error, never silence; nothing here spawns a task per message.
 
+pub mod again;
 pub mod api;
 pub mod claim;
 pub mod config;

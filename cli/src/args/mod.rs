@@ -97,6 +97,8 @@ pub(crate) enum Command {
     Models(ModelsArgs),
     /// Which models and how many sessions fit on a card, or on a fleet of them
     Plan(PlanArgs),
+    /// Ask a dispatcher or worker over HTTP whether it is well
+    Health(HealthArgs),
     /// Check what can be wrong, and name the mend
     Doctor(DoctorArgs),
     /// Make a payload on standard input readable

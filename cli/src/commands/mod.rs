@@ -13,6 +13,7 @@ mod drain;
 pub(crate) mod engine;
 mod eval;
 mod export;
+mod health;
 mod jobs;
 mod models;
 mod plan;
@@ -82,6 +83,7 @@ pub(crate) async fn run(command: Command, context: Context) -> anyhow::Result<Ex
         Command::Drain(args) => drain::run(&args, &context).await,
         Command::Models(args) => models::run(&args, &context).await,
         Command::Plan(args) => plan::run(&args, &context).await,
+        Command::Health(args) => health::run(&args).await,
         Command::Doctor(args) => doctor::run(&args, &context).await,
         Command::Config(args) => config::run(&args, &context),
         #[cfg(feature = "bench")]

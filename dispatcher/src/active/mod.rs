@@ -208,6 +208,7 @@ pub(crate) async fn run(
     let mut watchful =
         Watchfulness { period, ttl, last_turn: clock.mono(), act_from: Duration::ZERO, renewed_after: None };
     let mut batch = Vec::with_capacity(BATCH);
+    let mut healths = Vec::new();
     let mut calls: VecDeque<(ApiCall, ApiResponder)> = VecDeque::new();
     let ended = loop {
         let acting = watchful.acts(clock.mono(), *lease_until.borrow());
@@ -266,7 +267,9 @@ pub(crate) async fn run(
             }
             state.core.settle(clock.now());
             state.carry_out();
-            if ticked && window.is_wanted() {
+            // Beside the tick also whenever somebody's health changes: a worker that falls silent shows at once.
+            if window.is_wanted() && (ticked || state.core.healths(clock.now()) != healths) {
+                healths = state.core.healths(clock.now());
                 window.show(state.core.fleet_status(clock.now()), state.core.open_sessions());
             }
         }

@@ -3,12 +3,16 @@
 use std::collections::HashMap;
 
 use voxfleet_schema::{
+    fleet::WorkerHealth,
     id::{Kind, StreamId},
     session::{SessionList, SessionListRequest, SessionRecord, SessionState, SessionStatus, SessionSummary},
 };
 
 use super::{Answer, Core};
-use crate::sessions::{CallId, Session};
+use crate::{
+    moment::Moment,
+    sessions::{CallId, Session},
+};
 
 /// Lines where nothing is said, and the most: a line is about 200 bytes, and an answer stays under a server's payload.
 const USUAL: usize = 100;
@@ -22,6 +26,20 @@ impl Core {
     pub fn open_sessions(&self) -> Vec<SessionSummary> {
         let lags = self.lags();
         self.book.sessions().filter(|(_, s)| is_open(s)).map(|(_, s)| summary(s, &lags)).collect()
+    }
+
+    /// How many workers are in each state, for whoever waits for a change.
+    pub fn healths(&self, now: Moment) -> Vec<(WorkerHealth, usize)> {
+        let mut counts: Vec<(WorkerHealth, usize)> = Vec::new();
+        for (_, worker) in self.fleet.workers() {
+            let health = worker.health(now.mono, &self.config);
+            match counts.iter_mut().find(|(known, _)| *known == health) {
+                Some((_, count)) => *count += 1,
+                None => counts.push((health, 1)),
+            }
+        }
+        counts.sort_by_key(|(health, _)| *health as u8);
+        counts
     }
 
     pub(super) fn list_sessions(&mut self, call: CallId, request: &SessionListRequest) {

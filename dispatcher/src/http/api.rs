@@ -18,6 +18,8 @@ use voxfleet_http::{
     process, recorder,
 };
 use voxfleet_nats::{
+    ServerError,
+    again::{self, RetryError},
     api::{self, ApiError, Endpoint},
     dead::{DeadLetters, StoredLetter},
 };
@@ -54,6 +56,7 @@ pub(crate) fn routes() -> Router<Site> {
         .route("/api/jobs", get(list_jobs))
         .route("/api/jobs/{id}", get(job))
         .route("/api/dead", get(dead))
+        .route("/api/dead/{seq}/retry", post(retry))
         .route("/api/events", get(events))
         .route("/api/gpus/{gpu_id}/drain", post(drain))
 }
@@ -270,6 +273,26 @@ fn letter(stored: &StoredLetter) -> Value {
         "seq": stored.seq, "kind": stored.kind, "id": stored.id, "class": class, "message": message,
         "at_ms": stored.stored_ms, "bytes": stored.payload.len(), "retriable": stored.kind == Kind::Job,
     })
+}
+
+/// By its number: an id has many letters where it is a session's.
+async fn retry(_: Operator, State(site): State<Site>, Path(seq): Path<u64>) -> Result<Json<Value>, Refusal> {
+    let unavailable = |error: ServerError| Refusal::unavailable(error.to_string());
+    let letter = DeadLetters::new(&site.nats).at(seq).await.map_err(unavailable)?;
+    let letter = letter.ok_or_else(|| Refusal::not_found(format!("there is no dead letter {seq}")))?;
+    tracing::info!(kind = %letter.kind, id = %letter.id, "retry asked for over http");
+    let retried = again::retry(&site.nats, &letter.id, None, false).await.map_err(of_retry)?;
+    Ok(Json(json!({ "retried": retried.submitted.job, "notes": retried.notes })))
+}
+
+fn of_retry(error: RetryError) -> Refusal {
+    let conflict = |message: String| Refusal::new(StatusCode::CONFLICT, "bad_request", message);
+    match error {
+        RetryError::NoLetter(_) => Refusal::not_found(error.to_string()),
+        RetryError::Api { source, .. } => refusal(source),
+        RetryError::Records(_) | RetryError::Media(_) | RetryError::Server(_) => Refusal::unavailable(error.to_string()),
+        _ => conflict(error.to_string()),
+    }
 }
 
 async fn events(_: Viewer, State(site): State<Site>, Query(query): Query<Limit>) -> Json<Value> {

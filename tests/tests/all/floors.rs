@@ -57,6 +57,7 @@ const EDGES: [(&str, &[&str]); 12] = [
             "voxfleet-schema",
             "voxfleet-audio",
             "voxfleet-nats",
+            "voxfleet-http",
             "voxfleet-store",
             "voxfleet-dispatcher",
             "voxfleet-worker",

@@ -63,6 +63,7 @@ mod fleet_map;
 mod fleet_routing;
 mod floors;
 mod full_log;
+mod http;
 mod jobs_fleet;
 mod jobs_sources;
 mod live_micro;

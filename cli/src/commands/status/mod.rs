@@ -4,10 +4,10 @@ mod device;
 mod text;
 mod why;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, io::IsTerminal as _, time::Duration};
 
 use serde_json::{Value, json};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 use voxfleet_nats::{
     Nats,
     api::{self, ApiError, Endpoint},
@@ -28,7 +28,7 @@ use crate::{
     Context,
     args::StatusArgs,
     exit::{Exit, OrExit as _},
-    transcript::screen::{object, out},
+    transcript::screen::out,
 };
 
 const ASK: Duration = Duration::from_secs(2);
@@ -58,13 +58,43 @@ pub(crate) async fn run(args: &StatusArgs, context: &Context) -> anyhow::Result<
     let (nats, _) = context.client("voxfleet-status").await?;
     let answer = match &args.why {
         Some(id) => why::run(id, args.json, &nats).await,
-        None => whole(args, &nats).await,
+        None => match args.watch {
+            Some(seconds) => again(args, seconds, &nats, context).await,
+            None => whole(args, &nats).await,
+        },
     };
     close(nats).await;
     answer
 }
 
+/// Until Ctrl-C. A look that fails is said in its place: a server that is restarted is there again later.
+async fn again(args: &StatusArgs, seconds: u64, nats: &Nats, context: &Context) -> anyhow::Result<Exit> {
+    let screen = !args.json && std::io::stdout().is_terminal();
+    let mut looks = tokio::time::interval(Duration::from_secs(seconds));
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while context.shutdown.run_until_cancelled(looks.tick()).await.is_some() {
+        let Some(seen) = context.shutdown.run_until_cancelled(look(args, nats)).await else { break };
+        let text = match seen {
+            Ok(text) => text,
+            Err(error) if args.json => json!({ "error": format!("{error:#}") }).to_string(),
+            Err(error) => format!("the fleet cannot be seen now: {error:#}"),
+        };
+        match screen {
+            // Home, what is there, and nothing behind it: no flicker.
+            true => out(&format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")))?,
+            false if args.json => out(&text)?,
+            false => out(&format!("{}\n{text}\n", super::jobs::now_ms()))?,
+        }
+    }
+    Ok(Exit::Ok)
+}
+
 async fn whole(args: &StatusArgs, nats: &Nats) -> anyhow::Result<Exit> {
+    out(&look(args, nats).await?)?;
+    Ok(Exit::Ok)
+}
+
+async fn look(args: &StatusArgs, nats: &Nats) -> anyhow::Result<String> {
     let fleet = fleet(nats).await?;
     let sessions = sessions(nats, args.all).await?;
     // Beside the point of the table: who may not look at streams sees it without.
@@ -72,12 +102,11 @@ async fn whole(args: &StatusArgs, nats: &Nats) -> anyhow::Result<Exit> {
         tracing::warn!(%error, "cannot see what waits for workers");
         BTreeMap::new()
     });
-    if args.json {
-        object(&value(&fleet, &sessions, &queued))?;
+    Ok(if args.json {
+        value(&fleet, &sessions, &queued).to_string()
     } else {
-        out(&text::whole(&fleet, &sessions, &queued, super::jobs::now_ms()))?;
-    }
-    Ok(Exit::Ok)
+        text::whole(&fleet, &sessions, &queued, super::jobs::now_ms())
+    })
 }
 
 fn value(fleet: &Fleet, sessions: &[SessionRecord], queued: &BTreeMap<WorkerName, Queued>) -> Value {
