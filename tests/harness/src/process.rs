@@ -5,10 +5,9 @@ use std::{
     ops::{Deref, DerefMut},
     path::Path,
     process::Command,
-    time::Duration,
 };
 
-use crate::{Result, child::Child, find, wait::eventually};
+use crate::{Result, child::Child, find};
 
 /// Settings by their dotted names (`nats.urls`), as `voxfleet config show` prints them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -64,18 +63,6 @@ impl Dispatcher {
         let mut command = voxfleet(settings, dir)?;
         command.arg("dispatcher");
         Ok(Self(Child::start(name, command, &dir.join(format!("{name}.log")))?))
-    }
-}
-
-impl Dispatcher {
-    /// Where it answers over HTTP, once it does. `dispatcher.http.listen=127.0.0.1:0` gives each a port of its own.
-    pub async fn http_url(&self) -> Result<String> {
-        let found = eventually(format!("the address of {}", self.0.name()), Duration::from_secs(20), || async {
-            let log = self.0.log();
-            let (_, url) = log.rsplit_once(": http url=\"")?;
-            Some(url.split('"').next()?.to_owned())
-        });
-        Ok(found.await?)
     }
 }
 

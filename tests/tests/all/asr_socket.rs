@@ -58,15 +58,8 @@ impl Client {
     /// Connects, and reads until it is configured or sent away.
     async fn connect(url: &str) -> Result<Self> {
         let (socket, _) = connect_async(url).await?;
-        let mut client = Self {
-            socket,
-            config: Value::Null,
-            last: Value::Null,
-            states: 0,
-            error: None,
-            ready: false,
-            closed: None,
-        };
+        let mut client =
+            Self { socket, config: Value::Null, last: Value::Null, states: 0, error: None, ready: false, closed: None };
         while client.config.is_null() && client.closed.is_none() {
             client.read(SOON).await?;
         }
@@ -323,10 +316,8 @@ fn simulated_text_of(path: &Path) -> Result<String> {
                 wide.flat_map(|sample| ((sample * 32_768.0).round() as i16).to_le_bytes()).collect()
             }
         };
-        let headers = vec![(
-            "Asr-Format".to_owned(),
-            format!("pcm_s16le;rate={};channels={}", format.rate_hz, format.channels),
-        )];
+        let headers =
+            vec![("Asr-Format".to_owned(), format!("pcm_s16le;rate={};channels={}", format.rate_hz, format.channels))];
         log.push(RawEntry { seq: log.len() as u64 + 1, headers, payload: pcm.into() });
     }
     log.push(RawEntry {
@@ -367,7 +358,12 @@ async fn strangers_are_told_what_is_wrong_and_cost_nobody_anything() -> Result<(
         ("text", Message::text("{\"type\":\"start\"}"), 1003, "binary"),
         ("too long", Message::binary(vec![0; (1 << 20) + 2]), 1009, "limit"),
         ("garbage of a recorder", Message::binary(noise), 1003, "pcm_s16le"),
-        ("a picture", Message::binary(b"RIFF\x24\0\0\0WAVEfmt garbage that is no sound at all".to_vec()), 1003, "pcm_s16le"),
+        (
+            "a picture",
+            Message::binary(b"RIFF\x24\0\0\0WAVEfmt garbage that is no sound at all".to_vec()),
+            1003,
+            "pcm_s16le",
+        ),
     ];
     for (what, message, code, part) in cases {
         let mut client = eventually("the slot", SOON, || async {
@@ -445,7 +441,8 @@ async fn a_stopped_server_says_so_and_another_goes_on() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_example_client_is_served() -> Result<()> {
     const SOCKETS: &str = "--experimental-websocket";
-    let probe = Command::new("node").args([SOCKETS, "-e", "process.exit(typeof WebSocket === 'function' ? 0 : 1)"]).output();
+    let probe =
+        Command::new("node").args([SOCKETS, "-e", "process.exit(typeof WebSocket === 'function' ? 0 : 1)"]).output();
     if !probe.is_ok_and(|output| output.status.success()) {
         println!("skipped: no Node.js with WebSocket here (20.10 or newer)");
         return Ok(());
@@ -457,7 +454,11 @@ async fn the_example_client_is_served() -> Result<()> {
     std::fs::write(dir.path().join("call.raw"), pcm.bytes())?;
     let script = find::root().join("examples/asr-socket.mjs");
     let mut command = Command::new("node");
-    command.args([SOCKETS, "--no-warnings"]).arg(script).args([&socket_url(&fleet).await?, "call.raw"]).current_dir(dir.path());
+    command
+        .args([SOCKETS, "--no-warnings"])
+        .arg(script)
+        .args([&socket_url(&fleet).await?, "call.raw"])
+        .current_dir(dir.path());
     let output = tokio::task::spawn_blocking(move || command.output()).await??;
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     ensure!(output.status.success(), "{out}{err}\n{}", fleet.logs());

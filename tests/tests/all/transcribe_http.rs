@@ -138,7 +138,8 @@ async fn a_form_and_a_bare_body_get_their_text() -> Result<()> {
     let url = fleet.dispatchers[0].http_url().await?;
     let (pcm, expected) = recording(700, 12.0)?;
 
-    let body = form(&[("job", "form-1")], Some(("call.wav", &pcm.wav())), &[("language", "en"), ("endpoint_ms", "500")]);
+    let body =
+        form(&[("job", "form-1")], Some(("call.wav", &pcm.wav())), &[("language", "en"), ("endpoint_ms", "500")]);
     let answer = post(&url, "", &[("content-type", FORM)], &body).await?;
     ensure!(answer.status == 200, "{} {}\n{}", answer.status, answer.text(), fleet.logs());
     let result = answer.json()?;
@@ -147,7 +148,10 @@ async fn a_form_and_a_bare_body_get_their_text() -> Result<()> {
     ensure!(answer.header("voxfleet-job") == Some("form-1"), "{}", answer.head);
     let nats = connect(&fleet).await?;
     let record = status(&nats, "form-1").await?.record;
-    ensure!(record.name.as_deref() == Some("call.wav") && record.options.language.as_deref() == Some("en"), "{record:?}");
+    ensure!(
+        record.name.as_deref() == Some("call.wav") && record.options.language.as_deref() == Some("en"),
+        "{record:?}"
+    );
 
     // The same again is the same job; another recording under its name is not.
     let answer = post(&url, "?format=text", &[("content-type", FORM)], &body).await?;
@@ -193,8 +197,11 @@ async fn whoever_asks_for_events_sees_it_grow() -> Result<()> {
     let last = &events.last().context("events")?.1;
     ensure!(last["full_text"] == expected.as_str(), "{last}");
     let finals = events.iter().filter(|(name, _)| name == "final");
-    let said: Vec<&str> =
-        finals.flat_map(|(_, value)| value["segments"].as_array()).flatten().filter_map(|s| s["text"].as_str()).collect();
+    let said: Vec<&str> = finals
+        .flat_map(|(_, value)| value["segments"].as_array())
+        .flatten()
+        .filter_map(|s| s["text"].as_str())
+        .collect();
     ensure!(said.join(" ") == expected, "{said:?}");
 
     // A recording that is none ends in an error, as an event and as an answer.
@@ -257,10 +264,24 @@ async fn what_cannot_be_taken_is_refused_and_leaves_nothing_behind() -> Result<(
         ("not a recording", "", ("content-type", "application/json"), b"{}".to_vec(), 415, "unsupported_format"),
         ("nothing", "", wav_type, Vec::new(), 400, "empty"),
         ("a form without a file", "", form_type, form(&[("language", "en")], None, &[]), 400, "file"),
-        ("a form that breaks off", "", form_type, form(&[], Some(("x.wav", &wav)), &[])[..500].to_vec(), 400, "bad_request"),
+        (
+            "a form that breaks off",
+            "",
+            form_type,
+            form(&[], Some(("x.wav", &wav)), &[])[..500].to_vec(),
+            400,
+            "bad_request",
+        ),
         ("two files", "", form_type, two, 400, "two recordings"),
         ("an unknown option", "?colour=red", wav_type, wav.clone(), 400, "unknown option"),
-        ("a bad option behind the file", "", form_type, form(&[], Some(("x.wav", &wav)), &[("endpoint_ms", "1")]), 400, "endpoint_ms"),
+        (
+            "a bad option behind the file",
+            "",
+            form_type,
+            form(&[], Some(("x.wav", &wav)), &[("endpoint_ms", "1")]),
+            400,
+            "endpoint_ms",
+        ),
         ("a late id", "", form_type, form(&[], Some(("x.wav", &wav)), &[("job", "late")]), 400, "behind the recording"),
         ("a hostile id", "?job=..%2F..", wav_type, wav.clone(), 400, "job"),
         ("another format", "?format=srt", wav_type, wav.clone(), 400, "json or text"),
@@ -275,12 +296,18 @@ async fn what_cannot_be_taken_is_refused_and_leaves_nothing_behind() -> Result<(
     // A client that goes away in the middle of its recording leaves nothing, and submits nothing.
     let host = url.strip_prefix("http://").context("plain http")?;
     let mut socket = TcpStream::connect(host).await?;
-    let head = format!("POST /api/transcribe?job=cut HTTP/1.1\r\nhost: {host}\r\ncontent-type: audio/wav\r\ncontent-length: {}\r\n\r\n", wav.len());
+    let head = format!(
+        "POST /api/transcribe?job=cut HTTP/1.1\r\nhost: {host}\r\ncontent-type: audio/wav\r\ncontent-length: {}\r\n\r\n",
+        wav.len()
+    );
     socket.write_all(head.as_bytes()).await?;
     socket.write_all(&wav[..wav.len() / 2]).await?;
     drop(socket);
     let nats = connect(&fleet).await?;
-    never(Duration::from_secs(1), || async { status(&nats, "cut").await.ok().map(|status| format!("{:?}", status.record)) }).await?;
+    never(Duration::from_secs(1), || async {
+        status(&nats, "cut").await.ok().map(|status| format!("{:?}", status.record))
+    })
+    .await?;
     // And somebody decent is served as ever.
     let answer = post(&url, "?format=text", &[wav_type], &wav).await?;
     ensure!(answer.status == 200 && answer.text() == direct::simulated_text(&pcm)?, "{}", answer.text());

@@ -55,7 +55,8 @@ impl Goodbye {
     /// What is told before it is closed: a close frame has room for one line only.
     pub(crate) fn told(&self) -> Option<Value> {
         let failure = self.failure.as_ref()?;
-        let mut told = json!({ "type": "error", "error": failure.message, "class": failure.class.as_str(), "code": self.code });
+        let mut told =
+            json!({ "type": "error", "error": failure.message, "class": failure.class.as_str(), "code": self.code });
         if let Some(ms) = failure.retry_after_ms {
             told["retry_after_ms"] = json!(ms);
         }

@@ -77,7 +77,16 @@ impl Intake {
     ) -> Self {
         let (failed, failures) = mpsc::channel(1);
         let pace = Pace::new(format, Instant::now());
-        Self { way: Way::Unknown(Head::default()), format, pace, audio: Some(audio), failed, failures, recorders, tasks }
+        Self {
+            way: Way::Unknown(Head::default()),
+            format,
+            pace,
+            audio: Some(audio),
+            failed,
+            failures,
+            recorders,
+            tasks,
+        }
     }
 
     /// Takes one message; waits while the log does, or while the sender is too fast.

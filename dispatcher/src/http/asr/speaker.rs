@@ -174,8 +174,7 @@ impl Speaker {
         };
         if !ended {
             let message = "the rest of the transcript did not come in time; the audio is kept and will be transcribed";
-            return (now >= self.moved + PATIENCE)
-                .then(|| Told::Failed(Failure::new(FailureClass::Timeout, message)));
+            return (now >= self.moved + PATIENCE).then(|| Told::Failed(Failure::new(FailureClass::Timeout, message)));
         }
         let since = *self.ended.get_or_insert(now);
         (!self.view.waits_for_speakers() || now >= since + SPEAKERS).then_some(Told::Everything)

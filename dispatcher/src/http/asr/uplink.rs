@@ -265,7 +265,8 @@ mod tests {
     fn a_trace_goes_on_where_it_has_its_form() {
         let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         assert_eq!(traceparent(Some(good)), good);
-        for bad in [None, Some(""), Some("00-x-y-01"), Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0\n")] {
+        for bad in [None, Some(""), Some("00-x-y-01"), Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0\n")]
+        {
             let made = traceparent(bad);
             assert!(Some(made.as_str()) != bad && traceparent(Some(&made)) == made, "{made}");
         }

@@ -200,9 +200,7 @@ mod tests {
     use super::*;
 
     fn segments(said: &[(u64, u64, &str, Option<&str>)]) -> Value {
-        let one = |(n, (start, end, text, speaker)): (usize, &(u64, u64, &str, Option<&str>))| {
-            json!({ "id": n, "start_ms": start, "end_ms": end, "text": text, "speaker": speaker, "confidence": 1.0 })
-        };
+        let one = |(n, (start, end, text, speaker)): (usize, &(u64, u64, &str, Option<&str>))| json!({ "id": n, "start_ms": start, "end_ms": end, "text": text, "speaker": speaker, "confidence": 1.0 });
         said.iter().enumerate().map(one).collect()
     }
 
@@ -295,7 +293,12 @@ mod tests {
     #[test]
     fn channels_are_speakers_of_their_own() {
         let mut view = View::default();
-        view.on_final(&a_final(0, 3, json!({}), &[(0, 1, "a", Some("agent")), (1, 2, "b", Some("ch1")), (2, 3, "c", Some("agent"))]));
+        view.on_final(&a_final(
+            0,
+            3,
+            json!({}),
+            &[(0, 1, "a", Some("agent")), (1, 2, "b", Some("ch1")), (2, 3, "c", Some("agent"))],
+        ));
         let state = view.state();
         let numbers: Vec<_> = state["lines"].as_array().expect("lines").iter().map(|l| l["speaker"].clone()).collect();
         assert_eq!(numbers, [1, 2, 1]);

@@ -48,9 +48,8 @@ impl Ended {
     /// None while it has not ended.
     fn of_status(status: &JobStatus) -> Option<Self> {
         let record = &status.record;
-        let failed = |class, message: &str| {
-            Ended::Failed(record.error.clone().unwrap_or_else(|| Failure::new(class, message)))
-        };
+        let failed =
+            |class, message: &str| Ended::Failed(record.error.clone().unwrap_or_else(|| Failure::new(class, message)));
         match record.state {
             JobState::Done => Some(Ended::Done(record.result.clone())),
             JobState::Failed => Some(failed(FailureClass::Unknown, "it failed and did not say why")),

@@ -12,7 +12,7 @@ use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, stream};
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 use voxfleet_http::{
     Producer, Refusal,
@@ -74,12 +74,13 @@ async fn transcribe(
     request: Request,
 ) -> Result<Response, Refusal> {
     let events = accepts_events(request.headers());
-    let mut wish = Wish::of_query(&pairs).map_err(bad)?;
-    let busy = || Refusal {
-        retry_after_ms: Some(LATER_MS),
-        ..Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "no_capacity", "as many recordings come in as can")
+    let (mut wish, place) = match begin(&site, &pairs) {
+        Ok(begun) => begun,
+        Err(refusal) => {
+            upload::pour_away_body(request.into_body().into_data_stream()).await;
+            return Err(refusal);
+        }
     };
-    let place = site.uploads.0.clone().try_acquire_owned().map_err(|_| busy())?;
     let id = match site.shutdown.run_until_cancelled(receive(&site.nats, &mut wish, request)).await {
         Some(received) => received?,
         None => return Err(Refusal::unavailable("this server stops; send it again")),
@@ -101,6 +102,16 @@ async fn transcribe(
         true => Ok(told(site, following, leaving)),
         false => answered(&site, following, leaving, wish.format).await,
     }
+}
+
+fn begin(site: &Site, pairs: &[(String, String)]) -> Result<(Wish, OwnedSemaphorePermit), Refusal> {
+    let wish = Wish::of_query(pairs).map_err(bad)?;
+    let busy = || Refusal {
+        retry_after_ms: Some(LATER_MS),
+        ..Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "no_capacity", "as many recordings come in as can")
+    };
+    let place = site.uploads.0.clone().try_acquire_owned().map_err(|_| busy())?;
+    Ok((wish, place))
 }
 
 fn accepts_events(headers: &HeaderMap) -> bool {
@@ -125,6 +136,7 @@ async fn receive(nats: &Nats, wish: &mut Wish, request: Request) -> Result<Strea
         || matches!(kind.as_str(), "application/octet-stream" | "application/ogg");
     if !is_recording {
         let message = "send the recording as a form (multipart/form-data, field file) or as a body of type audio/*";
+        upload::pour_away_body(request.into_body().into_data_stream()).await;
         return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_format", message));
     }
     let id = wish.id().map_err(bad)?;
@@ -141,6 +153,8 @@ async fn form_fields(nats: &Nats, wish: &mut Wish, mut form: Multipart) -> Resul
         (Ok(()), Some((id, _))) => Ok(id),
         (Ok(()), None) => Err(Refusal::bad_request("the form has no field called file")),
         (Err(refusal), stored) => {
+            // Whoever still sends hears why he should not only when what he sent is read.
+            let _ = tokio::time::timeout(ASK, async { while let Ok(Some(_)) = form.next_field().await {} }).await;
             if let Some((id, false)) = stored {
                 upload::forget(nats, &id).await;
             }

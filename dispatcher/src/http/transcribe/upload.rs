@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
-use tokio::io::{AsyncRead, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
 use tokio_util::io::StreamReader;
 use voxfleet_http::{Refusal, axum::http::StatusCode};
 use voxfleet_nats::{
@@ -20,6 +20,9 @@ use voxfleet_schema::{id::StreamId, job::audio_key};
 
 /// A sender that sends nothing for so long has gone.
 const STALLED: Duration = Duration::from_secs(30);
+/// Of what is refused, this much is read for so long.
+const POURED_BYTES: u64 = 256 << 20;
+const POURED: Duration = Duration::from_secs(5);
 /// When there may be room again: jobs end, and with them go their recordings.
 const ROOM_LATER_MS: u64 = 60_000;
 
@@ -58,13 +61,32 @@ pub(crate) async fn store<E>(
         };
     }
     let room = media.room().await.map_err(refused)?.unwrap_or(u64::MAX);
-    let limited = Limited { from: std::pin::pin!(reader(body)), left: room, room };
-    let stored = media.put(&key, limited).await.map_err(refused)?;
+    let mut from = std::pin::pin!(reader(body));
+    let limited = Limited { from: from.as_mut(), left: room, room };
+    let stored = match media.put(&key, limited).await {
+        Ok(stored) => stored,
+        Err(error) => {
+            pour_away(from).await;
+            return Err(refused(error));
+        }
+    };
     if stored.bytes == 0 {
         forget(nats, id).await;
         return Err(Refusal::bad_request("the recording is empty"));
     }
     Ok(())
+}
+
+/// Reads on for a while: whoever still sends hears why he should not only when what he sent is read.
+async fn pour_away(from: impl AsyncRead) {
+    let mut rest = std::pin::pin!(from.take(POURED_BYTES));
+    // Nobody misses it.
+    let _ = tokio::time::timeout(POURED, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+}
+
+/// The same with a body that was not looked at.
+pub(crate) async fn pour_away_body<E>(body: impl Stream<Item = Result<Bytes, E>> + Send) {
+    pour_away(reader(body)).await;
 }
 
 /// Takes away a recording that no job has.
@@ -131,7 +153,6 @@ fn refused(error: MediaError) -> Refusal {
 mod tests {
     use super::*;
     use futures_util::stream;
-    use tokio::io::AsyncReadExt as _;
 
     #[tokio::test(start_paused = true)]
     async fn a_body_ends_whole_or_says_why() {

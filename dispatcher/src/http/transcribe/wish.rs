@@ -106,7 +106,7 @@ impl Wish {
     }
 
     /// Under which it goes from now on.
-    pub(crate) fn id(&mut self) -> Result<StreamId, WishError> {
+    pub(crate) fn id(&self) -> Result<StreamId, WishError> {
         if let Some(id) = &self.id {
             return Ok(id.clone());
         }
@@ -163,7 +163,10 @@ mod tests {
         let request = wish.request(&id).expect("a request");
         assert_eq!((id.as_str(), wish.wait, wish.is_named()), ("call-1", false, true));
         assert_eq!(request.audio.as_deref(), Some("object://asr_media/audio/call-1"));
-        assert_eq!((request.options.language.as_deref(), request.options.model.as_deref()), (Some("en"), Some("small")));
+        assert_eq!(
+            (request.options.language.as_deref(), request.options.model.as_deref()),
+            (Some("en"), Some("small"))
+        );
         assert_eq!(request.name.as_deref(), Some("a_b.wav"));
         assert_eq!(wish.set("language", "de", true), Err(WishError::Twice("language".to_owned())));
     }
