@@ -416,7 +416,7 @@ async fn a_stopped_server_says_so_and_another_goes_on() -> Result<()> {
     client.stream(&bytes[..half], &[6_400]).await?;
     let logged = eventually("half of it logged", SOON, || async {
         let log = checker::log(&fleet.js(), "goes-on").await.ok()?;
-        (log.iter().map(|entry| entry.payload.len()).sum::<usize>() == half).then_some(())
+        (log.iter().map(|entry| entry.bytes).sum::<usize>() == half).then_some(())
     });
     logged.await?;
     let status = fleet.dispatchers[leader].terminate(SOON).await?;

@@ -385,7 +385,7 @@ async fn a_standby_shows_what_the_active_one_knows() -> Result<()> {
 }
 
 async fn standby(fleet: &mut Fleet) -> Result<()> {
-    let leader = fleet.leader().await.context("an active dispatcher")?;
+    let leader = eventually("an active dispatcher", SOON, || fleet.leader()).await?;
     let other = fleet.dispatchers[1 - leader].http_url().await?;
     let ready = until_ready(&other, "").await?;
     ensure!(ready["role"] == "standby", "{ready}");
