@@ -11,6 +11,7 @@ pub mod device;
 pub mod engine;
 pub mod every_gpu;
 mod heartbeat;
+mod http;
 pub mod ipc;
 mod job;
 mod lifecycle;

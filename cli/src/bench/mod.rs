@@ -20,6 +20,7 @@
 //! | [`scale`] | sessions over more and more workers: what one dispatcher carries, and where its wall is |
 //! | [`soak`] | a fleet at work for long with kills and one restart of everything: what grows? |
 //! | [`startup`] | start-up time of each process, and memory with idle sessions |
+//! | [`tenants`] | two accounts on one server: what one notices of the other's flood |
 //! | [`probe`] | the engine's door: where latency is measured |
 //! | [`models`] | model files with random weights in the official shapes |
 //! | [`recording`], [`sampled`], [`processes`] | long recordings; memory and CPU of every process |
@@ -50,6 +51,7 @@ mod sampled;
 mod scale;
 mod soak;
 mod startup;
+mod tenants;
 
 use std::path::PathBuf;
 
@@ -84,7 +86,8 @@ Examples:
   voxfleet bench route --sessions 1000 --seconds 30 --json
   voxfleet bench scale
   voxfleet bench soak --minutes 20
-  voxfleet bench startup")]
+  voxfleet bench startup
+  voxfleet bench tenants")]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
     bench: Option<Bench>,
@@ -131,6 +134,8 @@ enum Bench {
     Soak(soak::SoakArgs),
     /// Start-up time of each process, memory with idle sessions
     Startup(startup::StartupArgs),
+    /// Two accounts on one server: latency in one with and without a flood in the other
+    Tenants(tenants::TenantsArgs),
     /// Write the models with random weights that other benches use
     #[command(hide = true)]
     Stubs(models::StubsArgs),
@@ -166,6 +171,7 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Scale(args) => scale::run(args).await,
             Bench::Soak(args) => soak::run(args).await,
             Bench::Startup(args) => startup::run(args).await,
+            Bench::Tenants(args) => tenants::run(args).await,
             Bench::Stubs(args) => tokio::task::spawn_blocking(move || models::write_stubs(&args)).await?,
             Bench::Weigh(args) => tokio::task::spawn_blocking(move || models::weigh(&args)).await?,
             Bench::Probe(args) => {

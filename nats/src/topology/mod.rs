@@ -56,7 +56,7 @@ pub enum TopologyError {
     #[error("subjects of {stream} are taken by stream {other}: delete or rename that one, or set another nats.prefix")]
     SubjectsTaken { stream: String, other: String },
     #[error(
-        "no room for stream {stream} ({max_bytes} bytes): raise the server's max_file_store or max_memory_store, or lower topology.*_max_bytes"
+        "no room for stream {stream} ({max_bytes} bytes): raise the account's max_file or max_memory, or the server's max_file_store or max_memory_store, or lower topology.*_max_bytes"
     )]
     NoRoom { stream: String, max_bytes: i64, source: ServerError },
     #[error(
@@ -176,6 +176,16 @@ pub async fn verify(nats: &Nats, config: &TopologyConfig) -> Vec<TopologyError> 
         }
     }
     problems
+}
+
+/// Whether JetStream answers at all, asked on a stream that whoever reads transcripts may look at. Any other error than that
+/// of a stream that is missing says something of the connection, or of this login.
+pub async fn probe(nats: &Nats) -> Result<(), ServerError> {
+    match raw::stream_info(nats, names::TRANSCRIPT).await {
+        Ok(_) => Ok(()),
+        Err(error) if error.is_code(ErrorCode::STREAM_NOT_FOUND) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// How full every stream is. Missing ones are left out.

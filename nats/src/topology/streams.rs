@@ -99,6 +99,16 @@ impl TopologyConfig {
         found
     }
 
+    /// What one copy of every stream may take, in bytes: memory, file. An account must have room for it, times `replicas`,
+    /// before the streams are made.
+    pub fn reserved(&self) -> (u64, u64) {
+        let memory = self.live_max_bytes + self.partial_max_bytes;
+        let all: u64 = self.sizes().iter().map(|(_, bytes)| bytes).sum();
+        // The last size is that of each bucket.
+        let other_buckets = self.bucket_max_bytes * (Bucket::ALL.len() as u64 - 1);
+        (memory, all - memory + other_buckets)
+    }
+
     fn sizes(&self) -> [(&'static str, u64); 11] {
         [
             ("audio_max_bytes", self.audio_max_bytes),
@@ -346,6 +356,15 @@ mod tests {
 
     fn streams() -> Vec<Config> {
         wanted(&Subjects::new("asr.v1"), &TopologyConfig::default(), 4 * 1024 * 1024)
+    }
+
+    #[test]
+    fn what_is_reserved_is_what_the_streams_ask_for() {
+        let sum = |storage: StorageType| -> u64 {
+            streams().iter().filter(|s| s.storage == storage).map(|s| s.max_bytes as u64).sum()
+        };
+        let reserved = TopologyConfig::default().reserved();
+        assert_eq!(reserved, (sum(StorageType::Memory), sum(StorageType::File)));
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::{
     Error, Result,
     child::Child,
     find,
+    login::{Keys, Login},
     process::{Dispatcher, Settings, Worker},
     relay::Relay,
     server::{Cluster, NatsServer, ServerOptions},
@@ -83,7 +84,17 @@ pub struct FleetBuilder {
     servers: Option<Servers>,
     through: Through,
     worker_env: Vec<(String, String)>,
+    logins: Option<Logins>,
     binary: Option<PathBuf>,
+}
+
+/// Who the parts of a fleet are to a server with accounts.
+#[derive(Debug, Clone)]
+struct Logins {
+    dispatcher: Login,
+    worker: Login,
+    /// Of whoever looks at it.
+    operator: Login,
 }
 
 /// Whether processes speak to their servers through relays, and who looks at what they publish.
@@ -157,6 +168,14 @@ impl FleetBuilder {
         self
     }
 
+    /// Each process with the login of its role in this account; the fleet's own client is an operator.
+    pub fn of_account(mut self, keys: &Keys, account: &str) -> Self {
+        let login = |role: &str| keys.login(account, role);
+        self.logins =
+            Some(Logins { dispatcher: login("dispatcher"), worker: login("worker"), operator: login("operator") });
+        self
+    }
+
     /// Every process is this binary, until [`Fleet::use_binary`] says otherwise.
     pub fn binary(mut self, path: PathBuf) -> Self {
         self.binary = Some(path);
@@ -177,9 +196,18 @@ impl FleetBuilder {
             .with("worker.slots", self.slots)
             .with("worker.gpu", "none")
             .and(&settings);
-        // A server that stands still is noticed within seconds.
-        let options = async_nats::ConnectOptions::new().ping_interval(Duration::from_secs(2));
-        let client = options.connect(urls).await.map_err(Error::nats("connecting to the fleet's server"))?;
+        let (settings, worker_settings, client) = match self.logins {
+            None => {
+                // A server that stands still is noticed within seconds.
+                let options = async_nats::ConnectOptions::new().ping_interval(Duration::from_secs(2));
+                let client = options.connect(urls).await.map_err(Error::nats("connecting to the fleet's server"))?;
+                (settings, worker_settings, client)
+            }
+            Some(Logins { dispatcher, worker, operator }) => {
+                let (client, _) = operator.connect(urls).await?;
+                (settings.and(&dispatcher.settings()), worker_settings.and(&worker.settings()), client)
+            }
+        };
         let mut fleet = Fleet {
             workers: Vec::new(),
             dispatchers: Vec::new(),
@@ -260,6 +288,7 @@ impl Fleet {
             servers: None,
             through: Through::default(),
             worker_env: Vec::new(),
+            logins: None,
             binary: None,
         }
     }
@@ -285,7 +314,7 @@ impl Fleet {
         self.dir.path()
     }
 
-    /// What every process of this fleet is told.
+    /// What every process of this fleet is told; with accounts, what its dispatchers are.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }

@@ -51,6 +51,8 @@ pub fn voxfleet_at(binary: &Path, settings: &Settings, dir: &Path) -> Command {
             command.env_remove(name);
         }
     }
+    // Many dispatchers run beside each other here; a test that asks over HTTP names an address.
+    command.env("VOXFLEET__DISPATCHER__HTTP__LISTEN", "");
     command.envs(settings.environment()).env("NO_COLOR", "1").current_dir(dir);
     if std::env::var_os("RUST_LOG").is_none() {
         command.env("RUST_LOG", "info");

@@ -34,6 +34,7 @@
 //! | [`faults_r1`], [`faults_r3`] | what may break at any moment, on one server and on three ([`faults`]) |
 //! | [`mutants`] | the checker sees a broken fence and a broken resume position |
 //! | [`device_sharing`] | a card with a foreign tenant: what it grows by, turns, nothing left behind |
+//! | [`roles`], [`tls`], [`tenants`] | who may do what, who is let in, and what one account sees of another |
 //! | [`fetch`] | recordings come from allowed places only, whole or not at all |
 //! | [`direct`] | the engine without a fleet, for comparison |
 
@@ -65,6 +66,7 @@ mod fleet_map;
 mod fleet_routing;
 mod floors;
 mod full_log;
+mod http;
 mod jobs_fleet;
 mod jobs_sources;
 mod live_micro;
@@ -86,16 +88,20 @@ mod nats_pub;
 mod nats_topology;
 mod operations;
 mod operator;
+mod page;
 mod pages;
 mod poison;
 mod prefetch;
 mod pressure;
 mod recipes;
+mod roles;
 mod runbook;
 mod speakers;
 mod split;
 mod standby;
+mod tenants;
 mod third_party;
+mod tls;
 mod units;
 mod upgrade;
 mod viewer;

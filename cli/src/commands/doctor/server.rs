@@ -7,7 +7,7 @@ use voxfleet_nats::{
     Nats,
     api::{self, Endpoint},
     kv::{Bucket, Records},
-    topology::{self, TopologyConfig, TopologyError},
+    topology::{self, TopologyError},
 };
 use voxfleet_schema::{
     fleet::{FleetStatus, WorkerStatus},
@@ -42,7 +42,7 @@ pub(super) async fn look(settings: &Settings) -> Vec<Check> {
         }
     };
     let mut checks = vec![rtt(&nats).await];
-    let problems = topology::verify(&nats, &wanted(settings)).await;
+    let problems = topology::verify(&nats, &crate::commands::wanted_topology(settings)).await;
     checks.push(version(&nats, &problems));
     let dispatcher = api::request::<_, FleetStatus>(&nats, Endpoint::FleetStatus, &json!({}), ASK).await;
     let connected = api::dispatchers(&nats, STANDBYS).await.unwrap_or_default();
@@ -61,16 +61,6 @@ pub(super) async fn look(settings: &Settings) -> Vec<Check> {
     }
     nats.close(Duration::from_secs(1)).await;
     checks
-}
-
-fn wanted(settings: &Settings) -> TopologyConfig {
-    #[cfg(feature = "dispatcher")]
-    return settings.dispatcher.topology.clone();
-    #[cfg(not(feature = "dispatcher"))]
-    {
-        let _ = settings;
-        TopologyConfig::default()
-    }
 }
 
 async fn rtt(nats: &Nats) -> Check {
@@ -104,8 +94,23 @@ fn answers(problems: &[TopologyError]) -> bool {
     !problems.iter().any(|p| matches!(p, NoJetStream | Server(_) | Stream { .. }))
 }
 
+fn is_denied(problem: &TopologyError) -> bool {
+    match problem {
+        TopologyError::Server(error) | TopologyError::Stream { source: error, .. } => error.is_denied(),
+        _ => false,
+    }
+}
+
 /// One line where all is well, else one line a problem. What is missing while nobody makes it is no failure yet.
 fn streams(problems: &[TopologyError], dispatcher: bool) -> Vec<Check> {
+    if let Some(denied) = problems.iter().find(|p| is_denied(p)) {
+        let found = format!("not looked at: {denied}");
+        return vec![Check::warn(
+            "streams",
+            found,
+            "nothing to mend for a role that need not; an operator's login sees them",
+        )];
+    }
     let off = problems.iter().any(|p| matches!(p, TopologyError::NoJetStream));
     let mut checks = vec![match off {
         true => Check::fail("jetstream", "off", "start nats-server with -js, and enable it for the account"),
@@ -269,6 +274,10 @@ mod tests {
         assert_eq!(worst(&missing, true), Some(Verdict::Fail));
         assert_eq!(worst(&[TopologyError::NoJetStream], false), Some(Verdict::Fail));
         assert_eq!(worst(&[], false), Some(Verdict::Ok));
+        let denied = || voxfleet_nats::ServerError::Denied { what: "publish to", subject: "$JS.API.INFO".to_owned() };
+        assert_eq!(worst(&[TopologyError::Server(denied())], true), Some(Verdict::Warn));
+        let stream = TopologyError::Stream { stream: "ASR_DEAD".to_owned(), source: denied() };
+        assert_eq!(worst(&[stream], true), Some(Verdict::Warn));
     }
 
     #[test]
