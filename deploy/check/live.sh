@@ -107,14 +107,16 @@ nats_files() {
         printf 'subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n' >ext
         openssl x509 -req -in server.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 -extfile ext -out server.pem
     ) >"$WORK/openssl.log" 2>&1 || return 1
-    for role_ in DISPATCHER WORKER OPERATOR PRODUCER ADMIN; do
+    # A leaf node carries all of its site, so its user has no list of permissions (docs/nats.md).
+    sed -i 's#^    users: \[#&\n      { nkey: $VOXFLEET_NKEY_SITE }#' "$WORK/nats/accounts.conf"
+    for role_ in DISPATCHER WORKER OPERATOR PRODUCER VIEWER SITE ADMIN; do
         nats auth nkey gen user >"$WORK/nats/$role_.seed"
         export "VOXFLEET_NKEY_$role_=$(nats auth nkey show "$WORK/nats/$role_.seed")"
     done
     export VOXFLEET_NATS_NAME=n1 VOXFLEET_NATS_STORE="$WORK/js/n1"
     export VOXFLEET_NATS_ROUTES="[nats://127.0.0.1:$1,nats://127.0.0.1:$2,nats://127.0.0.1:$3]"
     export VOXFLEET_LEAF_NAME=site VOXFLEET_HUB_URL="tls://localhost:$P_LEAFS"
-    VOXFLEET_LEAF_SEED=$(cat "$WORK/nats/WORKER.seed")
+    VOXFLEET_LEAF_SEED=$(cat "$WORK/nats/SITE.seed")
     export VOXFLEET_LEAF_SEED
 }
 
@@ -137,18 +139,19 @@ nats_syntax() {
 as() {
     role_=$1
     shift
-    nats -s "tls://localhost:$P_HUB" --tlsca "$WORK/nats/tls/ca.pem" --nkey "$WORK/nats/$role_.seed" "$@"
+    nats -s "tls://localhost:$P_HUB" --tlsca "$WORK/nats/tls/ca.pem" --nkey "$WORK/nats/$role_.seed" \
+        --inbox-prefix "_INBOX_$(echo "$role_" | tr '[:upper:]' '[:lower:]')" "$@"
 }
 
 nats_hub() {
     start "$WORK/hub.log" nats-server -c "$WORK/nats/hub-single.conf"
-    if ! until_ok 10 as OPERATOR pub check x; then
+    if ! until_ok 10 as OPERATOR stream ls; then
         fail "hub-single.conf: nobody comes in by TLS and nkey: $(tail -n 3 "$WORK/hub.log")"
         return 1
     fi
     ok "hub-single.conf: TLS and nkey let in"
     nats auth nkey gen user >"$WORK/nats/STRANGER.seed"
-    if as STRANGER pub check x >/dev/null 2>&1 || nats -s "nats://127.0.0.1:$P_HUB" pub check x >/dev/null 2>&1; then
+    if as STRANGER stream ls >/dev/null 2>&1 || nats -s "nats://127.0.0.1:$P_HUB" stream ls >/dev/null 2>&1; then
         fail "hub-single.conf: a stranger gets in, or somebody without TLS"
     else
         ok "hub-single.conf: no stranger and nobody without TLS"
@@ -231,7 +234,8 @@ clean_root() {
 in_root() {
     # shellcheck disable=SC2086 # a list of variables
     exec chroot "$R" env -i PATH=/app:/usr/bin:/usr/sbin:/bin HOME=/root VOXFLEET_CACHE=/var/cache/voxfleet \
-        "VOXFLEET__NATS__URLS=tls://localhost:$P_HUB" "VOXFLEET_TLS_CA_BASE64=$CA" $PARTS "$@"
+        "VOXFLEET__NATS__URLS=tls://localhost:$P_HUB" "VOXFLEET_TLS_CA_BASE64=$CA" \
+        VOXFLEET__NATS__INBOX_PREFIX=_INBOX_worker $PARTS "$@"
 }
 
 uid_of() { sed -n 's/^Uid:[[:space:]]*\([0-9]*\).*/\1/p' "/proc/$1/status" 2>/dev/null; }
@@ -239,7 +243,8 @@ uid_of() { sed -n 's/^Uid:[[:space:]]*\([0-9]*\).*/\1/p' "/proc/$1/status" 2>/de
 # seen NAME: the worker of that name, in the fleet's own words.
 seen() {
     VOXFLEET__NATS__URLS="tls://localhost:$P_HUB" VOXFLEET__NATS__TLS_CA="$WORK/nats/tls/ca.pem" \
-        VOXFLEET__NATS__NKEY_SEED_FILE="$WORK/nats/OPERATOR.seed" "$BINARY" status 2>/dev/null | grep -q "^$1 *alive"
+        VOXFLEET__NATS__NKEY_SEED_FILE="$WORK/nats/OPERATOR.seed" VOXFLEET__NATS__INBOX_PREFIX=_INBOX_operator \
+        "$BINARY" status 2>/dev/null | grep -q "^$1 *alive"
 }
 
 # is_missing WORKER MODEL: what the worker says of it.
@@ -251,14 +256,21 @@ states = [m["state"] for b in beats if b["gpu_id"] == sys.argv[1] for m in b["mo
 sys.exit(states != ["missing"])' "$1" "$2"
 }
 
-operator() {
+operator() { person OPERATOR _INBOX_operator "$@"; }
+producer() { person PRODUCER _INBOX_producer "$@"; }
+
+# person KEY INBOXES WORDS...: a command with that role's login.
+person() {
+    seed_file_=$WORK/nats/$1.seed inboxes_=$2
+    shift 2
     VOXFLEET__NATS__URLS="tls://localhost:$P_HUB" VOXFLEET__NATS__TLS_CA="$WORK/nats/tls/ca.pem" \
-        VOXFLEET__NATS__NKEY_SEED_FILE="$WORK/nats/OPERATOR.seed" timeout 60 "$BINARY" "$@"
+        VOXFLEET__NATS__NKEY_SEED_FILE="$seed_file_" VOXFLEET__NATS__INBOX_PREFIX="$inboxes_" timeout 60 "$BINARY" "$@"
 }
 
 run_entry() {
     CA=$(base64 <"$WORK/nats/tls/ca.pem" | tr -d '\n')
-    start "$WORK/dispatcher.log" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/DISPATCHER.seed")" voxfleet-entry dispatcher --name check
+    start "$WORK/dispatcher.log" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/DISPATCHER.seed")" \
+        VOXFLEET__NATS__INBOX_PREFIX=_INBOX_dispatcher voxfleet-entry dispatcher --name check
     seed_="VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")"
     start "$WORK/worker.log" in_root "$seed_" VOXFLEET_MODELS=micro.en-q8_0 voxfleet-entry worker --gpu none --gpu-id entry-0
     WORKER=$PID
@@ -283,7 +295,7 @@ run_entry() {
     else
         ok "entrypoint.sh health: not well without a server"
     fi
-    if operator stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session check >"$WORK/stream.log" 2>&1; then
+    if producer stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session check >"$WORK/stream.log" 2>&1; then
         ok "a call through it: $(tail -n 1 "$WORK/stream.log")"
     else
         fail "a call through it: $(tail -n 2 "$WORK/stream.log")"
@@ -299,7 +311,7 @@ run_entry() {
     start "$WORK/missing.log" in_root "$seed_" VOXFLEET_MODELS='micro.en-q8_0 base.en' VOXFLEET__MODELS__OFFLINE=true \
         voxfleet-entry worker --gpu none --gpu-id entry-1
     WORKER=$PID
-    if until_ok 15 is_missing entry-1 base.en && operator stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session beside \
+    if until_ok 15 is_missing entry-1 base.en && producer stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session beside \
         >"$WORK/beside.log" 2>&1; then
         ok "entrypoint.sh: a worker serves without a model that cannot be had, and says so"
     else

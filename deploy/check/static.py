@@ -131,6 +131,9 @@ def compose(name):
                     problems.append(f"{key}: {source} is not there")
             elif source not in volumes:
                 problems.append(f"{key}: volume {source} is not declared")
+        image = str(service.get("image", ""))
+        if not re.search(r":[^:]*\d|^voxfleet:", image):
+            problems.append(f"{key}: image {image} has no version")
         problems += [f"{key}: needs {d}, which is no service" for d in service.get("depends_on", {}) if d not in services]
         problems += [f"{key}: publishes {p} to everybody" for p in service.get("ports", []) if not str(p).startswith("127.0.0.1:")]
         problems += [f"{key}: network {n} is not declared" for n in service.get("networks", []) if n not in whole.get("networks", {})]
@@ -217,7 +220,7 @@ def measurements():
 for path in ("deploy/docker/Dockerfile.cpu", "deploy/docker/Dockerfile.cuda"):
     dockerfile(path)
 build_context()
-for path in sorted(ROOT.glob("deploy/compose/*.yml")):
+for path in [*sorted(ROOT.glob("deploy/compose/*.yml")), ROOT / "deploy/observability/compose.yml"]:
     compose(str(path.relative_to(ROOT)))
 for path in sorted(ROOT.glob("deploy/systemd/*.service")):
     unit(str(path.relative_to(ROOT)))

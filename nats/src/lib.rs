@@ -23,7 +23,9 @@
 //! | [`kv`] | typed records with compare-and-set |
 //! | [`api`] | the request/reply service and its client |
 //! | [`lease`] | which dispatcher is active |
+//! | [`roles`] | what each role may do, and server files that hold it to that |
 //! | [`retry`] | how long to wait before the next attempt |
+//! | `denial` | what this login may not do, told to whoever asked |
 //! | `feed`, `pull`, `raw` | endless ordered reading; a durable consumer's pull; the JetStream API in its own words |
 //!
 //! Invariants: an expected-sequence conflict is 10071 or 10164, whichever the server's replica count makes of it; the end
@@ -35,6 +37,7 @@ pub mod claim;
 pub mod config;
 pub mod connect;
 pub mod dead;
+mod denial;
 pub mod error;
 pub mod events;
 mod feed;
@@ -48,6 +51,7 @@ pub mod publish;
 mod pull;
 mod raw;
 pub mod retry;
+pub mod roles;
 pub mod subjects;
 pub mod topology;
 pub mod transcript;

@@ -1,5 +1,6 @@
 //! What can be typed. Nothing here decides anything: [`crate::invocation`] turns it into what is meant.
 
+mod auth;
 mod commands;
 mod dead;
 mod drain;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+pub(crate) use auth::*;
 pub(crate) use commands::*;
 pub(crate) use dead::*;
 pub(crate) use drain::*;
@@ -101,6 +103,8 @@ pub(crate) enum Command {
     Health(HealthArgs),
     /// Check what can be wrong, and name the mend
     Doctor(DoctorArgs),
+    /// Keys and permissions: who may do what
+    Auth(AuthArgs),
     /// Make a payload on standard input readable
     Decode(DecodeArgs),
     /// Check or show the configuration

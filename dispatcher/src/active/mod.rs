@@ -194,6 +194,7 @@ pub(crate) async fn run(
     };
     let from = left.cursor;
     state.recover(left);
+    window.open();
     let (door, door_open) = watch::channel(false);
     listeners.spawn(door::publishes(nats.clone(), door_open, state.budget.clone(), inputs.clone(), stop.clone()));
     listeners.spawn(door::keys(nats.clone(), inputs.clone(), stop.clone()));

@@ -296,7 +296,7 @@ fn of_retry(error: RetryError) -> Refusal {
 }
 
 async fn events(_: Viewer, State(site): State<Site>, Query(query): Query<Limit>) -> Json<Value> {
-    let rows = site.recent.rows(query.limit.unwrap_or(200).clamp(1, 500));
+    let rows = site.recent.rows(query.limit.unwrap_or(200).clamp(1, 500)).await;
     Json(json!({ "rows": rows }))
 }
 

@@ -134,9 +134,8 @@ impl Maker {
             let made = match local {
                 Some(local) => stop.run_until_cancelled(self.of_own(&local, before.as_deref())).await,
                 None => {
-                    let own = shown.borrow().as_ref().is_some_and(|s| s.taken.elapsed() < FRESH);
                     let due = asked.is_none_or(|at| at.elapsed() >= EVERY);
-                    if own || !due || !self.window.is_wanted() || !self.nats.is_connected() {
+                    if self.window.is_open() || !due || !self.window.is_wanted() || !self.nats.is_connected() {
                         continue;
                     }
                     asked = Some(Instant::now());

@@ -18,6 +18,8 @@ use voxfleet_schema::event::{Event, Scope};
 
 /// Events kept, which is also what is read of the past.
 const KEPT: usize = 500;
+/// How long somebody waits for the past.
+const CATCH_UP: Duration = Duration::from_secs(2);
 const INTEREST: Duration = Duration::from_secs(40);
 /// Details longer than this are for the stream's own readers.
 const SHOWN: usize = 300;
@@ -72,12 +74,14 @@ pub(crate) struct Recent {
     rows: Arc<RwLock<VecDeque<Row>>>,
     news: broadcast::Sender<Row>,
     wanted: Arc<watch::Sender<Option<Instant>>>,
+    /// What there was has been read.
+    caught_up: Arc<watch::Sender<bool>>,
 }
 
 impl Recent {
     pub(crate) fn new(nats: Nats, stop: CancellationToken) -> (Self, impl Future<Output = ()>) {
         let (news, _) = broadcast::channel(KEPT);
-        let recent = Self { rows: Arc::default(), news, wanted: Arc::new(watch::Sender::new(None)) };
+        let recent = Self { rows: Arc::default(), news, wanted: Arc::new(watch::Sender::new(None)), caught_up: Arc::default() };
         let mine = recent.clone();
         (recent, async move {
             stop.run_until_cancelled(mine.read(nats)).await;
@@ -88,9 +92,11 @@ impl Recent {
         self.wanted.send_replace(Some(Instant::now() + INTEREST));
     }
 
-    /// Newest first.
-    pub(crate) fn rows(&self, limit: usize) -> Vec<Row> {
+    /// Newest first. Whoever asks first waits until the past has been read.
+    pub(crate) async fn rows(&self, limit: usize) -> Vec<Row> {
         self.want();
+        // In vain where the stream cannot be read: then what is there is shown.
+        let _ = tokio::time::timeout(CATCH_UP, self.caught_up.subscribe().wait_for(|read| *read)).await;
         self.rows.read().map(|rows| rows.iter().rev().take(limit).cloned().collect()).unwrap_or_default()
     }
 
@@ -109,6 +115,7 @@ impl Recent {
             if self.read_while_wanted(&nats).await.is_err() {
                 return;
             }
+            self.caught_up.send_replace(false);
             if let Ok(mut rows) = self.rows.write() {
                 rows.clear();
             }
@@ -118,7 +125,7 @@ impl Recent {
     /// An error: the connection is closed.
     async fn read_while_wanted(&self, nats: &Nats) -> Result<(), ServerError> {
         let mut backoff = Backoff::default();
-        let start = loop {
+        let (start, any) = loop {
             match transcript::recent_events(nats, KEPT as u64).await {
                 Ok(start) => break start,
                 Err(ServerError::Closed) => return Err(ServerError::Closed),
@@ -128,6 +135,7 @@ impl Recent {
                 }
             }
         };
+        self.caught_up.send_replace(!any);
         let mut events = transcript::events(nats, &Filter::All, start);
         loop {
             let until = *self.wanted.borrow();
@@ -142,6 +150,9 @@ impl Recent {
                 Ok(read) => {
                     backoff = Backoff::default();
                     self.push(Row::of(&read.value));
+                    if read.pending == 0 {
+                        self.caught_up.send_replace(true);
+                    }
                 }
                 Err(ReadError::Server(ServerError::Closed)) => return Err(ServerError::Closed),
                 Err(ReadError::Malformed { seq, .. }) => tracing::debug!(seq, "not an event"),

@@ -15,7 +15,7 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::{
     id::{Kind, StreamId},
-    transcript::{Final, Partial},
+    transcript::{Final, Partial, join_text},
 };
 
 /// Characters shown of a session.
@@ -80,7 +80,7 @@ impl Texts {
         if value.epoch < said.epoch || value.after_index < said.after_index {
             return;
         }
-        said.tail = ending(&format!("{}{}", value.committed, value.tentative));
+        said.tail = ending(&join_text([value.committed.as_str(), value.tentative.as_str()].into_iter()));
     }
 }
 

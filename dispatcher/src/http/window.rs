@@ -1,7 +1,10 @@
 //! What the loop of an active dispatcher lets others in this process see: a copy, once a tick, while somebody looks.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -13,7 +16,6 @@ use voxfleet_schema::{fleet::FleetStatus, session::SessionSummary};
 pub(crate) struct Snapshot {
     pub(crate) fleet: FleetStatus,
     pub(crate) sessions: Vec<SessionSummary>,
-    pub(crate) taken: Instant,
 }
 
 /// Clones look through the same window.
@@ -21,11 +23,21 @@ pub(crate) struct Snapshot {
 pub(crate) struct Window {
     shown: Arc<watch::Sender<Option<Arc<Snapshot>>>>,
     wanted_until: Arc<Mutex<Option<Instant>>>,
+    active: Arc<AtomicBool>,
 }
 
 impl Window {
     pub(crate) fn new() -> Self {
-        Self { shown: Arc::new(watch::Sender::new(None)), wanted_until: Arc::default() }
+        Self { shown: Arc::new(watch::Sender::new(None)), wanted_until: Arc::default(), active: Arc::default() }
+    }
+
+    /// This process decides from now on, and shows what it believes.
+    pub(crate) fn open(&self) {
+        self.active.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.active.load(Ordering::Relaxed)
     }
 
     /// Somebody will look for this long: copies cost, and mostly nobody does.
@@ -40,11 +52,12 @@ impl Window {
     }
 
     pub(crate) fn show(&self, fleet: FleetStatus, sessions: Vec<SessionSummary>) {
-        self.shown.send_replace(Some(Arc::new(Snapshot { fleet, sessions, taken: Instant::now() })));
+        self.shown.send_replace(Some(Arc::new(Snapshot { fleet, sessions })));
     }
 
     /// This process is no longer active: what it believed is nobody's business.
     pub(crate) fn close(&self) {
+        self.active.store(false, Ordering::Relaxed);
         self.shown.send_replace(None);
     }
 

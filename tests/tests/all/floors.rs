@@ -68,8 +68,9 @@ const EDGES: [(&str, &[&str]); 12] = [
 ];
 
 /// Libraries that only these crates may name.
-const CONFINED: [(&str, &[&str]); 8] = [
+const CONFINED: [(&str, &[&str]); 9] = [
     ("async-nats", &["voxfleet-nats", "voxfleet-harness", "voxfleet-tests"]),
+    ("nkeys", &["voxfleet-nats"]),
     ("whisper-rs", &["voxfleet-worker"]),
     ("ort", &["voxfleet-worker"]),
     ("nvml-wrapper", &["voxfleet-worker"]),

@@ -12,7 +12,7 @@ use voxfleet_nats::{
     Nats,
     api::{self, ApiError, Endpoint},
     fleet::{self, Queued},
-    kv::{Bucket, Records},
+    kv::{Bucket, KvError, Records},
 };
 use voxfleet_schema::{
     fleet::{FleetStatus, Heartbeat, WorkerHealth, WorkerStatus},
@@ -96,17 +96,29 @@ async fn whole(args: &StatusArgs, nats: &Nats) -> anyhow::Result<Exit> {
 
 async fn look(args: &StatusArgs, nats: &Nats) -> anyhow::Result<String> {
     let fleet = fleet(nats).await?;
-    let sessions = sessions(nats, args.all).await?;
+    let (sessions, hidden) = match sessions(nats, args.all).await {
+        Ok(sessions) => (sessions, None),
+        Err(KvError::Server(error)) if error.is_denied() => (Vec::new(), Some(error.to_string())),
+        Err(error) => return Err(error).or_exit(Exit::Unavailable),
+    };
     // Beside the point of the table: who may not look at streams sees it without.
     let queued = fleet::queued(nats).await.unwrap_or_else(|error| {
         tracing::warn!(%error, "cannot see what waits for workers");
         BTreeMap::new()
     });
-    Ok(if args.json {
-        value(&fleet, &sessions, &queued).to_string()
-    } else {
-        text::whole(&fleet, &sessions, &queued, super::jobs::now_ms())
-    })
+    if args.json {
+        let mut value = value(&fleet, &sessions, &queued);
+        if let Some(why) = hidden {
+            value["sessions"] = Value::Null;
+            value["sessions_error"] = json!(why);
+        }
+        return Ok(value.to_string());
+    }
+    let mut text = text::whole(&fleet, &sessions, &queued, super::jobs::now_ms());
+    if let Some(why) = hidden {
+        text.push_str(&format!("\nsessions are not shown: {why}"));
+    }
+    Ok(text)
 }
 
 fn value(fleet: &Fleet, sessions: &[SessionRecord], queued: &BTreeMap<WorkerName, Queued>) -> Value {
@@ -171,8 +183,8 @@ pub(super) async fn heard(nats: &Nats) -> anyhow::Result<Vec<WorkerStatus>> {
     Ok(last.into_values().map(status).collect())
 }
 
-async fn sessions(nats: &Nats, all: bool) -> anyhow::Result<Vec<SessionRecord>> {
-    let records = Records::<SessionRecord>::new(nats, Bucket::Sessions).all().await.or_exit(Exit::Unavailable)?;
+async fn sessions(nats: &Nats, all: bool) -> Result<Vec<SessionRecord>, KvError> {
+    let records = Records::<SessionRecord>::new(nats, Bucket::Sessions).all().await?;
     let mut sessions: Vec<SessionRecord> = records.into_iter().map(|(_, versioned)| versioned.value).collect();
     sessions.retain(|s| all || s.state != SessionState::Ended);
     sessions.sort_by(|a, b| a.opened_ms.cmp(&b.opened_ms).then_with(|| a.id.cmp(&b.id)));
