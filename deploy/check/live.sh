@@ -109,6 +109,7 @@ nats_files() {
         openssl x509 -req -in server.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 -extfile ext -out server.pem
     ) >"$WORK/openssl.log" 2>&1 || return 1
     # A leaf node carries all of its site, so its user has no list of permissions (docs/nats.md).
+    # shellcheck disable=SC2016 # the server reads that name
     sed -i 's#^    users: \[#&\n      { nkey: $VOXFLEET_NKEY_SITE }#' "$WORK/nats/accounts.conf"
     for role_ in DISPATCHER WORKER OPERATOR PRODUCER VIEWER SITE ADMIN; do
         nats auth nkey gen user >"$WORK/nats/$role_.seed"
