@@ -272,8 +272,9 @@ person() {
 run_entry() {
     CA=$(base64 <"$WORK/nats/tls/ca.pem" | tr -d '\n')
     at_dispatcher=VOXFLEET__DISPATCHER__HTTP__LISTEN=127.0.0.1:$P_DISPATCHER at_worker=VOXFLEET__WORKER__HTTP__LISTEN=127.0.0.1:$P_WORKER
+    # Its seed has a folder of its own: here both share one root, and the worker's would be written over it.
     start "$WORK/dispatcher.log" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/DISPATCHER.seed")" "$at_dispatcher" \
-        VOXFLEET__NATS__INBOX_PREFIX=_INBOX_dispatcher voxfleet-entry dispatcher --name check
+        XDG_RUNTIME_DIR=/tmp/dispatcher VOXFLEET__NATS__INBOX_PREFIX=_INBOX_dispatcher voxfleet-entry dispatcher --name check
     seed_="VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")"
     start "$WORK/worker.log" in_root "$seed_" "$at_worker" VOXFLEET_MODELS=micro.en-q8_0 voxfleet-entry worker --gpu none --gpu-id entry-0
     WORKER=$PID
