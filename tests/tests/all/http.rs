@@ -67,8 +67,13 @@ async fn readiness(fleet: &mut Fleet) -> Result<()> {
     ensure!(status == 200 && alive["status"] == "ok", "{status} {alive}");
     let ready = until_ready(&url, "").await?;
     for name in [
-        "model_loaded", "idle_timeout_seconds", "time_since_last_activity", "gpu_available", "gpu_count",
-        "current_device", "memory_allocated_mb",
+        "model_loaded",
+        "idle_timeout_seconds",
+        "time_since_last_activity",
+        "gpu_available",
+        "gpu_count",
+        "current_device",
+        "memory_allocated_mb",
     ] {
         ensure!(ready.get(name).is_some(), "{name} is not in {ready}");
     }
@@ -119,6 +124,10 @@ async fn stuck(fleet: &mut Fleet) -> Result<()> {
     until_ready(&worker, "").await?;
     let mut producer = Producer::named(fleet.js(), "call", "s");
     producer.stream(&audio::bursts(7, 60.0), 200, Pace::AsFastAsPossible).await?;
+    let answer = Probe::default().get(&format!("{worker}/metrics"), ASK).await?;
+    let text = String::from_utf8(answer.body)?;
+    well_formed(&text)?;
+    as_documented(&text, "## Worker")?;
     let engine = eventually("an engine", SOON, || std::future::ready(fleet.workers[0].engine_pid())).await?;
     let (_, status) = get(&worker, "/gpu-status").await?;
     ensure!(status["total_gpus"] == 1 && status["gpus"][0]["max_connections"] == 4, "{status}");
@@ -161,7 +170,10 @@ async fn pages(fleet: &mut Fleet) -> Result<()> {
     let (status, bad) = get(&url, "/api/sessions/a%20b").await?;
     ensure!(status == 400 && bad["error"]["class"] == "bad_request", "{status} {bad}");
     let (_, gpus) = get(&url, "/gpu-status").await?;
-    ensure!(gpus["total_gpus"] == 2 && gpus["total_connections"] == 1 && gpus["max_connections_per_gpu"] == 4, "{gpus}");
+    ensure!(
+        gpus["total_gpus"] == 2 && gpus["total_connections"] == 1 && gpus["max_connections_per_gpu"] == 4,
+        "{gpus}"
+    );
     // The first who asks gets the past too.
     let (_, events) = get(&url, "/api/events").await?;
     let assigned = |row: &Value| row["what"] == "assigned" && row["id"] == "call";
@@ -183,7 +195,8 @@ async fn pages(fleet: &mut Fleet) -> Result<()> {
     fleet.workers[index].kill9()?;
     let killed = Instant::now();
     page.until("it is no longer alive", |name, data| {
-        let gone = |gpu: &Value| gpu["gpu_id"] == holder.as_str() && matches!(gpu["state"].as_str(), Some("suspect" | "dead"));
+        let gone =
+            |gpu: &Value| gpu["gpu_id"] == holder.as_str() && matches!(gpu["state"].as_str(), Some("suspect" | "dead"));
         name == "fleet" && data["gpus"].as_array().is_some_and(|gpus| gpus.iter().any(gone))
     })
     .await?;
@@ -195,10 +208,11 @@ async fn pages(fleet: &mut Fleet) -> Result<()> {
         name == "fleet" && data["gpus"].as_array().is_some_and(|gpus| gpus.iter().any(dead))
     })
     .await?;
-    along.until("the other one goes on", |name, data| {
-        name == "state" && data["gpu_id"].as_str().is_some_and(|gpu| gpu != holder)
-    })
-    .await?;
+    along
+        .until("the other one goes on", |name, data| {
+            name == "state" && data["gpu_id"].as_str().is_some_and(|gpu| gpu != holder)
+        })
+        .await?;
     producer.end().await?;
     along.until("the end", |name, _| name == "end").await?;
 
@@ -213,7 +227,35 @@ async fn pages(fleet: &mut Fleet) -> Result<()> {
     ensure!(value("voxfleet_gpus{state=\"dead\"}") == Some(1.0), "{text}");
     ensure!(value("voxfleet_audio_bytes_total").is_some_and(|bytes| bytes >= 12.0 * 32_000.0), "{text}");
     ensure!(!text.contains("call"), "a session's name is a label:\n{text}");
-    well_formed(&text)
+    well_formed(&text)?;
+    as_documented(&text, "## Dispatcher")
+}
+
+/// Figures that this machine does not have: no GPU, no certificate, nothing that has happened.
+const MAY_MISS: [&str; 6] = [
+    "voxfleet_gpu_temperature_celsius",
+    "voxfleet_gpu_utilization_ratio",
+    "voxfleet_gpu_power_watts",
+    "voxfleet_certificate_expiry_timestamp_seconds",
+    "voxfleet_failures_total",
+    "voxfleet_stage_memory_bytes",
+];
+
+/// `docs/metrics.md` names everything that is exported, and nothing that is not.
+fn as_documented(text: &str, section: &str) -> Result<()> {
+    let page = std::fs::read_to_string(voxfleet_harness::find::root().join("docs/metrics.md"))?;
+    let (_, part) = page.split_once(&format!("\n{section}\n")).context("the section")?;
+    let part = part.split("\n## ").next().unwrap_or_default();
+    let listed: Vec<&str> = part.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
+    let exported: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    ensure!(listed.len() > 10, "{section} lists {listed:?}");
+    for name in &exported {
+        ensure!(listed.contains(name), "{name} is not in {section} of docs/metrics.md");
+    }
+    for name in &listed {
+        ensure!(exported.contains(name) || MAY_MISS.contains(name), "{name} is documented and not exported:\n{text}");
+    }
+    Ok(())
 }
 
 /// Every sample belongs to a family that has a type, and none stands twice.
@@ -261,7 +303,16 @@ async fn roles(fleet: &mut Fleet) -> Result<()> {
     until_ready(&url, "").await?;
     let bearer = |token: &str| format!("Bearer {token}");
     let (view, operate, wrong) = (bearer(VIEW), bearer(OPERATE), bearer("nobody-has-this-token"));
-    for path in ["/api/fleet", "/api/sessions", "/api/jobs", "/api/dead", "/api/events", "/api/stream", "/metrics", "/gpu-status"] {
+    for path in [
+        "/api/fleet",
+        "/api/sessions",
+        "/api/jobs",
+        "/api/dead",
+        "/api/events",
+        "/api/stream",
+        "/metrics",
+        "/gpu-status",
+    ] {
         for headers in [vec![], vec![("authorization", wrong.as_str())]] {
             let answer = send(&url, Method::GET, path, &headers, Value::Null).await?;
             ensure!(answer.status == 401, "{path}: {}", answer.status);
@@ -334,7 +385,7 @@ async fn a_standby_shows_what_the_active_one_knows() -> Result<()> {
 }
 
 async fn standby(fleet: &mut Fleet) -> Result<()> {
-    let leader = fleet.leader().await.context("an active dispatcher")?;
+    let leader = eventually("an active dispatcher", SOON, || fleet.leader()).await?;
     let other = fleet.dispatchers[1 - leader].http_url().await?;
     let ready = until_ready(&other, "").await?;
     ensure!(ready["role"] == "standby", "{ready}");

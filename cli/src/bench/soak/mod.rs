@@ -54,6 +54,8 @@ const AUDIO_AGE_S: u64 = 90;
 const TRANSCRIPT_AGE_S: u64 = 120;
 /// Events are kept for a day; this much of them is there within the first minutes.
 const EVENT_BYTES: u64 = 1 << 20;
+/// Ended sessions are forgotten after this long, in place of five minutes: they are as many as ever before the second half.
+const KEEP_ENDED_S: u64 = 60;
 
 /// Growth over the window that nobody can tell from noise on a busy machine: of memory, and of a stream.
 const NOISE_MB: f64 = 4.0;
@@ -70,6 +72,7 @@ pub(super) async fn run(args: SoakArgs) -> Result<Value> {
     let builder = builder.set("dispatcher.topology.audio_max_age_s", AUDIO_AGE_S);
     let builder = builder.set("dispatcher.topology.transcript_max_age_s", TRANSCRIPT_AGE_S);
     let builder = builder.set("dispatcher.topology.event_max_bytes", EVENT_BYTES);
+    let builder = builder.set("dispatcher.keep_ended_s", KEEP_ENDED_S);
     let fleet = builder.start().await?;
     let plan = Plan {
         seed: args.seed,
