@@ -168,12 +168,12 @@ fi
 
 if have systemd-analyze; then
     mkdir -p "$WORK/units"
-    cp deploy/systemd/*.service "$WORK/units/"
+    cp deploy/systemd/*.service deploy/systemd/*.timer "$WORK/units/"
     # Programs that are not installed here are not what is checked.
     sed -i 's#=/usr/local/bin/[a-z-]*#=/bin/true#' "$WORK"/units/*.service
-    for file in "$WORK"/units/*.service; do
+    for file in "$WORK"/units/*.service "$WORK"/units/*.timer; do
         name=$(basename "$file")
-        case $name in *@.service) instance=$WORK/units/${name%@.service}@0.service ;; *) instance=$file ;; esac
+        case $name in *@.*) instance=$WORK/units/${name%@.*}@0.${name##*.} ;; *) instance=$file ;; esac
         if found=$(systemd-analyze verify "$instance" 2>&1) && [ -z "$found" ]; then
             say "ok systemd-analyze verify $name"
         else

@@ -169,7 +169,8 @@ def pins(name):
     for line in text.splitlines():
         if found := re.match(r"([\w.-]+)==(\S+)(.*)", line):
             hashes = re.findall(r"--hash=sha256:([0-9a-f]{64})", found[3])
-            if not hashes:
+            # The next line joins a last one that was cut off.
+            if not hashes or re.search(r"\w==\w", found[3]):
                 stop([f"deploy/tools/{name}: {found[1]} has no checksum"])
             yield found[1], found[2], hashes
 

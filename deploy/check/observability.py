@@ -28,7 +28,7 @@ HOME = ROOT / "deploy/observability"
 DASHBOARD = HOME / "grafana/dashboards/voxfleet.json"
 # What the scrape configuration adds, and what Prometheus makes itself.
 SCRAPED = {"job", "instance", "fleet"}
-OF_PROMETHEUS = {"up": set(), "ALERTS": {"alertname", "alertstate", "severity", "gpu_id"}}
+OF_PROMETHEUS = {"up": set(), "ALERTS": {"alertname", "alertstate", "severity", "service", "gpu_id"}}
 KEYWORDS = {"and", "or", "unless", "bool", "offset", "by", "on", "ignoring", "without", "group_left", "group_right"}
 TOKEN = "a-token-of-this-check"
 
@@ -124,7 +124,10 @@ def rules(names):
     groups = yaml.safe_load((HOME / "rules/voxfleet.yml").read_text())["groups"]
     tests = yaml.safe_load((HOME / "rules/voxfleet_test.yml").read_text())["tests"]
     runbook = ROOT / "docs/runbook.md"
-    headings = {h.strip().lower() for h in re.findall(r"^#+ (.*)$", runbook.read_text(), re.M)} if runbook.is_file() else None
+    headings = None
+    if runbook.is_file():
+        section = re.search(r"^## Alerts$(.*?)(?=^## |\Z)", runbook.read_text(), re.M | re.S)
+        headings = {h.strip() for h in re.findall(r"^### (.*)$", section[1] if section else "", re.M)}
     fires, silent, worded = set(), 0, set()
     for test in tests:
         for moment in test.get("promql_expr_test", []):
@@ -138,8 +141,8 @@ def rules(names):
     for rule in (rule for group in groups for rule in group["rules"]):
         name, severity = rule["alert"], rule.get("labels", {}).get("severity")
         notes = rule.get("annotations", {})
-        if (name, severity) in seen or severity not in ("critical", "warning") or not name.startswith("Voxfleet"):
-            problems.append(f"{name}: twice with one severity, or none, or a name of somebody else's")
+        if (name, severity) in seen or severity not in ("critical", "warning") or rule["labels"].get("service") != "voxfleet":
+            problems.append(f"{name}: twice with one severity, or none, or not of the service voxfleet")
         seen.add((name, severity))
         if notes.get("runbook") != f"docs/runbook.md#{name.lower()}" or set(notes) != {"summary", "description", "runbook"}:
             problems.append(f"{name}: summary, description, and runbook with docs/runbook.md#{name.lower()} are wanted")
@@ -148,11 +151,10 @@ def rules(names):
             problems.append(f"{name} ({severity}): no test sees it fire")
         if name not in worded:
             problems.append(f"{name}: no test reads its words")
-        if headings is not None and name.lower() not in headings:
+        if headings is not None and name not in headings:
             problems.append(f"{name}: no section in docs/runbook.md")
     if headings is not None:
-        alerts = {name.lower() for name, _ in seen}
-        problems += [f"docs/runbook.md: {h} is no alert" for h in headings if re.fullmatch(r"voxfleet\w+", h) and h not in alerts]
+        problems += [f"docs/runbook.md: {h} is no alert" for h in sorted(headings - {name for name, _ in seen})]
     else:
         print("skip alerts in docs/runbook.md: there is no such page")
     if silent < len(seen):

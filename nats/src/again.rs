@@ -188,12 +188,7 @@ fn numbered(job: &StreamId, n: u32) -> Option<StreamId> {
 }
 
 /// A recording that came with the old job goes when that expires: the new one has its own.
-async fn submit(
-    nats: &Nats,
-    old: &StreamId,
-    id: &StreamId,
-    mut request: JobRequest,
-) -> Result<Submitted, RetryError> {
+async fn submit(nats: &Nats, old: &StreamId, id: &StreamId, mut request: JobRequest) -> Result<Submitted, RetryError> {
     let media = Media::new(nats);
     let copied = request.audio.as_deref() == Some(AudioUrl::object(&audio_key(old)).as_str());
     if copied {

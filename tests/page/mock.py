@@ -177,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(503, "unavailable", "paused")
         self.begin_stream()
         query = {**query, "sort": query.get("sessions", "lag")}
-        since, rows, dropped, events, dead, born = None, None, server.dropped, fleet.event_count, None, time.monotonic()
+        since, rows, dropped, events, dead, born = None, None, server.dropped, max(0, fleet.event_count - 20), None, time.monotonic()
         try:
             while server.dropped == dropped and not (fleet.scenario == "drops" and time.monotonic() - born > 6):
                 if server.paused:
@@ -321,7 +321,7 @@ def peak_hz(samples, rate):
         for s in tail:
             a, b = s + coefficient * a - b, a
         return a * a + b * b - coefficient * a * b
-    return max((250, 440, 660, 1000, 1500, 2000), key=power) if tail else 0
+    return max((220, 330, 440, 660, 990, 1320, 1980), key=power) if tail else 0
 
 
 class Server(ThreadingHTTPServer):

@@ -98,20 +98,24 @@ fn dispatcher(subjects: &Subjects) -> Lists {
     let mut publish = vec![api("INFO"), api("STREAM.NAMES")];
     for stream in ALL_STREAMS {
         publish.push(api(&format!("STREAM.CREATE.{stream}")));
-        publish.push(api(&format!("STREAM.INFO.{stream}")));
+        if ![TRANSCRIPT, PARTIAL, EVENT].contains(&stream) {
+            publish.push(api(&format!("STREAM.INFO.{stream}")));
+        }
     }
     let buckets = Bucket::ALL.map(Bucket::stream);
-    for stream in [AUDIO, TRANSCRIPT, JOBS, WORK, DEAD, MEDIA].into_iter().chain(buckets) {
+    for stream in [AUDIO, JOBS, WORK, DEAD, MEDIA].into_iter().chain(buckets) {
         publish.push(leader_get(stream));
     }
     for stream in [LIVE, WORK, MEDIA].into_iter().chain(buckets) {
         publish.push(api(&format!("STREAM.PURGE.{stream}")));
     }
-    // A submitted job that no connection survives is taken out by its number.
-    publish.push(api(&format!("STREAM.MSG.DELETE.{JOBS}")));
+    // By its number: a submitted job that no connection survives, a letter whose job was sent again.
+    publish.extend([JOBS, DEAD].map(|stream| api(&format!("STREAM.MSG.DELETE.{stream}"))));
+    // Its pages show what a viewer sees, and ask whichever dispatcher is active.
+    publish.extend(reads_of_transcripts(subjects));
+    publish.extend(Endpoint::ALL.map(|endpoint| subjects.api(endpoint)));
     publish.push(direct_get(AUDIO));
     publish.extend(feed(AUDIO, &subjects.audio_log()));
-    publish.extend(feed(TRANSCRIPT, &format!("{p}.transcript.>")));
     publish.extend(media_feeds());
     for bucket in Bucket::ALL {
         publish.extend(feed(bucket.stream(), &bucket_subjects(bucket)));
@@ -186,7 +190,8 @@ fn producer(subjects: &Subjects) -> Lists {
 
 fn viewer(subjects: &Subjects) -> Lists {
     // Not `job.status`: it shows where a recording lies, and such an address may be its own key.
-    let mut publish = vec![subjects.api(Endpoint::SessionStatus), subjects.api(Endpoint::FleetStatus)];
+    let mut publish =
+        [Endpoint::SessionStatus, Endpoint::SessionList, Endpoint::FleetStatus].map(|e| subjects.api(e)).to_vec();
     publish.extend(reads_of_transcripts(subjects));
     let mut subscribe = heard_transcripts(subjects);
     subscribe.push(subjects.heartbeats_all());

@@ -71,9 +71,11 @@ fn publishers(subject: &Subject) -> &'static [Role] {
         Subject::Partial { .. } | Subject::Checkpoint { .. } | Subject::Heartbeat(_) => &[Worker],
         Subject::Event { .. } | Subject::Dead { .. } => &[Dispatcher, Worker],
         Subject::Control(_) => &[Dispatcher, Operator],
-        Subject::Api(Endpoint::SessionStatus | Endpoint::FleetStatus) => &[Producer, Viewer, Operator],
-        Subject::Api(Endpoint::FleetDrain) => &[Operator],
-        Subject::Api(_) => &[Producer, Operator],
+        Subject::Api(Endpoint::SessionStatus | Endpoint::SessionList | Endpoint::FleetStatus) => {
+            &[Dispatcher, Producer, Viewer, Operator]
+        }
+        Subject::Api(Endpoint::FleetDrain) => &[Dispatcher, Operator],
+        Subject::Api(_) => &[Dispatcher, Producer, Operator],
     }
 }
 
@@ -112,7 +114,7 @@ fn each_subject_is_for_those_who_need_it_and_for_nobody_else() {
 #[test]
 fn requests_of_jetstream_are_for_those_who_need_them() {
     use Role::*;
-    let readers: &[Role] = &[Producer, Viewer, Operator];
+    let readers: &[Role] = &[Dispatcher, Producer, Viewer, Operator];
     let rows: &[(&str, &[Role])] = &[
         ("INFO", &[Dispatcher, Operator]),
         ("STREAM.LIST", &[Operator]),
@@ -126,7 +128,7 @@ fn requests_of_jetstream_are_for_those_who_need_them() {
         ("STREAM.PURGE.ASR_WORK", &[Dispatcher, Operator]),
         ("STREAM.PURGE.OBJ_asr_media", &[Dispatcher, Operator]),
         ("STREAM.MSG.DELETE.ASR_TRANSCRIPT", &[Operator]),
-        ("STREAM.MSG.DELETE.ASR_DEAD", &[Operator]),
+        ("STREAM.MSG.DELETE.ASR_DEAD", &[Dispatcher, Operator]),
         ("STREAM.INFO.ASR_AUDIO", &[Dispatcher, Worker, Operator]),
         ("STREAM.MSG.GET.ASR_AUDIO", &[Dispatcher, Worker, Operator]),
         ("DIRECT.GET.ASR_AUDIO", &[Dispatcher, Worker, Operator]),
@@ -142,7 +144,7 @@ fn requests_of_jetstream_are_for_those_who_need_them() {
         ("CONSUMER.CREATE.ASR_AUDIO.c.asr.v1.audio.>", &[Dispatcher, Operator]),
         ("CONSUMER.CREATE.ASR_EVENT.c.asr.v1.event.session.s.*", readers),
         ("CONSUMER.CREATE.ASR_PARTIAL.c.asr.v1.transcript.*.*.partial", readers),
-        ("CONSUMER.CREATE.ASR_TRANSCRIPT.c.asr.v1.transcript.*.*.*", &[Dispatcher, Producer, Viewer, Operator]),
+        ("CONSUMER.CREATE.ASR_TRANSCRIPT.c.asr.v1.transcript.*.*.*", readers),
         // Without its filter in the subject the server could not hold anybody to it.
         ("CONSUMER.CREATE.ASR_TRANSCRIPT.c", &[Operator]),
         ("CONSUMER.DURABLE.CREATE.ASR_TRANSCRIPT.c", &[Operator]),
@@ -191,6 +193,9 @@ fn buckets_objects_and_acks_are_for_those_who_need_them() {
 #[test]
 fn nobody_hears_anothers_inbox_and_wide_patterns_are_the_operators_alone() {
     for role in Role::ALL {
+        let publish = grants(role, "asr.v1").publish;
+        let different: std::collections::HashSet<&String> = publish.iter().collect();
+        assert_eq!(different.len(), publish.len(), "{role}: something stands twice in {publish:?}");
         let own = format!("{}.n.1", role.inbox_prefix());
         for other in Role::ALL {
             let hears = may_hear(other, "asr.v1", &own);

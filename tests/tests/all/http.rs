@@ -67,8 +67,13 @@ async fn readiness(fleet: &mut Fleet) -> Result<()> {
     ensure!(status == 200 && alive["status"] == "ok", "{status} {alive}");
     let ready = until_ready(&url, "").await?;
     for name in [
-        "model_loaded", "idle_timeout_seconds", "time_since_last_activity", "gpu_available", "gpu_count",
-        "current_device", "memory_allocated_mb",
+        "model_loaded",
+        "idle_timeout_seconds",
+        "time_since_last_activity",
+        "gpu_available",
+        "gpu_count",
+        "current_device",
+        "memory_allocated_mb",
     ] {
         ensure!(ready.get(name).is_some(), "{name} is not in {ready}");
     }
@@ -165,7 +170,10 @@ async fn pages(fleet: &mut Fleet) -> Result<()> {
     let (status, bad) = get(&url, "/api/sessions/a%20b").await?;
     ensure!(status == 400 && bad["error"]["class"] == "bad_request", "{status} {bad}");
     let (_, gpus) = get(&url, "/gpu-status").await?;
-    ensure!(gpus["total_gpus"] == 2 && gpus["total_connections"] == 1 && gpus["max_connections_per_gpu"] == 4, "{gpus}");
+    ensure!(
+        gpus["total_gpus"] == 2 && gpus["total_connections"] == 1 && gpus["max_connections_per_gpu"] == 4,
+        "{gpus}"
+    );
     // The first who asks gets the past too.
     let (_, events) = get(&url, "/api/events").await?;
     let assigned = |row: &Value| row["what"] == "assigned" && row["id"] == "call";
@@ -187,7 +195,8 @@ async fn pages(fleet: &mut Fleet) -> Result<()> {
     fleet.workers[index].kill9()?;
     let killed = Instant::now();
     page.until("it is no longer alive", |name, data| {
-        let gone = |gpu: &Value| gpu["gpu_id"] == holder.as_str() && matches!(gpu["state"].as_str(), Some("suspect" | "dead"));
+        let gone =
+            |gpu: &Value| gpu["gpu_id"] == holder.as_str() && matches!(gpu["state"].as_str(), Some("suspect" | "dead"));
         name == "fleet" && data["gpus"].as_array().is_some_and(|gpus| gpus.iter().any(gone))
     })
     .await?;
@@ -199,10 +208,11 @@ async fn pages(fleet: &mut Fleet) -> Result<()> {
         name == "fleet" && data["gpus"].as_array().is_some_and(|gpus| gpus.iter().any(dead))
     })
     .await?;
-    along.until("the other one goes on", |name, data| {
-        name == "state" && data["gpu_id"].as_str().is_some_and(|gpu| gpu != holder)
-    })
-    .await?;
+    along
+        .until("the other one goes on", |name, data| {
+            name == "state" && data["gpu_id"].as_str().is_some_and(|gpu| gpu != holder)
+        })
+        .await?;
     producer.end().await?;
     along.until("the end", |name, _| name == "end").await?;
 
@@ -293,7 +303,16 @@ async fn roles(fleet: &mut Fleet) -> Result<()> {
     until_ready(&url, "").await?;
     let bearer = |token: &str| format!("Bearer {token}");
     let (view, operate, wrong) = (bearer(VIEW), bearer(OPERATE), bearer("nobody-has-this-token"));
-    for path in ["/api/fleet", "/api/sessions", "/api/jobs", "/api/dead", "/api/events", "/api/stream", "/metrics", "/gpu-status"] {
+    for path in [
+        "/api/fleet",
+        "/api/sessions",
+        "/api/jobs",
+        "/api/dead",
+        "/api/events",
+        "/api/stream",
+        "/metrics",
+        "/gpu-status",
+    ] {
         for headers in [vec![], vec![("authorization", wrong.as_str())]] {
             let answer = send(&url, Method::GET, path, &headers, Value::Null).await?;
             ensure!(answer.status == 401, "{path}: {}", answer.status);
@@ -366,7 +385,7 @@ async fn a_standby_shows_what_the_active_one_knows() -> Result<()> {
 }
 
 async fn standby(fleet: &mut Fleet) -> Result<()> {
-    let leader = fleet.leader().await.context("an active dispatcher")?;
+    let leader = eventually("an active dispatcher", SOON, || fleet.leader()).await?;
     let other = fleet.dispatchers[1 - leader].http_url().await?;
     let ready = until_ready(&other, "").await?;
     ensure!(ready["role"] == "standby", "{ready}");

@@ -35,10 +35,15 @@
 //! | [`mutants`] | the checker sees a broken fence and a broken resume position |
 //! | [`device_sharing`] | a card with a foreign tenant: what it grows by, turns, nothing left behind |
 //! | [`roles`], [`tls`], [`tenants`] | who may do what, who is let in, and what one account sees of another |
+//! | [`at_rest`] | an encrypted store tells nothing, and is opened with its own key only |
+//! | [`purge`] | what a purge removes and what it leaves, read stream by stream |
 //! | [`fetch`] | recordings come from allowed places only, whole or not at all |
+//! | [`asr_socket`], [`transcribe_http`] | browsers and programs without NATS: WebSocket clients, recordings over HTTP |
 //! | [`direct`] | the engine without a fleet, for comparison |
 
 // Tests may unwrap; what is forbidden in the product is forbidden here too.
+mod asr_socket;
+mod at_rest;
 mod audio_decoder;
 mod bad_input;
 mod cli;
@@ -93,6 +98,7 @@ mod pages;
 mod poison;
 mod prefetch;
 mod pressure;
+mod purge;
 mod recipes;
 mod roles;
 mod runbook;
@@ -102,6 +108,7 @@ mod standby;
 mod tenants;
 mod third_party;
 mod tls;
+mod transcribe_http;
 mod units;
 mod upgrade;
 mod viewer;

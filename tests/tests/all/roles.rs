@@ -19,6 +19,7 @@ use voxfleet_harness::{
     verdict,
     wait::eventually,
 };
+use voxfleet_http::probe::Probe;
 use voxfleet_schema::fleet::ControlRequest;
 
 use crate::{dead_letters::said, direct};
@@ -75,6 +76,7 @@ async fn each_role_does_its_part_and_nothing_else() -> Result<()> {
     let keys = Keys::make(&[ACCOUNT], &[])?;
     let server = server(&keys).await?;
     let builder = Fleet::builder().workers(2).engine(Engine::Simulated { speed: 40.0 }).of_account(&keys, ACCOUNT);
+    let builder = builder.set("dispatcher.http.listen", "127.0.0.1:0");
     let mut fleet = builder.on(Servers::Elsewhere(vec![server.url()])).start().await.with_context(|| server.log())?;
     let parts = parts(&mut fleet, &keys).await;
     parts.with_context(|| format!("{}\n{}", fleet.logs(), violations(&server.log()).join("\n")))?;
@@ -137,6 +139,15 @@ async fn parts(fleet: &mut Fleet, keys: &Keys) -> Result<()> {
     std::fs::write(folder.path().join("noise.wav"), b"no audio at all")?;
     ensure!(!producer.types(&["transcribe", "noise.wav", "--id", "noise"]).await?.status.success());
     ensure!(refusals.all().is_empty(), "{:?}", refusals.all());
+
+    // The dispatcher's own pages ask with its own login.
+    let page = fleet.dispatchers[0].http_url().await?;
+    for path in
+        ["/api/fleet", "/api/sessions", "/api/sessions/talk", "/api/jobs", "/api/jobs/rec", "/api/dead", "/api/events"]
+    {
+        let seen = Probe::default().get(&format!("{page}{path}"), SOON).await?;
+        ensure!(seen.status == 200, "{path}: {} {}", seen.status, String::from_utf8_lossy(&seen.body));
+    }
 
     // The operator finds the dead letter, sends it again and puts it away, and empties a card.
     let letter = || async {

@@ -103,7 +103,7 @@ async fn destroys(one: &Intruder) -> Result<()> {
     for stream in ["ASR_AUDIO", "ASR_TRANSCRIPT", "ASR_CHECKPOINT", "ASR_JOBS", "ASR_DEAD", "ASR_EVENT"] {
         one.asks(&format!("STREAM.PURGE.{stream}"), json!({})).await?;
     }
-    for stream in ["ASR_AUDIO", "ASR_TRANSCRIPT", "ASR_DEAD"] {
+    for stream in ["ASR_AUDIO", "ASR_TRANSCRIPT", "ASR_CHECKPOINT"] {
         one.asks(&format!("STREAM.MSG.DELETE.{stream}"), json!({"seq": 1})).await?;
     }
     one.asks("STREAM.CREATE.MINE", json!({"name": "MINE", "subjects": ["asr.v1.audio.*"]})).await?;
@@ -222,7 +222,6 @@ async fn as_dispatcher(one: &Intruder) -> Result<()> {
     one.asks("STREAM.MSG.GET.ASR_CHECKPOINT", json!({"seq": 1})).await?;
     one.asks("CONSUMER.CREATE.ASR_CHECKPOINT.c.asr.v1.checkpoint.>", json!({})).await?;
     one.asks("CONSUMER.MSG.NEXT.ASR_WORK.gpu-1=i", json!({"batch": 1})).await?;
-    one.publishes("asr.v1.api.fleet.drain", &json!({})).await?;
     one.listens("asr.v1.control.>").await
 }
 
