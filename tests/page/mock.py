@@ -186,8 +186,9 @@ class Handler(BaseHTTPRequestHandler):
                 with fleet.changed:
                     view, since = fleet.view(since), fleet.version
                     page = fleet.session_page(query) if query.get("limit") != "0" else None
-                    fresh = [e for e in fleet.events if e["n"] > events]
-                    events = fleet.event_count
+                    # What was before comes later than the list that is asked for, and again.
+                    fresh = [e for e in fleet.events if e["n"] > events] if rows or page is None else []
+                    events = fleet.event_count if rows or page is None else events
                     total = len(fleet.dead)
                 self.event("fleet", view)
                 if page is not None and page != rows:

@@ -90,13 +90,13 @@ def stale(run):
 def comes_back(run):
     page = run.page
     page.eval("window.kept = document.querySelector('.tile'); window.least = 99; new MutationObserver(() => { least = Math.min(least, document.querySelectorAll('.tile').length) }).observe(document.querySelector('#map'), {childList: true})")
+    page.eval("document.querySelector('#events-kind').value = 'all'; document.querySelector('#events-kind').dispatchEvent(new Event('change'))")
     for _ in range(3):
         run.steer("drop")
         at = page.eval("document.querySelector('#sessions-rows').textContent")
         page.wait(f"document.querySelector('#sessions-rows').textContent !== {json.dumps(at)}", 6)
     assert page.eval("kept.isConnected"), "the map was drawn anew"
     assert page.eval("document.querySelector('#banner').hidden"), "a short break raised the banner"
-    page.eval("document.querySelector('#events-kind').value = 'all'; document.querySelector('#events-kind').dispatchEvent(new Event('change'))")
     time.sleep(2.5)
     doubled = page.eval("(() => { const rows = [...document.querySelectorAll('#events-rows .event')].map((e) => e.textContent); return rows.length - new Set(rows).size })()")
     assert doubled == 0, f"{doubled} events stand there twice"
