@@ -3,7 +3,8 @@
 //! What is found is not changed: a stream of the same name that differs is somebody else's, or from another
 //! configuration, and its owner decides. The error says which field, and how to mend it. One that only has more room or more
 //! replicas than configured is taken as it is. The one exception takes nothing from anybody: a stream that is ours in every
-//! other field gets the replicas that are configured, so that a fleet grows from one server to three by one setting.
+//! other field gets the replicas that are configured, where this login may change streams, so that a fleet grows from one copy to
+//! three by one setting.
 
 mod streams;
 mod workers;
@@ -260,7 +261,14 @@ async fn ensure_stream(nats: &Nats, wanted: &Config, finals_for: Duration) -> Re
     let check = |info: &Info| check(wanted, &info.config, finals_for);
     if let Some(info) = find(nats, &wanted.name).await? {
         return match streams::grown(wanted, &info.config, finals_for) {
-            Some(grown) => grow(nats, &grown).await.and_then(|info| Ok(Made::Grown(check(&info)?))),
+            Some(grown) => match grow(nats, &grown).await {
+                Ok(info) => Ok(Made::Grown(check(&info)?)),
+                // A login that may not change streams says what somebody who may has to do.
+                Err(TopologyError::Stream { source: ServerError::Denied { .. }, .. }) => {
+                    Ok(Made::Verified(check(&info)?))
+                }
+                Err(error) => Err(error),
+            },
             None => Ok(Made::Verified(check(&info)?)),
         };
     }

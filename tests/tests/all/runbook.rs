@@ -1,12 +1,12 @@
 //! `docs/runbook.md`: every block of commands on that page is run by a test. Those that only look, and those that mend one
 //! thing, are run here, in the order of the page; those that change a fleet while it works have tests of their own.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 use voxfleet_harness::{
-    audio,
+    audio, find,
     fleet::{self, Fleet},
     producer::{Pace, Producer},
     wait::eventually,
@@ -32,23 +32,8 @@ const ELSEWHERE: [&str; 8] = [
     "Moving a server",
 ];
 
-/// Every alert, by the name under which it is raised.
-const ALERTS: [&str; 14] = [
-    "GpuMemoryHigh",
-    "GpuHot",
-    "SessionsLag",
-    "WorkerDead",
-    "EngineStuck",
-    "AudioStreamNearlyFull",
-    "DeadLettersGrow",
-    "FailoversMany",
-    "NoCapacity",
-    "CertificateExpires",
-    "NoActiveDispatcher",
-    "NatsLost",
-    "DispatcherAbsent",
-    "WorkerUnhealthy",
-];
+/// Alerts, each with the heading of what to do about it.
+const RULES: &str = "deploy/observability/rules/voxfleet.yml";
 
 /// The only block under this heading.
 pub(crate) fn block(title: &str) -> Result<Block> {
@@ -59,10 +44,21 @@ pub(crate) fn block(title: &str) -> Result<Block> {
 }
 
 #[test]
-fn each_alert_has_its_commands_and_each_change_its_test() -> Result<()> {
-    let blocks = pages::read(PAGE)?;
-    for title in ALERTS.iter().chain(&ELSEWHERE) {
-        ensure!(blocks.iter().any(|block| block.title == *title), "{PAGE} says nothing of {title}");
+fn each_alert_has_its_heading_and_each_change_its_commands() -> Result<()> {
+    let page = std::fs::read_to_string(find::root().join(PAGE))?;
+    let headings: BTreeSet<String> =
+        page.lines().filter_map(|line| line.strip_prefix("### ")).map(str::to_lowercase).collect();
+    let rules = std::fs::read_to_string(find::root().join(RULES))?;
+    let link = format!("{PAGE}#");
+    let end = |c: char| !c.is_ascii_alphanumeric();
+    let linked = rules.split(link.as_str()).skip(1).filter_map(|rest| rest.split(end).next());
+    let linked: BTreeSet<&str> = linked.collect();
+    ensure!(linked.len() > 10, "{RULES} links {linked:?}");
+    for alert in linked {
+        ensure!(headings.contains(alert), "{PAGE} says nothing of {alert}");
+    }
+    for title in ELSEWHERE {
+        block(title)?;
     }
     Ok(())
 }
