@@ -7,9 +7,9 @@
 # Fetches what cargo cannot (nats-server, the nats CLI, cmake, ONNX Runtime, the Silero VAD model; for the tests also the
 # Python client nats-py, an S3 server, libfaketime and Chromium with axe-core) into a user cache, never system-wide, then builds and runs. Safe to repeat and to run twice at once. POSIX sh; see `help` below.
 #
-# Invariants: a file appears in the cache only when it is whole and checked (staged beside it, then renamed); what comes
-# with a known checksum is refused when it differs; every fall-back says what it does. Steps go to standard error, so
-# that `demo --json` keeps standard output to itself.
+# Invariants: a file appears in the cache only when it is whole and checked (staged beside it, then renamed); what differs from
+# its checksum is refused, and so is what has none unless VOXFLEET_UNPINNED=1 allows it; every fall-back says what it does. Steps
+# go to standard error, so that `demo --json` keeps standard output to itself.
 set -eu
 
 # Pinned versions. nats-server and the CLI must agree with deploy/tools/go.mod (checked below).
@@ -51,6 +51,7 @@ environment:
   XDG_CACHE_HOME      the cache is $XDG_CACHE_HOME/voxfleet, else ~/.cache/voxfleet
   VOXFLEET_CACHE      the cache folder itself; wins over XDG_CACHE_HOME
   VOXFLEET_OFFLINE=1  fetch nothing: use what is here and say what is missing
+  VOXFLEET_UNPINNED=1 where a part cannot be had by its checksum, take its release archive, for which none is pinned here
   ORT_DYLIB_PATH      an ONNX Runtime library to use instead (1.20 or newer)
   VOXFLEET_CHROMIUM   a Chromium to use instead, for the tests of the page
   CARGO_TARGET_DIR    as cargo knows it
@@ -222,6 +223,16 @@ sha256_of() {
     fi
 }
 
+# unpinned NAME URL: whether something may be used that no checksum vouches for.
+unpinned() {
+    if [ "${VOXFLEET_UNPINNED:-0}" = 1 ]; then
+        note "$1: trying $2, which no checksum vouches for (VOXFLEET_UNPINNED=1)"
+        return 0
+    fi
+    note "$1: $2 may have it, but no checksum of it is pinned here: VOXFLEET_UNPINNED=1 takes it all the same"
+    return 1
+}
+
 # download URL FILE
 download() {
     if have curl; then
@@ -283,6 +294,7 @@ wheel() {
         return 1
     fi
     PIP_WHY="pip could not get $1 $2 for $ARCH"
+    [ -n "$3" ] || unpinned "$1" "the wheel $1 $2 for $ARCH" || return 1
     printf '%s==%s%s\n' "$1" "$2" "${3:+ --hash=sha256:$3}" >"$STAGE/wheel.txt"
     wheels "$STAGE/wheel.txt" "$STAGE/wheel" || return 1
     WHEEL=$(ls "$STAGE"/wheel/*.whl)
@@ -441,7 +453,7 @@ install_nats() {
             url_=https://github.com/nats-io/natscli/releases/download/v$version_/$name_
             ;;
     esac
-    note "$1: trying the release archive $url_"
+    unpinned "$1" "$url_" || return 1
     if ! download "$url_" "$STAGE/$name_" || ! unpack "$STAGE/$name_" "$STAGE"; then
         show_log 4
         return 1
@@ -504,7 +516,7 @@ install_cmake() {
         show_log 4
         name_=cmake-$CMAKE_VERSION-linux-$ARCH
         url_=https://github.com/Kitware/CMake/releases/download/v$CMAKE_VERSION/$name_.tar.gz
-        note "cmake: trying the release archive $url_"
+        unpinned cmake "$url_" || return 1
         if ! download "$url_" "$STAGE/$name_.tar.gz" || ! unpack "$STAGE/$name_.tar.gz" "$STAGE"; then
             show_log 4
             return 1
@@ -611,7 +623,7 @@ install_onnxruntime() {
         show_log 4
         name_=onnxruntime-$release_-$ORT_VERSION
         url_=https://github.com/microsoft/onnxruntime/releases/download/v$ORT_VERSION/$name_.tgz
-        note "ONNX Runtime: trying the release archive $url_"
+        unpinned "ONNX Runtime" "$url_" || return 1
         if ! download "$url_" "$STAGE/$name_.tgz" || ! unpack "$STAGE/$name_.tgz" "$STAGE"; then
             show_log 4
             return 1
@@ -723,7 +735,7 @@ install_nats_py() {
         note "nats-py: $PIP_WHY:"
         show_log 4
         url_=https://github.com/nats-io/nats.py/archive/refs/tags/v$NATS_PY_VERSION.tar.gz
-        note "nats-py: trying its source archive $url_"
+        unpinned nats-py "$url_" || return 1
         if ! download "$url_" "$STAGE/nats-py.tar.gz" || ! unpack "$STAGE/nats-py.tar.gz" "$STAGE"; then
             show_log 4
             return 1

@@ -84,12 +84,13 @@ nats_files() {
     mkdir -p "$WORK/nats/tls" "$WORK/js"
     cp "$ROOT"/nats/conf/*.conf "$ROOT"/deploy/nats/*.conf "$WORK/nats/"
     # shellcheck disable=SC2046 # a list of numbers
-    set -- $(free_ports 12)
+    set -- $(free_ports 14)
     P_HUB=$1 P_MONITOR=$2 P_LEAFS=$3 P_WS=$4 P_SITE=$5
     P_THREE="$6 $7 $8"
     P_A=$6
     shift 8
     R_THREE="$1 $2 $3"
+    P_DISPATCHER=$5 P_WORKER=$6
     sed -i -e "s#/etc/nats/#$WORK/nats/#" "$WORK"/nats/*.conf
     sed -i -e "s#\"0.0.0.0:4222\"#\"127.0.0.1:$P_HUB\"#" -e "s#\"/var/lib/nats\"#\"$WORK/js/hub\"#" \
         -e "s#127.0.0.1:8222#127.0.0.1:$P_MONITOR#" "$WORK/nats/single.conf"
@@ -269,10 +270,11 @@ person() {
 
 run_entry() {
     CA=$(base64 <"$WORK/nats/tls/ca.pem" | tr -d '\n')
-    start "$WORK/dispatcher.log" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/DISPATCHER.seed")" \
+    at_dispatcher=VOXFLEET__DISPATCHER__HTTP__LISTEN=127.0.0.1:$P_DISPATCHER at_worker=VOXFLEET__WORKER__HTTP__LISTEN=127.0.0.1:$P_WORKER
+    start "$WORK/dispatcher.log" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/DISPATCHER.seed")" "$at_dispatcher" \
         VOXFLEET__NATS__INBOX_PREFIX=_INBOX_dispatcher voxfleet-entry dispatcher --name check
     seed_="VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")"
-    start "$WORK/worker.log" in_root "$seed_" VOXFLEET_MODELS=micro.en-q8_0 voxfleet-entry worker --gpu none --gpu-id entry-0
+    start "$WORK/worker.log" in_root "$seed_" "$at_worker" VOXFLEET_MODELS=micro.en-q8_0 voxfleet-entry worker --gpu none --gpu-id entry-0
     WORKER=$PID
     if ! until_ok 15 seen entry-0; then
         fail "entrypoint.sh worker: $(tail -n 3 "$WORK/worker.log")"
@@ -285,15 +287,20 @@ run_entry() {
     else
         ok "entrypoint.sh: no secret is left in the environment"
     fi
-    if (in_root "$seed_" voxfleet-entry health) >/dev/null 2>"$WORK/health.log"; then
-        ok "entrypoint.sh health: well"
+    # Each is asked for with the other's address closed; then nobody is there.
+    nobody_=VOXFLEET__WORKER__HTTP__LISTEN=127.0.0.1:1
+    for here_ in "worker $at_worker VOXFLEET__DISPATCHER__HTTP__LISTEN=127.0.0.1:1" "dispatcher $nobody_ $at_dispatcher"; do
+        # shellcheck disable=SC2086 # two settings
+        if (in_root ${here_#* } voxfleet-entry health) >/dev/null 2>"$WORK/health.log"; then
+            ok "entrypoint.sh health: a ${here_%% *} is well"
+        else
+            fail "entrypoint.sh health: a ${here_%% *} is not: $(tail -n 2 "$WORK/health.log")"
+        fi
+    done
+    if (in_root "$nobody_" VOXFLEET__DISPATCHER__HTTP__LISTEN=127.0.0.1:1 voxfleet-entry health) >/dev/null 2>&1; then
+        fail "entrypoint.sh health: well where nobody is"
     else
-        fail "entrypoint.sh health: $(tail -n 2 "$WORK/health.log")"
-    fi
-    if (in_root "$seed_" VOXFLEET__NATS__URLS=tls://localhost:1 voxfleet-entry health) >/dev/null 2>&1; then
-        fail "entrypoint.sh health: well without a server"
-    else
-        ok "entrypoint.sh health: not well without a server"
+        ok "entrypoint.sh health: not well where nobody is"
     fi
     if producer stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session check >"$WORK/stream.log" 2>&1; then
         ok "a call through it: $(tail -n 1 "$WORK/stream.log")"
@@ -320,6 +327,34 @@ run_entry() {
     kill -TERM "$WORKER"
     ended "$WORKER" 12
     expect "entrypoint.sh: and stops when told" "$CODE" 0
+}
+
+# What the units' timers start, with a systemctl and a voxfleet that only say what they were asked.
+run_health() {
+    mkdir -p "$WORK/health"
+    cat >"$WORK/health/systemctl" <<'STANDIN'
+#!/bin/sh
+echo "systemctl $*" >>"$ASKED"
+[ "$1" != is-active ] || exit "$UNIT_IS"
+STANDIN
+    # Well from the try on that it is told.
+    cat >"$WORK/health/voxfleet" <<'STANDIN'
+#!/bin/sh
+echo "voxfleet $*" >>"$ASKED"
+[ "$(grep -c ^voxfleet "$ASKED")" -ge "$WELL_FROM" ]
+STANDIN
+    chmod 755 "$WORK/health/systemctl" "$WORK/health/voxfleet"
+    health_case() { # WHAT WELL_FROM UNIT_IS WANTED
+        : >"$WORK/health/asked"
+        PATH=$WORK/health:$PATH ASKED=$WORK/health/asked WELL_FROM=$2 UNIT_IS=$3 VOXFLEET_HEALTH_PAUSE_S=0 \
+            sh "$ROOT/deploy/systemd/voxfleet-health.sh" u.service 0.0.0.0:9480 >/dev/null 2>&1 || :
+        expect "voxfleet-health.sh: $1" "$(sed 's/^systemctl \([a-z-]*\).*/\1/; s/^voxfleet health --at http:..127.0.0.1:9480$/asked/' \
+            "$WORK/health/asked" | tr '\n' ' ')" "$4"
+    }
+    health_case "a unit that answers is left alone" 1 0 'is-active asked '
+    health_case "one that answers at the third try too" 3 0 'is-active asked asked asked '
+    health_case "one that never does is started again" 9 0 'is-active asked asked asked try-restart '
+    health_case "one that was stopped is not asked" 9 3 'is-active '
 }
 
 # The workers of the laptop on two cores, by what the worker itself makes of its settings there.
@@ -511,6 +546,7 @@ if ! nats_files; then
     exit 0
 fi
 nats_three
+run_health
 start "$WORK/parts.log" sh "$ROOT/deploy/docker/runtime-parts.sh" "$WORK/parts"
 PARTS_PID=$PID
 nats_syntax

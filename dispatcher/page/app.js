@@ -136,6 +136,18 @@ function freshness() {
 
 // ---- who looks
 
+// The cookie is out of this page's sight; what everybody may do needs no signing out.
+const SIGNED_IN = "voxfleet-signed-in";
+function remembered(now) {
+  try {
+    if (now === true) localStorage.setItem(SIGNED_IN, "1");
+    if (now === false) localStorage.removeItem(SIGNED_IN);
+    return localStorage.getItem(SIGNED_IN) === "1";
+  } catch {
+    return true; // no storage here: the button stays
+  }
+}
+
 let questions = 0;
 let offered = false;
 
@@ -159,7 +171,7 @@ async function whoAmI() {
   const most = ["operator", "producer", "viewer"].find((role) => roles.includes(role)) ?? "";
   say($("me"), most);
   put($("sign-in"), "hidden", !me.login || roles.includes("operator"));
-  put($("sign-out"), "hidden", !me.login || roles.length === 0);
+  put($("sign-out"), "hidden", !me.login || roles.length === 0 || !(roles.includes("operator") || remembered()));
   say($("version"), me.version ? `voxfleet ${me.version}` : "");
   say($("prefix"), me.prefix ? `prefix ${me.prefix}` : "");
   gpu.refresh(null);
@@ -175,6 +187,7 @@ function startLogin() {
       await ask("/api/login", { token: field.value });
       field.value = "";
       $("login").close();
+      remembered(true);
       await everything();
       announce(may("operator") ? "Signed in as operator" : "Signed in");
     } catch (error) {
@@ -186,6 +199,7 @@ function startLogin() {
   $("login-token").addEventListener("input", () => put($("login-token"), "aria-invalid", null));
   onPress($("sign-out"), async () => {
     try {
+      remembered(false);
       await ask("/api/logout", {});
     } finally {
       location.reload();

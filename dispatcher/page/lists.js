@@ -97,6 +97,8 @@ function updateDead(entry, letter) {
 const kept = { all: [], fleet: [], job: [], session: [] };
 let shown_kind = "fleet";
 
+const nameOf = (row) => JSON.stringify([row.at_ms, row.kind, row.id, row.what, row.text]);
+
 function keep(rows) {
   for (const [kind, list] of Object.entries(kept)) {
     list.unshift(...(kind === "all" ? rows : rows.filter((row) => row.kind === kind)));
@@ -135,7 +137,9 @@ export function addEvent(row) {
 }
 
 function flushEvents() {
-  const rows = arrived.slice(-EVENTS_KEPT).reverse();
+  // The list that was asked for and the stream overlap.
+  const known = new Set(Object.values(kept).flat().map(nameOf));
+  const rows = arrived.slice(-EVENTS_KEPT).reverse().filter((row) => !known.has(nameOf(row)));
   arrived = [];
   keep(rows);
   const list = $("events-rows");

@@ -60,6 +60,7 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
         name,
         created = report.created.len(),
         verified = report.verified.len(),
+        grown = report.grown.len(),
         "streams and buckets are there"
     );
     let window = Window::new();

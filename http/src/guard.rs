@@ -9,7 +9,7 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
-use metrics::counter;
+use metrics::{counter, gauge};
 
 use crate::{
     access::{Access, Role, Roles, is_foreign},
@@ -18,6 +18,26 @@ use crate::{
 
 /// Requests by route and class of status.
 pub const HTTP_REQUESTS: &str = "voxfleet_http_requests_total";
+
+/// Open connections by what they carry: `all` counts every one, the others those that stay open.
+pub const HTTP_CONNECTIONS: &str = "voxfleet_http_connections";
+
+/// Counts one connection while it lives.
+#[derive(Debug)]
+pub struct Open(&'static str);
+
+impl Open {
+    pub fn new(kind: &'static str) -> Self {
+        gauge!(HTTP_CONNECTIONS, "kind" => kind).increment(1.0);
+        Self(kind)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        gauge!(HTTP_CONNECTIONS, "kind" => self.0).decrement(1.0);
+    }
+}
 
 /// Of a refusal that some library wrote.
 const MAX_REASON: usize = 4 * 1024;

@@ -18,6 +18,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     access::TokenError,
+    guard::Open,
     config::HttpConfig,
     tls::{Certificate, TlsError},
 };
@@ -109,6 +110,7 @@ impl Server {
             };
             let (router, acceptor, shutdown) = (router.clone(), acceptor.clone(), shutdown.clone());
             tasks.spawn(async move {
+                let _open = Open::new("all");
                 connection(stream, peer, acceptor, router, shutdown).await;
                 drop(permit);
             });

@@ -64,6 +64,32 @@ impl ApiCall {
 /// Name of the service in `nats micro list`.
 pub(crate) const SERVICE: &str = "voxfleet";
 
+/// Every dispatcher that is connected, by name, the active one and standbys: whoever answers within `patience`. Needs
+/// permission to publish to `$SRV.>`; without one nobody answers.
+pub async fn dispatchers(nats: &Nats, patience: Duration) -> Result<Vec<String>, ServerError> {
+    #[derive(serde::Deserialize)]
+    struct Info {
+        #[serde(default)]
+        metadata: std::collections::HashMap<String, String>,
+    }
+    let inbox = nats.client().new_inbox();
+    let mut answers = nats.client().subscribe(inbox.clone()).await.map_err(ServerError::from)?;
+    let asked = nats.client().publish_with_reply(format!("$SRV.INFO.{SERVICE}"), inbox, Bytes::new());
+    asked.await.map_err(ServerError::from)?;
+    let until = Instant::now() + patience;
+    let mut names = Vec::new();
+    while let Ok(Some(answer)) = tokio::time::timeout_at(until, answers.next()).await {
+        if answer.status == Some(StatusCode::NO_RESPONDERS) {
+            break;
+        }
+        // Others may call a service of theirs the same.
+        let info = serde_json::from_slice::<Info>(&answer.payload).ok();
+        names.extend(info.and_then(|mut info| info.metadata.remove("dispatcher")));
+    }
+    names.sort();
+    Ok(names)
+}
+
 /// Serves the API.
 pub struct ApiServer {
     nats: Nats,

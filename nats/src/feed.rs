@@ -58,11 +58,23 @@ pub(crate) struct Message {
     pub(crate) payload: Bytes,
 }
 
+/// The server's word for the length of a payload that it leaves out.
+const LEFT_OUT: &str = "Nats-Msg-Size";
+
+impl Message {
+    /// Length of its payload, sent or left out.
+    pub(crate) fn bytes(&self) -> u64 {
+        let said = self.headers.as_ref().and_then(|headers| headers.get(LEFT_OUT)?.as_str().parse().ok());
+        said.unwrap_or(self.payload.len() as u64)
+    }
+}
+
 pub(crate) struct Feed {
     nats: Nats,
     stream: &'static str,
     filter: String,
     start: Start,
+    headers_only: bool,
     /// After the first message, or once it is known where "new" begins.
     next_seq: Option<u64>,
     active: Option<Active>,
@@ -98,6 +110,7 @@ impl Feed {
             stream,
             filter,
             start,
+            headers_only: false,
             next_seq: None,
             active: None,
             state: nats.connection_events(),
@@ -105,6 +118,11 @@ impl Feed {
             not_before: None,
             losses: 0,
         }
+    }
+
+    /// Without payloads: [`Message::bytes`] says how long each is.
+    pub(crate) fn headers_only(self) -> Self {
+        Self { headers_only: true, ..self }
     }
 
     /// The next message. After an error the next call goes on, not before a while. Cancel-safe.
@@ -204,7 +222,7 @@ impl Feed {
         // Before the consumer exists, so that nothing can be sent to nobody.
         let inbox = self.nats.client().new_inbox();
         let subscriber = self.nats.client().subscribe(inbox.clone()).await?;
-        let info = create(&self.nats, self.stream, &self.filter, policy).await?;
+        let info = create(&self.nats, self.stream, &self.filter, policy, self.headers_only).await?;
         if let DeliverPolicy::ByStartSequence { start_sequence } = policy
             && info.num_pending == 0
             && self.is_beyond_the_stream(start_sequence).await
@@ -323,6 +341,7 @@ async fn create(
     stream: &str,
     filter: &str,
     deliver_policy: DeliverPolicy,
+    headers_only: bool,
 ) -> Result<consumer::Info, ServerError> {
     #[derive(Serialize)]
     struct Request<'a> {
@@ -335,6 +354,7 @@ async fn create(
         deliver_policy,
         ack_policy: AckPolicy::None,
         filter_subject: filter.to_owned(),
+        headers_only,
         inactive_threshold: INACTIVE,
         // It is made again whenever it is lost, so it needs neither disk nor copies.
         memory_storage: true,

@@ -17,6 +17,7 @@
 //! | [`again`] | a job that failed, submitted again from its dead letter |
 //! | [`claim`] | a worker's capacity-limited pull of hints |
 //! | [`jobs`] | submitted jobs on their way in, work items on their way to a worker |
+//! | [`purge`] | all that is kept of a session or job, found and removed |
 //! | [`media`] | the object store: recordings and results |
 //! | [`transcript`] | the chain of finals, checkpoints, and readers of what workers publish |
 //! | [`fleet`] | heartbeats and control requests |
@@ -49,6 +50,7 @@ pub mod log;
 pub mod media;
 pub mod publish;
 mod pull;
+pub mod purge;
 mod raw;
 pub mod retry;
 pub mod roles;

@@ -264,6 +264,21 @@ impl Subjects {
         format!("{}.gpu.{worker}.live.*", self.prefix)
     }
 
+    /// Hints for one session, whoever they are for.
+    pub fn live_about(&self, id: &StreamId) -> String {
+        format!("{}.gpu.*.*.live.{id}", self.prefix)
+    }
+
+    /// Work items of one job, whoever they are for.
+    pub fn work_about(&self, job: &StreamId) -> String {
+        format!("{}.gpu.*.*.job.{job}", self.prefix)
+    }
+
+    /// Requests for one job, of whatever priority.
+    pub fn jobs_about(&self, id: &StreamId) -> String {
+        format!("{}.jobs.*.{id}", self.prefix)
+    }
+
     pub fn work_all(&self) -> String {
         format!("{}.gpu.*.*.job.*", self.prefix)
     }
@@ -293,6 +308,10 @@ impl Subjects {
         format!("{}.transcript.{}.partial", self.prefix, filter.tokens())
     }
 
+    pub fn checkpoints_of(&self, filter: &Filter) -> String {
+        format!("{}.checkpoint.{}", self.prefix, filter.tokens())
+    }
+
     pub fn checkpoints_all(&self) -> String {
         format!("{}.checkpoint.*.*", self.prefix)
     }
@@ -308,6 +327,10 @@ impl Subjects {
 
     pub fn events_of_fleet(&self) -> String {
         format!("{}.event.{}.*.*", self.prefix, Scope::Fleet.as_str())
+    }
+
+    pub fn dead_of(&self, filter: &Filter) -> String {
+        format!("{}.dead.{}", self.prefix, filter.tokens())
     }
 
     pub fn dead_all(&self) -> String {

@@ -120,6 +120,9 @@ pub struct PartStart {
     pub resume: Resume,
 }
 
+/// Of its whole's name a part's has so many characters.
+const WHOSE: usize = 18;
+
 impl JobPart {
     /// Name of a part: people see whose it is; `hash` (24 hex digits) stands for all that shapes its text.
     pub fn id(parent: &StreamId, number: u64, hash: &str) -> Result<StreamId, IdError> {
@@ -132,8 +135,17 @@ impl JobPart {
         hash.is_some_and(|hash| hash.len() == 24 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
     }
 
+    /// Whether this can be the name of a part of `parent`, whose name it carries whole: with a longer one nobody can tell.
+    pub fn names_part_of(parent: &StreamId, id: &StreamId) -> bool {
+        let tail = id.as_str().strip_prefix(parent.as_str()).and_then(|tail| tail.strip_prefix('-'));
+        let Some((number, hash)) = tail.and_then(|tail| tail.split_once('-')) else { return false };
+        let number = number.len() >= 4 && number.bytes().all(|b| b.is_ascii_digit());
+        let hash = hash.len() == 24 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        parent.as_str().len() <= WHOSE && number && hash
+    }
+
     fn prefix(parent: &StreamId, number: u64) -> String {
-        let whose: String = parent.as_str().chars().take(18).collect();
+        let whose: String = parent.as_str().chars().take(WHOSE).collect();
         format!("{whose}-{number:04}-")
     }
 
@@ -312,6 +324,16 @@ pub fn audio_key(job: &StreamId) -> String {
 /// Key of an aggregate. Random in its last part: of two workers that race only one is named by the end final.
 pub fn result_key(job: &StreamId, final_id: &str) -> String {
     format!("result/{job}/{final_id}.json")
+}
+
+/// The job that an object of the store was written for.
+pub fn job_of_media(key: &str) -> Option<StreamId> {
+    let mut parts = key.split('/');
+    let id = match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some("audio"), Some(id), None, None) | (Some("result"), Some(id), Some(_), None) => id,
+        _ => return None,
+    };
+    StreamId::new(id).ok()
 }
 
 /// What a worker is given, on `asr.v1.gpu.<gpu_id>.<incarnation>.job.<job>`. MessagePack.
@@ -597,6 +619,33 @@ mod tests {
         assert_eq!(named(name.as_str()), Ok(()));
         for other in ["whole", "another", &format!("whole-0003-{hash}"), "whole-0002-0123", &format!("{name}0")] {
             assert_eq!(named(other), Err(RequestError::Part), "{other}");
+        }
+        let of = |parent: &str, id: &str| {
+            JobPart::names_part_of(&StreamId::new(parent).expect("id"), &StreamId::new(id).expect("id"))
+        };
+        assert!(of("whole", name.as_str()));
+        for (parent, other) in [
+            ("whole", "whole".to_owned()),
+            ("whole", "whole-0002".to_owned()),
+            ("who", name.to_string()),
+            ("whole-0002", name.to_string()),
+            ("whole", format!("whole-2-{hash}")),
+            ("whole", format!("whole-0002-{}", hash.to_uppercase())),
+            ("whole", format!("{name}0")),
+            // Nobody can tell whose: two jobs may begin alike.
+            ("a-name-of-nineteen-", format!("a-name-of-nineteen-0001-{hash}")),
+        ] {
+            assert!(!of(parent, &other), "{parent} {other}");
+        }
+    }
+
+    #[test]
+    fn objects_say_whose_they_are() {
+        let job = |text: &str| StreamId::new(text).expect("id");
+        assert_eq!(job_of_media(&result_key(&job("j"), "f1")), Some(job("j")));
+        assert_eq!(job_of_media(&audio_key(&job("j"))), Some(job("j")));
+        for theirs in ["calls/j.wav", "audio/a/b", "audio/a b", "result/j", "audio"] {
+            assert_eq!(job_of_media(theirs), None, "{theirs}");
         }
     }
 

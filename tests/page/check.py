@@ -2,10 +2,11 @@
 """Looks at the page with a headless Chromium, as an operator would, and says what is wrong.
 
     python3 tests/page/check.py [--scenario NAME] [--screens DIR]                   against mock.py, started here
-    python3 tests/page/check.py --base URL --scenario calm|load|dead|record ...     against a dispatcher that runs
+    python3 tests/page/check.py --base URL --scenario calm|load|dead|record|operator ...   against a dispatcher that runs
 
 One line for each check: `ok`, `FAILED` or `skipped`; exit status 1 when one failed. Without --scenario, all of the mock's.
-With --base, `dead` prints `kill a worker now` once it looks, and then waits for the first GPU that falls silent.
+With --base, `dead` prints `kill a worker now` once it looks, and then waits for the first GPU that falls silent; `operator` needs
+--token, and drains a GPU.
 Chromium and axe-core come from `sh deploy/bootstrap.sh deps`; without a Chromium everything is skipped, with the reason.
 """
 
@@ -20,6 +21,7 @@ import urllib.request
 
 import chromium
 import checks
+import trials
 from mock import Server
 
 SCENARIOS = {
@@ -32,6 +34,7 @@ SCENARIOS = {
     "full": ["loads", "refuses_recording"],
     "login": ["signs_in", "drains", "retries", "accessible"],
     "record": ["loads", "record", "clean"],
+    "operator": ["loads", "drains", "retries", "clean"],
 }
 REAL = {
     "calm": ["loads", "agrees", "reads_along", "keyboard", "narrow", "accessible", "clean"],
@@ -39,6 +42,7 @@ REAL = {
     "dead": ["loads", "death", "accessible_main", "clean"],
     "record": ["loads", "record", "clean"],
     "empty": ["loads", "says_empty", "clean"],
+    "operator": ["loads", "drains", "clean"],
 }
 
 
@@ -49,6 +53,8 @@ class Run:
         self.scenario, self.base, self.browser, self.server = scenario, base, browser, server
         self.screens, self.token, self.wav = arguments.screens, arguments.token, arguments.wav
         self.mock = server is not None
+        if self.mock and scenario == "operator":
+            self.token = "op"
         self.axe = chromium.CACHE / "axe" / "axe.min.js"
         self.notes, self.pages = [], []
         self.page = self.fresh()
@@ -57,11 +63,17 @@ class Run:
         page = self.browser.page(**more)
         self.pages.append(page)
         if self.token:
-            page.goto(self.base + "/favicon.svg")
-            page.eval(f"fetch('/api/login', {{method: 'POST', headers: {{'Content-Type': 'application/json'}}, body: JSON.stringify({{token: {json.dumps(self.token)}}})}}).then((r) => r.status)")
-            page.requests.clear()
+            name, value = self.cookie().split(";")[0].split("=", 1)
+            page.call("Network.setCookie", {"name": name, "value": value, "url": self.base, "httpOnly": True, "sameSite": "Strict"})
         page.goto(self.base + path)
         return page
+
+    def cookie(self):
+        """What a login sets."""
+        body = json.dumps({"token": self.token}).encode()
+        request = urllib.request.Request(self.base + "/api/login", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.headers["Set-Cookie"]
 
     def ask(self, path, body=None):
         request = urllib.request.Request(self.base + path, None if body is None else json.dumps(body).encode())
@@ -80,9 +92,9 @@ class Run:
 
 def play(scenario, arguments, program):
     failed = 0
-    server = None if arguments.base else Server(0, "calm" if scenario == "record" else scenario).start()
+    server = None if arguments.base else Server(0, {"record": "calm", "operator": "dead"}.get(scenario, scenario)).start()
     base = (arguments.base or server.base).rstrip("/")
-    wav = arguments.wav or checks.tone()
+    wav = arguments.wav or trials.tone()
     flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", f"--use-file-for-fake-audio-capture={wav}"]
     with chromium.Browser(program, *flags) as browser:
         run = Run(scenario, base, browser, arguments, server)
@@ -91,7 +103,8 @@ def play(scenario, arguments, program):
             start = time.monotonic()
             run.notes = []
             try:
-                getattr(checks, name)(run)
+                check = getattr(checks, name, None) or getattr(trials, name)
+                check(run)
                 told = "ok"
             except checks.Skip as why:
                 told, run.notes = "skipped", [str(why)]
@@ -124,7 +137,7 @@ def main():
         parser.error(f"--base goes with one of: {', '.join(REAL)}")
     if arguments.screens:
         pathlib.Path(arguments.screens).mkdir(parents=True, exist_ok=True)
-    names = [arguments.scenario] if arguments.scenario else ["calm"] if arguments.base else [s for s in SCENARIOS if s != "record"]
+    names = [arguments.scenario] if arguments.scenario else ["calm"] if arguments.base else [s for s in SCENARIOS if s not in ("record", "operator")]
     failed = sum(play(name, arguments, program) for name in names)
     print(f"{failed} failed" if failed else "all passed")
     return 1 if failed else 0

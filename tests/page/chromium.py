@@ -58,7 +58,7 @@ class Browser:
         self.news = threading.Condition()
         self.gone = False
         threading.Thread(target=self.read, daemon=True).start()
-        self.version = self.call("Browser.getVersion")["product"]
+        self.version = self.call("Browser.getVersion", timeout=120)["product"]
 
     def read(self):
         rest = b""

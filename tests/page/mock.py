@@ -177,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(503, "unavailable", "paused")
         self.begin_stream()
         query = {**query, "sort": query.get("sessions", "lag")}
-        since, rows, dropped, events, dead, born = None, None, server.dropped, fleet.event_count, None, time.monotonic()
+        since, rows, dropped, events, dead, born = None, None, server.dropped, max(0, fleet.event_count - 20), None, time.monotonic()
         try:
             while server.dropped == dropped and not (fleet.scenario == "drops" and time.monotonic() - born > 6):
                 if server.paused:
@@ -186,8 +186,9 @@ class Handler(BaseHTTPRequestHandler):
                 with fleet.changed:
                     view, since = fleet.view(since), fleet.version
                     page = fleet.session_page(query) if query.get("limit") != "0" else None
-                    fresh = [e for e in fleet.events if e["n"] > events]
-                    events = fleet.event_count
+                    # What was before comes later than the list that is asked for, and again.
+                    fresh = [e for e in fleet.events if e["n"] > events] if rows or page is None else []
+                    events = fleet.event_count if rows or page is None else events
                     total = len(fleet.dead)
                 self.event("fleet", view)
                 if page is not None and page != rows:
@@ -321,7 +322,7 @@ def peak_hz(samples, rate):
         for s in tail:
             a, b = s + coefficient * a - b, a
         return a * a + b * b - coefficient * a * b
-    return max((250, 440, 660, 1000, 1500, 2000), key=power) if tail else 0
+    return max((220, 330, 440, 660, 990, 1320, 1980), key=power) if tail else 0
 
 
 class Server(ThreadingHTTPServer):

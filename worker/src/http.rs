@@ -28,6 +28,8 @@ use voxfleet_http::{
 use voxfleet_nats::Nats;
 use voxfleet_schema::fleet::{EngineRunState, Heartbeat, Residency};
 
+use crate::metrics;
+
 /// While a predecessor, or the worker of another card, has the address.
 const BIND_AGAIN: Duration = Duration::from_secs(5);
 /// An engine with work that has not moved for so long is stuck as far as a health check is concerned; its worker ends it later.
@@ -56,13 +58,14 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, beat: LastBeat, shutdown
             return;
         }
     };
+    metrics::begin();
     let site = Site { nats, beat, started: SystemTime::now(), certificate: Arc::default() };
     let certificate = site.certificate.clone();
     let routes = Router::new()
         .route("/health", get(alive))
         .route("/ready", get(ready))
         .route("/gpu-status", get(gpu_status))
-        .route("/metrics", get(metrics))
+        .route("/metrics", get(metrics_page))
         .with_state(site);
     let router = guard(routes, access, &[]);
     let Some(server) = bind(&config, &shutdown).await else { return };
@@ -170,7 +173,7 @@ async fn gpu_status(_: Viewer, State(site): State<Site>) -> Json<Value> {
     }))
 }
 
-async fn metrics(_: Viewer, State(site): State<Site>) -> Response {
+async fn metrics_page(_: Viewer, State(site): State<Site>) -> Response {
     let beat = site.beat.borrow().clone();
     let mut out = Exposition::default();
     let flag = |yes: bool| f64::from(u8::from(yes));
@@ -178,6 +181,10 @@ async fn metrics(_: Viewer, State(site): State<Site>) -> Response {
     out.gauge("voxfleet_nats_connected", "1 while NATS answers").value(flag(site.nats.is_connected()));
     if let Some(beat) = beat {
         figures(&mut out, &beat);
+    }
+    let mut family = out.counter("voxfleet_audio_seconds_total", "audio that stored finals cover");
+    for (kind, seconds) in metrics::audio_seconds() {
+        family.sample(&[("kind", kind)], seconds);
     }
     let expires = site.certificate.get().and_then(|certificate| certificate.expires());
     let mut family = out.gauge("voxfleet_certificate_expiry_timestamp_seconds", "unix time at which a certificate expires");

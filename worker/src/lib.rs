@@ -6,7 +6,6 @@
 
 mod capacity;
 pub mod config;
-pub mod decoder;
 pub mod device;
 pub mod engine;
 pub mod every_gpu;
@@ -23,7 +22,6 @@ pub mod provider;
 mod pull;
 mod session;
 mod shutdown;
-mod spawner;
 mod stock;
 mod supervisor;
 

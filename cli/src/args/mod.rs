@@ -10,6 +10,7 @@ mod examples;
 mod job;
 mod models;
 mod plan;
+mod purge;
 
 use std::path::PathBuf;
 
@@ -23,6 +24,7 @@ pub(crate) use eval::*;
 pub(crate) use job::*;
 pub(crate) use models::*;
 pub(crate) use plan::*;
+pub(crate) use purge::*;
 
 use crate::{exit::Exit, logging::LogFormat};
 
@@ -95,6 +97,8 @@ pub(crate) enum Command {
     Status(StatusArgs),
     /// Take a GPU out of the fleet: what it holds goes elsewhere, then its worker ends
     Drain(DrainArgs),
+    /// Remove all that is kept of a session or job, or of everything older than a time
+    Purge(PurgeArgs),
     /// Models of this machine: list, pull, verify, remove
     Models(ModelsArgs),
     /// Which models and how many sessions fit on a card, or on a fleet of them

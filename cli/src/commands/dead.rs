@@ -214,6 +214,8 @@ async fn remove(args: &DropArgs, nats: &Nats) -> anyhow::Result<Exit> {
 
 #[cfg(test)]
 mod tests {
+    use voxfleet_schema::job::JobRecord;
+
     use super::*;
 
     fn id(text: &str) -> StreamId {

@@ -18,6 +18,7 @@ mod health;
 mod jobs;
 mod models;
 mod plan;
+mod purge;
 mod status;
 mod stream;
 mod transcribe;
@@ -81,6 +82,7 @@ pub(crate) async fn run(command: Command, context: Context) -> anyhow::Result<Ex
         Command::Watch(args) => watch::run(&args, &context).await,
         Command::Status(args) => status::run(&args, &context).await,
         Command::Drain(args) => drain::run(&args, &context).await,
+        Command::Purge(args) => purge::run(&args, &context).await,
         Command::Models(args) => models::run(&args, &context).await,
         Command::Plan(args) => plan::run(&args, &context).await,
         Command::Health(args) => health::run(&args).await,

@@ -12,7 +12,7 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::{
     id::Kind,
-    job::JobRecord,
+    job::{JobRecord, job_of_media},
     session::{SessionRecord, SessionState},
 };
 
@@ -129,7 +129,7 @@ async fn tidy_media(nats: &Nats, keep_s: u64) -> Result<(), String> {
     let mut removed = 0u64;
     for object in media.list().await.map_err(|e| describe(&e))? {
         // A recording may be put long before its job is submitted.
-        let Some(id) = decide::job_of_media(&object.key).filter(|_| object.modified_ms < before_ms) else {
+        let Some(id) = job_of_media(&object.key).filter(|_| object.modified_ms < before_ms) else {
             continue;
         };
         let record = match records.get(id.as_str()).await {

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use voxfleet_http::{
@@ -311,12 +312,14 @@ async fn drain(
     Granted(roles): Granted,
     State(site): State<Site>,
     Path(gpu): Path<String>,
-    deadline: Option<Json<Deadline>>,
+    body: Bytes,
 ) -> Result<Json<Value>, Refusal> {
+    // Whoever has nothing to say sends nothing, whatever his client says of its type.
+    let body: &[u8] = if body.is_empty() { b"{}" } else { &body };
+    let deadline: Deadline = serde_json::from_slice(body).map_err(|error| Refusal::bad_request(error.to_string()))?;
     let gpu_id = GpuId::new(gpu).map_err(|error| Refusal::bad_request(error.to_string()))?;
-    let deadline_ms = deadline.and_then(|Json(deadline)| deadline.deadline_ms);
     tracing::info!(gpu = %gpu_id, operator = roles.has(Role::Operator), "drain asked for over http");
-    let request = DrainRequest { gpu_id, deadline_ms };
+    let request = DrainRequest { gpu_id, deadline_ms: deadline.deadline_ms };
     let drained: Drained = api::request(&site.nats, Endpoint::FleetDrain, &request, ASK).await.map_err(refusal)?;
     Ok(Json(json!(drained)))
 }

@@ -12,8 +12,10 @@
 //! | [`texts`], [`events`] | what is said and what happens, read while somebody looks |
 //! | [`health`], [`metrics`] | for those who watch processes |
 //! | [`api`], [`stream`], [`page`] | routes |
+//! | [`asr`], [`transcribe`] | audio and recordings of browsers and programs without NATS |
 
 mod api;
+mod asr;
 mod board;
 mod events;
 mod health;
@@ -23,6 +25,7 @@ mod reading;
 mod sessions;
 mod stream;
 mod texts;
+mod transcribe;
 mod view;
 pub(crate) mod window;
 
@@ -60,6 +63,8 @@ pub(crate) struct Site {
     boards: Boards,
     texts: texts::Reading,
     recent: events::Recent,
+    asr: asr::Places,
+    uploads: transcribe::Uploads,
     started: SystemTime,
     /// Cookies may only travel encrypted.
     encrypted: bool,
@@ -107,6 +112,8 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, name: Arc<str>, window: 
         boards,
         texts,
         recent,
+        asr: asr::Places::default(),
+        uploads: transcribe::Uploads::default(),
         started: SystemTime::now(),
         encrypted: config.tls_cert.is_some(),
         certificate: Arc::default(),
@@ -132,7 +139,8 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, name: Arc<str>, window: 
 }
 
 fn routes(site: Site, access: Arc<Access>) -> Router {
-    let routes = api::routes().merge(stream::routes()).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(site);
+    let routes = api::routes().merge(stream::routes()).merge(asr::routes()).layer(DefaultBodyLimit::max(MAX_BODY));
+    let routes = routes.merge(transcribe::routes()).with_state(site);
     guard(routes.merge(page::routes()), access, QUERY_TOKENS)
 }
 

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc, watch};
 use voxfleet_http::{
     Refusal, Viewer,
+    guard::Open,
     axum::{
         Router,
         extract::{Path, Query, State},
@@ -69,6 +70,7 @@ struct Following {
     dead: Option<u64>,
     ready: std::collections::VecDeque<Event>,
     stop: tokio_util::sync::CancellationToken,
+    _open: Open,
 }
 
 async fn fleet(
@@ -91,6 +93,7 @@ async fn fleet(
         ready: Default::default(),
         stop: site.shutdown.clone(),
         site,
+        _open: Open::new("sse"),
     };
     Ok(answer(stream::unfold(following, |mut following| async {
         let event = following.next().await?;
@@ -197,6 +200,7 @@ async fn follow(
     site.tasks.spawn({
         let site = site.clone();
         async move {
+            let _open = Open::new("sse");
             let read = read_along(&site, kind, &id, (standing, reader), begin, events);
             site.shutdown.run_until_cancelled(read).await;
         }

@@ -16,7 +16,6 @@ use voxfleet_schema::{fleet::FleetStatus, session::SessionSummary};
 pub(crate) struct Snapshot {
     pub(crate) fleet: FleetStatus,
     pub(crate) sessions: Vec<SessionSummary>,
-    pub(crate) taken: Instant,
 }
 
 /// Clones look through the same window.
@@ -53,7 +52,7 @@ impl Window {
     }
 
     pub(crate) fn show(&self, fleet: FleetStatus, sessions: Vec<SessionSummary>) {
-        self.shown.send_replace(Some(Arc::new(Snapshot { fleet, sessions, taken: Instant::now() })));
+        self.shown.send_replace(Some(Arc::new(Snapshot { fleet, sessions })));
     }
 
     /// This process is no longer active: what it believed is nobody's business.

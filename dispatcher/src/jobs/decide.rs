@@ -6,7 +6,7 @@ use std::time::Duration;
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
     fleet::{Held, WorkerHealth},
-    id::{StreamId, WorkerName},
+    id::WorkerName,
     job::{AudioUrl, JobRecord, JobState, audio_key},
 };
 
@@ -242,16 +242,6 @@ pub fn media_of(record: &JobRecord) -> Vec<String> {
     result.into_iter().chain(inline).collect()
 }
 
-/// The job that an object of the store was written for.
-pub fn job_of_media(key: &str) -> Option<StreamId> {
-    let mut parts = key.split('/');
-    let id = match (parts.next(), parts.next(), parts.next(), parts.next()) {
-        (Some("audio"), Some(id), None, None) | (Some("result"), Some(id), Some(_), None) => id,
-        _ => return None,
-    };
-    StreamId::new(id).ok()
-}
-
 /// Nobody will ask for this object any more: its job is not there or has expired, or another worker's result counts.
 pub fn orphan(key: &str, record: Option<&JobRecord>) -> bool {
     match record {
@@ -443,11 +433,6 @@ mod tests {
         assert_eq!(media_of(&record), std::slice::from_ref(&key));
         record.audio = AudioUrl::object(&audio_key(&record.id));
         assert_eq!(media_of(&record), [key.clone(), "audio/j".to_owned()]);
-        assert_eq!(job_of_media(&key), Some(testing::id("j")));
-        assert_eq!(job_of_media("audio/j"), Some(testing::id("j")));
-        for theirs in ["calls/j.wav", "audio/a/b", "audio/a b", "result/j", "audio"] {
-            assert_eq!(job_of_media(theirs), None, "{theirs}");
-        }
         assert_eq!(media_due(&record, false), media_of(&record));
         assert_eq!(media_due(&record, true), std::slice::from_ref(&key));
         let failed = JobRecord { state: JobState::Failed, ..record.clone() };

@@ -21,15 +21,25 @@ pub struct TopologyConfig {
     pub audio_max_bytes: u64,
     pub audio_max_age_s: u64,
     pub live_max_bytes: u64,
+    pub live_max_age_s: u64,
     pub jobs_max_bytes: u64,
+    /// 0: until a dispatcher takes it. `ASR_WORK` has no such setting: an item is made again from its job's key.
+    pub jobs_max_age_s: u64,
     pub work_max_bytes: u64,
     pub transcript_max_bytes: u64,
     pub transcript_max_age_s: u64,
     pub checkpoint_max_bytes: u64,
+    pub checkpoint_max_age_s: u64,
     pub partial_max_bytes: u64,
+    pub partial_max_age_s: u64,
     pub event_max_bytes: u64,
+    pub event_max_age_s: u64,
     pub dead_max_bytes: u64,
+    /// 0: until somebody puts the letter away.
+    pub dead_max_age_s: u64,
     pub media_max_bytes: u64,
+    /// 0: recordings and results go with their jobs (`result_ttl_s`), what was uploaded by hand stays.
+    pub media_max_age_s: u64,
     /// Each of the four buckets.
     pub bucket_max_bytes: u64,
     /// Of each stream; `ASR_LIVE` and `ASR_WORK` have one consumer for each worker incarnation.
@@ -49,18 +59,30 @@ impl Default for TopologyConfig {
             audio_max_age_s: 3_600,
             // A minute of hints for 130 sessions; older ones are dropped, the log has them.
             live_max_bytes: 256 * MIB,
+            // A hint older than that is behind what its worker has read from the log.
+            live_max_age_s: 60,
             jobs_max_bytes: 64 * MIB,
+            // A request waits for as long as no dispatcher runs.
+            jobs_max_age_s: 0,
             work_max_bytes: 64 * MIB,
             // About a million finals of 1 kB.
             transcript_max_bytes: 1_024 * MIB,
             // A day to read what was said.
             transcript_max_age_s: 86_400,
             checkpoint_max_bytes: 256 * MIB,
+            // As long as the finals that name them.
+            checkpoint_max_age_s: 86_400,
             // One partial a session.
             partial_max_bytes: 64 * MIB,
+            // Whoever comes later than that reads the final.
+            partial_max_age_s: 300,
             event_max_bytes: 256 * MIB,
+            event_max_age_s: 86_400,
             dead_max_bytes: 256 * MIB,
+            // A letter waits for a person.
+            dead_max_age_s: 0,
             media_max_bytes: 2_048 * MIB,
+            media_max_age_s: 0,
             // 20,000 jobs with presigned URLs of 2 kB, or 100,000 sessions of 600 bytes.
             bucket_max_bytes: 64 * MIB,
             // The server's own default of 1,000 would stop the fleet at a thousand incarnations.
@@ -81,17 +103,26 @@ impl TopologyConfig {
                 found.push(format!("topology.{name}: {bytes} is outside 1 MiB to 1 PiB"));
             }
         }
-        for (name, seconds) in
-            [("audio_max_age_s", self.audio_max_age_s), ("transcript_max_age_s", self.transcript_max_age_s)]
-        {
-            if !(10..=31_536_000).contains(&seconds) {
-                found.push(format!("topology.{name}: {seconds} is outside 10 s to one year"));
+        for (name, seconds, may_stay) in self.ages() {
+            if !(10..=31_536_000).contains(&seconds) && !(may_stay && seconds == 0) {
+                let or = if may_stay { ", or 0 for no limit" } else { "" };
+                found.push(format!("topology.{name}: {seconds} is outside 10 s to one year{or}"));
             }
         }
         if self.transcript_max_age_s < self.audio_max_age_s {
             found.push(
                 "topology.transcript_max_age_s: below audio_max_age_s, finals would be gone before their audio".into(),
             );
+        }
+        if self.checkpoint_max_age_s < self.transcript_max_age_s {
+            found.push(
+                "topology.checkpoint_max_age_s: below transcript_max_age_s, finals would name checkpoints that are gone"
+                    .into(),
+            );
+        }
+        if self.media_max_age_s != 0 && self.media_max_age_s < DAY.as_secs() {
+            // While a job reads its recording, or its reader the result, the beginning must not go.
+            found.push(format!("topology.media_max_age_s: {} is below a day (86400)", self.media_max_age_s));
         }
         if !(16..=1_000_000).contains(&self.max_consumers) {
             found.push(format!("topology.max_consumers: {} is outside 16 to 1000000", self.max_consumers));
@@ -107,6 +138,28 @@ impl TopologyConfig {
         // The last size is that of each bucket.
         let other_buckets = self.bucket_max_bytes * (Bucket::ALL.len() as u64 - 1);
         (memory, all - memory + other_buckets)
+    }
+
+    /// Of the streams that have a session's or job's name in their subjects, for the test that all of them are purged.
+    #[cfg(test)]
+    pub(crate) fn stream_names() -> Vec<String> {
+        let streams = wanted(&Subjects::new("x"), &TopologyConfig::default(), 1 << 22);
+        streams.into_iter().map(|stream| stream.name).filter(|name| name.starts_with("ASR_")).collect()
+    }
+
+    /// And whether 0 may say that nothing goes by its age.
+    fn ages(&self) -> [(&'static str, u64, bool); 9] {
+        [
+            ("audio_max_age_s", self.audio_max_age_s, false),
+            ("live_max_age_s", self.live_max_age_s, false),
+            ("jobs_max_age_s", self.jobs_max_age_s, true),
+            ("transcript_max_age_s", self.transcript_max_age_s, false),
+            ("checkpoint_max_age_s", self.checkpoint_max_age_s, false),
+            ("partial_max_age_s", self.partial_max_age_s, false),
+            ("event_max_age_s", self.event_max_age_s, false),
+            ("dead_max_age_s", self.dead_max_age_s, true),
+            ("media_max_age_s", self.media_max_age_s, true),
+        ]
     }
 
     fn sizes(&self) -> [(&'static str, u64); 11] {
@@ -149,64 +202,70 @@ pub(super) fn wanted(subjects: &Subjects, config: &TopologyConfig, max_payload: 
         ..Config::default()
     };
     let work_queue = |config: Config| Config { retention: RetentionPolicy::WorkQueue, ..config };
-    let memory = |max_age: Duration, config: Config| Config {
-        storage: StorageType::Memory,
-        discard: DiscardPolicy::Old,
-        max_age,
+    let aged = |max_age_s: u64, config: Config| {
+        let max_age = Duration::from_secs(max_age_s);
         // The server wants it no longer than messages live.
-        duplicate_window: DEDUPLICATION.min(max_age),
-        ..config
+        let duplicate_window = if max_age.is_zero() { DEDUPLICATION } else { DEDUPLICATION.min(max_age) };
+        Config { max_age, duplicate_window, ..config }
+    };
+    let memory = |max_age_s: u64, config: Config| {
+        aged(max_age_s, Config { storage: StorageType::Memory, discard: DiscardPolicy::Old, ..config })
     };
     let all = Filter::All;
     let transcript = vec![subjects.finals_of(&all), subjects.revisions_of(&all)];
-    let audio_age = Duration::from_secs(config.audio_max_age_s);
     let mut streams = vec![
-        Config {
-            max_age: audio_age,
-            duplicate_window: DEDUPLICATION.min(audio_age),
-            max_message_size: message_size(max_payload.saturating_sub(HINT_ROOM)),
-            allow_direct: true,
-            ..base(names::AUDIO, vec![subjects.audio_all()], config.audio_max_bytes)
-        },
-        memory(
-            Duration::from_secs(60),
-            work_queue(base(names::LIVE, vec![subjects.live_all()], config.live_max_bytes)),
+        aged(
+            config.audio_max_age_s,
+            Config {
+                max_message_size: message_size(max_payload.saturating_sub(HINT_ROOM)),
+                allow_direct: true,
+                ..base(names::AUDIO, vec![subjects.audio_all()], config.audio_max_bytes)
+            },
         ),
-        work_queue(base(names::JOBS, vec![subjects.jobs_all()], config.jobs_max_bytes)),
+        memory(config.live_max_age_s, work_queue(base(names::LIVE, vec![subjects.live_all()], config.live_max_bytes))),
+        aged(config.jobs_max_age_s, work_queue(base(names::JOBS, vec![subjects.jobs_all()], config.jobs_max_bytes))),
         work_queue(base(names::WORK, vec![subjects.work_all()], config.work_max_bytes)),
-        Config {
-            max_age: Duration::from_secs(config.transcript_max_age_s),
-            duplicate_window: DEDUPLICATION.min(Duration::from_secs(config.transcript_max_age_s)),
-            max_message_size: message_size(MAX_FINAL_BYTES + HINT_ROOM),
-            ..base(names::TRANSCRIPT, transcript, config.transcript_max_bytes)
-        },
-        Config {
-            max_age: DAY,
-            max_messages_per_subject: 16,
-            ..base(names::CHECKPOINT, vec![subjects.checkpoints_all()], config.checkpoint_max_bytes)
-        },
+        aged(
+            config.transcript_max_age_s,
+            Config {
+                max_message_size: message_size(MAX_FINAL_BYTES + HINT_ROOM),
+                ..base(names::TRANSCRIPT, transcript, config.transcript_max_bytes)
+            },
+        ),
+        aged(
+            config.checkpoint_max_age_s,
+            Config {
+                max_messages_per_subject: 16,
+                ..base(names::CHECKPOINT, vec![subjects.checkpoints_all()], config.checkpoint_max_bytes)
+            },
+        ),
         memory(
-            Duration::from_secs(300),
+            config.partial_max_age_s,
             Config {
                 max_messages_per_subject: 1,
                 ..base(names::PARTIAL, vec![subjects.partials_of(&all)], config.partial_max_bytes)
             },
         ),
-        Config {
-            max_age: DAY,
-            discard: DiscardPolicy::Old,
-            ..base(names::EVENT, vec![subjects.events_all()], config.event_max_bytes)
-        },
-        base(names::DEAD, vec![subjects.dead_all()], config.dead_max_bytes),
-        Config {
-            allow_rollup: true,
-            allow_direct: true,
-            ..base(
-                names::MEDIA,
-                vec!["$O.asr_media.C.>".to_owned(), "$O.asr_media.M.>".to_owned()],
-                config.media_max_bytes,
-            )
-        },
+        aged(
+            config.event_max_age_s,
+            Config {
+                discard: DiscardPolicy::Old,
+                ..base(names::EVENT, vec![subjects.events_all()], config.event_max_bytes)
+            },
+        ),
+        aged(config.dead_max_age_s, base(names::DEAD, vec![subjects.dead_all()], config.dead_max_bytes)),
+        aged(
+            config.media_max_age_s,
+            Config {
+                allow_rollup: true,
+                allow_direct: true,
+                ..base(
+                    names::MEDIA,
+                    vec!["$O.asr_media.C.>".to_owned(), "$O.asr_media.M.>".to_owned()],
+                    config.media_max_bytes,
+                )
+            },
+        ),
     ];
     streams.extend(Bucket::ALL.map(|bucket| Config {
         // What clients of buckets expect of one: the newest value of each key, deletable by marker only.
@@ -256,11 +315,23 @@ pub(super) fn raised(wanted: &Config, found: &Config, finals_for: Duration) -> V
             unlimited(wanted.max_consumers.into()),
             unlimited(found.max_consumers.into()),
         ),
+        (
+            "num_replicas",
+            found.num_replicas > wanted.num_replicas,
+            wanted.num_replicas.to_string(),
+            found.num_replicas.to_string(),
+        ),
     ];
     let raised = |(field, is, configured, found): (&'static str, bool, String, String)| {
         is.then(|| Raised { stream: wanted.name.clone(), field, configured, found })
     };
     fields.into_iter().filter_map(raised).collect()
+}
+
+/// The found stream with the replicas that are wanted, where it has fewer and differs in nothing else.
+pub(super) fn grown(wanted: &Config, found: &Config, finals_for: Duration) -> Option<Config> {
+    let grown = Config { num_replicas: wanted.num_replicas, ..found.clone() };
+    (found.num_replicas < wanted.num_replicas && difference(wanted, &grown, finals_for).is_none()).then_some(grown)
 }
 
 fn unlimited(n: i64) -> String {
@@ -373,6 +444,67 @@ mod tests {
     }
 
     #[test]
+    fn how_long_things_are_kept_is_checked_together() {
+        type Change = fn(&mut TopologyConfig);
+        let cases: [(Change, Option<&str>); 11] = [
+            (|c| c.checkpoint_max_age_s = 86_399, Some("checkpoint_max_age_s: below transcript_max_age_s")),
+            (|c| (c.transcript_max_age_s, c.checkpoint_max_age_s) = (604_800, 604_800), None),
+            (|c| (c.audio_max_age_s, c.transcript_max_age_s, c.checkpoint_max_age_s) = (10, 10, 10), None),
+            (|c| c.audio_max_age_s = 0, Some("audio_max_age_s: 0 is outside 10 s to one year")),
+            (|c| c.live_max_age_s = 5, Some("live_max_age_s")),
+            (|c| c.partial_max_age_s = 0, Some("partial_max_age_s")),
+            (|c| c.event_max_age_s = 31_536_001, Some("event_max_age_s")),
+            (|c| (c.jobs_max_age_s, c.dead_max_age_s, c.media_max_age_s) = (3_600, 604_800, 86_400), None),
+            (|c| c.dead_max_age_s = 9, Some("dead_max_age_s: 9 is outside 10 s to one year, or 0 for no limit")),
+            (|c| c.jobs_max_age_s = 1, Some("jobs_max_age_s")),
+            (|c| c.media_max_age_s = 3_600, Some("media_max_age_s: 3600 is below a day")),
+        ];
+        for (change, problem) in cases {
+            let mut config = TopologyConfig::default();
+            change(&mut config);
+            let problems = config.problems();
+            match problem {
+                None => assert_eq!(problems, Vec::<String>::new()),
+                Some(want) => assert!(problems.len() == 1 && problems[0].contains(want), "{want}: {problems:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn every_age_reaches_its_stream() {
+        let config = TopologyConfig {
+            audio_max_age_s: 11,
+            live_max_age_s: 12,
+            jobs_max_age_s: 13,
+            transcript_max_age_s: 14,
+            checkpoint_max_age_s: 15,
+            partial_max_age_s: 16,
+            event_max_age_s: 17,
+            dead_max_age_s: 18,
+            media_max_age_s: 100_000,
+            ..TopologyConfig::default()
+        };
+        let found = wanted(&Subjects::new("asr.v1"), &config, 4 * 1024 * 1024);
+        let ages = |name: &str| found.iter().find(|s| s.name == name).map(|s| s.max_age.as_secs());
+        for (name, age) in [
+            (names::AUDIO, 11),
+            (names::LIVE, 12),
+            (names::JOBS, 13),
+            (names::WORK, 0),
+            (names::TRANSCRIPT, 14),
+            (names::CHECKPOINT, 15),
+            (names::PARTIAL, 16),
+            (names::EVENT, 17),
+            (names::DEAD, 18),
+            (names::MEDIA, 100_000),
+            ("KV_asr_sessions", 0),
+        ] {
+            assert_eq!(ages(name), Some(age), "{name}");
+        }
+        assert!(found.iter().all(|s| s.max_age.is_zero() || s.duplicate_window <= s.max_age));
+    }
+
+    #[test]
     fn every_stream_is_bounded_and_every_file_stream_but_events_refuses_when_full() {
         let streams = streams();
         assert_eq!(streams.len(), 9 + 1 + 4);
@@ -397,11 +529,10 @@ mod tests {
         assert_eq!(difference(&audio, &audio, DAY), None);
         // What the server writes for "no limit".
         assert_eq!(difference(&audio, &Config { max_messages: 0, ..audio.clone() }, DAY), None);
-        let cases: [(Config, &str, &str); 6] = [
+        let cases: [(Config, &str, &str); 5] = [
             (Config { subjects: vec!["x.>".into()], ..audio.clone() }, "subjects", "--subjects=asr.v1.audio.*"),
             (Config { retention: RetentionPolicy::WorkQueue, ..audio.clone() }, "retention", "stream rm"),
             (Config { max_bytes: 1, ..audio.clone() }, "max_bytes", "--max-bytes=4294967296"),
-            (Config { num_replicas: 3, ..audio.clone() }, "num_replicas", "--replicas=1"),
             (Config { allow_direct: false, ..audio.clone() }, "allow_direct", "--allow-direct=true"),
             (Config { max_age: Duration::ZERO, ..audio.clone() }, "max_age", "--max-age=3600s"),
         ];
@@ -416,6 +547,23 @@ mod tests {
     fn direct_get_that_nobody_asked_for_is_no_difference() {
         let dead = streams().into_iter().find(|s| s.name == names::DEAD).expect("stream");
         assert_eq!(difference(&dead, &Config { allow_direct: true, ..dead.clone() }, DAY), None);
+    }
+
+    #[test]
+    fn replicas_grow_where_nothing_else_differs_and_more_of_them_stay() {
+        let one = streams().remove(0);
+        let three = Config { num_replicas: 3, ..one.clone() };
+        assert_eq!(grown(&three, &one, DAY).expect("ours"), three);
+        assert_eq!((grown(&three, &three, DAY), grown(&one, &three, DAY)), (None, None));
+        // A limit raised by hand stays as it is, and a stranger's stream is left alone.
+        let wide = Config { max_bytes: one.max_bytes + 1, ..one.clone() };
+        let wide_three = Config { num_replicas: 3, ..wide.clone() };
+        assert_eq!(grown(&three, &wide, DAY), Some(wide_three));
+        assert_eq!(grown(&three, &Config { deny_purge: true, ..one.clone() }, DAY), None);
+        assert_eq!(difference(&three, &one, DAY).expect("too few").field, "num_replicas");
+        assert_eq!(difference(&one, &three, DAY), None);
+        let kept = raised(&one, &three, DAY).remove(0);
+        assert_eq!((kept.field, kept.configured.as_str(), kept.found.as_str()), ("num_replicas", "1", "3"));
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub struct FetchConfig {
     /// Hosts of https URLs: `host`, `host:port` or `*.example.com`. Empty: any host whose every address is public. A listed
     /// one may be private.
     pub https_hosts: Vec<String>,
+    /// Ports of https URLs whose host is not on that list; a listed host may be asked on any, or on the one it is listed with.
+    pub https_ports: Vec<u16>,
     /// Hosts that may be asked over plain http.
     pub http_hosts: Vec<String>,
     /// Buckets of s3 URLs; `*` is any that the credentials open.
@@ -54,6 +56,8 @@ impl Default for FetchConfig {
         Self {
             // Public hosts are anybody's to ask; everything else has to be named.
             https_hosts: Vec::new(),
+            // Where recordings are served; others are somebody's mail, database or shell.
+            https_ports: vec![443, 8443],
             http_hosts: Vec::new(),
             s3_buckets: Vec::new(),
             s3_endpoint: None,
@@ -90,6 +94,9 @@ impl FetchConfig {
                     found.push(format!("worker.fetch.{field}: {why}"));
                 }
             }
+        }
+        if self.https_ports.contains(&0) {
+            found.push("worker.fetch.https_ports: 0 is no port".to_owned());
         }
         for bucket in &self.s3_buckets {
             if bucket != "*" && !super::s3::is_bucket(bucket) {
@@ -147,7 +154,8 @@ impl FetchConfig {
 
     pub(super) fn hosts(&self) -> Result<Hosts, String> {
         let rules = |list: &[String]| list.iter().map(|text| HostRule::parse(text)).collect::<Result<Vec<_>, _>>();
-        Ok(Hosts::Listed { https: rules(&self.https_hosts)?, http: rules(&self.http_hosts)? })
+        let (https, http) = (rules(&self.https_hosts)?, rules(&self.http_hosts)?);
+        Ok(Hosts::Listed { https, http, ports: self.https_ports.clone() })
     }
 
     pub(super) fn connect_timeout(&self) -> Duration {
@@ -177,6 +185,7 @@ mod tests {
     fn every_mistake_is_named_at_once() {
         let config = FetchConfig {
             https_hosts: vec!["https://a".into()],
+            https_ports: vec![443, 0],
             http_hosts: vec!["*".into()],
             s3_buckets: vec!["../x".into()],
             s3_endpoint: Some("http://u:hunter2@minio:9000".into()),
@@ -192,6 +201,7 @@ mod tests {
         let problems = config.problems();
         for field in [
             "https_hosts",
+            "https_ports",
             "http_hosts",
             "s3_buckets",
             "s3_endpoint",
@@ -205,7 +215,7 @@ mod tests {
         ] {
             assert!(problems.iter().any(|p| p.starts_with(&format!("worker.fetch.{field}"))), "{field}: {problems:?}");
         }
-        assert_eq!(problems.len(), 11, "{problems:?}");
+        assert_eq!(problems.len(), 12, "{problems:?}");
         assert!(!problems.concat().contains("hunter2"), "{problems:?}");
     }
 

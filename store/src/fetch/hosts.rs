@@ -68,6 +68,8 @@ pub(super) enum Hosts {
         /// Empty: any, as far as it is public.
         https: Vec<HostRule>,
         http: Vec<HostRule>,
+        /// Of https hosts that no rule names.
+        ports: Vec<u16>,
     },
 }
 
@@ -80,16 +82,17 @@ impl Hosts {
         if !url.username().is_empty() || url.password().is_some() {
             return Err("it carries a user name or a password");
         }
-        let (https, http) = match self {
+        let (https, http, ports) = match self {
             Hosts::All if matches!(url.scheme(), "https" | "http") => return Ok(Reach::Anywhere),
             Hosts::All => return Err("only https and http are followed"),
-            Hosts::Listed { https, http } => (https, http),
+            Hosts::Listed { https, http, ports } => (https, http, ports),
         };
         let listed = |rules: &[HostRule]| rules.iter().any(|rule| rule.covers(host, port));
         match url.scheme() {
             "https" if listed(https) => Ok(Reach::Anywhere),
             "https" if !https.is_empty() => Err("its host is not among worker.fetch.https_hosts"),
             "https" if is_literal_private(host) => Err("its address is not a public one"),
+            "https" if !ports.contains(&port) => Err("its port is not among worker.fetch.https_ports"),
             "https" => Ok(Reach::Public),
             "http" if listed(http) => Ok(Reach::Anywhere),
             "http" => Err("plain http is only for hosts in worker.fetch.http_hosts"),
@@ -111,7 +114,7 @@ mod tests {
 
     fn hosts(https: &[&str], http: &[&str]) -> Hosts {
         let rules = |list: &[&str]| list.iter().map(|t| HostRule::parse(t).expect(t)).collect();
-        Hosts::Listed { https: rules(https), http: rules(http) }
+        Hosts::Listed { https: rules(https), http: rules(http), ports: vec![443, 8443] }
     }
 
     fn judge(hosts: &Hosts, url: &str) -> Option<Reach> {
@@ -123,7 +126,11 @@ mod tests {
         let open = hosts(&[], &[]);
         assert_eq!(judge(&open, "https://example.com/a"), Some(Reach::Public));
         assert_eq!(judge(&open, "https://8.8.8.8/a"), Some(Reach::Public));
+        assert_eq!(judge(&open, "https://example.com:8443/a"), Some(Reach::Public));
         assert_eq!(judge(&open, "http://example.com/a"), None);
+        for port in [0, 22, 25, 80, 444, 3306, 4222, 6443, 8080, 65535] {
+            assert_eq!(judge(&open, &format!("https://example.com:{port}/a")), None, "{port}");
+        }
         for url in [
             "https://127.0.0.1/a",
             "https://0x7f.1/a",
@@ -131,6 +138,27 @@ mod tests {
             "https://0177.0.0.1/a",
             "https://127.1/a",
             "https://169.254.169.254/latest/meta-data",
+            "https://169.254.169.254./latest/meta-data",
+            "https://0xa9fea9fe/",
+            "https://2852039166/",
+            "https://0251.0376.0251.0376/",
+            "https://0xa9.0xfe.43518/",
+            "https://169.16689662/",
+            "https://[::ffff:169.254.169.254]/",
+            "https://[::ffff:a9fe:a9fe]/",
+            "https://[64:ff9b::169.254.169.254]/",
+            "https://[64:ff9b:1::a9fe:a9fe]/",
+            "https://[2002:a9fe:a9fe::]/",
+            "https://[::169.254.169.254]/",
+            "https://[fd00::]/",
+            "https://[fd00:ec2::254]/",
+            "https://[fe80::1]/",
+            "https://[::]/",
+            "https://0/",
+            "https://0.0.0.0/",
+            "https://127.0.0.1.:443/",
+            "https://%31%32%37.0.0.1/",
+            "https://\u{2460}\u{2461}\u{2466}.0.0.1/",
             "https://[::1]/a",
             "https://[::ffff:127.0.0.1]/a",
             "https://[::ffff:8.8.8.8]/a",

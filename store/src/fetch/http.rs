@@ -1,11 +1,17 @@
 //! https, and http where it is allowed. Every hop is judged by its host, and every address its name leads to by the
 //! resolver that the connection itself uses: what was judged is what is connected to.
 
-use std::{error::Error, io, net::SocketAddr, time::Duration};
+use std::{
+    error::Error,
+    future::Future,
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use futures_util::{StreamExt, TryStreamExt};
 use reqwest::{
-    Client, Response, StatusCode, Url,
+    Client, ClientBuilder, Response, StatusCode, Url,
     dns::{Addrs, Name, Resolve, Resolving},
     header::{self, HeaderMap, HeaderName},
     redirect::Policy,
@@ -39,8 +45,8 @@ impl Web {
     pub(super) fn new(config: &FetchConfig, hosts: Hosts, trust: &Trust, limits: Limits) -> Result<Self, FetchError> {
         Ok(Self {
             hosts,
-            public: client(config, trust, true)?,
-            anywhere: client(config, trust, false)?,
+            public: build(client(config, trust).dns_resolver(Judged { lookup: system, may: is_public }))?,
+            anywhere: build(client(config, trust))?,
             has_roots: trust.has_roots,
             max_redirects: config.max_redirects,
             answer_timeout: config.connect_timeout() + config.stall_timeout(),
@@ -169,8 +175,8 @@ impl Web {
     }
 }
 
-fn client(config: &FetchConfig, trust: &Trust, public_only: bool) -> Result<Client, FetchError> {
-    let mut builder = Client::builder()
+fn client(config: &FetchConfig, trust: &Trust) -> ClientBuilder {
+    Client::builder()
         .tls_backend_preconfigured(trust.config.clone())
         .user_agent(USER_AGENT)
         // HTTP/1.1: each body has a connection of its own, so a slow one holds up no other.
@@ -182,26 +188,38 @@ fn client(config: &FetchConfig, trust: &Trust, public_only: bool) -> Result<Clie
         .retry(reqwest::retry::never())
         // A connection is not kept: its address would not be judged again.
         .pool_max_idle_per_host(0)
-        .connect_timeout(config.connect_timeout());
-    if public_only {
-        builder = builder.dns_resolver(PublicOnly);
-    }
-    builder.build().map_err(|error| FetchError::Config(format!("the HTTP client: {error}")))
+        .connect_timeout(config.connect_timeout())
 }
 
-/// The system's resolver, which refuses names that lead anywhere but to public addresses.
-#[derive(Debug)]
-struct PublicOnly;
+fn build(client: ClientBuilder) -> Result<Client, FetchError> {
+    client.build().map_err(|error| FetchError::Config(format!("the HTTP client: {error}")))
+}
+
+/// A resolver that refuses names which lead to any address that may not be reached. The connection is made to the addresses
+/// it gives out, without another look-up: a name that answers differently a moment later (DNS rebinding) gains nothing.
+struct Judged<L> {
+    lookup: L,
+    may: fn(IpAddr) -> bool,
+}
 
 #[derive(Debug, thiserror::Error)]
 #[error("its name leads to an address that is not a public one")]
 struct NotPublic;
 
-impl Resolve for PublicOnly {
+async fn system(name: String) -> io::Result<Vec<SocketAddr>> {
+    Ok(tokio::net::lookup_host((name.as_str(), 0)).await?.collect())
+}
+
+impl<L, F> Resolve for Judged<L>
+where
+    L: Fn(String) -> F + Send + Sync,
+    F: Future<Output = io::Result<Vec<SocketAddr>>> + Send + 'static,
+{
     fn resolve(&self, name: Name) -> Resolving {
+        let (looking, may) = ((self.lookup)(name.as_str().to_owned()), self.may);
         Box::pin(async move {
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
-            if found.iter().any(|address| !is_public(address.ip())) {
+            let found = looking.await?;
+            if found.iter().any(|address| !may(address.ip())) {
                 return Err(NotPublic.into());
             }
             Ok(Box::new(found.into_iter()) as Addrs)
@@ -311,6 +329,19 @@ fn trouble(url: &Url, error: reqwest::Error) -> FetchError {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        collections::VecDeque,
+        sync::{
+            Arc, Mutex,
+            atomic::{AtomicUsize, Ordering},
+        },
+    };
+
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+    use tokio_util::task::TaskTracker;
     use voxfleet_schema::job::AudioUrl;
 
     use super::*;
@@ -377,6 +408,65 @@ mod tests {
         ] {
             assert!(!agree(text), "{text}");
         }
+    }
+
+    /// A server that counts who comes, and says where he came to.
+    async fn listener(address: &str) -> (SocketAddr, Arc<AtomicUsize>) {
+        let listener = TcpListener::bind(address).await.expect("a port");
+        let (at, came) = (listener.local_addr().expect("bound"), Arc::new(AtomicUsize::new(0)));
+        let counter = Arc::clone(&came);
+        let serving = async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                counter.fetch_add(1, Ordering::SeqCst);
+                let mut request = vec![0; 4_096];
+                let _ = stream.read(&mut request).await;
+                let said = at.ip().to_string();
+                let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{said}", said.len());
+                let _ = stream.write_all(answer.as_bytes()).await;
+            }
+        };
+        TaskTracker::new().spawn(serving);
+        (at, came)
+    }
+
+    #[tokio::test]
+    async fn what_was_judged_is_what_is_connected_to() {
+        // One port on two addresses; in this test the first is public and the second is not.
+        let (good, visits) = listener("127.0.0.2:0").await;
+        let (_, trespasses) = listener(&format!("127.0.0.1:{}", good.port())).await;
+        let answers: Arc<Mutex<VecDeque<Vec<&str>>>> = Arc::default();
+        let asked = Arc::new(AtomicUsize::new(0));
+        let (script, count) = (Arc::clone(&answers), Arc::clone(&asked));
+        let lookup = move |_: String| {
+            count.fetch_add(1, Ordering::SeqCst);
+            let said = script.lock().expect("no panic").pop_front().unwrap_or_else(|| vec!["127.0.0.1"]);
+            let found = said.into_iter().map(|ip| SocketAddr::new(ip.parse().expect("an address"), 0)).collect();
+            std::future::ready(Ok(found))
+        };
+        let may = |ip: IpAddr| ip == IpAddr::from([127, 0, 0, 2]);
+        let (config, trust) = (FetchConfig::default(), Trust::load(None).expect("trust"));
+        let limits = Limits { stall: Duration::from_secs(5), min_bytes_per_s: 0, max_bytes: 1_000 };
+        let mut web = Web::new(&config, Hosts::All, &trust, limits).expect("a client");
+        web.public = build(client(&config, &trust).dns_resolver(Judged { lookup, may })).expect("a client");
+        let url = Url::parse(&format!("http://rebind.example:{}/a", good.port())).expect("url");
+        let ask = || web.ask(&url, Reach::Public, 0, None);
+
+        // Public when it is judged, private a moment later: nobody asks a second time.
+        answers.lock().expect("no panic").push_back(vec!["127.0.0.2"]);
+        let response = ask().await.expect("the public one");
+        assert_eq!(response.text().await.expect("a body"), "127.0.0.2");
+        assert_eq!(asked.load(Ordering::SeqCst), 1);
+        // The next hop or resumption is judged anew: no connection is kept, no answer remembered.
+        assert!(matches!(ask().await, Err(FetchError::Forbidden { .. })));
+        assert_eq!(asked.load(Ordering::SeqCst), 2);
+        // One private address among public ones spoils all of them.
+        for mixed in
+            [vec!["127.0.0.2", "127.0.0.1"], vec!["127.0.0.1", "127.0.0.2"], vec!["::1"], vec!["::ffff:127.0.0.2"]]
+        {
+            answers.lock().expect("no panic").push_back(mixed.clone());
+            assert!(matches!(ask().await, Err(FetchError::Forbidden { .. })), "{mixed:?}");
+        }
+        assert_eq!((visits.load(Ordering::SeqCst), trespasses.load(Ordering::SeqCst)), (1, 0));
     }
 
     #[test]

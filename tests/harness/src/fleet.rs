@@ -85,6 +85,7 @@ pub struct FleetBuilder {
     through: Through,
     worker_env: Vec<(String, String)>,
     logins: Option<Logins>,
+    binary: Option<PathBuf>,
 }
 
 /// Who the parts of a fleet are to a server with accounts.
@@ -175,6 +176,12 @@ impl FleetBuilder {
         self
     }
 
+    /// Every process is this binary, until [`Fleet::use_binary`] says otherwise.
+    pub fn binary(mut self, path: PathBuf) -> Self {
+        self.binary = Some(path);
+        self
+    }
+
     /// Starts everything and waits until each worker beats, is ready, and has its consumer.
     pub async fn start(self) -> Result<Fleet> {
         let dir =
@@ -211,6 +218,7 @@ impl FleetBuilder {
             through: self.through,
             relays: BTreeMap::new(),
             worker_env: self.worker_env,
+            binary: self.binary,
             dispatcher_starts: 0,
             dir,
         };
@@ -261,6 +269,8 @@ pub struct Fleet {
     through: Through,
     relays: BTreeMap<String, Relay>,
     worker_env: Vec<(String, String)>,
+    /// None: the one that was built.
+    binary: Option<PathBuf>,
     dispatcher_starts: u32,
     dir: TempDir,
 }
@@ -279,6 +289,7 @@ impl Fleet {
             through: Through::default(),
             worker_env: Vec::new(),
             logins: None,
+            binary: None,
         }
     }
 
@@ -322,7 +333,26 @@ impl Fleet {
 
     fn start_worker(&self, gpu_id: &str) -> Result<Worker> {
         let settings = self.reached_by(gpu_id, &self.worker_settings);
-        Worker::start_in(gpu_id, &settings, self.dir.path(), &self.worker_env)
+        Worker::start_at(&self.program()?, gpu_id, &settings, self.dir.path(), &self.worker_env)
+    }
+
+    fn program(&self) -> Result<PathBuf> {
+        match &self.binary {
+            Some(path) => Ok(path.clone()),
+            None => Ok(find::voxfleet()?),
+        }
+    }
+
+    /// What is started from now on is this binary; none = the one that was built.
+    pub fn use_binary(&mut self, path: Option<PathBuf>) {
+        self.binary = path;
+    }
+
+    /// What is started from now on is told this.
+    pub fn set_later(&mut self, key: &str, value: impl ToString) {
+        let value = value.to_string();
+        self.settings = self.settings.clone().with(key, &value);
+        self.worker_settings = self.worker_settings.clone().with(key, &value);
     }
 
     /// A name of its own for each start: logs and `fleet.status` tell them apart.
@@ -331,7 +361,7 @@ impl Fleet {
         self.dispatcher_starts += 1;
         let settings = self.reached_by(&name, &self.settings);
         let settings = settings.with("dispatcher.name", format!("{name}-{}", self.dispatcher_starts));
-        Dispatcher::start(&name, &settings, self.dir.path())
+        Dispatcher::start_at(&self.program()?, &name, &settings, self.dir.path())
     }
 
     /// Settings with the address of this process's relay, if it has one.

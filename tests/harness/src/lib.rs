@@ -26,6 +26,7 @@
 //! | [`words`] | which samples a simulated transcript stands for |
 //! | [`verdict`] | was every sample of a session or job transcribed exactly once? |
 //! | [`chaos`] | random faults over many sessions and jobs |
+//! | [`soak`] | hours of work in minutes: what every process and stream keeps |
 //! | [`dice`] | chance that repeats |
 //! | [`audio`] | test calls, made sounds, word error rate |
 //! | [`wait`] | poll with a deadline; nothing here sleeps a fixed time |
@@ -55,6 +56,7 @@ pub mod s3;
 pub mod scarce_memory;
 pub mod server;
 pub mod sim_card;
+pub mod soak;
 pub mod verdict;
 pub mod wait;
 pub mod wire;

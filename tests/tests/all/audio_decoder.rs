@@ -9,10 +9,9 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use tempfile::TempDir;
-use voxfleet_audio::{Chunk, Decoder, Limits};
+use voxfleet_audio::{Chunk, Decoder, Limits, process::DecoderProcess};
 use voxfleet_harness::{find, wait::eventually};
 use voxfleet_schema::failure::{Failure, FailureClass};
-use voxfleet_worker::decoder::DecoderProcess;
 
 const SOON: Duration = Duration::from_secs(15);
 
@@ -224,6 +223,39 @@ async fn a_decoder_that_hangs_is_ended() -> Result<()> {
     let failure = scripted(&body, Limits { stall: Duration::from_secs(3), ..limits() }).await?;
     ensure!(failure.class == FailureClass::Timeout, "{failure}");
     ensure!(gone(std::fs::read_to_string(pid)?.trim().parse()?));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_file_without_an_end_has_its_time() -> Result<()> {
+    // A recording, and behind it nothing for 64 GiB, which takes no room on the disk: read to its end that is half a minute of
+    // looking for the next frame.
+    for name in ["call-01.mp3", "call-01.ogg", "call-01.opus", "call-01.webm", "call-01.m4a", "call-01-adpcm.wav"] {
+        let path = find::root().join("audio/tests/fixtures").join(name);
+        let endless = file(&std::fs::read(&path)?)?;
+        endless.set_len(64 << 30)?;
+        let few = Limits { stall: Duration::from_secs(3), max_seconds: 3_600, ..limits() };
+        let begun = Instant::now();
+        let mut heard = 0;
+        let ended = match start(endless, few).await {
+            Err(failure) => Some(failure),
+            Ok(mut process) => loop {
+                match process.next().await {
+                    Ok(Some(chunk)) => heard += chunk.pcm.len(),
+                    Ok(None) => break None,
+                    Err(failure) => break Some(failure),
+                }
+            },
+        };
+        let took = begun.elapsed();
+        eprintln!("{name}: {heard} bytes of sound, {ended:?}, {took:.1?}");
+        // Said to be over, or to be bad, or ended: never followed to its end.
+        ensure!(took < Duration::from_secs(25), "{name}: {took:?}");
+        let typed = ended.as_ref().is_none_or(|failure| {
+            matches!(failure.class, FailureClass::Timeout | FailureClass::BadAudio | FailureClass::TooLarge)
+        });
+        ensure!(typed, "{name}: {ended:?}");
+    }
     Ok(())
 }
 

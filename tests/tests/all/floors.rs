@@ -22,7 +22,7 @@ const EDGES: [(&str, &[&str]); 12] = [
     // It serves what others bring and knows neither NATS nor our types.
     ("voxfleet-http", &[]),
     ("voxfleet-store", &["voxfleet-schema", "voxfleet-nats"]),
-    ("voxfleet-dispatcher", &["voxfleet-schema", "voxfleet-nats", "voxfleet-http"]),
+    ("voxfleet-dispatcher", &["voxfleet-schema", "voxfleet-audio", "voxfleet-nats", "voxfleet-http"]),
     (
         "voxfleet-worker",
         &["voxfleet-schema", "voxfleet-audio", "voxfleet-diarize", "voxfleet-nats", "voxfleet-http", "voxfleet-store"],

@@ -124,6 +124,10 @@ async fn stuck(fleet: &mut Fleet) -> Result<()> {
     until_ready(&worker, "").await?;
     let mut producer = Producer::named(fleet.js(), "call", "s");
     producer.stream(&audio::bursts(7, 60.0), 200, Pace::AsFastAsPossible).await?;
+    let answer = Probe::default().get(&format!("{worker}/metrics"), ASK).await?;
+    let text = String::from_utf8(answer.body)?;
+    well_formed(&text)?;
+    as_documented(&text, "## Worker")?;
     let engine = eventually("an engine", SOON, || std::future::ready(fleet.workers[0].engine_pid())).await?;
     let (_, status) = get(&worker, "/gpu-status").await?;
     ensure!(status["total_gpus"] == 1 && status["gpus"][0]["max_connections"] == 4, "{status}");
@@ -223,7 +227,35 @@ async fn pages(fleet: &mut Fleet) -> Result<()> {
     ensure!(value("voxfleet_gpus{state=\"dead\"}") == Some(1.0), "{text}");
     ensure!(value("voxfleet_audio_bytes_total").is_some_and(|bytes| bytes >= 12.0 * 32_000.0), "{text}");
     ensure!(!text.contains("call"), "a session's name is a label:\n{text}");
-    well_formed(&text)
+    well_formed(&text)?;
+    as_documented(&text, "## Dispatcher")
+}
+
+/// Figures that this machine does not have: no GPU, no certificate, nothing that has happened.
+const MAY_MISS: [&str; 6] = [
+    "voxfleet_gpu_temperature_celsius",
+    "voxfleet_gpu_utilization_ratio",
+    "voxfleet_gpu_power_watts",
+    "voxfleet_certificate_expiry_timestamp_seconds",
+    "voxfleet_failures_total",
+    "voxfleet_stage_memory_bytes",
+];
+
+/// `docs/metrics.md` names everything that is exported, and nothing that is not.
+fn as_documented(text: &str, section: &str) -> Result<()> {
+    let page = std::fs::read_to_string(voxfleet_harness::find::root().join("docs/metrics.md"))?;
+    let (_, part) = page.split_once(&format!("\n{section}\n")).context("the section")?;
+    let part = part.split("\n## ").next().unwrap_or_default();
+    let listed: Vec<&str> = part.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
+    let exported: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    ensure!(listed.len() > 10, "{section} lists {listed:?}");
+    for name in &exported {
+        ensure!(listed.contains(name), "{name} is not in {section} of docs/metrics.md");
+    }
+    for name in &listed {
+        ensure!(exported.contains(name) || MAY_MISS.contains(name), "{name} is documented and not exported:\n{text}");
+    }
+    Ok(())
 }
 
 /// Every sample belongs to a family that has a type, and none stands twice.
@@ -353,7 +385,7 @@ async fn a_standby_shows_what_the_active_one_knows() -> Result<()> {
 }
 
 async fn standby(fleet: &mut Fleet) -> Result<()> {
-    let leader = fleet.leader().await.context("an active dispatcher")?;
+    let leader = eventually("an active dispatcher", SOON, || fleet.leader()).await?;
     let other = fleet.dispatchers[1 - leader].http_url().await?;
     let ready = until_ready(&other, "").await?;
     ensure!(ready["role"] == "standby", "{ready}");

@@ -30,6 +30,7 @@ use super::{
 use crate::{
     ipc::{ENTRY_COST, HeardOf, PartialDraft, StartPoint},
     lifecycle::{Draft, EngineSession},
+    metrics,
 };
 
 /// Finals that may wait to be stored before the session stops feeding.
@@ -403,7 +404,7 @@ impl<'a> Life<'a> {
         let publisher = &self.session.shared.publisher;
         Box::pin(async move {
             match timeout(PARTIAL_TIMEOUT, publisher.partial(&partial)).await {
-                Ok(sent) => sent,
+                Ok(sent) => sent.inspect(|()| metrics::partial()),
                 Err(_) => Err(PublishError::Server(ServerError::Timeout)),
             }
         })
@@ -432,6 +433,7 @@ impl<'a> Life<'a> {
                     session.shared.events.tell(session.names.event(What::ChainLost, self.epoch), None);
                 }
                 session.figures.stored(&value);
+                metrics::stored(&value);
                 session.shared.engine.passed(&session.names, value.to_sample);
                 if parked {
                     park::tell(session, &value);

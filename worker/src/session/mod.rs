@@ -71,6 +71,7 @@ use crate::{
     heartbeat::Named,
     job::Work,
     lifecycle::{Ask, Engine, EngineDown, Opening, Treatment},
+    metrics,
 };
 
 /// How long a session that changes hands waits before it looks at the chain again.
@@ -356,6 +357,7 @@ impl Session {
     }
 
     fn failed(&self, epoch: u64, failure: Failure) -> End {
+        metrics::failed(&failure);
         tracing::error!(id = %self.names.id, epoch, %failure, "session failed");
         if self.work.is_some() {
             // A job may be tried again: the dispatcher says when it has failed.
