@@ -5,11 +5,11 @@
 #   sh deploy/bootstrap.sh test     build and run every test
 #
 # Fetches what cargo cannot (nats-server, the nats CLI, cmake, ONNX Runtime, the Silero VAD model; for the tests also the
-# Python client nats-py, an S3 server and libfaketime) into a user cache, never system-wide, then builds and runs. Safe to repeat and to run twice at once. POSIX sh; see `help` below.
+# Python client nats-py, an S3 server, libfaketime and Chromium with axe-core) into a user cache, never system-wide, then builds and runs. Safe to repeat and to run twice at once. POSIX sh; see `help` below.
 #
-# Invariants: a file appears in the cache only when it is whole and checked (staged beside it, then renamed); what comes
-# with a known checksum is refused when it differs; every fall-back says what it does. Steps go to standard error, so
-# that `demo --json` keeps standard output to itself.
+# Invariants: a file appears in the cache only when it is whole and checked (staged beside it, then renamed); what differs from
+# its checksum is refused, and so is what has none unless VOXFLEET_UNPINNED=1 allows it; every fall-back says what it does. Steps
+# go to standard error, so that `demo --json` keeps standard output to itself.
 set -eu
 
 # Pinned versions. nats-server and the CLI must agree with deploy/tools/go.mod (checked below).
@@ -26,6 +26,9 @@ SILERO_SHA256=1a153a22f4509e292a94e67d6f9b85e8deb25b4988682b7e174c65279d8788e3
 SILERO_WHEEL_SHA256=7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8
 NATS_PY_VERSION=2.16.0      # for the test of examples/producer.py; pure Python, any 3.7 or newer
 NATS_PY_SHA256=aeb1ff123966c05833d26c7df7e1d54c1c6d32b612428b21677a2e921f1fecae
+AXE_VERSION=4.12.1          # what AXE_WHEEL_VERSION of axe-playwright-python brings; nothing else of that wheel is used
+AXE_WHEEL_VERSION=0.1.8
+AXE_WHEEL_SHA256=fdd263c998388f1a8e67cad02677e612d946248bd44d163be5e8650ea31f95f8
 
 ROOT=$(cd -- "$(dirname -- "$0")/.." && pwd -P)
 
@@ -38,7 +41,7 @@ usage: sh deploy/bootstrap.sh <verb> [arguments]
   bench [args]   release build, then `voxfleet bench [args]`
   lint           cargo fmt --check and cargo clippy with warnings as errors
   deps           only fetch what cargo cannot: nats-server, nats, cmake, ONNX Runtime, Silero VAD, nats-py,
-                 an S3 server and libfaketime for tests
+                 an S3 server, libfaketime, Chromium and axe-core for tests
   env            print `export` lines for a shell: eval "$(sh deploy/bootstrap.sh env)"
   help           this text
 
@@ -48,7 +51,9 @@ environment:
   XDG_CACHE_HOME      the cache is $XDG_CACHE_HOME/voxfleet, else ~/.cache/voxfleet
   VOXFLEET_CACHE      the cache folder itself; wins over XDG_CACHE_HOME
   VOXFLEET_OFFLINE=1  fetch nothing: use what is here and say what is missing
+  VOXFLEET_UNPINNED=1 where a part cannot be had by its checksum, take its release archive, for which none is pinned here
   ORT_DYLIB_PATH      an ONNX Runtime library to use instead (1.20 or newer)
+  VOXFLEET_CHROMIUM   a Chromium to use instead, for the tests of the page
   CARGO_TARGET_DIR    as cargo knows it
 USAGE
 }
@@ -218,6 +223,16 @@ sha256_of() {
     fi
 }
 
+# unpinned NAME URL: whether something may be used that no checksum vouches for.
+unpinned() {
+    if [ "${VOXFLEET_UNPINNED:-0}" = 1 ]; then
+        note "$1: trying $2, which no checksum vouches for (VOXFLEET_UNPINNED=1)"
+        return 0
+    fi
+    note "$1: $2 may have it, but no checksum of it is pinned here: VOXFLEET_UNPINNED=1 takes it all the same"
+    return 1
+}
+
 # download URL FILE
 download() {
     if have curl; then
@@ -279,6 +294,7 @@ wheel() {
         return 1
     fi
     PIP_WHY="pip could not get $1 $2 for $ARCH"
+    [ -n "$3" ] || unpinned "$1" "the wheel $1 $2 for $ARCH" || return 1
     printf '%s==%s%s\n' "$1" "$2" "${3:+ --hash=sha256:$3}" >"$STAGE/wheel.txt"
     wheels "$STAGE/wheel.txt" "$STAGE/wheel" || return 1
     WHEEL=$(ls "$STAGE"/wheel/*.whl)
@@ -437,7 +453,7 @@ install_nats() {
             url_=https://github.com/nats-io/natscli/releases/download/v$version_/$name_
             ;;
     esac
-    note "$1: trying the release archive $url_"
+    unpinned "$1" "$url_" || return 1
     if ! download "$url_" "$STAGE/$name_" || ! unpack "$STAGE/$name_" "$STAGE"; then
         show_log 4
         return 1
@@ -500,7 +516,7 @@ install_cmake() {
         show_log 4
         name_=cmake-$CMAKE_VERSION-linux-$ARCH
         url_=https://github.com/Kitware/CMake/releases/download/v$CMAKE_VERSION/$name_.tar.gz
-        note "cmake: trying the release archive $url_"
+        unpinned cmake "$url_" || return 1
         if ! download "$url_" "$STAGE/$name_.tar.gz" || ! unpack "$STAGE/$name_.tar.gz" "$STAGE"; then
             show_log 4
             return 1
@@ -607,7 +623,7 @@ install_onnxruntime() {
         show_log 4
         name_=onnxruntime-$release_-$ORT_VERSION
         url_=https://github.com/microsoft/onnxruntime/releases/download/v$ORT_VERSION/$name_.tgz
-        note "ONNX Runtime: trying the release archive $url_"
+        unpinned "ONNX Runtime" "$url_" || return 1
         if ! download "$url_" "$STAGE/$name_.tgz" || ! unpack "$STAGE/$name_.tgz" "$STAGE"; then
             show_log 4
             return 1
@@ -719,7 +735,7 @@ install_nats_py() {
         note "nats-py: $PIP_WHY:"
         show_log 4
         url_=https://github.com/nats-io/nats.py/archive/refs/tags/v$NATS_PY_VERSION.tar.gz
-        note "nats-py: trying its source archive $url_"
+        unpinned nats-py "$url_" || return 1
         if ! download "$url_" "$STAGE/nats-py.tar.gz" || ! unpack "$STAGE/nats-py.tar.gz" "$STAGE"; then
             show_log 4
             return 1
@@ -829,6 +845,141 @@ faketime() {
     step "libfaketime: not to be had here (install the package libfaketime); the test of wrong clocks is skipped"
 }
 
+# ---------------------------------------------------------------------------------------------- Chromium, axe-core
+
+# What tests/page/chromium.py drives; it looks in the same places.
+find_chromium() {
+    for path_ in "${VOXFLEET_CHROMIUM:-}" /usr/lib/chromium/chromium "$CACHE/chromium/chromium" \
+        "$(command -v chromium)" "$(command -v chromium-browser)" "$(command -v google-chrome)"; do
+        if [ -n "$path_" ] && [ -x "$path_" ] && "$path_" --version >>"$LOG" 2>&1; then
+            echo "$path_"
+            return
+        fi
+    done
+}
+
+browser() {
+    step_begin
+    path_=$(find_chromium)
+    if [ -n "$path_" ]; then
+        step "Chromium: $path_"
+        return
+    fi
+    lock
+    new_stage
+    if install_chromium; then
+        step "Chromium $("$CACHE/chromium/chromium" --version 2>/dev/null | first_version): $SOURCE"
+    else
+        step "Chromium: not to be had here (install the package chromium); the tests of the page are skipped"
+    fi
+}
+
+# Debian's package and whatever else of it this machine lacks, unpacked into the cache; nothing is installed. The lists are
+# fetched for this alone, so that it needs neither root nor an `apt-get update` before.
+install_chromium() {
+    if [ -x "$CACHE/chromium/chromium" ] && "$CACHE/chromium/chromium" --version >>"$LOG" 2>&1; then
+        SOURCE="in the cache" # another bootstrap was here
+        return 0
+    fi
+    if offline; then
+        note "Chromium: VOXFLEET_OFFLINE=1, so no download"
+        return 1
+    fi
+    have apt-get && have dpkg-deb || return 1
+    mkdir -p "$STAGE/apt/lists/partial" "$STAGE/apt/archives/partial" "$STAGE/debs" "$STAGE/chromium/tree"
+    apt_() {
+        apt-get -q -o "Dir::State::Lists=$STAGE/apt/lists" -o "Dir::Cache=$STAGE/apt" -o Debug::NoLocking=1 \
+            -o APT::Sandbox::User=root -o Acquire::Retries=2 "$@"
+    }
+    note "Chromium: taking it from the system's package archive (about 100 MB)"
+    if ! logged apt_ update; then
+        show_log 4
+        return 1
+    fi
+    packages_=$(apt_ -s install --no-install-recommends chromium fonts-dejavu-core 2>>"$LOG" | awk '$1 == "Inst" { print $2 }')
+    # shellcheck disable=SC2086 # a list of names
+    if [ -z "$packages_" ] || ! (cd "$STAGE/debs" && logged apt_ download $packages_); then
+        show_log 4
+        return 1
+    fi
+    tree_=$STAGE/chromium/tree
+    for deb_ in "$STAGE"/debs/*.deb; do
+        logged dpkg-deb -x "$deb_" "$tree_" || return 1
+    done
+    [ -x "$tree_/usr/lib/chromium/chromium" ] || return 1 # Ubuntu's package only points to a snap
+    cat >"$STAGE/chromium/chromium" <<'LAUNCHER'
+#!/bin/sh
+# Starts the Chromium beside this file with the libraries and fonts that came with it.
+here=$(cd -- "$(dirname -- "$0")" && pwd -P)
+for dir in "$here"/tree/usr/lib/*-linux-gnu "$here"/tree/lib/*-linux-gnu "$here"/tree/usr/lib/*-linux-gnu/*/; do
+    [ ! -d "$dir" ] || LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$dir
+done
+export LD_LIBRARY_PATH FONTCONFIG_FILE="$here/fonts.conf"
+exec "$here/tree/usr/lib/chromium/chromium" "$@"
+LAUNCHER
+    chmod 755 "$STAGE/chromium/chromium"
+    cat >"$STAGE/chromium/fonts.conf" <<FONTS
+<?xml version="1.0"?>
+<!DOCTYPE fontconfig SYSTEM "fonts.dtd">
+<fontconfig>
+  <dir>/usr/share/fonts</dir>
+  <dir>$CACHE/chromium/tree/usr/share/fonts</dir>
+  <cachedir>$CACHE/chromium/fonts</cachedir>
+</fontconfig>
+FONTS
+    if ! logged "$STAGE/chromium/chromium" --version; then
+        show_log 4
+        return 1
+    fi
+    rm -rf "$CACHE/chromium"
+    mv "$STAGE/chromium" "$CACHE/chromium"
+    SOURCE="from the system's package archive (checked by apt)"
+}
+
+# The rules by which tests/page looks for what people with disabilities could not use.
+axe_core() {
+    step_begin
+    if axe_ok; then
+        step "axe-core $AXE_VERSION: in the cache"
+        return
+    fi
+    lock
+    new_stage
+    if install_axe; then
+        step "axe-core $AXE_VERSION: $SOURCE"
+    else
+        step "axe-core: not to be had here; the page's accessibility is not tested"
+    fi
+}
+
+axe_ok() { [ -f "$CACHE/axe/axe.min.js" ] && [ "$(cat "$CACHE/axe/VERSION" 2>/dev/null)" = "$AXE_VERSION" ]; }
+
+install_axe() {
+    if axe_ok; then
+        SOURCE="in the cache" # another bootstrap was here
+        return 0
+    fi
+    if offline; then
+        note "axe-core: VOXFLEET_OFFLINE=1, so no download"
+        return 1
+    fi
+    note "axe-core: taking it from the PyPI wheel axe-playwright-python $AXE_WHEEL_VERSION"
+    if ! wheel axe-playwright-python "$AXE_WHEEL_VERSION" "$AXE_WHEEL_SHA256" ||
+        ! unpack "$WHEEL" "$STAGE" axe_playwright_python/axe.min.js; then
+        note "axe-core: $PIP_WHY:"
+        show_log 4
+        return 1
+    fi
+    file_=$STAGE/axe_playwright_python/axe.min.js
+    grep -q "axe v$AXE_VERSION" "$file_" || return 1
+    mkdir "$STAGE/axe"
+    install_file "$file_" "$STAGE/axe/axe.min.js"
+    echo "$AXE_VERSION" >"$STAGE/axe/VERSION"
+    rm -rf "$CACHE/axe"
+    mv "$STAGE/axe" "$CACHE/axe"
+    SOURCE="from the PyPI wheel axe-playwright-python ($PINNED)"
+}
+
 # ---------------------------------------------------------------------------------------------- verbs
 
 # Everything that cargo cannot bring; leaves the environment ready for it.
@@ -848,7 +999,7 @@ prepare() {
     tool cmake install_cmake
     onnxruntime
     silero
-    case $VERB in test | deps) nats_py; s3_server; faketime ;; esac
+    case $VERB in test | deps) nats_py; s3_server; faketime; browser; axe_core ;; esac
     clean_up
     if [ -n "$ABSENT" ]; then
         die "these parts are needed and could not be had:$ABSENT

@@ -3,7 +3,7 @@
 #
 #   voxfleet-entry worker [--all-gpus | --gpu N] [flags]    becomes the worker
 #   voxfleet-entry dispatcher [flags]                       becomes the dispatcher
-#   voxfleet-entry health                                   exit code 0 while `voxfleet doctor` finds nothing broken
+#   voxfleet-entry health                                   exit code 0 while the worker or dispatcher of this container is alive
 #   voxfleet-entry /a/script [arguments]                    becomes that script: what a provider gives as start command
 #   voxfleet-entry anything else                            becomes `voxfleet anything else`
 #
@@ -16,6 +16,7 @@
 #   VOXFLEET_CREDS_BASE64       a NATS credentials file; VOXFLEET_CREDS is the same as it is
 #   VOXFLEET_NKEY_SEED          an nkey seed
 #   VOXFLEET_TLS_CA_BASE64      the certificate of a private authority; VOXFLEET_TLS_CA is the same as it is
+#   VOXFLEET_HEALTH_URL         where `health` asks, if it cannot be known from ...HTTP__LISTEN: https://localhost:9480
 #
 # Invariants: what it starts replaces it, so signals arrive and exit codes come back; no network is asked before. As root it
 # hands itself to the user voxfleet where there is one (VOXFLEET_KEEP_ROOT=1 keeps root). Secrets leave the environment before
@@ -107,15 +108,28 @@ models() {
     [ -z "$list_" ] || export VOXFLEET__WORKER__PREFETCH="$list_"
 }
 
+# ---------------------------------------------------------------------------------------------- health
+
+# here ADDRESS: where to ask whoever listens there, from inside.
+here() {
+    case $1 in
+        0.0.0.0:*) echo "http://127.0.0.1:${1##*:}" ;;
+        '[::]:'*) echo "http://[::1]:${1##*:}" ;;
+        *) echo "http://$1" ;;
+    esac
+}
+
 # ---------------------------------------------------------------------------------------------- verbs
 
 [ $# -gt 0 ] || set -- worker
 case $1 in
     /*) exec "$@" ;;
     health)
-        # Not waited for in the log: a health check says yes or no.
-        secrets
-        exec voxfleet doctor >/dev/null
+        # Whether it is alive, not whether NATS is: starting a container again brings no server back. Either runs here, so
+        # whichever answers is meant.
+        if [ -n "${VOXFLEET_HEALTH_URL:-}" ]; then exec voxfleet health --at "$VOXFLEET_HEALTH_URL" --timeout 8; fi
+        voxfleet health --at "$(here "${VOXFLEET__WORKER__HTTP__LISTEN:-127.0.0.1:9481}")" --timeout 4 2>/dev/null && exit 0
+        exec voxfleet health --at "$(here "${VOXFLEET__DISPATCHER__HTTP__LISTEN:-127.0.0.1:9480}")" --timeout 4
         ;;
     worker)
         drop_root "$@"

@@ -6,6 +6,7 @@
 //! - [`decode`]: [`Decoder`] reads a file, or a pipe, in bounded memory, as chunks of 200 ms.
 //! - [`entries`]: [`EntryMaker`] turns chunks into the entries of a log.
 //! - [`child`]: the process of its own in which a worker runs a decoder, its limits, and the end of it in the child.
+//! - [`process`]: the parent's side of it; [`spawner`]: how children of this binary are started, for whoever has some.
 //! - [`wire`]: what child and parent say to each other.
 //! - [`error`]: [`AudioError`], what can be wrong with a recording, in sentences for whoever sent it.
 //! - `source`, `wav`, `sniff`: the bytes, with wav headers that lie put right; what a file is that is no recording.
@@ -18,8 +19,10 @@ pub mod child;
 pub mod decode;
 pub mod entries;
 pub mod error;
+pub mod process;
 mod sniff;
 mod source;
+pub mod spawner;
 mod wav;
 pub mod wire;
 

@@ -84,12 +84,13 @@ nats_files() {
     mkdir -p "$WORK/nats/tls" "$WORK/js"
     cp "$ROOT"/nats/conf/*.conf "$ROOT"/deploy/nats/*.conf "$WORK/nats/"
     # shellcheck disable=SC2046 # a list of numbers
-    set -- $(free_ports 12)
+    set -- $(free_ports 14)
     P_HUB=$1 P_MONITOR=$2 P_LEAFS=$3 P_WS=$4 P_SITE=$5
     P_THREE="$6 $7 $8"
     P_A=$6
     shift 8
     R_THREE="$1 $2 $3"
+    P_DISPATCHER=$5 P_WORKER=$6
     sed -i -e "s#/etc/nats/#$WORK/nats/#" "$WORK"/nats/*.conf
     sed -i -e "s#\"0.0.0.0:4222\"#\"127.0.0.1:$P_HUB\"#" -e "s#\"/var/lib/nats\"#\"$WORK/js/hub\"#" \
         -e "s#127.0.0.1:8222#127.0.0.1:$P_MONITOR#" "$WORK/nats/single.conf"
@@ -107,14 +108,16 @@ nats_files() {
         printf 'subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n' >ext
         openssl x509 -req -in server.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 -extfile ext -out server.pem
     ) >"$WORK/openssl.log" 2>&1 || return 1
-    for role_ in DISPATCHER WORKER OPERATOR PRODUCER ADMIN; do
+    # A leaf node carries all of its site, so its user has no list of permissions (docs/nats.md).
+    sed -i 's#^    users: \[#&\n      { nkey: $VOXFLEET_NKEY_SITE }#' "$WORK/nats/accounts.conf"
+    for role_ in DISPATCHER WORKER OPERATOR PRODUCER VIEWER SITE ADMIN; do
         nats auth nkey gen user >"$WORK/nats/$role_.seed"
         export "VOXFLEET_NKEY_$role_=$(nats auth nkey show "$WORK/nats/$role_.seed")"
     done
     export VOXFLEET_NATS_NAME=n1 VOXFLEET_NATS_STORE="$WORK/js/n1"
     export VOXFLEET_NATS_ROUTES="[nats://127.0.0.1:$1,nats://127.0.0.1:$2,nats://127.0.0.1:$3]"
     export VOXFLEET_LEAF_NAME=site VOXFLEET_HUB_URL="tls://localhost:$P_LEAFS"
-    VOXFLEET_LEAF_SEED=$(cat "$WORK/nats/WORKER.seed")
+    VOXFLEET_LEAF_SEED=$(cat "$WORK/nats/SITE.seed")
     export VOXFLEET_LEAF_SEED
 }
 
@@ -137,18 +140,19 @@ nats_syntax() {
 as() {
     role_=$1
     shift
-    nats -s "tls://localhost:$P_HUB" --tlsca "$WORK/nats/tls/ca.pem" --nkey "$WORK/nats/$role_.seed" "$@"
+    nats -s "tls://localhost:$P_HUB" --tlsca "$WORK/nats/tls/ca.pem" --nkey "$WORK/nats/$role_.seed" \
+        --inbox-prefix "_INBOX_$(echo "$role_" | tr '[:upper:]' '[:lower:]')" "$@"
 }
 
 nats_hub() {
     start "$WORK/hub.log" nats-server -c "$WORK/nats/hub-single.conf"
-    if ! until_ok 10 as OPERATOR pub check x; then
+    if ! until_ok 10 as OPERATOR stream ls; then
         fail "hub-single.conf: nobody comes in by TLS and nkey: $(tail -n 3 "$WORK/hub.log")"
         return 1
     fi
     ok "hub-single.conf: TLS and nkey let in"
     nats auth nkey gen user >"$WORK/nats/STRANGER.seed"
-    if as STRANGER pub check x >/dev/null 2>&1 || nats -s "nats://127.0.0.1:$P_HUB" pub check x >/dev/null 2>&1; then
+    if as STRANGER stream ls >/dev/null 2>&1 || nats -s "nats://127.0.0.1:$P_HUB" stream ls >/dev/null 2>&1; then
         fail "hub-single.conf: a stranger gets in, or somebody without TLS"
     else
         ok "hub-single.conf: no stranger and nobody without TLS"
@@ -231,7 +235,8 @@ clean_root() {
 in_root() {
     # shellcheck disable=SC2086 # a list of variables
     exec chroot "$R" env -i PATH=/app:/usr/bin:/usr/sbin:/bin HOME=/root VOXFLEET_CACHE=/var/cache/voxfleet \
-        "VOXFLEET__NATS__URLS=tls://localhost:$P_HUB" "VOXFLEET_TLS_CA_BASE64=$CA" $PARTS "$@"
+        "VOXFLEET__NATS__URLS=tls://localhost:$P_HUB" "VOXFLEET_TLS_CA_BASE64=$CA" \
+        VOXFLEET__NATS__INBOX_PREFIX=_INBOX_worker $PARTS "$@"
 }
 
 uid_of() { sed -n 's/^Uid:[[:space:]]*\([0-9]*\).*/\1/p' "/proc/$1/status" 2>/dev/null; }
@@ -239,7 +244,8 @@ uid_of() { sed -n 's/^Uid:[[:space:]]*\([0-9]*\).*/\1/p' "/proc/$1/status" 2>/de
 # seen NAME: the worker of that name, in the fleet's own words.
 seen() {
     VOXFLEET__NATS__URLS="tls://localhost:$P_HUB" VOXFLEET__NATS__TLS_CA="$WORK/nats/tls/ca.pem" \
-        VOXFLEET__NATS__NKEY_SEED_FILE="$WORK/nats/OPERATOR.seed" "$BINARY" status 2>/dev/null | grep -q "^$1 *alive"
+        VOXFLEET__NATS__NKEY_SEED_FILE="$WORK/nats/OPERATOR.seed" VOXFLEET__NATS__INBOX_PREFIX=_INBOX_operator \
+        "$BINARY" status 2>/dev/null | grep -q "^$1 *alive"
 }
 
 # is_missing WORKER MODEL: what the worker says of it.
@@ -251,16 +257,24 @@ states = [m["state"] for b in beats if b["gpu_id"] == sys.argv[1] for m in b["mo
 sys.exit(states != ["missing"])' "$1" "$2"
 }
 
-operator() {
+operator() { person OPERATOR _INBOX_operator "$@"; }
+producer() { person PRODUCER _INBOX_producer "$@"; }
+
+# person KEY INBOXES WORDS...: a command with that role's login.
+person() {
+    seed_file_=$WORK/nats/$1.seed inboxes_=$2
+    shift 2
     VOXFLEET__NATS__URLS="tls://localhost:$P_HUB" VOXFLEET__NATS__TLS_CA="$WORK/nats/tls/ca.pem" \
-        VOXFLEET__NATS__NKEY_SEED_FILE="$WORK/nats/OPERATOR.seed" timeout 60 "$BINARY" "$@"
+        VOXFLEET__NATS__NKEY_SEED_FILE="$seed_file_" VOXFLEET__NATS__INBOX_PREFIX="$inboxes_" timeout 60 "$BINARY" "$@"
 }
 
 run_entry() {
     CA=$(base64 <"$WORK/nats/tls/ca.pem" | tr -d '\n')
-    start "$WORK/dispatcher.log" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/DISPATCHER.seed")" voxfleet-entry dispatcher --name check
+    at_dispatcher=VOXFLEET__DISPATCHER__HTTP__LISTEN=127.0.0.1:$P_DISPATCHER at_worker=VOXFLEET__WORKER__HTTP__LISTEN=127.0.0.1:$P_WORKER
+    start "$WORK/dispatcher.log" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/DISPATCHER.seed")" "$at_dispatcher" \
+        VOXFLEET__NATS__INBOX_PREFIX=_INBOX_dispatcher voxfleet-entry dispatcher --name check
     seed_="VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")"
-    start "$WORK/worker.log" in_root "$seed_" VOXFLEET_MODELS=micro.en-q8_0 voxfleet-entry worker --gpu none --gpu-id entry-0
+    start "$WORK/worker.log" in_root "$seed_" "$at_worker" VOXFLEET_MODELS=micro.en-q8_0 voxfleet-entry worker --gpu none --gpu-id entry-0
     WORKER=$PID
     if ! until_ok 15 seen entry-0; then
         fail "entrypoint.sh worker: $(tail -n 3 "$WORK/worker.log")"
@@ -273,17 +287,22 @@ run_entry() {
     else
         ok "entrypoint.sh: no secret is left in the environment"
     fi
-    if (in_root "$seed_" voxfleet-entry health) >/dev/null 2>"$WORK/health.log"; then
-        ok "entrypoint.sh health: well"
+    # Each is asked for with the other's address closed; then nobody is there.
+    nobody_=VOXFLEET__WORKER__HTTP__LISTEN=127.0.0.1:1
+    for here_ in "worker $at_worker VOXFLEET__DISPATCHER__HTTP__LISTEN=127.0.0.1:1" "dispatcher $nobody_ $at_dispatcher"; do
+        # shellcheck disable=SC2086 # two settings
+        if (in_root ${here_#* } voxfleet-entry health) >/dev/null 2>"$WORK/health.log"; then
+            ok "entrypoint.sh health: a ${here_%% *} is well"
+        else
+            fail "entrypoint.sh health: a ${here_%% *} is not: $(tail -n 2 "$WORK/health.log")"
+        fi
+    done
+    if (in_root "$nobody_" VOXFLEET__DISPATCHER__HTTP__LISTEN=127.0.0.1:1 voxfleet-entry health) >/dev/null 2>&1; then
+        fail "entrypoint.sh health: well where nobody is"
     else
-        fail "entrypoint.sh health: $(tail -n 2 "$WORK/health.log")"
+        ok "entrypoint.sh health: not well where nobody is"
     fi
-    if (in_root "$seed_" VOXFLEET__NATS__URLS=tls://localhost:1 voxfleet-entry health) >/dev/null 2>&1; then
-        fail "entrypoint.sh health: well without a server"
-    else
-        ok "entrypoint.sh health: not well without a server"
-    fi
-    if operator stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session check >"$WORK/stream.log" 2>&1; then
+    if producer stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session check >"$WORK/stream.log" 2>&1; then
         ok "a call through it: $(tail -n 1 "$WORK/stream.log")"
     else
         fail "a call through it: $(tail -n 2 "$WORK/stream.log")"
@@ -299,7 +318,7 @@ run_entry() {
     start "$WORK/missing.log" in_root "$seed_" VOXFLEET_MODELS='micro.en-q8_0 base.en' VOXFLEET__MODELS__OFFLINE=true \
         voxfleet-entry worker --gpu none --gpu-id entry-1
     WORKER=$PID
-    if until_ok 15 is_missing entry-1 base.en && operator stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session beside \
+    if until_ok 15 is_missing entry-1 base.en && producer stream "$ROOT/tests/audio/call-01.flac" --speed 8 --wait --session beside \
         >"$WORK/beside.log" 2>&1; then
         ok "entrypoint.sh: a worker serves without a model that cannot be had, and says so"
     else
@@ -308,6 +327,34 @@ run_entry() {
     kill -TERM "$WORKER"
     ended "$WORKER" 12
     expect "entrypoint.sh: and stops when told" "$CODE" 0
+}
+
+# What the units' timers start, with a systemctl and a voxfleet that only say what they were asked.
+run_health() {
+    mkdir -p "$WORK/health"
+    cat >"$WORK/health/systemctl" <<'STANDIN'
+#!/bin/sh
+echo "systemctl $*" >>"$ASKED"
+[ "$1" != is-active ] || exit "$UNIT_IS"
+STANDIN
+    # Well from the try on that it is told.
+    cat >"$WORK/health/voxfleet" <<'STANDIN'
+#!/bin/sh
+echo "voxfleet $*" >>"$ASKED"
+[ "$(grep -c ^voxfleet "$ASKED")" -ge "$WELL_FROM" ]
+STANDIN
+    chmod 755 "$WORK/health/systemctl" "$WORK/health/voxfleet"
+    health_case() { # WHAT WELL_FROM UNIT_IS WANTED
+        : >"$WORK/health/asked"
+        PATH=$WORK/health:$PATH ASKED=$WORK/health/asked WELL_FROM=$2 UNIT_IS=$3 VOXFLEET_HEALTH_PAUSE_S=0 \
+            sh "$ROOT/deploy/systemd/voxfleet-health.sh" u.service 0.0.0.0:9480 >/dev/null 2>&1 || :
+        expect "voxfleet-health.sh: $1" "$(sed 's/^systemctl \([a-z-]*\).*/\1/; s/^voxfleet health --at http:..127.0.0.1:9480$/asked/' \
+            "$WORK/health/asked" | tr '\n' ' ')" "$4"
+    }
+    health_case "a unit that answers is left alone" 1 0 'is-active asked '
+    health_case "one that answers at the third try too" 3 0 'is-active asked asked asked '
+    health_case "one that never does is started again" 9 0 'is-active asked asked asked try-restart '
+    health_case "one that was stopped is not asked" 9 3 'is-active '
 }
 
 # The workers of the laptop on two cores, by what the worker itself makes of its settings there.
@@ -499,6 +546,7 @@ if ! nats_files; then
     exit 0
 fi
 nats_three
+run_health
 start "$WORK/parts.log" sh "$ROOT/deploy/docker/runtime-parts.sh" "$WORK/parts"
 PARTS_PID=$PID
 nats_syntax

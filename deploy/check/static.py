@@ -64,8 +64,9 @@ def dockerfile(name):
     users = [filled(a) for k, a in last if k == "USER"]
     if not users or users[-1] in ("0", "root"):
         problems.append("runs as root")
-    if not any(k == "HEALTHCHECK" for k, _ in last):
-        problems.append("no HEALTHCHECK")
+    health = " ".join(a for k, a in last if k == "HEALTHCHECK")
+    if not all(o in health for o in ("--interval=30s", "--timeout=10s", "--retries=3")):
+        problems.append("no HEALTHCHECK every 30 s, of 10 s at most, with 3 tries")
     for kind in ("ENTRYPOINT", "CMD"):
         if not any(k == kind and a.startswith("[") for k, a in last):
             problems.append(f"no {kind} in list form: a shell in between would keep signals to itself")
@@ -104,6 +105,16 @@ def build_context():
 # ------------------------------------------------------------------------------------------------ compose
 
 
+def health_problems(service):
+    """Of one of our services: whether it is asked where it listens, every 30 s, for 10 s at most, three times."""
+    check, settings = service.get("healthcheck", {}), service.get("environment", {})
+    if [check.get(k) for k in ("interval", "timeout", "retries")] != ["30s", "10s", 3]:
+        yield "no health check every 30 s, of 10 s at most, with 3 tries"
+    listens = settings.get(f"VOXFLEET__{str(service['command'][0]).upper()}__HTTP__LISTEN")
+    if check.get("test") != ["CMD", "voxfleet", "health", "--at", f"http://{listens}"]:
+        yield f"is asked for its health by {check.get('test')}, and listens on {listens}"
+
+
 def compose(name):
     import yaml
 
@@ -131,12 +142,16 @@ def compose(name):
                     problems.append(f"{key}: {source} is not there")
             elif source not in volumes:
                 problems.append(f"{key}: volume {source} is not declared")
+        image = str(service.get("image", ""))
+        if not re.search(r":[^:]*\d|^voxfleet:", image):
+            problems.append(f"{key}: image {image} has no version")
         problems += [f"{key}: needs {d}, which is no service" for d in service.get("depends_on", {}) if d not in services]
         problems += [f"{key}: publishes {p} to everybody" for p in service.get("ports", []) if not str(p).startswith("127.0.0.1:")]
         problems += [f"{key}: network {n} is not declared" for n in service.get("networks", []) if n not in whole.get("networks", {})]
         if str(service.get("image", "")).startswith("voxfleet") and "profiles" not in service:
             if service.get("cap_drop") != ["ALL"] or not service.get("read_only") or "stop_grace_period" not in service:
                 problems.append(f"{key}: not hardened, or no stop_grace_period")
+            problems += [f"{key}: {p}" for p in health_problems(service)]
         # For the check with the real binary: one line a setting.
         for setting, value in service.get("environment", {}).items():
             if setting.startswith("VOXFLEET__"):
@@ -151,6 +166,24 @@ def compose(name):
 def milliseconds(text):
     number, unit = re.fullmatch(r"(\d+)(ms|s|min)?", text).groups()
     return int(number) * {"ms": 1, "s": 1000, None: 1000, "min": 60_000}[unit]
+
+
+def health_unit(name):
+    """A check that starts its unit again, and its timer."""
+    text, timer, problems = read(name), read(name.replace(".service", ".timer")), []
+    watched = re.search(r"^ExecStart=/usr/local/bin/voxfleet-health (\S+)", text, re.M)
+    kind = re.search(r"voxfleet-(\w+)-health", name)[1]
+    if not watched or watched[1].replace("%i", "") != f"voxfleet-{kind}{'@' if '@' in name else ''}.service":
+        problems.append("watches another unit than its name says")
+    if f"${{VOXFLEET__{kind.upper()}__HTTP__LISTEN}}" not in text:
+        problems.append("does not ask where the unit listens")
+    values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith(("#", "Environment=")))
+    if milliseconds(values["TimeoutStartSec"]) < 3 * 10_000 + 2 * 30_000:
+        problems.append("TimeoutStartSec leaves no time for three tries")
+    for must in ("OnActiveSec=30s", "OnUnitInactiveSec=30s", "WantedBy=timers.target"):
+        if must not in timer:
+            problems.append(f"its timer has no {must}")
+    report(f"{name}, and its timer", problems)
 
 
 def unit(name):
@@ -217,9 +250,9 @@ def measurements():
 for path in ("deploy/docker/Dockerfile.cpu", "deploy/docker/Dockerfile.cuda"):
     dockerfile(path)
 build_context()
-for path in sorted(ROOT.glob("deploy/compose/*.yml")):
+for path in [*sorted(ROOT.glob("deploy/compose/*.yml")), ROOT / "deploy/observability/compose.yml"]:
     compose(str(path.relative_to(ROOT)))
 for path in sorted(ROOT.glob("deploy/systemd/*.service")):
-    unit(str(path.relative_to(ROOT)))
+    (health_unit if "-health" in path.name else unit)(str(path.relative_to(ROOT)))
 pins()
 measurements()

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
+use voxfleet_http::HttpConfig;
 use voxfleet_nats::topology::TopologyConfig;
 use voxfleet_schema::id::GpuId;
 
@@ -44,6 +45,8 @@ impl Default for ServiceConfig {
 pub struct DispatcherConfig {
     /// Name in status, logs and the API's queue group; empty = made up at start, so that two on one host differ.
     pub name: String,
+    /// Health, figures and the dashboard. An address that is taken is waited for.
+    pub http: HttpConfig,
     /// Streams and buckets to create and check.
     pub topology: TopologyConfig,
     /// Without a heartbeat for this long a worker gets no new work: one heartbeat late and a half. For a worker that beats more
@@ -99,6 +102,8 @@ impl Default for DispatcherConfig {
     fn default() -> Self {
         Self {
             name: String::new(),
+            // Nobody else on the machine has a reason for this port, and nobody from elsewhere gets to loopback.
+            http: HttpConfig::on("127.0.0.1:9480"),
             topology: TopologyConfig::default(),
             suspect_after_ms: 1_500,
             dead_after_ms: 3_000,
@@ -129,6 +134,7 @@ impl DispatcherConfig {
     pub fn problems(&self) -> Vec<String> {
         let mut problems: Vec<String> =
             self.topology.problems().into_iter().map(|p| format!("dispatcher.topology: {p}")).collect();
+        problems.extend(self.http.problems("dispatcher.http"));
         let mut need = |good: bool, text: String| {
             if !good {
                 problems.push(text);

@@ -17,6 +17,7 @@
 //! | [`sessions`] | the book of sessions in memory |
 //! | [`jobs`] | the book of file jobs, and what is to be done about each |
 //! | [`core`] | all of these as one state machine: inputs -> effects, without IO |
+//! | `http` | health, figures, the dashboard and what it asks for |
 //! | `active`, `run` | the IO around it: lease, recovery, listeners, effects |
 
 mod active;
@@ -24,6 +25,7 @@ pub mod admission;
 pub mod config;
 pub mod core;
 pub mod fleet;
+mod http;
 pub mod idle;
 pub mod jobs;
 pub mod map;

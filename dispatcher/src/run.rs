@@ -18,6 +18,7 @@ use voxfleet_nats::{
 use crate::{
     active::{self, Ended, Process},
     config::DispatcherConfig,
+    http::{self, window::Window},
 };
 
 /// Why a dispatcher could not go on.
@@ -59,8 +60,14 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
         name,
         created = report.created.len(),
         verified = report.verified.len(),
+        grown = report.grown.len(),
         "streams and buckets are there"
     );
+    let window = Window::new();
+    // Beside everything else, and before the service: who watches processes learns that this one waits for its turn.
+    let looking = shutdown.child_token();
+    let mut serving = JoinSet::new();
+    serving.spawn(http::run(nats.clone(), config.http.clone(), name.as_str().into(), window.clone(), looking.clone()));
     let mut api = ApiServer::start(&nats, &name).await?;
     let mut lease = Lease::new(&nats, &name, Duration::from_millis(config.lease_ms));
     // One queue for all the times that this process is active: what it has decided is told, whoever decides next.
@@ -70,7 +77,7 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
         let (nats, publisher) = (nats.clone(), Publisher::new(&nats));
         async move { queue.run(&nats, &publisher).await }
     });
-    let process = Process { nats: &nats, config: &config, name: &name, events: &events, shutdown: &shutdown };
+    let process = Process { nats: &nats, config: &config, name: &name, events: &events, shutdown: &shutdown, window: &window };
     let result = tokio::select! {
         result = serve(&process, &mut lease, &mut api) => result,
         Some(ended) = telling.join_next() => Err(match ended {
@@ -78,6 +85,8 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
             Err(error) => DispatcherError::TaskEnded(error.to_string()),
         }),
     };
+    // Whatever ended it: pages and scrapes of a dispatcher that does nothing any more would mislead.
+    looking.cancel();
     // Nobody tells anything any more.
     drop(events);
     if nats.is_connected() {
@@ -86,6 +95,9 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
                 tracing::warn!("events not stored in time");
             }
         });
+    }
+    if tokio::time::timeout(LAST_EVENTS, serving.join_next()).await.is_err() {
+        tracing::warn!("http did not end in time");
     }
     tracing::info!(name, "dispatcher stopped");
     result
@@ -145,6 +157,7 @@ async fn serve(process: &Process<'_>, lease: &mut Lease, api: &mut ApiServer) ->
             Ended::Shutdown => return Ok(()),
             Ended::LeaseLost => tracing::warn!(name, "lease lost, standing by"),
         }
+        process.window.close();
     }
     Ok(())
 }

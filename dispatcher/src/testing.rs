@@ -23,6 +23,7 @@ pub(crate) fn worker(gpu: &str, incarnation: &str) -> WorkerName {
 
 pub(crate) fn held(id_text: &str, epoch: u64) -> Held {
     Held {
+        lag_ms: None,
         kind: Kind::Session,
         id: id(id_text),
         epoch,

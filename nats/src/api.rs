@@ -62,7 +62,33 @@ impl ApiCall {
 }
 
 /// Name of the service in `nats micro list`.
-const SERVICE: &str = "voxfleet";
+pub(crate) const SERVICE: &str = "voxfleet";
+
+/// Every dispatcher that is connected, by name, the active one and standbys: whoever answers within `patience`. Needs
+/// permission to publish to `$SRV.>`; without one nobody answers.
+pub async fn dispatchers(nats: &Nats, patience: Duration) -> Result<Vec<String>, ServerError> {
+    #[derive(serde::Deserialize)]
+    struct Info {
+        #[serde(default)]
+        metadata: std::collections::HashMap<String, String>,
+    }
+    let inbox = nats.client().new_inbox();
+    let mut answers = nats.client().subscribe(inbox.clone()).await.map_err(ServerError::from)?;
+    let asked = nats.client().publish_with_reply(format!("$SRV.INFO.{SERVICE}"), inbox, Bytes::new());
+    asked.await.map_err(ServerError::from)?;
+    let until = Instant::now() + patience;
+    let mut names = Vec::new();
+    while let Ok(Some(answer)) = tokio::time::timeout_at(until, answers.next()).await {
+        if answer.status == Some(StatusCode::NO_RESPONDERS) {
+            break;
+        }
+        // Others may call a service of theirs the same.
+        let info = serde_json::from_slice::<Info>(&answer.payload).ok();
+        names.extend(info.and_then(|mut info| info.metadata.remove("dispatcher")));
+    }
+    names.sort();
+    Ok(names)
+}
 
 /// Serves the API.
 pub struct ApiServer {
@@ -101,7 +127,13 @@ impl ApiServer {
 
     /// The next request. None: the connection is closed. Cancel-safe.
     pub async fn next(&mut self) -> Option<(ApiCall, ApiResponder)> {
-        let (endpoint, request) = self.requests.next().await?;
+        let (endpoint, request) = loop {
+            let (endpoint, request) = self.requests.next().await?;
+            if !raw::is_from_a_stream(&request.message) {
+                break (endpoint, request);
+            }
+            tracing::warn!(%endpoint, "a message that a stream sent is no request");
+        };
         let header = |name: &str| {
             request
                 .message
@@ -171,6 +203,7 @@ pub async fn request<Req: Serialize + Sync, Resp: DeserializeOwned>(
     let inbox = nats.client().new_inbox();
     let mut answers = nats.client().subscribe(inbox.clone()).await.map_err(ServerError::from)?;
     let end = Instant::now() + deadline;
+    let mut refused = std::pin::pin!(nats.denials().publishing(&subject));
     let (mut asked, mut ask_at) = (0u32, Instant::now());
     let mut nobody = false;
     let mut refusal: Option<(Failure, Instant)> = None;
@@ -201,6 +234,7 @@ pub async fn request<Req: Serialize + Sync, Resp: DeserializeOwned>(
                     }
                 }
             }
+            error = &mut refused => return Err(error.into()),
             () = tokio::time::sleep_until(wake) => {
                 if let Some((failure, _)) = refusal {
                     return Err(ApiError::Refused(failure));
@@ -230,30 +264,5 @@ mod tests {
         assert!(call(br#"{"session":"a b"}"#, None).decode::<SessionRequest>().is_err());
         assert!(call(b"", Some("application/msgpack")).decode::<serde_json::Value>().is_ok());
         assert!(call(b"{}", Some("text/yaml")).decode::<serde_json::Value>().is_err());
-    }
-
-    /// What the sample of an account lets a role publish to.
-    fn may_publish(role: &str) -> Vec<&'static str> {
-        let sample = include_str!("../conf/single.conf");
-        let user = format!("user: \"{role}\"");
-        let of = sample.split("{ user:").find(|part| part.trim_start().starts_with(&user["user: ".len()..]));
-        let list = of.and_then(|user| user.split("publish:").nth(1)).and_then(|rest| rest.split(']').next());
-        list.expect("a list").split('"').skip(1).step_by(2).collect()
-    }
-
-    #[test]
-    fn producers_may_ask_for_what_is_theirs_and_end_no_worker() {
-        let lists = may_publish("producer");
-        let subjects = crate::Subjects::new("asr.v1");
-        let matches = |list: &str, subject: &str| match list.strip_suffix('>') {
-            Some(begin) => subject.starts_with(begin),
-            None => list == subject,
-        };
-        for endpoint in Endpoint::ALL {
-            let subject = subjects.api(endpoint);
-            let may = lists.iter().any(|list| matches(list, &subject));
-            assert_eq!(may, endpoint != Endpoint::FleetDrain, "{subject}");
-        }
-        assert!(lists.contains(&"asr.v1.audio.>") && lists.contains(&"asr.v1.jobs.>"));
     }
 }

@@ -14,6 +14,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     config::{NatsConfig, without_user},
+    denial::{Denial, Denials},
     error::{ServerError, Source},
     subjects::Subjects,
 };
@@ -37,8 +38,11 @@ pub enum ConnectError {
     File { path: String, source: std::io::Error },
     #[error("the server at {urls} refused these credentials")]
     Credentials { urls: String, source: Source },
-    #[error("no TLS connection to {urls}: check nats.tls_ca, the host name in the certificate, and nats.tls_first")]
-    Tls { urls: String, source: Source },
+    #[error("no TLS connection to {urls}: {hint}")]
+    Tls { urls: String, hint: &'static str, source: Source },
+    /// It knows us and does not want us now: the account's connections are used up, or something else is at its limit.
+    #[error("the server at {urls} does not take this connection")]
+    Refused { urls: String, source: Source },
     #[error("no NATS server answers at {urls}: is it running, and is the address right?")]
     Unreachable { urls: String, source: Source },
 }
@@ -57,6 +61,7 @@ struct Inner {
     subjects: Subjects,
     state: watch::Receiver<ConnectionState>,
     slow: Arc<AtomicU64>,
+    denials: Denials,
     request_timeout: Duration,
     /// Background tasks of this crate; they end with the token.
     tasks: TaskTracker,
@@ -82,7 +87,8 @@ impl Nats {
         }
         let (tx, state) = watch::channel(ConnectionState::default());
         let slow = Arc::new(AtomicU64::new(0));
-        let options = options(config, name, tx, slow.clone()).await?;
+        let denials = Denials::new(&config.inbox_prefix);
+        let options = options(config, name, Watched { tx, slow: slow.clone(), denials: denials.clone() }).await?;
         let addresses: Result<Vec<async_nats::ServerAddr>, _> = config.urls.iter().map(|url| url.parse()).collect();
         let addresses = addresses.map_err(|error| ConnectError::Config(vec![error.to_string()]))?;
         let client = options.connect(addresses).await.map_err(|error| typed(config, error))?;
@@ -105,6 +111,7 @@ impl Nats {
                 subjects: Subjects::new(&config.prefix),
                 state,
                 slow,
+                denials,
                 request_timeout: Duration::from_millis(config.request_timeout_ms),
                 tasks: TaskTracker::new(),
                 stop: CancellationToken::new(),
@@ -122,7 +129,13 @@ impl Nats {
         // Nobody listens on a fresh inbox, and the server itself says so: a round trip that needs no helper.
         let begun = Instant::now();
         let request = async_nats::Request::new().timeout(Some(timeout));
-        match self.client().send_request(self.client().new_inbox(), request).await {
+        let to = self.client().new_inbox();
+        let refused = self.denials().publishing(&to);
+        let answer = tokio::select! {
+            answer = self.client().send_request(to.clone(), request) => answer,
+            error = refused => return Err(error),
+        };
+        match answer {
             Ok(_) => Ok(begun.elapsed()),
             Err(error) if error.kind() == async_nats::RequestErrorKind::NoResponders => Ok(begun.elapsed()),
             Err(error) => Err(error.into()),
@@ -145,6 +158,11 @@ impl Nats {
     /// The server and, in a cluster, its cluster: for people.
     pub fn server_name(&self) -> String {
         self.client().server_info().server_name
+    }
+
+    /// The certificate that this connection shows, where one is configured.
+    pub fn client_certificate(&self) -> Option<std::path::PathBuf> {
+        self.inner.config.tls_cert.clone()
     }
 
     pub fn subjects(&self) -> &Subjects {
@@ -196,6 +214,10 @@ impl Nats {
         &self.inner.js
     }
 
+    pub(crate) fn denials(&self) -> &Denials {
+        &self.inner.denials
+    }
+
     pub(crate) fn tasks(&self) -> &TaskTracker {
         &self.inner.tasks
     }
@@ -205,13 +227,14 @@ impl Nats {
     }
 }
 
-async fn options(
-    config: &NatsConfig,
-    name: &str,
+/// What the connection's events change.
+struct Watched {
     tx: watch::Sender<ConnectionState>,
     slow: Arc<AtomicU64>,
-) -> Result<ConnectOptions, ConnectError> {
-    let tx = Arc::new(tx);
+    denials: Denials,
+}
+
+async fn options(config: &NatsConfig, name: &str, watched: Watched) -> Result<ConnectOptions, ConnectError> {
     let mut options = ConnectOptions::new()
         .name(name)
         .ping_interval(Duration::from_millis(config.ping_interval_ms))
@@ -222,7 +245,7 @@ async fn options(
         .max_reconnects(None)
         .reconnect_delay_callback(crate::retry::reconnect_delay)
         .event_callback(move |event| {
-            note(&tx, &slow, &event);
+            watched.note(&event);
             async {}
         });
     if config.tls_first {
@@ -251,41 +274,138 @@ async fn options(
     Ok(options)
 }
 
-fn note(tx: &watch::Sender<ConnectionState>, slow: &AtomicU64, event: &Event) {
-    match event {
-        Event::Connected => tx.send_modify(|state| {
-            state.connected = true;
-            state.connects += 1;
-            tracing::info!(connects = state.connects, "connected to nats");
-        }),
-        Event::Disconnected => {
-            tracing::warn!("disconnected from nats");
-            tx.send_modify(|state| state.connected = false);
-        }
-        Event::Closed => tx.send_modify(|state| (state.connected, state.closed) = (false, true)),
-        Event::LameDuckMode => tracing::warn!("nats server is shutting down, the connection will move"),
-        Event::SlowConsumer(sid) => {
-            let dropped = slow.fetch_add(1, Ordering::Relaxed) + 1;
-            // One line for each doubling: a slow reader would otherwise flood the log too.
-            if dropped.is_power_of_two() {
-                tracing::warn!(sid, dropped, "a subscription is slow, core messages are dropped");
+impl Watched {
+    fn note(&self, event: &Event) {
+        let Self { tx, slow, denials } = self;
+        match event {
+            Event::Connected => {
+                denials.reset();
+                tx.send_modify(|state| {
+                    state.connected = true;
+                    state.connects += 1;
+                    tracing::info!(connects = state.connects, "connected to nats");
+                });
             }
+            Event::Disconnected => {
+                tracing::warn!("disconnected from nats");
+                tx.send_modify(|state| state.connected = false);
+            }
+            Event::Closed => tx.send_modify(|state| (state.connected, state.closed) = (false, true)),
+            Event::LameDuckMode => tracing::warn!("nats server is shutting down, the connection will move"),
+            Event::SlowConsumer(sid) => {
+                let dropped = slow.fetch_add(1, Ordering::Relaxed) + 1;
+                // One line for each doubling: a slow reader would otherwise flood the log too.
+                if dropped.is_power_of_two() {
+                    tracing::warn!(sid, dropped, "a subscription is slow, core messages are dropped");
+                }
+            }
+            Event::ServerError(error) => match Denial::parse(&text_of(error)) {
+                // A permission denial shows only here; its request looks like a timeout.
+                Some(denial) => {
+                    if denials.hear(denial.clone()) {
+                        tracing::warn!(?denial, "this login may not do that");
+                    }
+                }
+                None => tracing::error!(%error, "nats server reports an error"),
+            },
+            Event::ClientError(error) => tracing::warn!(%error, "nats client reports an error"),
+            Event::Draining => tracing::debug!("nats connection is draining"),
         }
-        // A permission denial shows only here; its request looks like a timeout.
-        Event::ServerError(error) => tracing::error!(%error, "nats server reports an error"),
-        Event::ClientError(error) => tracing::warn!(%error, "nats client reports an error"),
-        Event::Draining => tracing::debug!("nats connection is draining"),
+    }
+}
+
+/// What the server said, without the library's words around it.
+fn text_of(error: &async_nats::ServerError) -> String {
+    match error {
+        async_nats::ServerError::Other(text) => text.clone(),
+        other => other.to_string(),
     }
 }
 
 fn typed(config: &NatsConfig, error: async_nats::ConnectError) -> ConnectError {
     use async_nats::ConnectErrorKind as Kind;
     let urls = config.urls.iter().map(|url| without_user(url)).collect::<Vec<_>>().join(", ");
-    match error.kind() {
-        Kind::Authentication | Kind::AuthorizationViolation => {
-            ConnectError::Credentials { urls, source: Box::new(error) }
+    let kind = error.kind();
+    if matches!(kind, Kind::Authentication | Kind::AuthorizationViolation) {
+        return ConnectError::Credentials { urls, source: Box::new(error) };
+    }
+    // A certificate that is not taken shows as a broken connection, with the reason inside.
+    match cause::<rustls::Error>(&error).map(tls_hint) {
+        Some(hint) => ConnectError::Tls { urls, hint, source: Box::new(error) },
+        None if kind == Kind::Tls => {
+            let hint = "check the files of nats.tls_ca, tls_cert and tls_key, and nats.tls_first";
+            ConnectError::Tls { urls, hint, source: Box::new(error) }
         }
-        Kind::Tls => ConnectError::Tls { urls, source: Box::new(error) },
-        _ => ConnectError::Unreachable { urls, source: Box::new(error) },
+        None if cause::<async_nats::ServerError>(&error).is_some() => {
+            ConnectError::Refused { urls, source: Box::new(error) }
+        }
+        None => ConnectError::Unreachable { urls, source: Box::new(error) },
+    }
+}
+
+/// The first `E` among the causes.
+fn cause<'a, E: std::error::Error + 'static>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a E> {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        if let Some(found) = error.downcast_ref::<E>() {
+            return Some(found);
+        }
+        // What stands inside an IO error is not among its causes.
+        let inside = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        if let Some(found) = inside.and_then(|inside| inside.downcast_ref::<E>()) {
+            return Some(found);
+        }
+        at = error.source();
+    }
+    None
+}
+
+fn tls_hint(error: &rustls::Error) -> &'static str {
+    use rustls::{AlertDescription as Alert, CertificateError as Bad, Error};
+    match error {
+        Error::InvalidCertificate(Bad::UnknownIssuer) => {
+            "no authority that is trusted here has signed the server's certificate: set nats.tls_ca"
+        }
+        Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => {
+            "the server's certificate is for other host names than the one in nats.urls"
+        }
+        Error::InvalidCertificate(
+            Bad::Expired | Bad::ExpiredContext { .. } | Bad::NotValidYet | Bad::NotValidYetContext { .. },
+        ) => "the time of the server's certificate is over, or has not come: renew it, or set this machine's clock",
+        Error::InvalidCertificate(_) => "the server's certificate is not good",
+        Error::AlertReceived(Alert::CertificateRequired) => {
+            "the server wants a certificate of its clients: set nats.tls_cert and nats.tls_key"
+        }
+        Error::AlertReceived(_) => "the server refuses what it was shown: check nats.tls_cert and nats.tls_key",
+        Error::InvalidMessage(_) => {
+            "the server does not speak TLS there, or wants it at another moment (nats.tls_first)"
+        }
+        _ => "TLS failed",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::{AlertDescription, CertificateError, Error, InvalidMessage};
+
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_a_certificate_is_told_apart() {
+        for (error, part) in [
+            (Error::InvalidCertificate(CertificateError::UnknownIssuer), "nats.tls_ca"),
+            (Error::InvalidCertificate(CertificateError::NotValidForName), "other host names"),
+            (Error::InvalidCertificate(CertificateError::Expired), "is over"),
+            (Error::InvalidCertificate(CertificateError::BadSignature), "not good"),
+            (Error::AlertReceived(AlertDescription::CertificateRequired), "set nats.tls_cert"),
+            (Error::AlertReceived(AlertDescription::UnknownCA), "refuses"),
+            (Error::InvalidMessage(InvalidMessage::InvalidContentType), "does not speak TLS"),
+        ] {
+            assert!(tls_hint(&error).contains(part), "{error}: {}", tls_hint(&error));
+            let wrapped = std::io::Error::new(std::io::ErrorKind::InvalidData, error);
+            assert!(cause::<Error>(&wrapped).is_some_and(|found| tls_hint(found).contains(part)), "{part}");
+        }
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        assert!(cause::<Error>(&refused).is_none());
     }
 }

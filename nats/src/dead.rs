@@ -71,6 +71,12 @@ impl DeadLetters {
         Ok(letters)
     }
 
+    /// The letter with this number. None: it is not there any more.
+    pub async fn at(&self, seq: u64) -> Result<Option<StoredLetter>, ServerError> {
+        let which = Get { seq: Some(seq), ..Get::default() };
+        Ok(raw::leader_get(&self.nats, DEAD, &which).await?.and_then(|stored| self.letter(stored)))
+    }
+
     /// Whether there is any.
     pub async fn any_of(&self, kind: Kind, id: &StreamId) -> Result<bool, ServerError> {
         let filter = self.nats.subjects().dead(kind, id);

@@ -20,6 +20,12 @@ pub enum ServerError {
     /// The message is larger than the server's `max_payload`.
     #[error("message is over the server's max_payload")]
     TooLarge,
+    /// The server's permissions for this login.
+    #[error("this login may not {what} {subject}")]
+    Denied { what: &'static str, subject: String },
+    /// The same for the subject on which every answer would come.
+    #[error("this login may not listen on {inbox}, where answers come: set nats.inbox_prefix to that of its role")]
+    NoInbox { inbox: String },
     /// This connection is closed for good.
     #[error("connection is closed")]
     Closed,
@@ -54,7 +60,11 @@ impl ServerError {
                     || matches!(error.error_code(), ErrorCode::CLUSTER_NOT_AVAILABLE | ErrorCode::CLUSTER_NO_PEERS)
                     || error.error_code() == IN_PROCESS
             }
-            ServerError::TooLarge | ServerError::Closed | ServerError::Unreadable(_) => false,
+            ServerError::TooLarge
+            | ServerError::Denied { .. }
+            | ServerError::NoInbox { .. }
+            | ServerError::Closed
+            | ServerError::Unreadable(_) => false,
         }
     }
 
@@ -67,6 +77,11 @@ impl ServerError {
     /// acknowledged before is lost by it; the same request succeeds once something expires or somebody makes room.
     pub fn is_full(&self) -> bool {
         self.code().is_some_and(|code| FULL.contains(&code))
+    }
+
+    /// This login lacks a permission: asking again changes nothing until somebody changes the server's configuration.
+    pub fn is_denied(&self) -> bool {
+        matches!(self, ServerError::Denied { .. } | ServerError::NoInbox { .. })
     }
 
     pub(crate) fn is_code(&self, code: ErrorCode) -> bool {

@@ -1,10 +1,11 @@
 //! Heartbeats and control requests: core NATS, nothing stored. And what waits for each worker in its queues.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_nats::{Subscriber, jetstream::ErrorCode};
 use futures_util::StreamExt;
 use serde::Serialize;
+use tokio::sync::broadcast;
 use voxfleet_schema::{
     codec::{self, CodecError},
     failure::{Failure, FailureClass},
@@ -13,7 +14,9 @@ use voxfleet_schema::{
 };
 
 use crate::{
-    Nats, ServerError, raw,
+    Nats, ServerError,
+    denial::{Denial, subscribing},
+    raw,
     subjects::Subject,
     topology::names::{LIVE, WORK},
 };
@@ -42,8 +45,9 @@ pub async fn heartbeat_publish(nats: &Nats, heartbeat: &Heartbeat) -> Result<(),
 
 /// Hears every heartbeat from now on.
 pub async fn heartbeats(nats: &Nats) -> Result<Heartbeats, FleetError> {
+    let denials = nats.denials().listen();
     let subscriber = subscribe(nats, nats.subjects().heartbeats_all()).await?;
-    Ok(Heartbeats { nats: nats.clone(), subscriber })
+    Ok(Heartbeats { nats: nats.clone(), subscriber, denials })
 }
 
 /// Subscribes and waits until the server knows it, so that what is sent after this call is heard.
@@ -56,13 +60,25 @@ async fn subscribe(nats: &Nats, subject: String) -> Result<Subscriber, ServerErr
 pub struct Heartbeats {
     nats: Nats,
     subscriber: Subscriber,
+    denials: broadcast::Receiver<Arc<Denial>>,
 }
 
 impl Heartbeats {
     /// The next heartbeat; bad ones are errors of their own, and the next call goes on. `Server(Closed)` is the end.
     /// Cancel-safe.
     pub async fn next(&mut self) -> Result<Heartbeat, FleetError> {
-        let message = self.subscriber.next().await.ok_or(ServerError::Closed)?;
+        let subject = self.nats.subjects().heartbeats_all();
+        let message = loop {
+            let message = tokio::select! {
+                biased;
+                message = self.subscriber.next() => message.ok_or(ServerError::Closed)?,
+                error = subscribing(&mut self.denials, &subject) => return Err(error.into()),
+            };
+            if !raw::is_from_a_stream(&message) {
+                break message;
+            }
+            tracing::debug!("a message that a stream sent is no heartbeat");
+        };
         let heartbeat: Heartbeat = codec::from_json(&message.payload)
             .map_err(|source| FleetError::Malformed { subject: message.subject.to_string(), source })?;
         match self.nats.subjects().parse(&message.subject) {
@@ -85,7 +101,11 @@ pub async fn control(
     let subject = nats.subjects().control(to);
     let body = codec::to_json(request).map_err(FleetError::Encode)?;
     let request = async_nats::Request::new().payload(body.into()).headers(raw::json_headers()).timeout(Some(timeout));
-    let answer = nats.client().send_request(subject.clone(), request).await.map_err(ServerError::from)?;
+    let refused = nats.denials().publishing(&subject);
+    let answer = tokio::select! {
+        answer = nats.client().send_request(subject.clone(), request) => answer.map_err(ServerError::from)?,
+        error = refused => return Err(error.into()),
+    };
     codec::from_json(&answer.payload).map_err(|source| FleetError::Malformed { subject, source })
 }
 
@@ -105,6 +125,10 @@ impl ControlServer {
     pub async fn next(&mut self) -> Option<(ControlRequest, ControlResponder)> {
         loop {
             let message = self.subscriber.next().await?;
+            if raw::is_from_a_stream(&message) {
+                tracing::warn!("a message that a stream sent is no control request");
+                continue;
+            }
             let responder = ControlResponder { nats: self.nats.clone(), to: message.reply };
             match codec::from_json(&message.payload) {
                 Ok(request) => return Some((request, responder)),

@@ -171,7 +171,7 @@ impl JobAck {
 }
 
 /// Name of the intake's consumer.
-const INTAKE: &str = "dispatcher";
+pub(crate) const INTAKE: &str = "dispatcher";
 const INTAKE_ACK_WAIT: Duration = Duration::from_secs(30);
 /// Taken and not acked: what one dispatcher works on at a time.
 const INTAKE_ACK_PENDING: i64 = 256;

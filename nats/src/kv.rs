@@ -37,7 +37,7 @@ impl Bucket {
     }
 
     /// The stream behind it.
-    pub fn stream(self) -> &'static str {
+    pub const fn stream(self) -> &'static str {
         match self {
             Bucket::Sessions => "KV_asr_sessions",
             Bucket::Jobs => "KV_asr_jobs",

@@ -14,6 +14,7 @@
 //! | [`publish`] | hints, events, partials, dead letters |
 //! | [`events`] | events on their way out: a queue that waits for the stream |
 //! | [`dead`] | dead letters found again, and put away for good |
+//! | [`again`] | a job that failed, submitted again from its dead letter |
 //! | [`claim`] | a worker's capacity-limited pull of hints |
 //! | [`jobs`] | submitted jobs on their way in, work items on their way to a worker |
 //! | [`purge`] | all that is kept of a session or job, found and removed |
@@ -23,17 +24,21 @@
 //! | [`kv`] | typed records with compare-and-set |
 //! | [`api`] | the request/reply service and its client |
 //! | [`lease`] | which dispatcher is active |
+//! | [`roles`] | what each role may do, and server files that hold it to that |
 //! | [`retry`] | how long to wait before the next attempt |
+//! | `denial` | what this login may not do, told to whoever asked |
 //! | `feed`, `pull`, `raw` | endless ordered reading; a durable consumer's pull; the JetStream API in its own words |
 //!
 //! Invariants: an expected-sequence conflict is 10071 or 10164, whichever the server's replica count makes of it; the end
 //! of any endless read is an error, never silence; nothing here spawns a task per message.
 
+pub mod again;
 pub mod api;
 pub mod claim;
 pub mod config;
 pub mod connect;
 pub mod dead;
+mod denial;
 pub mod error;
 pub mod events;
 mod feed;
@@ -48,6 +53,7 @@ mod pull;
 pub mod purge;
 mod raw;
 pub mod retry;
+pub mod roles;
 pub mod subjects;
 pub mod topology;
 pub mod transcript;

@@ -9,6 +9,7 @@ use async_nats::{
     jetstream::{ErrorCode, context::PublishAckFuture, message::PublishMessage, stream::DirectGetErrorKind},
 };
 use bytes::Bytes;
+use futures_util::{FutureExt as _, future::BoxFuture};
 use voxfleet_schema::{
     audio::RawEntry,
     id::{IdError, StreamId},
@@ -71,15 +72,24 @@ pub struct Appended {
 }
 
 /// An entry on its way; see [`AudioLog::publish`].
-#[derive(Debug)]
 pub struct PendingAppend {
     ack: PublishAckFuture,
+    refused: BoxFuture<'static, ServerError>,
+}
+
+impl std::fmt::Debug for PendingAppend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PendingAppend").finish_non_exhaustive()
+    }
 }
 
 impl PendingAppend {
     /// Waits for the log's answer. `Timeout` means unknown: it may have been stored.
     pub async fn stored(self) -> Result<Appended, LogError> {
-        let ack = self.ack.await.map_err(ServerError::from)?;
+        let ack = tokio::select! {
+            ack = self.ack.into_future() => ack.map_err(ServerError::from)?,
+            error = self.refused => return Err(error.into()),
+        };
         Ok(Appended { seq: ack.sequence, duplicate: ack.duplicate })
     }
 }
@@ -167,8 +177,10 @@ impl AudioLog {
         if let Some(msg_id) = msg_id {
             message = message.message_id(msg_id);
         }
-        let sent = self.nats.js().send_publish(self.nats.subjects().audio(id), message).await;
-        Ok(PendingAppend { ack: sent.map_err(ServerError::from)? })
+        let subject = self.nats.subjects().audio(id);
+        let refused = self.nats.denials().publishing(&subject).boxed();
+        let sent = self.nats.js().send_publish(subject, message).await;
+        Ok(PendingAppend { ack: sent.map_err(ServerError::from)?, refused })
     }
 
     /// What the log holds, from its leader.

@@ -28,7 +28,13 @@ pub(crate) async fn api<T: DeserializeOwned>(
     subject: String,
     request: &(impl Serialize + ?Sized),
 ) -> Result<T, ServerError> {
-    match nats.js().request(subject, request).await? {
+    let full = format!("$JS.API.{subject}");
+    let refused = nats.denials().publishing(&full);
+    let answer = tokio::select! {
+        answer = nats.js().request(subject, request) => answer?,
+        error = refused => return Err(error),
+    };
+    match answer {
         Response::Ok(value) => Ok(value),
         Response::Err { error } => Err(error.into()),
     }
@@ -130,7 +136,12 @@ pub(crate) async fn leader_get(nats: &Nats, stream: &str, which: &Get<'_>) -> Re
 
 /// Publishes into a stream and waits for its answer.
 pub(crate) async fn publish(nats: &Nats, subject: String, message: PublishMessage) -> Result<PublishAck, ServerError> {
-    Ok(nats.js().send_publish(subject, message).await?.await?)
+    let refused = nats.denials().publishing(&subject);
+    let publishing = async { Ok(nats.js().send_publish(subject.clone(), message).await?.await?) };
+    tokio::select! {
+        stored = publishing => stored,
+        error = refused => Err(error),
+    }
 }
 
 /// Removes what stands on `filter`, up to the message before `below` where that is given. Gone already is done.
@@ -180,6 +191,14 @@ pub(crate) async fn delete(nats: &Nats, stream: &str, seq: u64) -> Result<bool, 
     let gone = error.code().is_some_and(|code| NOT_THERE.contains(&code))
         && leader_get(nats, stream, &Get { seq: Some(seq), ..Get::default() }).await?.is_none();
     if gone { Ok(false) } else { Err(error) }
+}
+
+/// Whether a stream sent this and not a client. Whoever may read a stream may have its messages sent anywhere in the account,
+/// also where he may not publish; the server marks them in a way that he cannot take away.
+pub(crate) fn is_from_a_stream(message: &async_nats::Message) -> bool {
+    let by_consumer = message.reply.as_ref().is_some_and(|reply| reply.starts_with("$JS."));
+    let by_get = message.headers.as_ref().is_some_and(|headers| headers.get("Nats-Stream").is_some());
+    by_consumer || by_get
 }
 
 pub(crate) fn json_headers() -> HeaderMap {
@@ -358,6 +377,31 @@ mod tests {
         let want = [("Asr-End", "1"), ("Asr-Source", "s"), ("asr-seq", "1")];
         assert_eq!(asr_headers(Some(&headers)), want.map(|(n, v)| (n.to_owned(), v.to_owned())));
         assert_eq!(asr_headers(Some(&HeaderMap::new())), []);
+    }
+
+    #[test]
+    fn what_a_stream_sends_is_told_from_what_a_client_says() {
+        let message = |reply: Option<&'static str>, header: Option<&'static str>| async_nats::Message {
+            subject: "asr.v1.control.g.i".into(),
+            reply: reply.map(Into::into),
+            payload: Bytes::new(),
+            headers: header.map(|name| {
+                let mut headers = HeaderMap::new();
+                headers.insert(name, "x");
+                headers
+            }),
+            status: None,
+            description: None,
+            length: 0,
+        };
+        for (reply, header, want) in [
+            (Some("_INBOX_dispatcher.a.b"), Some("Content-Type"), false),
+            (None, None, false),
+            (Some("$JS.ACK.OBJ_asr_media.c.1.1.1.1.0"), None, true),
+            (None, Some("Nats-Stream"), true),
+        ] {
+            assert_eq!(is_from_a_stream(&message(reply, header)), want, "{reply:?} {header:?}");
+        }
     }
 
     #[test]

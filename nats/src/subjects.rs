@@ -66,6 +66,7 @@ pub enum Endpoint {
     SessionOpen,
     SessionStatus,
     SessionClose,
+    SessionList,
     JobSubmit,
     JobStatus,
     JobList,
@@ -76,10 +77,11 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    pub const ALL: [Endpoint; 10] = [
+    pub const ALL: [Endpoint; 11] = [
         Endpoint::SessionOpen,
         Endpoint::SessionStatus,
         Endpoint::SessionClose,
+        Endpoint::SessionList,
         Endpoint::JobSubmit,
         Endpoint::JobStatus,
         Endpoint::JobList,
@@ -95,6 +97,7 @@ impl Endpoint {
             Endpoint::SessionOpen => "session.open",
             Endpoint::SessionStatus => "session.status",
             Endpoint::SessionClose => "session.close",
+            Endpoint::SessionList => "session.list",
             Endpoint::JobSubmit => "job.submit",
             Endpoint::JobStatus => "job.status",
             Endpoint::JobList => "job.list",

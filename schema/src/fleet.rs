@@ -44,6 +44,9 @@ pub struct Held {
     /// Last final stored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub final_index: Option<u64>,
+    /// Logged minus decoded, in ms; none of a job, and from older workers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag_ms: Option<u64>,
     /// Of a job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<JobProgress>,

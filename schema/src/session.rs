@@ -518,6 +518,56 @@ pub struct SessionStatus {
     pub candidates: serde_json::Value,
 }
 
+/// `session.list`: sessions that are open, in order of their ids.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SessionListRequest {
+    /// Only those in this state; ended ones are in no list.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state: Option<SessionState>,
+    /// Only ids above this one: where the list before this ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub after: Option<StreamId>,
+    /// 100 unless told, at most 5,000.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
+}
+
+/// One line of `session.list`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SessionSummary {
+    pub session: StreamId,
+    pub state: SessionState,
+    pub epoch: u64,
+    /// Who has it; none while it waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<WorkerName>,
+    /// The model it runs on; none where the worker's own default is meant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub language: Option<String>,
+    /// Unix time in ms.
+    pub opened_ms: u64,
+    /// Index of the last final.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_final: Option<u64>,
+    /// Logged minus decoded as its worker told last, in ms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag_ms: Option<u64>,
+    /// Why it waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<Failure>,
+}
+
+/// Answer to `session.list`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SessionList {
+    pub sessions: Vec<SessionSummary>,
+    /// How many there are in all in that state, beyond `limit` too.
+    pub total: u64,
+}
+
 /// The stem of a file's name, and fit to be shown.
 pub fn is_model_name(name: &str) -> bool {
     const MAX_BYTES: usize = 128;

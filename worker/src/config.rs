@@ -7,6 +7,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use voxfleet_http::HttpConfig;
 use voxfleet_schema::{SAMPLE_RATE_HZ, fleet::Provider, id::GpuId, session::is_model_name};
 use voxfleet_store::{
     fetch::FetchConfig,
@@ -102,6 +103,8 @@ pub enum Sharing {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WorkerConfig {
+    /// Health and figures of this process; off unless an address is given, for rented machines let nobody in.
+    pub http: HttpConfig,
     pub gpu: GpuChoice,
     /// Overrides the name derived from the device.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -210,6 +213,7 @@ pub struct WorkerConfig {
 impl Default for WorkerConfig {
     fn default() -> Self {
         Self {
+            http: HttpConfig::off(),
             gpu: GpuChoice::Auto,
             gpu_id: None,
             index: 0,
@@ -288,7 +292,7 @@ impl Default for WorkerConfig {
 impl WorkerConfig {
     /// Every mistake, named by its field.
     pub fn problems(&self) -> Vec<String> {
-        let mut found = Vec::new();
+        let mut found = self.http.problems("worker.http");
         let mut check = |good: bool, text: String| {
             if !good {
                 found.push(text);

@@ -16,12 +16,12 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
+use voxfleet_audio::spawner::{SpawnError, launch_worker};
 use voxfleet_schema::device::DeviceTrouble;
 
 use crate::{
     config::WorkerConfig,
     device::{self, Listed, Survey},
-    spawner::{SpawnError, launch_worker},
 };
 
 /// Beyond a worker's own time for a stop; a worker that is not gone then hangs.

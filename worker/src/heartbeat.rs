@@ -73,6 +73,8 @@ pub(crate) struct Sources {
     pub(crate) measures: Measures,
     pub(crate) news: Arc<Notify>,
     pub(crate) every: Duration,
+    /// Each as it was sent, for whoever asks this process over HTTP.
+    pub(crate) told: watch::Sender<Option<Arc<Heartbeat>>>,
 }
 
 impl Sources {
@@ -155,6 +157,7 @@ pub(crate) async fn run(own: Nats, main: Nats, mut sources: Sources, stop: Cance
                 Err(_) => tracing::warn!("heartbeat not sent within its time"),
             }
             beaten_at = Some(Instant::now());
+            sources.told.send_replace(Some(Arc::new(heartbeat)));
         }
         if last {
             break;

@@ -6,11 +6,11 @@
 
 mod capacity;
 pub mod config;
-pub mod decoder;
 pub mod device;
 pub mod engine;
 pub mod every_gpu;
 mod heartbeat;
+mod http;
 pub mod ipc;
 mod job;
 mod lifecycle;
@@ -22,7 +22,6 @@ pub mod provider;
 mod pull;
 mod session;
 mod shutdown;
-mod spawner;
 mod stock;
 mod supervisor;
 

@@ -1,6 +1,5 @@
 //! Arguments of each command.
 
-#[cfg(feature = "bench")]
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -232,9 +231,35 @@ pub(crate) struct StatusArgs {
     /// One session or job: where it is, and what spoke for and against each GPU, then and now
     #[arg(long, value_name = "ID", conflicts_with = "all")]
     pub(crate) why: Option<StreamId>,
-    /// One object
+    /// Again and again, each so many seconds, until Ctrl-C
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", conflicts_with = "why",
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) watch: Option<u64>,
+    /// One object; with --watch one a line
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  voxfleet health
+  voxfleet health --ready
+  voxfleet health --at https://fleet.example:9480 --ca ca.pem
+
+Ends with 0 where the process is alive (with --ready: where work progresses), else with 1. Needs no token.")]
+pub(crate) struct HealthArgs {
+    /// Where it serves HTTP
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:9480")]
+    pub(crate) at: String,
+    /// Ask whether work progresses
+    #[arg(long)]
+    pub(crate) ready: bool,
+    /// Certificates to trust in place of the system's
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
+    /// How long to wait for the answer, in s
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub(crate) timeout: u64,
 }
 
 #[derive(Debug, Clone, Args)]

@@ -1,5 +1,6 @@
 //! What can be typed. Nothing here decides anything: [`crate::invocation`] turns it into what is meant.
 
+mod auth;
 mod commands;
 mod dead;
 mod drain;
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+pub(crate) use auth::*;
 pub(crate) use commands::*;
 pub(crate) use dead::*;
 pub(crate) use drain::*;
@@ -101,8 +103,12 @@ pub(crate) enum Command {
     Models(ModelsArgs),
     /// Which models and how many sessions fit on a card, or on a fleet of them
     Plan(PlanArgs),
+    /// Ask a dispatcher or worker over HTTP whether it is well
+    Health(HealthArgs),
     /// Check what can be wrong, and name the mend
     Doctor(DoctorArgs),
+    /// Keys and permissions: who may do what
+    Auth(AuthArgs),
     /// Make a payload on standard input readable
     Decode(DecodeArgs),
     /// Check or show the configuration

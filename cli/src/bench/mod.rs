@@ -18,7 +18,9 @@
 //! | [`rebalance`] | half of the workers killed at once: events, moves, time until all sessions produce again |
 //! | [`route`] | added latency from a producer's publish to the engine, and what a fleet saturates at |
 //! | [`scale`] | sessions over more and more workers: what one dispatcher carries, and where its wall is |
+//! | [`soak`] | a fleet at work for long with kills and one restart of everything: what grows? |
 //! | [`startup`] | start-up time of each process, and memory with idle sessions |
+//! | [`tenants`] | two accounts on one server: what one notices of the other's flood |
 //! | [`probe`] | the engine's door: where latency is measured |
 //! | [`models`] | model files with random weights in the official shapes |
 //! | [`recording`], [`sampled`], [`processes`] | long recordings; memory and CPU of every process |
@@ -47,7 +49,9 @@ mod recording;
 mod route;
 mod sampled;
 mod scale;
+mod soak;
 mod startup;
+mod tenants;
 
 use std::path::PathBuf;
 
@@ -81,7 +85,9 @@ Examples:
   voxfleet bench rebalance
   voxfleet bench route --sessions 1000 --seconds 30 --json
   voxfleet bench scale
-  voxfleet bench startup")]
+  voxfleet bench soak --minutes 20
+  voxfleet bench startup
+  voxfleet bench tenants")]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
     bench: Option<Bench>,
@@ -124,8 +130,12 @@ enum Bench {
     Route(route::RouteArgs),
     /// Many sessions over many workers: CPU, memory, latency, and where the wall is
     Scale(scale::ScaleArgs),
+    /// A fleet at work for long, with kills and one restart of everything: does memory, a file, a key or a stream grow?
+    Soak(soak::SoakArgs),
     /// Start-up time of each process, memory with idle sessions
     Startup(startup::StartupArgs),
+    /// Two accounts on one server: latency in one with and without a flood in the other
+    Tenants(tenants::TenantsArgs),
     /// Write the models with random weights that other benches use
     #[command(hide = true)]
     Stubs(models::StubsArgs),
@@ -159,7 +169,9 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Rebalance(args) => rebalance::run(args).await,
             Bench::Route(args) => route::run(args).await,
             Bench::Scale(args) => scale::run(args).await,
+            Bench::Soak(args) => soak::run(args).await,
             Bench::Startup(args) => startup::run(args).await,
+            Bench::Tenants(args) => tenants::run(args).await,
             Bench::Stubs(args) => tokio::task::spawn_blocking(move || models::write_stubs(&args)).await?,
             Bench::Weigh(args) => tokio::task::spawn_blocking(move || models::weigh(&args)).await?,
             Bench::Probe(args) => {
@@ -268,7 +280,8 @@ fn grid(rows: &[Value]) -> Vec<String> {
 }
 
 /// Fields that name a row.
-const HEADS: [&str; 9] = ["set", "engine", "gpus", "sessions", "workers", "process", "call", "model", "start"];
+const HEADS: [&str; 11] =
+    ["of", "what", "set", "engine", "gpus", "sessions", "workers", "process", "call", "model", "start"];
 
 /// Three digits behind the point are more than these measurements are good for.
 fn rounded(value: f64) -> f64 {

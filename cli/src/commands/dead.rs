@@ -3,14 +3,13 @@
 use serde_json::{Value, json};
 use voxfleet_nats::{
     Nats,
-    api::ApiError,
+    again::{self, RetryError},
     dead::{DeadLetters, StoredLetter},
-    media::Media,
 };
 use voxfleet_schema::{
     dead::{DeadLetter, RefusedRequest},
     id::{Kind, StreamId},
-    job::{AudioUrl, Inline, JobRecord, JobRequest, JobState, Submitted, audio_key},
+    job::{AudioUrl, Inline},
 };
 
 use super::{
@@ -20,13 +19,9 @@ use super::{
 use crate::{
     args::{DeadArg, DeadArgs, DeadCommand, DeadListArgs, DropArgs, KindArgs, RetryArgs},
     exit::{Exit, OrExit as _, coded},
-    file_job::ask,
     transcript::screen::{object, out},
 };
 
-/// Ids tried for a job that is submitted again.
-const IDS: u32 = 100;
-const MAX_ID: usize = 64;
 /// Of what is no letter, in characters.
 const SHOWN: usize = 2_000;
 
@@ -162,52 +157,20 @@ fn body_text(request: &RefusedRequest) -> String {
 }
 
 async fn retry(args: &RetryArgs, nats: &Nats) -> anyhow::Result<Exit> {
-    let letters = DeadLetters::new(nats);
-    let of_job = letters.of(Kind::Job, &args.job).await.or_exit(Exit::Unavailable)?;
-    if of_job.is_empty() {
-        return match letters.of(Kind::Session, &args.job).await.or_exit(Exit::Unavailable)?.is_empty() {
-            true => nothing(&args.job),
-            false => Err(anyhow::anyhow!(
-                "{} is a session: its window has its place in the transcript, and cannot be decoded again",
-                args.job
-            ))
-            .or_exit(Exit::Usage),
-        };
-    }
-    let record = ask::record(nats, &args.job).await?;
-    let source = source(record, &of_job)?;
-    if let Some(part) = &source.request.part {
-        let whole = &part.parent;
-        return Err(anyhow::anyhow!("{} is a stretch of job {whole}, which does it itself; retry {whole}", args.job))
-            .or_exit(Exit::Usage);
-    }
-    let id = match &args.id {
-        // Nothing of a job that is there may be written over, and being given its answer would not be a new try.
-        Some(id) if ask::record(nats, id).await?.is_some() => {
-            return Err(anyhow::anyhow!("there is a job {id} already; choose another id")).or_exit(Exit::Usage);
+    let retried = match again::retry(nats, &args.job, args.id.as_ref(), args.keep).await {
+        Ok(retried) => retried,
+        Err(error) => {
+            let exit = exit_of(&error);
+            return Err(coded(exit, error.into()));
         }
-        Some(id) => id.clone(),
-        None => free_id(nats, &args.job).await?,
     };
-    let request = JobRequest { job: Some(id.clone()), ..source.request };
-    request.validate().or_exit(Exit::Failure)?;
-    let submitted = submit(nats, &args.job, &id, request).await?;
-    // By their numbers: one that came meanwhile stays.
-    let mut dropped = 0;
-    if !args.keep {
-        for stored in &of_job {
-            match letters.remove(stored.seq).await {
-                Ok(there) => dropped += u64::from(there),
-                Err(error) => eprintln!("letter {} stays: {error}", stored.seq),
-            }
-        }
-    }
-    if let Some(note) = source.note {
+    for note in &retried.notes {
         eprintln!("{note}");
     }
+    let submitted = &retried.submitted;
     if args.output.json {
         object(&json!({
-            "job": submitted.job, "state": submitted.state, "retry_of": args.job, "letters_dropped": dropped,
+            "job": submitted.job, "state": submitted.state, "retry_of": args.job, "letters_dropped": retried.dropped,
         }))?;
     } else {
         out(submitted.job.as_str())?;
@@ -215,109 +178,14 @@ async fn retry(args: &RetryArgs, nats: &Nats) -> anyhow::Result<Exit> {
     Ok(Exit::Ok)
 }
 
-/// What is asked for again.
-#[derive(Debug)]
-struct Source {
-    request: JobRequest,
-    note: Option<&'static str>,
-}
-
-/// The key has the whole URL; a letter has it without what may be a signature; a request that was refused has what its sender
-/// wrote.
-fn source(record: Option<JobRecord>, letters: &[StoredLetter]) -> anyhow::Result<Source> {
-    if let Some(record) = record.filter(|record| record.state == JobState::Failed) {
-        return Ok(Source { request: again(record), note: None });
+fn exit_of(error: &RetryError) -> Exit {
+    match error {
+        RetryError::NoLetter(_) | RetryError::Expired(_) => Exit::NotFound,
+        RetryError::Session(_) | RetryError::Part { .. } | RetryError::Taken(_) | RetryError::NoId(_) => Exit::Usage,
+        RetryError::NoSource(_) | RetryError::Request(_) => Exit::Failure,
+        RetryError::Api { source, .. } => Exit::of_api(source),
+        RetryError::Records(_) | RetryError::Media(_) | RetryError::Server(_) => Exit::Unavailable,
     }
-    let mut why = None;
-    for letter in letters.iter().filter_map(|stored| stored.letter.as_ref().ok()) {
-        if let Some(record) = &letter.record {
-            let signed = record.audio.starts_with("http");
-            let note = "its key has expired: the URL is the letter's, where a signature would be missing";
-            return Ok(Source { request: again(record.clone()), note: signed.then_some(note) });
-        }
-        match letter.request.as_ref().map(refused_request) {
-            Some(Ok(request)) => return Ok(Source { request, note: None }),
-            Some(Err(error)) => why = why.or(Some(error)),
-            None => {}
-        }
-    }
-    Err(why.unwrap_or_else(|| anyhow::anyhow!("its letter does not say what was asked for"))).or_exit(Exit::Failure)
-}
-
-fn again(record: JobRecord) -> JobRequest {
-    JobRequest {
-        job: None,
-        audio: Some(record.audio),
-        data: None,
-        name: record.name,
-        options: record.options,
-        result_ttl_s: Some(record.result_ttl_s),
-        part: record.part,
-    }
-}
-
-fn refused_request(request: &RefusedRequest) -> anyhow::Result<JobRequest> {
-    let body: &[u8] = match (&request.body, &request.body_base64) {
-        (Some(text), _) => text.as_bytes(),
-        (None, Some(Inline(bytes))) => bytes,
-        (None, None) => anyhow::bail!("nothing of the request was kept"),
-    };
-    anyhow::ensure!(
-        body.len() as u64 == request.body_bytes,
-        "only the first {} of its {} bytes were kept; submit it again from its source",
-        body.len(),
-        request.body_bytes
-    );
-    let decoded = JobRequest::decode(body, request.content_type.as_deref());
-    decoded.map_err(|error| anyhow::Error::new(error).context("it is no job; submit a corrected one"))
-}
-
-/// The first id of its kind that no job has.
-async fn free_id(nats: &Nats, job: &StreamId) -> anyhow::Result<StreamId> {
-    for n in 1..=IDS {
-        let id = numbered(job, n)?;
-        if id != *job && ask::record(nats, &id).await?.is_none() {
-            return Ok(id);
-        }
-    }
-    Err(anyhow::anyhow!("{IDS} retries of {job} exist already; choose an --id")).or_exit(Exit::Usage)
-}
-
-/// `call-17` and `call-17-r1` -> `call-17-r<n>`.
-fn numbered(job: &StreamId, n: u32) -> anyhow::Result<StreamId> {
-    let text = job.as_str();
-    let digits = |tail: &str| !tail.is_empty() && tail.bytes().all(|b| b.is_ascii_digit());
-    let base = text.rsplit_once("-r").filter(|(_, tail)| digits(tail)).map_or(text, |(base, _)| base);
-    let tail = format!("-r{n}");
-    // Ids are ASCII.
-    let base = &base[..base.len().min(MAX_ID - tail.len())];
-    StreamId::new(format!("{base}{tail}")).or_exit(Exit::Internal)
-}
-
-/// A recording that came with the old job goes when that expires: the new one has its own.
-async fn submit(nats: &Nats, old: &StreamId, id: &StreamId, mut request: JobRequest) -> anyhow::Result<Submitted> {
-    let media = Media::new(nats);
-    let copied = request.audio.as_deref() == Some(AudioUrl::object(&audio_key(old)).as_str());
-    if copied {
-        let Some(recording) = media.get(&audio_key(old)).await.or_exit(Exit::Unavailable)? else {
-            let gone = anyhow::anyhow!("the recording of {old} has expired with it; submit it again from its source");
-            return Err(gone).or_exit(Exit::NotFound);
-        };
-        media.put(&audio_key(id), recording).await.or_exit(Exit::Unavailable)?;
-        request.audio = Some(AudioUrl::object(&audio_key(id)));
-    }
-    let error = match ask::submit(nats, &request).await {
-        Ok(submitted) => return Ok(submitted),
-        Err(error) => error,
-    };
-    // Where nobody answered it may have been taken, and then its recording is needed.
-    if copied
-        && matches!(error, ApiError::Refused(_))
-        && let Err(error) = media.delete(&audio_key(id)).await
-    {
-        tracing::warn!(%error, key = audio_key(id), "the copied recording stays behind");
-    }
-    Err(coded(Exit::of_api(&error), anyhow::Error::new(error).context(format!("job {id}"))))
 }
 
 async fn remove(args: &DropArgs, nats: &Nats) -> anyhow::Result<Exit> {
@@ -346,6 +214,8 @@ async fn remove(args: &DropArgs, nats: &Nats) -> anyhow::Result<Exit> {
 
 #[cfg(test)]
 mod tests {
+    use voxfleet_schema::job::JobRecord;
+
     use super::*;
 
     fn id(text: &str) -> StreamId {
@@ -405,42 +275,6 @@ mod tests {
         let wild = text(&[letter(EVIL), nothing], 2, 2_000);
         assert!(!wild.contains(|c: char| c.is_control() && c != '\n'), "{wild:?}");
         assert_eq!(wild.lines().count(), tame.lines().count(), "{wild}");
-    }
-
-    #[test]
-    fn retries_are_numbered() {
-        for (old, n, new) in [("call-17", 1, "call-17-r1"), ("call-17-r1", 2, "call-17-r2"), ("a-r", 1, "a-r-r1")] {
-            assert_eq!(numbered(&id(old), n).expect("id").as_str(), new);
-        }
-        let longest = "x".repeat(64);
-        assert_eq!(numbered(&id(&longest), 100).expect("id").as_str().len(), 64);
-    }
-
-    #[test]
-    fn the_key_has_the_whole_url_and_a_letter_may_lack_its_signature() {
-        let letters = [failed("https://h/a.wav")];
-        let whole = source(Some(record("failed", "https://h/a.wav?sig=1")), &letters).expect("a source");
-        assert_eq!((whole.request.audio.as_deref(), whole.note), (Some("https://h/a.wav?sig=1"), None));
-        assert_eq!(whole.request.options.language.as_deref(), Some("de"));
-        // A key of a job of that name that did not fail is another job's.
-        for record in [None, Some(record("done", "s3://b/other"))] {
-            let bare = source(record, &letters).expect("a source");
-            assert_eq!(bare.request.audio.as_deref(), Some("https://h/a.wav"));
-            assert!(bare.note.is_some_and(|note| note.contains("signature")));
-        }
-        assert!(source(None, &[failed("s3://b/k")]).is_ok_and(|source| source.note.is_none()));
-    }
-
-    #[test]
-    fn a_refused_request_is_tried_again_only_where_it_is_one() {
-        let body = r#"{"audio":"s3://b/k"}"#;
-        assert!(
-            source(None, &[refused(body, body.len())]).is_ok_and(|s| s.request.audio.as_deref() == Some("s3://b/k"))
-        );
-        let cut = source(None, &[refused(body, 100_000)]).expect_err("cut");
-        assert!(cut.to_string().contains("only the first"), "{cut:#}");
-        let noise = source(None, &[refused("{\"audoi\":1}", 11)]).expect_err("no job");
-        assert!(noise.to_string().contains("corrected"), "{noise:#}");
     }
 
     #[test]

@@ -11,6 +11,9 @@ pub(crate) async fn run(context: &Context) -> anyhow::Result<Exit> {
     let loaded = context.configure(&[Role::Dispatcher], SERVICE_LOG)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), file = ?loaded.file, "dispatcher starts");
     let settings = loaded.settings;
+    if !settings.dispatcher.http.is_off() {
+        voxfleet_http::recorder::install();
+    }
     let Some(nats) = super::connect_service(&settings, "voxfleet-dispatcher", &context.shutdown).await? else {
         tracing::info!("dispatcher stopped before there was a server");
         return Ok(Exit::Ok);

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "worker")]
 pub(crate) mod audio_decoder;
+mod auth;
 pub(crate) mod config;
 mod dead;
 pub(crate) mod decode;
@@ -13,6 +14,7 @@ mod drain;
 pub(crate) mod engine;
 mod eval;
 mod export;
+mod health;
 mod jobs;
 mod models;
 mod plan;
@@ -28,8 +30,7 @@ use std::{path::Path, time::Duration};
 
 use voxfleet_nats::{
     Nats, ServerError,
-    log::{AudioLog, LogError},
-    topology::TopologyError,
+    topology::{self, TopologyConfig, TopologyError},
 };
 #[cfg(any(feature = "dispatcher", feature = "worker"))]
 use {
@@ -84,7 +85,9 @@ pub(crate) async fn run(command: Command, context: Context) -> anyhow::Result<Ex
         Command::Purge(args) => purge::run(&args, &context).await,
         Command::Models(args) => models::run(&args, &context).await,
         Command::Plan(args) => plan::run(&args, &context).await,
+        Command::Health(args) => health::run(&args).await,
         Command::Doctor(args) => doctor::run(&args, &context).await,
+        Command::Auth(args) => auth::run(&args, &context),
         Command::Config(args) => config::run(&args, &context),
         #[cfg(feature = "bench")]
         Command::Demo(args) => {
@@ -209,16 +212,27 @@ async fn keep_trying<T, F: Future<Output = Result<T, ConnectError>>>(
 /// Whether the server has no JetStream: then nothing that is sent is kept, and nothing would ever come back. A server
 /// that does not answer in time, or may not answer us, says nothing about it.
 async fn lacks_jetstream(nats: &Nats) -> bool {
-    match tokio::time::timeout(PROBE, AudioLog::new(nats).bounds()).await {
+    match tokio::time::timeout(PROBE, topology::probe(nats)).await {
         // With JetStream somebody answers, be it that there is no such stream.
-        Ok(Err(LogError::Server(ServerError::NoResponders(_)))) => true,
-        Ok(Err(LogError::Server(error))) => error.code().is_some_and(|code| JETSTREAM_OFF.contains(&code)),
+        Ok(Err(ServerError::NoResponders(_))) => true,
+        Ok(Err(error)) => error.code().is_some_and(|code| JETSTREAM_OFF.contains(&code)),
         Ok(_) | Err(_) => false,
     }
 }
 
 async fn need_jetstream(nats: &Nats) -> anyhow::Result<()> {
     if lacks_jetstream(nats).await { Err(TopologyError::NoJetStream).or_exit(Exit::Unavailable) } else { Ok(()) }
+}
+
+/// The streams that a dispatcher of this configuration makes.
+fn wanted_topology(settings: &Settings) -> TopologyConfig {
+    #[cfg(feature = "dispatcher")]
+    return settings.dispatcher.topology.clone();
+    #[cfg(not(feature = "dispatcher"))]
+    {
+        let _ = settings;
+        TopologyConfig::default()
+    }
 }
 
 /// Closes the connection; whatever the command had to say has been said by then.

@@ -22,6 +22,9 @@ pub(crate) async fn run(args: &WorkerArgs, context: &Context) -> anyhow::Result<
     if args.all_gpus {
         return all_gpus(&settings.worker, context).await;
     }
+    if !settings.worker.http.is_off() {
+        voxfleet_http::recorder::install();
+    }
     let Some(nats) = super::connect_service(&settings, "voxfleet-worker", &context.shutdown).await? else {
         tracing::info!("worker stopped before there was a server");
         return Ok(Exit::Ok);

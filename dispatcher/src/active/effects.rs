@@ -33,6 +33,7 @@ use super::{
     recover,
 };
 use crate::{
+    http::metrics,
     core::{
         Admission, Answer, AppendError, AskReply, Burial, Effect, Mark, SaveError, WalkEnd, closing_final,
         jobs::JobEffect,
@@ -120,19 +121,25 @@ impl Effects {
                 }
             }
             Effect::Tell { event, once } => {
+                metrics::told(&event);
                 // The engine that meets the same entry later says the same under the same id.
                 let seq = event.seq.filter(|_| once);
                 let msg_id = seq.map(|seq| format!("{}-{}-{seq}", event.id, event.what.as_str()));
                 self.events.tell(*event, msg_id);
             }
-            Effect::Answer { call, answer } => match calls.remove(&call) {
-                Some(Caller::Api(responder)) => drop(jobs.spawn(reply(*responder, *answer))),
-                Some(Caller::Door(at)) => {
-                    let tools = self.tools.jobs.clone();
-                    jobs.spawn(async move { tools.answer_door(*at, *answer).await });
+            Effect::Answer { call, answer } => {
+                if let Answer::Refused(failure) = &*answer {
+                    metrics::refused(failure);
                 }
-                None => {}
-            },
+                match calls.remove(&call) {
+                    Some(Caller::Api(responder)) => drop(jobs.spawn(reply(*responder, *answer))),
+                    Some(Caller::Door(at)) => {
+                        let tools = self.tools.jobs.clone();
+                        jobs.spawn(async move { tools.answer_door(*at, *answer).await });
+                    }
+                    None => {}
+                }
+            }
             other => {
                 let (tools, inputs, permits) = (self.tools.clone(), self.inputs.clone(), permits.clone());
                 // Lists wait for each other; a permit held meanwhile would be one less for everything else.
@@ -171,6 +178,7 @@ async fn reply(responder: voxfleet_nats::api::ApiResponder, answer: Answer) {
         Answer::Opened(opened) => responder.reply(&Reply::Ok(opened)).await,
         Answer::Status(status) => responder.reply(&Reply::Ok(*status)).await,
         Answer::Closed(closed) => responder.reply(&Reply::Ok(closed)).await,
+        Answer::Sessions(list) => responder.reply(&Reply::Ok(*list)).await,
         Answer::Fleet(fleet) => responder.reply(&Reply::Ok(*fleet)).await,
         Answer::Drained(drained) => responder.reply(&Reply::Ok(*drained)).await,
         Answer::Plan(plan) => responder.reply(&Reply::Ok(*plan)).await,

@@ -37,7 +37,12 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::id::Kind;
 
-use crate::{config::DispatcherConfig, core::Core, run::DispatcherError};
+use crate::{
+    config::DispatcherConfig,
+    core::Core,
+    http::{metrics, window::Window},
+    run::DispatcherError,
+};
 use effects::Effects;
 use input::{Clock, Input};
 use jobs::Budget;
@@ -112,6 +117,8 @@ pub(crate) struct Process<'a> {
     pub(crate) name: &'a str,
     pub(crate) events: &'a Events,
     pub(crate) shutdown: &'a CancellationToken,
+    /// For those who look from outside.
+    pub(crate) window: &'a Window,
 }
 
 /// Active until it is shut down, or until the lease is lost.
@@ -121,7 +128,7 @@ pub(crate) async fn run(
     until: Instant,
     api: &mut ApiServer,
 ) -> Result<Ended, DispatcherError> {
-    let &Process { nats, config, name, shutdown, .. } = process;
+    let &Process { nats, config, name, shutdown, window, .. } = process;
     let stop = CancellationToken::new();
     // Whatever way this ends, its tasks end with it.
     let _stop_all = stop.clone().drop_guard();
@@ -187,6 +194,7 @@ pub(crate) async fn run(
     };
     let from = left.cursor;
     state.recover(left);
+    window.open();
     let (door, door_open) = watch::channel(false);
     listeners.spawn(door::publishes(nats.clone(), door_open, state.budget.clone(), inputs.clone(), stop.clone()));
     listeners.spawn(door::keys(nats.clone(), inputs.clone(), stop.clone()));
@@ -201,6 +209,7 @@ pub(crate) async fn run(
     let mut watchful =
         Watchfulness { period, ttl, last_turn: clock.mono(), act_from: Duration::ZERO, renewed_after: None };
     let mut batch = Vec::with_capacity(BATCH);
+    let mut healths = Vec::new();
     let mut calls: VecDeque<(ApiCall, ApiResponder)> = VecDeque::new();
     let ended = loop {
         let acting = watchful.acts(clock.mono(), *lease_until.borrow());
@@ -243,6 +252,7 @@ pub(crate) async fn run(
         }
         if acting {
             let now = clock.now();
+            metrics::audio_read(batch.len(), batch.iter().map(|item| item.entry.payload.len()).sum());
             for item in batch.drain(..) {
                 state.core.entry(&item.id, item.entry, now);
             }
@@ -258,6 +268,11 @@ pub(crate) async fn run(
             }
             state.core.settle(clock.now());
             state.carry_out();
+            // Beside the tick also whenever somebody's health changes: a worker that falls silent shows at once.
+            if window.is_wanted() && (ticked || state.core.healths(clock.now()) != healths) {
+                healths = state.core.healths(clock.now());
+                window.show(state.core.fleet_status(clock.now()), state.core.open_sessions());
+            }
         }
         let takes_jobs = taking && acting && state.core.takes_jobs();
         door.send_if_modified(|open| std::mem::replace(open, takes_jobs) != takes_jobs);

@@ -10,6 +10,7 @@
 //! | [`restoring`] | none: back to what was asked for |
 //! | [`endings`] | finals, ends, what stands in the log behind them |
 //! | [`requests`] | the API |
+//! | [`listing`] | none: open sessions as people list them |
 //! | [`services`] | none: the fleet map |
 //! | [`jobs`] | file jobs: the same again for recordings |
 //! | [`expiry`] | audio that leaves the log before anybody had room, streams that fill up |
@@ -25,6 +26,7 @@ mod entries;
 mod expiry;
 mod instead;
 pub mod jobs;
+mod listing;
 mod placing;
 mod reconciling;
 mod requests;
@@ -53,9 +55,11 @@ use voxfleet_schema::{
     id::{Kind, StreamId, WorkerName},
     job::{JobList, JobStatus, Submitted},
     plan::FleetPlan,
-    session::{Closed, Opened, SessionRecord, SessionState, SessionStatus},
+    session::{Closed, Opened, SessionList, SessionRecord, SessionState, SessionStatus},
     transcript::Final,
 };
+
+pub use listing::summary_of;
 
 use crate::{
     admission::Waiting,
@@ -189,6 +193,7 @@ pub enum Answer {
     Opened(Opened),
     Status(Box<SessionStatus>),
     Closed(Closed),
+    Sessions(Box<SessionList>),
     Fleet(Box<FleetStatus>),
     Drained(Box<Drained>),
     Plan(Box<FleetPlan>),

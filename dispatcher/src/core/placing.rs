@@ -317,10 +317,11 @@ impl Core {
                     self.effect(Effect::Release { worker: from.clone(), id: id.clone(), epoch, finish_ms });
                 }
                 self.reconcile_due = true;
+                let why = self.why_moved(&from);
                 self.session_event(id, What::Moved, now, |e| {
                     e.epoch = Some(epoch);
                     e.gpu_id = Some(worker.gpu_id.to_string());
-                    e.detail = serde_json::json!({ "from": from, "to": worker });
+                    e.detail = serde_json::json!({ "from": from, "to": worker, "why": why });
                 });
             }
             self.session_event(id, What::Assigned, now, |e| {

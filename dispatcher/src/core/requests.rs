@@ -10,7 +10,9 @@ use voxfleet_schema::{
     id::StreamId,
     job::{JobListRequest, JobQuery},
     plan::PlanRequest,
-    session::{Closed, OpenRequest, SessionOptions, SessionRequest, SessionState, SessionStatus},
+    session::{
+        Closed, OpenRequest, SessionListRequest, SessionOptions, SessionRequest, SessionState, SessionStatus,
+    },
 };
 
 use super::{Answer, Core, Effect, Mark};
@@ -42,7 +44,14 @@ impl Core {
                 Ok(ask) => self.ask_about(&ask.session, call, Asked::Close, now),
                 Err(error) => self.refuse(call, bad_request(&error)),
             },
-            Endpoint::FleetStatus => self.fleet_status(call, now),
+            Endpoint::SessionList => match request.decode::<SessionListRequest>() {
+                Ok(list) => self.list_sessions(call, &list),
+                Err(error) => self.refuse(call, bad_request(&error)),
+            },
+            Endpoint::FleetStatus => {
+                let status = self.fleet_status(now);
+                self.answer(call, Answer::Fleet(Box::new(status)));
+            }
             Endpoint::FleetDrain => match request.decode::<DrainRequest>() {
                 Ok(drain) => self.drain(call, &drain, now),
                 Err(error) => self.refuse(call, bad_request(&error)),
@@ -73,10 +82,11 @@ impl Core {
         }
     }
 
-    pub(super) fn fleet_status(&mut self, call: CallId, now: Moment) {
+    /// What this dispatcher believes of the fleet.
+    pub fn fleet_status(&self, now: Moment) -> FleetStatus {
         let (jobs_queued, jobs_assigned) = self.job_counts();
         let count = |state| self.book.sessions().filter(|(_, s)| s.state() == state).count() as u32;
-        let status = FleetStatus {
+        FleetStatus {
             dispatcher: self.name.clone(),
             workers: self.fleet.status(now.mono, &self.config),
             sessions_waiting: count(SessionState::Waiting),
@@ -86,8 +96,7 @@ impl Core {
             dead: self.fleet.dead().into_iter().take(MOST_DEAD).collect(),
             services: self.services(now),
             verdicts_wait: self.fleet.held(now.mono).map(|why| why.as_str().to_owned()),
-        };
-        self.answer(call, Answer::Fleet(Box::new(status)));
+        }
     }
 
     /// Requests about a session whose key has been read.

@@ -38,6 +38,16 @@ pub struct FleetKey {
 }
 
 impl Core {
+    /// Why something left this worker, in one word: what an operator counts failovers by.
+    pub(super) fn why_moved(&self, from: &WorkerName) -> &'static str {
+        match self.fleet.get(from) {
+            _ if self.fleet.is_dead(from) => "dead",
+            None => "gone",
+            Some(worker) if worker.heartbeat.draining || worker.drain_until_ms.is_some() => "drained",
+            Some(_) => "room",
+        }
+    }
+
     /// Takes over what the keys say of workers, at the start, after the sessions and jobs.
     pub fn recover_fleet(&mut self, keys: Vec<FleetKey>, now: Moment) {
         self.miss_owners();

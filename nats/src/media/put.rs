@@ -51,7 +51,9 @@ impl Media {
                 }
                 if let Some(nuid) = replaced {
                     // Nothing refers to them any more; the sweep finds what stays.
-                    if let Err(error) = raw::purge(&self.nats, MEDIA, &chunk_subject(&nuid), None).await {
+                    if let Err(error) = raw::purge(&self.nats, MEDIA, &chunk_subject(&nuid), None).await
+                        && !error.is_denied()
+                    {
                         tracing::warn!(key, %error, "chunks of a replaced object stay for now");
                     }
                 }
@@ -92,10 +94,16 @@ impl Media {
         let subject = chunk_subject(&unfinished.nuid);
         let (mut digest, mut size, mut chunks) = (Sha256::new(), 0u64, 0u64);
         let mut last_seq = 0;
+        let mut refused = std::pin::pin!(self.nats.denials().publishing(&subject));
         loop {
             let chunk = read_chunk(&mut reader).await.map_err(MediaError::Read)?;
             if chunk.is_empty() || unfinished.answers.len() == WINDOW {
-                while let Some(answer) = unfinished.answers.next().await {
+                loop {
+                    let answer = tokio::select! {
+                        answer = unfinished.answers.next() => answer,
+                        error = &mut refused => return Err(error.into()),
+                    };
+                    let Some(answer) = answer else { break };
                     let ack = answer.map_err(ServerError::from)?;
                     // A cluster that changed its leader may have taken a later one first.
                     if ack.sequence <= last_seq {
@@ -262,6 +270,8 @@ async fn purge_unfinished(nats: &Nats, nuid: &str) {
     for _ in 0..PURGES {
         match raw::purge(nats, MEDIA, &chunk_subject(nuid), None).await {
             Ok(()) => return,
+            // Whoever may store and not purge leaves them to the sweep.
+            Err(error) if error.is_denied() => return,
             Err(error) => tracing::debug!(nuid, %error, "chunks of an unfinished object are not purged yet"),
         }
         backoff.wait().await;

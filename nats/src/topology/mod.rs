@@ -1,8 +1,9 @@
 //! Streams, buckets and worker consumers: made where they are missing, verified where they are not.
 //!
-//! Nothing found is ever changed: a stream of the same name that differs is somebody else's, or from another
-//! configuration, and its owner decides. The error says which field, and how to mend it. One that only has more room than
-//! configured is taken as it is.
+//! What is found is not changed: a stream of the same name that differs is somebody else's, or from another
+//! configuration, and its owner decides. The error says which field, and how to mend it. One that only has more room or more
+//! replicas than configured is taken as it is. The one exception takes nothing from anybody: a stream that is ours in every
+//! other field gets the replicas that are configured, so that a fleet grows from one server to three by one setting.
 
 mod streams;
 mod workers;
@@ -55,7 +56,7 @@ pub enum TopologyError {
     #[error("subjects of {stream} are taken by stream {other}: delete or rename that one, or set another nats.prefix")]
     SubjectsTaken { stream: String, other: String },
     #[error(
-        "no room for stream {stream} ({max_bytes} bytes): raise the server's max_file_store or max_memory_store, or lower topology.*_max_bytes"
+        "no room for stream {stream} ({max_bytes} bytes): raise the account's max_file or max_memory, or the server's max_file_store or max_memory_store, or lower topology.*_max_bytes"
     )]
     NoRoom { stream: String, max_bytes: i64, source: ServerError },
     #[error(
@@ -79,6 +80,15 @@ pub struct Report {
     pub verified: Vec<String>,
     /// What somebody has given more room than the configuration says.
     pub raised: Vec<Raised>,
+    /// What had fewer replicas than the configuration says, and has them now.
+    pub grown: Vec<String>,
+}
+
+/// What became of one stream.
+enum Made {
+    Created(Vec<Raised>),
+    Verified(Vec<Raised>),
+    Grown(Vec<Raised>),
 }
 
 /// How full a stream is.
@@ -98,6 +108,31 @@ impl Usage {
     }
 }
 
+/// A stream whose copies are not all as they should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Behind {
+    pub stream: String,
+    /// None while none is elected.
+    pub leader: Option<String>,
+    /// Servers whose copy is away or behind, each with how many operations it lacks.
+    pub lagging: Vec<(String, u64)>,
+}
+
+/// Streams without a leader, and those with a copy that is offline or not current. None on a single server.
+pub async fn behind(nats: &Nats) -> Result<Vec<Behind>, TopologyError> {
+    let mut found = Vec::new();
+    for stream in streams::wanted(nats.subjects(), &TopologyConfig::default(), nats.max_payload()) {
+        let cluster = find(nats, &stream.name).await?.and_then(|info| info.cluster);
+        let Some(cluster) = cluster else { continue };
+        let late = cluster.replicas.iter().filter(|peer| peer.offline || !peer.current);
+        let lagging: Vec<(String, u64)> = late.map(|peer| (peer.name.clone(), peer.lag.unwrap_or(0))).collect();
+        if cluster.leader.is_none() || !lagging.is_empty() {
+            found.push(Behind { stream: stream.name, leader: cluster.leader, lagging });
+        }
+    }
+    Ok(found)
+}
+
 /// Oldest server whose streams do all that is asked of them.
 const OLDEST: (i64, i64, i64) = (2, 12, 0);
 /// Twice the longest final: room for its headers and for whatever else travels with it.
@@ -114,8 +149,11 @@ pub async fn ensure(nats: &Nats, config: &TopologyConfig) -> Result<Report, Topo
     let made = futures_util::future::join_all(made).await;
     let mut report = Report::default();
     for (stream, made) in streams.iter().zip(made) {
-        let (created, raised) = made?;
-        let list = if created { &mut report.created } else { &mut report.verified };
+        let (list, raised) = match made? {
+            Made::Created(raised) => (&mut report.created, raised),
+            Made::Verified(raised) => (&mut report.verified, raised),
+            Made::Grown(raised) => (&mut report.grown, raised),
+        };
         list.push(stream.name.clone());
         report.raised.extend(raised);
     }
@@ -138,6 +176,16 @@ pub async fn verify(nats: &Nats, config: &TopologyConfig) -> Vec<TopologyError> 
         }
     }
     problems
+}
+
+/// Whether JetStream answers at all, asked on a stream that whoever reads transcripts may look at. Any other error than that
+/// of a stream that is missing says something of the connection, or of this login.
+pub async fn probe(nats: &Nats) -> Result<(), ServerError> {
+    match raw::stream_info(nats, names::TRANSCRIPT).await {
+        Ok(_) => Ok(()),
+        Err(error) if error.is_code(ErrorCode::STREAM_NOT_FOUND) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// How full every stream is. Missing ones are left out.
@@ -208,25 +256,32 @@ fn check(wanted: &Config, found: &Config, finals_for: Duration) -> Result<Vec<Ra
     }
 }
 
-/// Returns whether it was made, and its limits above those wanted.
-async fn ensure_stream(
-    nats: &Nats,
-    wanted: &Config,
-    finals_for: Duration,
-) -> Result<(bool, Vec<Raised>), TopologyError> {
+async fn ensure_stream(nats: &Nats, wanted: &Config, finals_for: Duration) -> Result<Made, TopologyError> {
     let check = |info: &Info| check(wanted, &info.config, finals_for);
     if let Some(info) = find(nats, &wanted.name).await? {
-        return Ok((false, check(&info)?));
+        return match streams::grown(wanted, &info.config, finals_for) {
+            Some(grown) => grow(nats, &grown).await.and_then(|info| Ok(Made::Grown(check(&info)?))),
+            None => Ok(Made::Verified(check(&info)?)),
+        };
     }
     let create = || raw::api::<Info>(nats, format!("STREAM.CREATE.{}", wanted.name), wanted);
     match patiently(create, ServerError::is_transient).await {
-        Ok(info) => Ok((true, check(&info)?)),
+        Ok(info) => Ok(Made::Created(check(&info)?)),
         // Another dispatcher was faster.
         Err(error) if error.is_code(ErrorCode::STREAM_NAME_EXIST) => match find(nats, &wanted.name).await? {
-            Some(info) => Ok((false, check(&info)?)),
+            Some(info) => Ok(Made::Verified(check(&info)?)),
             None => Err(TopologyError::Stream { stream: wanted.name.clone(), source: error }),
         },
         Err(error) => Err(refusal(nats, wanted, error).await),
+    }
+}
+
+/// Repeating it is harmless: a second dispatcher asks for the same.
+async fn grow(nats: &Nats, grown: &Config) -> Result<Info, TopologyError> {
+    let update = || raw::api::<Info>(nats, format!("STREAM.UPDATE.{}", grown.name), grown);
+    match patiently(update, ServerError::is_transient).await {
+        Ok(info) => Ok(info),
+        Err(error) => Err(refusal(nats, grown, error).await),
     }
 }
 

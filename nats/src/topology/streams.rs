@@ -130,6 +130,16 @@ impl TopologyConfig {
         found
     }
 
+    /// What one copy of every stream may take, in bytes: memory, file. An account must have room for it, times `replicas`,
+    /// before the streams are made.
+    pub fn reserved(&self) -> (u64, u64) {
+        let memory = self.live_max_bytes + self.partial_max_bytes;
+        let all: u64 = self.sizes().iter().map(|(_, bytes)| bytes).sum();
+        // The last size is that of each bucket.
+        let other_buckets = self.bucket_max_bytes * (Bucket::ALL.len() as u64 - 1);
+        (memory, all - memory + other_buckets)
+    }
+
     /// Of the streams that have a session's or job's name in their subjects, for the test that all of them are purged.
     #[cfg(test)]
     pub(crate) fn stream_names() -> Vec<String> {
@@ -305,11 +315,23 @@ pub(super) fn raised(wanted: &Config, found: &Config, finals_for: Duration) -> V
             unlimited(wanted.max_consumers.into()),
             unlimited(found.max_consumers.into()),
         ),
+        (
+            "num_replicas",
+            found.num_replicas > wanted.num_replicas,
+            wanted.num_replicas.to_string(),
+            found.num_replicas.to_string(),
+        ),
     ];
     let raised = |(field, is, configured, found): (&'static str, bool, String, String)| {
         is.then(|| Raised { stream: wanted.name.clone(), field, configured, found })
     };
     fields.into_iter().filter_map(raised).collect()
+}
+
+/// The found stream with the replicas that are wanted, where it has fewer and differs in nothing else.
+pub(super) fn grown(wanted: &Config, found: &Config, finals_for: Duration) -> Option<Config> {
+    let grown = Config { num_replicas: wanted.num_replicas, ..found.clone() };
+    (found.num_replicas < wanted.num_replicas && difference(wanted, &grown, finals_for).is_none()).then_some(grown)
 }
 
 fn unlimited(n: i64) -> String {
@@ -393,6 +415,15 @@ mod tests {
 
     fn streams() -> Vec<Config> {
         wanted(&Subjects::new("asr.v1"), &TopologyConfig::default(), 4 * 1024 * 1024)
+    }
+
+    #[test]
+    fn what_is_reserved_is_what_the_streams_ask_for() {
+        let sum = |storage: StorageType| -> u64 {
+            streams().iter().filter(|s| s.storage == storage).map(|s| s.max_bytes as u64).sum()
+        };
+        let reserved = TopologyConfig::default().reserved();
+        assert_eq!(reserved, (sum(StorageType::Memory), sum(StorageType::File)));
     }
 
     #[test]
@@ -498,11 +529,10 @@ mod tests {
         assert_eq!(difference(&audio, &audio, DAY), None);
         // What the server writes for "no limit".
         assert_eq!(difference(&audio, &Config { max_messages: 0, ..audio.clone() }, DAY), None);
-        let cases: [(Config, &str, &str); 6] = [
+        let cases: [(Config, &str, &str); 5] = [
             (Config { subjects: vec!["x.>".into()], ..audio.clone() }, "subjects", "--subjects=asr.v1.audio.*"),
             (Config { retention: RetentionPolicy::WorkQueue, ..audio.clone() }, "retention", "stream rm"),
             (Config { max_bytes: 1, ..audio.clone() }, "max_bytes", "--max-bytes=4294967296"),
-            (Config { num_replicas: 3, ..audio.clone() }, "num_replicas", "--replicas=1"),
             (Config { allow_direct: false, ..audio.clone() }, "allow_direct", "--allow-direct=true"),
             (Config { max_age: Duration::ZERO, ..audio.clone() }, "max_age", "--max-age=3600s"),
         ];
@@ -517,6 +547,23 @@ mod tests {
     fn direct_get_that_nobody_asked_for_is_no_difference() {
         let dead = streams().into_iter().find(|s| s.name == names::DEAD).expect("stream");
         assert_eq!(difference(&dead, &Config { allow_direct: true, ..dead.clone() }, DAY), None);
+    }
+
+    #[test]
+    fn replicas_grow_where_nothing_else_differs_and_more_of_them_stay() {
+        let one = streams().remove(0);
+        let three = Config { num_replicas: 3, ..one.clone() };
+        assert_eq!(grown(&three, &one, DAY).expect("ours"), three);
+        assert_eq!((grown(&three, &three, DAY), grown(&one, &three, DAY)), (None, None));
+        // A limit raised by hand stays as it is, and a stranger's stream is left alone.
+        let wide = Config { max_bytes: one.max_bytes + 1, ..one.clone() };
+        let wide_three = Config { num_replicas: 3, ..wide.clone() };
+        assert_eq!(grown(&three, &wide, DAY), Some(wide_three));
+        assert_eq!(grown(&three, &Config { deny_purge: true, ..one.clone() }, DAY), None);
+        assert_eq!(difference(&three, &one, DAY).expect("too few").field, "num_replicas");
+        assert_eq!(difference(&one, &three, DAY), None);
+        let kept = raised(&one, &three, DAY).remove(0);
+        assert_eq!((kept.field, kept.configured.as_str(), kept.found.as_str()), ("num_replicas", "1", "3"));
     }
 
     #[test]

@@ -112,6 +112,12 @@ pub fn events(nats: &Nats, filter: &Filter, start: Start) -> Reader<Event> {
     Reader::new(nats, EVENT, nats.subjects().events_of(filter), start)
 }
 
+/// Where the newest `count` events begin, for a reader that wants a little of the past; and whether there are any.
+pub async fn recent_events(nats: &Nats, count: u64) -> Result<(Start, bool), ServerError> {
+    let state = raw::stream_info(nats, EVENT).await?.state;
+    Ok((Start::Seq(state.last_sequence.saturating_sub(count) + 1), state.messages > 0))
+}
+
 /// The last event of this kind about `id`, from the stream's leader. None: there was none, or it has expired.
 pub async fn last_event(nats: &Nats, scope: Scope, id: &StreamId, what: What) -> Result<Option<Event>, ReadError> {
     let subject = nats.subjects().event(&Event::new(scope, id.as_str(), what, 0));

@@ -237,6 +237,7 @@ fn a_heartbeat_that_speaks_of_jobs_is_pinned_json() {
         epoch: 2,
         last_audio_seq: Some(75),
         final_index: Some(3),
+        lag_ms: None,
         progress: Some(progress()),
         suspect: false,
         crashes: 0,

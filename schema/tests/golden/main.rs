@@ -9,8 +9,10 @@
 //! | `requests` | what is asked and answered, drains, dead letters |
 //! | `jobs` | file jobs, from the request to the result |
 //! | `machines` | what only machines exchange |
+//! | `earlier` | what earlier versions wrote |
 //! | `unknown` | what has no fixture: values of tomorrow, requests of strangers |
 
+mod earlier;
 mod jobs;
 mod machines;
 mod people;

@@ -170,6 +170,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
             epoch: 2,
             last_audio_seq: Some(44),
             final_index: Some(3),
+            lag_ms: Some(640),
             progress: None,
             suspect: true,
             crashes: 1,

@@ -17,6 +17,8 @@ use rustix::process::{Pid, Signal, getpid, getppid, kill_process, set_parent_pro
 
 use crate::{Error, Result, wait::eventually};
 
+/// For a process to start and bind its address, on a machine that compiles beside it.
+const HTTP_DEADLINE: Duration = Duration::from_secs(30);
 /// How much of a log is shown when something failed.
 const TAIL_BYTES: u64 = 3 * 1024;
 /// For threads to stand still after SIGSTOP; they do so at once unless the kernel itself is stuck.
@@ -61,6 +63,20 @@ impl Child {
     /// Whole log, as far as written.
     pub fn log(&self) -> String {
         std::fs::read(&self.log).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default()
+    }
+
+    /// Where it serves HTTP, as its log says: `http url="http://127.0.0.1:40123"`.
+    pub async fn http_url(&self) -> Result<String> {
+        let what = format!("http of {}", self.name);
+        let found = eventually(what, HTTP_DEADLINE, || {
+            let log = self.log();
+            let url = log.lines().rev().filter(|line| line.contains("http url=")).find_map(|line| {
+                let (_, rest) = line.split_once("url=\"")?;
+                rest.split('"').next().map(str::to_owned)
+            });
+            std::future::ready(url)
+        });
+        Ok(found.await?)
     }
 
     /// Its end, if it has ended.

@@ -17,6 +17,7 @@ use crate::{
     Error, Result,
     child::Child,
     find,
+    login::{Keys, Login},
     process::{Dispatcher, Settings, Worker},
     relay::Relay,
     server::{Cluster, NatsServer, ServerOptions},
@@ -83,6 +84,17 @@ pub struct FleetBuilder {
     servers: Option<Servers>,
     through: Through,
     worker_env: Vec<(String, String)>,
+    logins: Option<Logins>,
+    binary: Option<PathBuf>,
+}
+
+/// Who the parts of a fleet are to a server with accounts.
+#[derive(Debug, Clone)]
+struct Logins {
+    dispatcher: Login,
+    worker: Login,
+    /// Of whoever looks at it.
+    operator: Login,
 }
 
 /// Whether processes speak to their servers through relays, and who looks at what they publish.
@@ -156,6 +168,20 @@ impl FleetBuilder {
         self
     }
 
+    /// Each process with the login of its role in this account; the fleet's own client is an operator.
+    pub fn of_account(mut self, keys: &Keys, account: &str) -> Self {
+        let login = |role: &str| keys.login(account, role);
+        self.logins =
+            Some(Logins { dispatcher: login("dispatcher"), worker: login("worker"), operator: login("operator") });
+        self
+    }
+
+    /// Every process is this binary, until [`Fleet::use_binary`] says otherwise.
+    pub fn binary(mut self, path: PathBuf) -> Self {
+        self.binary = Some(path);
+        self
+    }
+
     /// Starts everything and waits until each worker beats, is ready, and has its consumer.
     pub async fn start(self) -> Result<Fleet> {
         let dir =
@@ -170,9 +196,18 @@ impl FleetBuilder {
             .with("worker.slots", self.slots)
             .with("worker.gpu", "none")
             .and(&settings);
-        // A server that stands still is noticed within seconds.
-        let options = async_nats::ConnectOptions::new().ping_interval(Duration::from_secs(2));
-        let client = options.connect(urls).await.map_err(Error::nats("connecting to the fleet's server"))?;
+        let (settings, worker_settings, client) = match self.logins {
+            None => {
+                // A server that stands still is noticed within seconds.
+                let options = async_nats::ConnectOptions::new().ping_interval(Duration::from_secs(2));
+                let client = options.connect(urls).await.map_err(Error::nats("connecting to the fleet's server"))?;
+                (settings, worker_settings, client)
+            }
+            Some(Logins { dispatcher, worker, operator }) => {
+                let (client, _) = operator.connect(urls).await?;
+                (settings.and(&dispatcher.settings()), worker_settings.and(&worker.settings()), client)
+            }
+        };
         let mut fleet = Fleet {
             workers: Vec::new(),
             dispatchers: Vec::new(),
@@ -183,6 +218,7 @@ impl FleetBuilder {
             through: self.through,
             relays: BTreeMap::new(),
             worker_env: self.worker_env,
+            binary: self.binary,
             dispatcher_starts: 0,
             dir,
         };
@@ -233,6 +269,8 @@ pub struct Fleet {
     through: Through,
     relays: BTreeMap<String, Relay>,
     worker_env: Vec<(String, String)>,
+    /// None: the one that was built.
+    binary: Option<PathBuf>,
     dispatcher_starts: u32,
     dir: TempDir,
 }
@@ -250,6 +288,8 @@ impl Fleet {
             servers: None,
             through: Through::default(),
             worker_env: Vec::new(),
+            logins: None,
+            binary: None,
         }
     }
 
@@ -274,7 +314,7 @@ impl Fleet {
         self.dir.path()
     }
 
-    /// What every process of this fleet is told.
+    /// What every process of this fleet is told; with accounts, what its dispatchers are.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
@@ -293,7 +333,26 @@ impl Fleet {
 
     fn start_worker(&self, gpu_id: &str) -> Result<Worker> {
         let settings = self.reached_by(gpu_id, &self.worker_settings);
-        Worker::start_in(gpu_id, &settings, self.dir.path(), &self.worker_env)
+        Worker::start_at(&self.program()?, gpu_id, &settings, self.dir.path(), &self.worker_env)
+    }
+
+    fn program(&self) -> Result<PathBuf> {
+        match &self.binary {
+            Some(path) => Ok(path.clone()),
+            None => Ok(find::voxfleet()?),
+        }
+    }
+
+    /// What is started from now on is this binary; none = the one that was built.
+    pub fn use_binary(&mut self, path: Option<PathBuf>) {
+        self.binary = path;
+    }
+
+    /// What is started from now on is told this.
+    pub fn set_later(&mut self, key: &str, value: impl ToString) {
+        let value = value.to_string();
+        self.settings = self.settings.clone().with(key, &value);
+        self.worker_settings = self.worker_settings.clone().with(key, &value);
     }
 
     /// A name of its own for each start: logs and `fleet.status` tell them apart.
@@ -302,7 +361,7 @@ impl Fleet {
         self.dispatcher_starts += 1;
         let settings = self.reached_by(&name, &self.settings);
         let settings = settings.with("dispatcher.name", format!("{name}-{}", self.dispatcher_starts));
-        Dispatcher::start(&name, &settings, self.dir.path())
+        Dispatcher::start_at(&self.program()?, &name, &settings, self.dir.path())
     }
 
     /// Settings with the address of this process's relay, if it has one.

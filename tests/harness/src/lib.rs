@@ -7,6 +7,8 @@
 //! | [`child`] | one child process: log in a file, killed and reaped on drop, dies with its parent |
 //! | [`server`] | a nats-server of one's own, single or a cluster of three |
 //! | [`ports`] | ports that are given out once |
+//! | [`login`] | accounts, keys, and clients that log in with them |
+//! | [`authority`] | certificates of a private authority, good and bad ones |
 //! | [`relay`] | a TCP relay that pauses, swallows, delays, stalls and cuts, each direction by itself |
 //! | [`wire`] | single publishes dropped, doubled, delayed or changed on their way through a relay |
 //! | [`https`] | a web server that serves, refuses, redirects and misbehaves as told |
@@ -18,11 +20,13 @@
 //! | [`fleet`] | all of it together, ready to be spoken to |
 //! | [`producer`] | a stranger's producer: plain publishes |
 //! | [`load`] | many sessions at once, and JetStream by itself |
+//! | [`flood`] | one tenant that sends whatever the server takes, and what another one notices of it |
 //! | [`probe_api`] | the service API and heartbeats, asked plainly |
 //! | [`checker`] | reads log and chain, says everything that does not fit |
 //! | [`words`] | which samples a simulated transcript stands for |
 //! | [`verdict`] | was every sample of a session or job transcribed exactly once? |
 //! | [`chaos`] | random faults over many sessions and jobs |
+//! | [`soak`] | hours of work in minutes: what every process and stream keeps |
 //! | [`dice`] | chance that repeats |
 //! | [`audio`] | test calls, made sounds, word error rate |
 //! | [`wait`] | poll with a deadline; nothing here sleeps a fixed time |
@@ -31,6 +35,7 @@
 //! product's `nats` crate, so that a mistake there can not hide itself.
 
 pub mod audio;
+pub mod authority;
 pub mod card;
 pub mod chaos;
 pub mod checker;
@@ -38,8 +43,10 @@ pub mod child;
 pub mod dice;
 pub mod find;
 pub mod fleet;
+pub mod flood;
 pub mod https;
 pub mod load;
+pub mod login;
 pub mod ports;
 pub mod probe_api;
 pub mod process;
@@ -49,6 +56,7 @@ pub mod s3;
 pub mod scarce_memory;
 pub mod server;
 pub mod sim_card;
+pub mod soak;
 pub mod verdict;
 pub mod wait;
 pub mod wire;

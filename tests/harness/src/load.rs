@@ -25,20 +25,20 @@ pub fn now_us() -> u64 {
 }
 
 /// Publishes without waiting for each ack, keeps the order, counts what was refused.
-struct Pipeline {
+pub(crate) struct Pipeline {
     js: jetstream::Context,
     acks: FuturesUnordered<<PublishAckFuture as IntoFuture>::IntoFuture>,
     refused: u64,
 }
 
 impl Pipeline {
-    fn new(client: async_nats::Client) -> Self {
+    pub(crate) fn new(client: async_nats::Client) -> Self {
         let builder = jetstream::context::ContextBuilder::new().timeout(Duration::from_secs(30));
         let js = builder.max_ack_inflight(2 * IN_FLIGHT).backpressure_on_inflight(true).build(client);
         Self { js, acks: FuturesUnordered::new(), refused: 0 }
     }
 
-    async fn publish(&mut self, subject: String, headers: HeaderMap, payload: Bytes) -> Result<()> {
+    pub(crate) async fn publish(&mut self, subject: String, headers: HeaderMap, payload: Bytes) -> Result<()> {
         let failed = Error::nats("publishing load");
         let ack = self.js.publish_with_headers(subject, headers, payload).await.map_err(failed)?;
         self.acks.push(ack.into_future());
@@ -52,7 +52,7 @@ impl Pipeline {
     }
 
     /// Waits for every ack; how many were refused.
-    async fn finish(mut self) -> u64 {
+    pub(crate) async fn finish(mut self) -> u64 {
         while let Some(done) = self.acks.next().await {
             self.refused += u64::from(done.is_err());
         }

@@ -39,18 +39,25 @@ impl Settings {
 
 /// A `voxfleet` command with these settings and no others, in `dir`.
 pub fn voxfleet(settings: &Settings, dir: &Path) -> Result<Command> {
-    let mut command = Command::new(find::voxfleet()?);
+    Ok(voxfleet_at(&find::voxfleet()?, settings, dir))
+}
+
+/// The same with a binary of another version.
+pub fn voxfleet_at(binary: &Path, settings: &Settings, dir: &Path) -> Command {
+    let mut command = Command::new(binary);
     // A developer's own settings must not reach a test.
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("VOXFLEET__") {
             command.env_remove(name);
         }
     }
+    // Many dispatchers run beside each other here; a test that asks over HTTP names an address.
+    command.env("VOXFLEET__DISPATCHER__HTTP__LISTEN", "");
     command.envs(settings.environment()).env("NO_COLOR", "1").current_dir(dir);
     if std::env::var_os("RUST_LOG").is_none() {
         command.env("RUST_LOG", "info");
     }
-    Ok(command)
+    command
 }
 
 /// `voxfleet dispatcher`.
@@ -58,7 +65,12 @@ pub struct Dispatcher(Child);
 
 impl Dispatcher {
     pub fn start(name: &str, settings: &Settings, dir: &Path) -> Result<Self> {
-        let mut command = voxfleet(settings, dir)?;
+        Self::start_at(&find::voxfleet()?, name, settings, dir)
+    }
+
+    /// With a binary of another version.
+    pub fn start_at(binary: &Path, name: &str, settings: &Settings, dir: &Path) -> Result<Self> {
+        let mut command = voxfleet_at(binary, settings, dir);
         command.arg("dispatcher");
         Ok(Self(Child::start(name, command, &dir.join(format!("{name}.log")))?))
     }
@@ -77,8 +89,19 @@ impl Worker {
 
     /// With further environment variables.
     pub fn start_in(gpu_id: &str, settings: &Settings, dir: &Path, env: &[(String, String)]) -> Result<Self> {
+        Self::start_at(&find::voxfleet()?, gpu_id, settings, dir, env)
+    }
+
+    /// With a binary of another version.
+    pub fn start_at(
+        binary: &Path,
+        gpu_id: &str,
+        settings: &Settings,
+        dir: &Path,
+        env: &[(String, String)],
+    ) -> Result<Self> {
         let settings = settings.clone().with("worker.gpu_id", gpu_id);
-        let mut command = voxfleet(&settings, dir)?;
+        let mut command = voxfleet_at(binary, &settings, dir);
         command.arg("worker").envs(env.iter().cloned());
         let child = Child::start(gpu_id, command, &dir.join(format!("{gpu_id}.log")))?;
         Ok(Self { gpu_id: gpu_id.to_owned(), child })

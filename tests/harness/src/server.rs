@@ -54,6 +54,8 @@ struct Plan {
     jetstream: bool,
     cluster: Option<(u16, Vec<u16>)>,
     file_limit: Option<u64>,
+    /// Elsewhere than in the server's own folder.
+    store: Option<PathBuf>,
 }
 
 impl NatsServer {
@@ -78,6 +80,7 @@ impl NatsServer {
             jetstream: options.jetstream,
             cluster,
             file_limit: options.file_limit,
+            store: None,
         };
         std::fs::write(dir.path().join("server.conf"), config(options)).map_err(Error::io("server.conf"))?;
         let child = plan.launch(dir.path())?;
@@ -129,6 +132,16 @@ impl NatsServer {
     /// False once it has ended, by whatever.
     pub fn is_running(&mut self) -> bool {
         self.child.ended().is_none()
+    }
+
+    /// Folder of its streams.
+    pub fn store(&self) -> PathBuf {
+        self.plan.store(self.dir.path())
+    }
+
+    /// Its streams are here from the next start on: a server that has moved, and is reached under its old name.
+    pub fn store_at(&mut self, store: &Path) {
+        self.plan.store = Some(store.to_owned());
     }
 
     /// Lifts the limit of [`ServerOptions::file_limit`]; it counts from the next start.
@@ -183,6 +196,10 @@ impl NatsServer {
 }
 
 impl Plan {
+    fn store(&self, dir: &Path) -> PathBuf {
+        self.store.clone().unwrap_or_else(|| dir.join("store"))
+    }
+
     fn launch(&self, dir: &Path) -> Result<Child> {
         let mut command = match self.file_limit {
             None => Command::new(&self.binary),
@@ -196,7 +213,7 @@ impl Plan {
         command.args(["-a", "127.0.0.1", "-p", &self.port.to_string(), "-n", &self.name]);
         command.arg("--ports_file_dir").arg(dir);
         if self.jetstream {
-            command.arg("-js").arg("-sd").arg(dir.join("store"));
+            command.arg("-js").arg("-sd").arg(self.store(dir));
         }
         if let Some((own, all)) = &self.cluster {
             let routes: Vec<String> =

@@ -9,10 +9,9 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use tempfile::TempDir;
-use voxfleet_audio::{Chunk, Decoder, Limits};
+use voxfleet_audio::{Chunk, Decoder, Limits, process::DecoderProcess};
 use voxfleet_harness::{find, wait::eventually};
 use voxfleet_schema::failure::{Failure, FailureClass};
-use voxfleet_worker::decoder::DecoderProcess;
 
 const SOON: Duration = Duration::from_secs(15);
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 use voxfleet_harness::find;
 
 /// Crates of ours that each crate may name; dispatcher and worker never meet.
-const EDGES: [(&str, &[&str]); 12] = [
+const EDGES: [(&str, &[&str]); 13] = [
     ("voxfleet-schema", &[]),
     // What measures the product knows nothing of it.
     ("voxfleet-eval", &[]),
@@ -19,9 +19,14 @@ const EDGES: [(&str, &[&str]); 12] = [
     // Who spoke when is signal and decision code that knows neither wire nor models.
     ("voxfleet-diarize", &[]),
     ("voxfleet-nats", &["voxfleet-schema"]),
+    // It serves what others bring and knows neither NATS nor our types.
+    ("voxfleet-http", &[]),
     ("voxfleet-store", &["voxfleet-schema", "voxfleet-nats"]),
-    ("voxfleet-dispatcher", &["voxfleet-schema", "voxfleet-nats"]),
-    ("voxfleet-worker", &["voxfleet-schema", "voxfleet-audio", "voxfleet-diarize", "voxfleet-nats", "voxfleet-store"]),
+    ("voxfleet-dispatcher", &["voxfleet-schema", "voxfleet-audio", "voxfleet-nats", "voxfleet-http"]),
+    (
+        "voxfleet-worker",
+        &["voxfleet-schema", "voxfleet-audio", "voxfleet-diarize", "voxfleet-nats", "voxfleet-http", "voxfleet-store"],
+    ),
     // What checks the product does not share its code.
     ("voxfleet-harness", &[]),
     // Feeds every parser there is.
@@ -44,6 +49,7 @@ const EDGES: [(&str, &[&str]); 12] = [
             "voxfleet-audio",
             "voxfleet-diarize",
             "voxfleet-nats",
+            "voxfleet-http",
             "voxfleet-store",
             "voxfleet-dispatcher",
             "voxfleet-worker",
@@ -57,6 +63,7 @@ const EDGES: [(&str, &[&str]); 12] = [
             "voxfleet-schema",
             "voxfleet-audio",
             "voxfleet-nats",
+            "voxfleet-http",
             "voxfleet-store",
             "voxfleet-dispatcher",
             "voxfleet-worker",
@@ -67,8 +74,9 @@ const EDGES: [(&str, &[&str]); 12] = [
 ];
 
 /// Libraries that only these crates may name.
-const CONFINED: [(&str, &[&str]); 8] = [
+const CONFINED: [(&str, &[&str]); 9] = [
     ("async-nats", &["voxfleet-nats", "voxfleet-harness", "voxfleet-tests"]),
+    ("nkeys", &["voxfleet-nats"]),
     ("whisper-rs", &["voxfleet-worker"]),
     ("ort", &["voxfleet-worker"]),
     ("nvml-wrapper", &["voxfleet-worker"]),

@@ -5,6 +5,7 @@
 //! | [`floors`] | who may depend on whom |
 //! | [`live_simulated`], [`live_micro`] | many sessions at once; text as the engine gives it when called directly |
 //! | [`third_party`] | what somebody sees who has only the `nats` command |
+//! | [`doctor_fleet`] | what `voxfleet doctor` says of a fleet that is broken |
 //! | [`operator`], [`dead_letters`] | why something is where it is, a drain, what failed found and tried again |
 //! | [`viewer`], [`full_log`] | who watches a move or stalls; a log at its limit |
 //! | [`nats_pub`], [`examples`] | producers that know nothing of us: the `nats` command, shell, Python, Rust |
@@ -17,6 +18,8 @@
 //! | [`dispatcher_jobs`] | the same for file jobs: submit, queue, give out, fail, cancel, expire, take over |
 //! | [`fleet_map`] | who serves, who stands in, who gives back |
 //! | [`fleet_routing`] | where sessions land on a whole fleet, who is refused, and a burst of opens |
+//! | [`recipes`], [`pages`] | every command of `docs/nats-recipes.md`, as it stands there |
+//! | [`runbook`], [`operations`], [`upgrade`], [`units`] | every command of `docs/runbook.md`; backup, restore, growing, moving and two versions at once while sessions speak |
 //! | [`speakers`] | who said what: live, recordings, workers killed at every final |
 //! | [`standby`] | dispatchers that stop, die and come back |
 //! | [`worker_supervisor`] | one worker without a dispatcher: hints, log, crash, refusals, stop |
@@ -31,12 +34,15 @@
 //! | [`faults_r1`], [`faults_r3`] | what may break at any moment, on one server and on three ([`faults`]) |
 //! | [`mutants`] | the checker sees a broken fence and a broken resume position |
 //! | [`device_sharing`] | a card with a foreign tenant: what it grows by, turns, nothing left behind |
+//! | [`roles`], [`tls`], [`tenants`] | who may do what, who is let in, and what one account sees of another |
 //! | [`at_rest`] | an encrypted store tells nothing, and is opened with its own key only |
 //! | [`purge`] | what a purge removes and what it leaves, read stream by stream |
 //! | [`fetch`] | recordings come from allowed places only, whole or not at all |
+//! | [`asr_socket`], [`transcribe_http`] | browsers and programs without NATS: WebSocket clients, recordings over HTTP |
 //! | [`direct`] | the engine without a fleet, for comparison |
 
 // Tests may unwrap; what is forbidden in the product is forbidden here too.
+mod asr_socket;
 mod at_rest;
 mod audio_decoder;
 mod bad_input;
@@ -54,6 +60,7 @@ mod device_site;
 mod direct;
 mod dispatcher_jobs;
 mod dispatcher_sessions;
+mod doctor_fleet;
 mod drain;
 mod examples;
 mod faults;
@@ -64,6 +71,7 @@ mod fleet_map;
 mod fleet_routing;
 mod floors;
 mod full_log;
+mod http;
 mod jobs_fleet;
 mod jobs_sources;
 mod live_micro;
@@ -83,14 +91,25 @@ mod nats_log;
 mod nats_media;
 mod nats_pub;
 mod nats_topology;
+mod operations;
 mod operator;
+mod page;
+mod pages;
 mod poison;
 mod prefetch;
 mod pressure;
 mod purge;
+mod recipes;
+mod roles;
+mod runbook;
 mod speakers;
 mod split;
 mod standby;
+mod tenants;
 mod third_party;
+mod tls;
+mod transcribe_http;
+mod units;
+mod upgrade;
 mod viewer;
 mod worker_supervisor;

@@ -22,6 +22,7 @@ use crate::{
         diarize::{Ending, Heard, Listened},
         stream::Tellers,
     },
+    metrics,
     session::{before_the_end, checkpointed, locate},
 };
 
@@ -173,6 +174,7 @@ impl Copy {
                         shared.events.tell(job.handle.names.event(What::ChainLost, value.epoch), None);
                     }
                     job.handle.figures.stored(&value);
+                    metrics::stored(&value);
                     let end = value.end;
                     self.last = Some(StoredFinal { seq, value });
                     if end {

@@ -7,14 +7,12 @@
 use std::{collections::VecDeque, fs::File, path::PathBuf, sync::Arc};
 
 use tokio::sync::Mutex;
-use voxfleet_audio::{Limits, entries::EntryMaker};
+use voxfleet_audio::{Limits, entries::EntryMaker, process::DecoderProcess};
 use voxfleet_schema::{
     SAMPLE_RATE_HZ,
     audio::{AudioFormat, RawEntry},
     failure::{Failure, FailureClass},
 };
-
-use crate::decoder::DecoderProcess;
 
 /// Bytes of the latest entries that are kept: four minutes of one channel at 16 kHz,
 const KEPT_BYTES: usize = 8 << 20;

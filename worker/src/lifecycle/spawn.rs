@@ -8,11 +8,10 @@ use tokio::{
     task::JoinError,
 };
 
-pub(crate) use crate::spawner::SpawnError;
-use crate::{
-    device::{Cores, Share},
-    spawner::{Environment, Launch, launch, number, socketpair},
-};
+pub(crate) use voxfleet_audio::spawner::SpawnError;
+use voxfleet_audio::spawner::{Environment, Launch, launch, number, socketpair};
+
+use crate::device::{Cores, Share};
 
 /// What runs as the engine child.
 #[derive(Debug, Clone)]

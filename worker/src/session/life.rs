@@ -30,6 +30,7 @@ use super::{
 use crate::{
     ipc::{ENTRY_COST, HeardOf, PartialDraft, StartPoint},
     lifecycle::{Draft, EngineSession},
+    metrics,
 };
 
 /// Finals that may wait to be stored before the session stops feeding.
@@ -333,6 +334,7 @@ impl<'a> Life<'a> {
         self.engine_lag_ms = self.engine_lag_ms.min(held_ms);
         let engine_ms = self.engine_lag_ms.max(held_ms.saturating_sub(LONGEST_WINDOW_MS));
         let lag_ms = (engine_ms + self.feed.unfed_ms()).max(storing_ms);
+        self.session.figures.lags(lag_ms);
         if let Some(what) = self.lag.observe(lag_ms) {
             let mut event = self.session.names.event(what, self.epoch);
             event.seq = self.feed.last_fed();
@@ -402,7 +404,7 @@ impl<'a> Life<'a> {
         let publisher = &self.session.shared.publisher;
         Box::pin(async move {
             match timeout(PARTIAL_TIMEOUT, publisher.partial(&partial)).await {
-                Ok(sent) => sent,
+                Ok(sent) => sent.inspect(|()| metrics::partial()),
                 Err(_) => Err(PublishError::Server(ServerError::Timeout)),
             }
         })
@@ -431,6 +433,7 @@ impl<'a> Life<'a> {
                     session.shared.events.tell(session.names.event(What::ChainLost, self.epoch), None);
                 }
                 session.figures.stored(&value);
+                metrics::stored(&value);
                 session.shared.engine.passed(&session.names, value.to_sample);
                 if parked {
                     park::tell(session, &value);

@@ -71,6 +71,7 @@ use crate::{
     heartbeat::Named,
     job::Work,
     lifecycle::{Ask, Engine, EngineDown, Opening, Treatment},
+    metrics,
 };
 
 /// How long a session that changes hands waits before it looks at the chain again.
@@ -112,6 +113,8 @@ pub(crate) struct Desired {
 pub(crate) struct Figures {
     last_audio_seq: AtomicU64,
     final_index: AtomicU64,
+    /// Of a live session: how far it is behind the log, in ms.
+    lag_ms: AtomicU64,
     /// Of a job: its stage, the audio its finals cover and the length of the recording, in ms.
     stage: AtomicU8,
     done_ms: AtomicU64,
@@ -129,6 +132,7 @@ impl Default for Figures {
         Self {
             last_audio_seq: AtomicU64::new(NONE),
             final_index: AtomicU64::new(NONE),
+            lag_ms: AtomicU64::new(NONE),
             stage: AtomicU8::new(0),
             done_ms: AtomicU64::new(0),
             total_ms: AtomicU64::new(NONE),
@@ -139,6 +143,10 @@ impl Default for Figures {
 impl Figures {
     fn fed(&self, seq: u64) {
         self.last_audio_seq.store(seq, Ordering::Relaxed);
+    }
+
+    fn lags(&self, lag_ms: u64) {
+        self.lag_ms.store(lag_ms, Ordering::Relaxed);
     }
 
     pub(crate) fn stored(&self, value: &Final) {
@@ -246,6 +254,7 @@ impl Handle {
             epoch: self.epoch(),
             last_audio_seq: some(&self.figures.last_audio_seq),
             final_index: some(&self.figures.final_index),
+            lag_ms: some(&self.figures.lag_ms),
             progress: (self.names.kind == Kind::Job).then(|| self.figures.progress()),
             suspect: false,
             crashes: 0,
@@ -348,6 +357,7 @@ impl Session {
     }
 
     fn failed(&self, epoch: u64, failure: Failure) -> End {
+        metrics::failed(&failure);
         tracing::error!(id = %self.names.id, epoch, %failure, "session failed");
         if self.work.is_some() {
             // A job may be tried again: the dispatcher says when it has failed.

@@ -44,6 +44,7 @@ use crate::{
     config::{Sharing, WorkerConfig},
     device::{DeviceError, Probe},
     heartbeat::{self, Identity, Named, Sources},
+    http,
     ipc::EngineConfig,
     job::{Kept, Means},
     lifecycle::{Engine, EngineTerms, Program, Waits},
@@ -210,7 +211,9 @@ pub async fn run(
         measures: measures.clone(),
         news,
         every: config.heartbeat(),
+        told: watch::Sender::new(None),
     };
+    tasks.spawn(http::run(nats.clone(), config.http.clone(), sources.told.subscribe(), stop_tasks.clone()));
     tasks.spawn(needed(shutdown.clone(), heartbeat::run(own.clone(), nats.clone(), sources, stop_tasks.clone())));
     tasks.spawn(needed(shutdown.clone(), follow.run(stop_tasks.clone())));
     tasks.spawn(needed(shutdown.clone(), heartbeat::sample_device(probe, engine.clone(), figures, stop_tasks.clone())));

@@ -2,6 +2,7 @@
 
 mod fleet;
 mod machine;
+mod running;
 mod server;
 
 use std::path::Path;

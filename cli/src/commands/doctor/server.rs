@@ -6,11 +6,19 @@ use serde_json::json;
 use voxfleet_nats::{
     Nats,
     api::{self, Endpoint},
-    topology::{self, TopologyConfig, TopologyError},
+    kv::{Bucket, Records},
+    topology::{self, TopologyError},
 };
-use voxfleet_schema::fleet::{FleetStatus, WorkerStatus};
+use voxfleet_schema::{
+    fleet::{FleetStatus, WorkerStatus},
+    id::WorkerName,
+    session::{SessionRecord, SessionRequest, SessionState, SessionStatus},
+};
 
-use super::{Check, fleet};
+use super::{
+    Check, fleet,
+    running::{self, Waiting},
+};
 use crate::{commands::status::heard, config::Settings};
 
 const ASK: Duration = Duration::from_secs(2);
@@ -20,6 +28,10 @@ const SLOW_RTT: Duration = Duration::from_millis(250);
 const AMPLE_PAYLOAD: usize = 4 * 1024 * 1024;
 const CLOCK_TOLERANCE_MS: u64 = 2_000;
 const ALARM_SHARE: f64 = 0.8;
+/// Dispatchers answer within a round trip.
+const STANDBYS: Duration = Duration::from_millis(500);
+/// Of the sessions that wait so many are asked about: the reason is mostly the same.
+const WAITING_ASKED: usize = 3;
 
 pub(super) async fn look(settings: &Settings) -> Vec<Check> {
     let nats = match Nats::connect(&settings.nats, "voxfleet-doctor").await {
@@ -30,36 +42,25 @@ pub(super) async fn look(settings: &Settings) -> Vec<Check> {
         }
     };
     let mut checks = vec![rtt(&nats).await];
-    let problems = topology::verify(&nats, &wanted(settings)).await;
+    let problems = topology::verify(&nats, &crate::commands::wanted_topology(settings)).await;
     checks.push(version(&nats, &problems));
     let dispatcher = api::request::<_, FleetStatus>(&nats, Endpoint::FleetStatus, &json!({}), ASK).await;
+    let connected = api::dispatchers(&nats, STANDBYS).await.unwrap_or_default();
     checks.extend(streams(&problems, dispatcher.is_ok()));
     checks.push(payload(&nats, &problems));
     let jetstream = answers(&problems);
     if jetstream {
         checks.extend(usage(&nats).await);
     }
-    checks.push(match dispatcher {
-        Ok(status) => Check::ok("dispatcher", status.dispatcher),
-        Err(error) => Check::warn(
-            "dispatcher",
-            error.to_string(),
-            "start `voxfleet dispatcher`; audio waits in the log until then",
-        ),
-    });
-    checks.extend(workers(&nats, jetstream).await);
+    checks.push(running::dispatcher(dispatcher.as_ref().map_err(ToString::to_string), &connected));
+    let status = dispatcher.ok();
+    checks.extend(workers(&nats, status.as_ref(), jetstream).await);
+    if let Some(status) = &status {
+        checks.extend(running::workers(status));
+        checks.extend(running::waiting(status, &waiting(&nats, status).await));
+    }
     nats.close(Duration::from_secs(1)).await;
     checks
-}
-
-fn wanted(settings: &Settings) -> TopologyConfig {
-    #[cfg(feature = "dispatcher")]
-    return settings.dispatcher.topology.clone();
-    #[cfg(not(feature = "dispatcher"))]
-    {
-        let _ = settings;
-        TopologyConfig::default()
-    }
 }
 
 async fn rtt(nats: &Nats) -> Check {
@@ -93,8 +94,23 @@ fn answers(problems: &[TopologyError]) -> bool {
     !problems.iter().any(|p| matches!(p, NoJetStream | Server(_) | Stream { .. }))
 }
 
+fn is_denied(problem: &TopologyError) -> bool {
+    match problem {
+        TopologyError::Server(error) | TopologyError::Stream { source: error, .. } => error.is_denied(),
+        _ => false,
+    }
+}
+
 /// One line where all is well, else one line a problem. What is missing while nobody makes it is no failure yet.
 fn streams(problems: &[TopologyError], dispatcher: bool) -> Vec<Check> {
+    if let Some(denied) = problems.iter().find(|p| is_denied(p)) {
+        let found = format!("not looked at: {denied}");
+        return vec![Check::warn(
+            "streams",
+            found,
+            "nothing to mend for a role that need not; an operator's login sees them",
+        )];
+    }
     let off = problems.iter().any(|p| matches!(p, TopologyError::NoJetStream));
     let mut checks = vec![match off {
         true => Check::fail("jetstream", "off", "start nats-server with -js, and enable it for the account"),
@@ -153,22 +169,52 @@ async fn usage(nats: &Nats) -> Vec<Check> {
         // Without JetStream or streams there is nothing to fill, and that is told above.
         return Vec::new();
     };
-    let full: Vec<Check> = usage
+    let mut checks: Vec<Check> = usage
         .iter()
         .filter(|u| u.share() >= ALARM_SHARE)
         .map(|u| {
             let found = format!("{} is {:.0} % full", u.stream, u.share() * 100.0);
-            Check::warn("stream space", found, "raise its max_bytes before it refuses")
+            let mend = format!(
+                "give it more room before it refuses: nats stream edit {} --max-bytes={}",
+                u.stream,
+                u.max_bytes.saturating_mul(2)
+            );
+            Check::warn("stream space", found, mend)
         })
         .collect();
-    if !full.is_empty() {
-        return full;
+    if checks.is_empty() {
+        let (bytes, messages) = usage.iter().fold((0, 0), |(b, m), u| (b + u.bytes, m + u.messages));
+        checks.push(Check::ok("stream space", format!("{messages} messages, {} MiB", bytes >> 20)));
     }
-    let (bytes, messages) = usage.iter().fold((0, 0), |(b, m), u| (b + u.bytes, m + u.messages));
-    vec![Check::ok("stream space", format!("{messages} messages, {} MiB", bytes >> 20))]
+    let dead = usage.iter().find(|u| u.stream == topology::names::DEAD).map_or(0, |u| u.messages);
+    checks.push(running::dead_letters(dead));
+    match topology::behind(nats).await {
+        Ok(behind) => checks.extend(running::replicas(&behind)),
+        Err(error) => checks.push(Check::warn("replicas", error.to_string(), "look at the servers' logs")),
+    }
+    checks
 }
 
-async fn workers(nats: &Nats, jetstream: bool) -> Vec<Check> {
+/// Why those wait that wait, as the dispatcher sees it.
+async fn waiting(nats: &Nats, status: &FleetStatus) -> Vec<Waiting> {
+    if status.sessions_waiting == 0 {
+        return Vec::new();
+    }
+    let records = Records::<SessionRecord>::new(nats, Bucket::Sessions).all().await.unwrap_or_default();
+    let mut waiting: Vec<SessionRecord> = records.into_iter().map(|(_, versioned)| versioned.value).collect();
+    waiting.retain(|record| record.state == SessionState::Waiting);
+    waiting.sort_by_key(|record| record.changed_ms);
+    let mut told = Vec::new();
+    for record in waiting.into_iter().take(WAITING_ASKED) {
+        let query = SessionRequest { session: record.id.clone() };
+        let asked = api::request::<_, SessionStatus>(nats, Endpoint::SessionStatus, &query, ASK).await;
+        let why = asked.map(|status| running::reasons(&status.why, &status.candidates)).unwrap_or_default();
+        told.push(Waiting { id: record.id, why });
+    }
+    told
+}
+
+async fn workers(nats: &Nats, status: Option<&FleetStatus>, jetstream: bool) -> Vec<Check> {
     let workers = match heard(nats).await {
         Ok(workers) => workers,
         Err(error) => return vec![Check::fail("workers", format!("{error:#}"), "cannot listen to heartbeats")],
@@ -181,6 +227,7 @@ async fn workers(nats: &Nats, jetstream: bool) -> Vec<Check> {
     }
     let mut checks = vec![Check::ok("workers", format!("{} beat", workers.len())), clock(&workers)];
     checks.extend(fleet::look(workers.iter().map(|worker| &worker.heartbeat)));
+    checks.extend(running::versions(workers.iter().map(|worker| &worker.heartbeat), env!("CARGO_PKG_VERSION")));
     if jetstream && let Ok(consumers) = topology::list_worker_consumers(nats).await {
         let lacking = |w: &&WorkerStatus| !consumers.iter().any(|c| c.live && c.worker == w.heartbeat.worker());
         checks.extend(workers.iter().filter(lacking).map(|w| {
@@ -191,6 +238,8 @@ async fn workers(nats: &Nats, jetstream: bool) -> Vec<Check> {
                 "a dispatcher makes it at the next heartbeat; until then audio comes from the log only",
             )
         }));
+        let known: Vec<WorkerName> = workers.iter().map(|worker| worker.heartbeat.worker()).collect();
+        checks.extend(running::strangers(consumers.iter().map(|consumer| &consumer.worker), &known, status));
     }
     checks
 }
@@ -225,6 +274,10 @@ mod tests {
         assert_eq!(worst(&missing, true), Some(Verdict::Fail));
         assert_eq!(worst(&[TopologyError::NoJetStream], false), Some(Verdict::Fail));
         assert_eq!(worst(&[], false), Some(Verdict::Ok));
+        let denied = || voxfleet_nats::ServerError::Denied { what: "publish to", subject: "$JS.API.INFO".to_owned() };
+        assert_eq!(worst(&[TopologyError::Server(denied())], true), Some(Verdict::Warn));
+        let stream = TopologyError::Stream { stream: "ASR_DEAD".to_owned(), source: denied() };
+        assert_eq!(worst(&[stream], true), Some(Verdict::Warn));
     }
 
     #[test]

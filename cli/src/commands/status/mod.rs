@@ -4,15 +4,15 @@ mod device;
 mod text;
 mod why;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, io::IsTerminal as _, time::Duration};
 
 use serde_json::{Value, json};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 use voxfleet_nats::{
     Nats,
     api::{self, ApiError, Endpoint},
     fleet::{self, Queued},
-    kv::{Bucket, Records},
+    kv::{Bucket, KvError, Records},
 };
 use voxfleet_schema::{
     fleet::{FleetStatus, Heartbeat, WorkerHealth, WorkerStatus},
@@ -28,7 +28,7 @@ use crate::{
     Context,
     args::StatusArgs,
     exit::{Exit, OrExit as _},
-    transcript::screen::{object, out},
+    transcript::screen::out,
 };
 
 const ASK: Duration = Duration::from_secs(2);
@@ -58,26 +58,67 @@ pub(crate) async fn run(args: &StatusArgs, context: &Context) -> anyhow::Result<
     let (nats, _) = context.client("voxfleet-status").await?;
     let answer = match &args.why {
         Some(id) => why::run(id, args.json, &nats).await,
-        None => whole(args, &nats).await,
+        None => match args.watch {
+            Some(seconds) => again(args, seconds, &nats, context).await,
+            None => whole(args, &nats).await,
+        },
     };
     close(nats).await;
     answer
 }
 
+/// Until Ctrl-C. A look that fails is said in its place: a server that is restarted is there again later.
+async fn again(args: &StatusArgs, seconds: u64, nats: &Nats, context: &Context) -> anyhow::Result<Exit> {
+    let screen = !args.json && std::io::stdout().is_terminal();
+    let mut looks = tokio::time::interval(Duration::from_secs(seconds));
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while context.shutdown.run_until_cancelled(looks.tick()).await.is_some() {
+        let Some(seen) = context.shutdown.run_until_cancelled(look(args, nats)).await else { break };
+        let text = match seen {
+            Ok(text) => text,
+            Err(error) if args.json => json!({ "error": format!("{error:#}") }).to_string(),
+            Err(error) => format!("the fleet cannot be seen now: {error:#}"),
+        };
+        match screen {
+            // Home, what is there, and nothing behind it: no flicker.
+            true => out(&format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")))?,
+            false if args.json => out(&text)?,
+            false => out(&format!("{}\n{text}\n", super::jobs::now_ms()))?,
+        }
+    }
+    Ok(Exit::Ok)
+}
+
 async fn whole(args: &StatusArgs, nats: &Nats) -> anyhow::Result<Exit> {
+    out(&look(args, nats).await?)?;
+    Ok(Exit::Ok)
+}
+
+async fn look(args: &StatusArgs, nats: &Nats) -> anyhow::Result<String> {
     let fleet = fleet(nats).await?;
-    let sessions = sessions(nats, args.all).await?;
+    let (sessions, hidden) = match sessions(nats, args.all).await {
+        Ok(sessions) => (sessions, None),
+        Err(KvError::Server(error)) if error.is_denied() => (Vec::new(), Some(error.to_string())),
+        Err(error) => return Err(error).or_exit(Exit::Unavailable),
+    };
     // Beside the point of the table: who may not look at streams sees it without.
     let queued = fleet::queued(nats).await.unwrap_or_else(|error| {
         tracing::warn!(%error, "cannot see what waits for workers");
         BTreeMap::new()
     });
     if args.json {
-        object(&value(&fleet, &sessions, &queued))?;
-    } else {
-        out(&text::whole(&fleet, &sessions, &queued, super::jobs::now_ms()))?;
+        let mut value = value(&fleet, &sessions, &queued);
+        if let Some(why) = hidden {
+            value["sessions"] = Value::Null;
+            value["sessions_error"] = json!(why);
+        }
+        return Ok(value.to_string());
     }
-    Ok(Exit::Ok)
+    let mut text = text::whole(&fleet, &sessions, &queued, super::jobs::now_ms());
+    if let Some(why) = hidden {
+        text.push_str(&format!("\nsessions are not shown: {why}"));
+    }
+    Ok(text)
 }
 
 fn value(fleet: &Fleet, sessions: &[SessionRecord], queued: &BTreeMap<WorkerName, Queued>) -> Value {
@@ -142,8 +183,8 @@ pub(super) async fn heard(nats: &Nats) -> anyhow::Result<Vec<WorkerStatus>> {
     Ok(last.into_values().map(status).collect())
 }
 
-async fn sessions(nats: &Nats, all: bool) -> anyhow::Result<Vec<SessionRecord>> {
-    let records = Records::<SessionRecord>::new(nats, Bucket::Sessions).all().await.or_exit(Exit::Unavailable)?;
+async fn sessions(nats: &Nats, all: bool) -> Result<Vec<SessionRecord>, KvError> {
+    let records = Records::<SessionRecord>::new(nats, Bucket::Sessions).all().await?;
     let mut sessions: Vec<SessionRecord> = records.into_iter().map(|(_, versioned)| versioned.value).collect();
     sessions.retain(|s| all || s.state != SessionState::Ended);
     sessions.sort_by(|a, b| a.opened_ms.cmp(&b.opened_ms).then_with(|| a.id.cmp(&b.id)));

@@ -51,8 +51,10 @@ pub(super) fn whole(
         }
     }
     text.push('\n');
-    let mut rows = vec![["SESSION", "STATE", "GPU", "EPOCH", "MODEL"].map(str::to_owned).to_vec()];
-    rows.extend(sessions.iter().map(session_row));
+    let mut rows = vec![["SESSION", "STATE", "GPU", "EPOCH", "LAG S", "MODEL"].map(str::to_owned).to_vec()];
+    let held = fleet.workers().iter().flat_map(|worker| &worker.heartbeat.held);
+    let lags: BTreeMap<_, _> = held.filter_map(|held| Some((&held.id, held.lag_ms?))).collect();
+    rows.extend(sessions.iter().map(|session| session_row(session, lags.get(&session.id).copied())));
     text.push_str(&table(&rows));
     if sessions.is_empty() {
         text.push_str("no open session\n");
@@ -141,12 +143,13 @@ fn role(gpu: &GpuRole) -> String {
     }
 }
 
-fn session_row(session: &SessionRecord) -> Vec<String> {
+fn session_row(session: &SessionRecord, lag_ms: Option<u64>) -> Vec<String> {
     vec![
         session.id.to_string(),
         word(&session.state),
         session.worker.as_ref().map_or_else(|| "-".to_owned(), |w| w.gpu_id.to_string()),
         session.epoch.to_string(),
+        lag_ms.map_or_else(|| "-".to_owned(), |ms| format!("{:.1}", ms as f64 / 1e3)),
         session.options.model.clone().unwrap_or_else(|| "default".to_owned()),
     ]
 }

@@ -42,9 +42,10 @@ impl Core {
         self.log_job_slot("job assigned", id, epoch, &worker);
         let gpu_id = worker.gpu_id.to_string();
         if let Some(from) = moved_from {
+            let why = self.why_moved(&from);
             self.job_event(id, What::Moved, now, |e| {
                 (e.epoch, e.gpu_id) = (Some(epoch), Some(gpu_id.clone()));
-                e.detail = serde_json::json!({ "from": from, "to": worker });
+                e.detail = serde_json::json!({ "from": from, "to": worker, "why": why });
             });
         }
         self.job_event(id, What::Assigned, now, |e| {

@@ -78,9 +78,7 @@ fn a_reserve_takes_the_work_of_a_gpu_that_died_and_nothing_before() {
     let degraded: Vec<_> = world.told.iter().filter(|e| e.scope == Scope::Fleet && e.what == What::Degraded).collect();
     assert_eq!(degraded.len(), 1);
     assert_eq!((degraded[0].id.as_str(), &degraded[0].detail["standing_in"]), ("g0", &"g2".into()));
-    world.core.fleet_status(CallId(9), world.now);
-    world.run();
-    let Some((_, Answer::Fleet(status))) = world.answers.last() else { panic!("{:?}", world.answers) };
+    let status = world.core.fleet_status(world.now);
     let rows: Vec<_> = status.services[0].gpus.iter().map(|g| (g.gpu_id.as_str(), g.role, g.health)).collect();
     let alive = Some(voxfleet_schema::fleet::WorkerHealth::Alive);
     assert_eq!(rows, [("g0", Role::Serves, None), ("g1", Role::Serves, alive), ("g2", Role::StandingIn, alive)]);

@@ -258,7 +258,8 @@ pub async fn record(js: &jetstream::Context, kind: &str, id: &str) -> Option<Val
     serde_json::from_slice(&message.payload).ok()
 }
 
-async fn has_ended(js: &jetstream::Context, kind: &str, id: &str) -> bool {
+/// Whether its chain has its end; no where nobody answers.
+pub async fn has_ended(js: &jetstream::Context, kind: &str, id: &str) -> bool {
     let subject = format!("asr.v1.transcript.{kind}.{id}.final");
     let last = async {
         let stream = js.get_stream_no_info("ASR_TRANSCRIPT").await.ok()?;

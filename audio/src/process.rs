@@ -1,4 +1,4 @@
-//! The worker's side of a recording's decoder: a process of its own that may crash, hang, or be out of memory.
+//! The parent's side of a recording's decoder: a process of its own that may crash, hang, or be out of memory.
 //!
 //! The child says frames over a socket and is asked nothing: when nobody reads, the socket fills and it waits. Time only
 //! counts against it while it is listened to. Whatever becomes of it is a chunk, an end or a typed failure, and it is
@@ -22,17 +22,17 @@ use tokio::{
     process::{Child, ChildStderr},
     time::{Instant, timeout, timeout_at},
 };
-use voxfleet_audio::{
-    Chunk, Limits,
-    child::{cpu_seconds, too_much_memory},
-    wire::{Frame, take},
-};
 use voxfleet_schema::{
     audio::AudioFormat,
     failure::{Failure, FailureClass},
 };
 
-use crate::spawner::{Environment, Launch, SpawnError, launch, number, socketpair};
+use crate::{
+    Chunk, Limits,
+    child::{cpu_seconds, too_much_memory},
+    spawner::{Environment, Launch, SpawnError, launch, number, socketpair},
+    wire::{Frame, take},
+};
 
 /// The subcommand of the child.
 const SUBCOMMAND: &str = "audio-decoder";

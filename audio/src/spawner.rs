@@ -21,7 +21,7 @@ use tokio::{
 };
 
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum SpawnError {
+pub enum SpawnError {
     #[error("cannot make a socketpair")]
     Socket(#[source] io::Error),
     #[error("cannot start {exe}")]
@@ -36,7 +36,7 @@ pub(crate) enum SpawnError {
 
 /// What a child finds in its environment.
 #[derive(Debug)]
-pub(crate) enum Environment {
+pub enum Environment {
     /// Ours, and this.
     With(&'static str, OsString),
     /// Nothing but what finding the executable's libraries takes.
@@ -45,13 +45,13 @@ pub(crate) enum Environment {
 
 /// A child to be.
 #[derive(Debug)]
-pub(crate) struct Launch {
+pub struct Launch {
     /// None = this executable.
-    pub(crate) exe: Option<PathBuf>,
-    pub(crate) args: Vec<OsString>,
-    pub(crate) environment: Environment,
+    pub exe: Option<PathBuf>,
+    pub args: Vec<OsString>,
+    pub environment: Environment,
     /// The child has them under the same numbers; here they are closed once it has them.
-    pub(crate) inherited: Vec<OwnedFd>,
+    pub inherited: Vec<OwnedFd>,
 }
 
 struct Order {
@@ -82,7 +82,7 @@ fn spawner() -> Result<&'static SyncSender<Order>, SpawnError> {
 }
 
 /// A socketpair: ours, and the end to be inherited.
-pub(crate) fn socketpair() -> Result<(UnixStream, OwnedFd), SpawnError> {
+pub fn socketpair() -> Result<(UnixStream, OwnedFd), SpawnError> {
     let pair = || {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
@@ -92,12 +92,12 @@ pub(crate) fn socketpair() -> Result<(UnixStream, OwnedFd), SpawnError> {
 }
 
 /// The number `fd` will have in the child.
-pub(crate) fn number(fd: &OwnedFd) -> OsString {
+pub fn number(fd: &OwnedFd) -> OsString {
     fd.as_raw_fd().to_string().into()
 }
 
 /// Its standard error is a pipe to us, its standard output goes nowhere, and it is killed when it is dropped.
-pub(crate) async fn launch(launch: Launch) -> Result<Child, SpawnError> {
+pub async fn launch(launch: Launch) -> Result<Child, SpawnError> {
     // Not its path: an upgrade may have put another version there since.
     let exe = launch.exe.unwrap_or_else(|| PathBuf::from("/proc/self/exe"));
     let mut command = Command::new(&exe);
@@ -127,7 +127,7 @@ pub(crate) async fn launch(launch: Launch) -> Result<Child, SpawnError> {
 
 /// A worker of `worker --all-gpus`: this binary with these words behind its name. It writes where we write, and is asked to
 /// stop when we die.
-pub(crate) async fn launch_worker(args: &[OsString]) -> Result<Child, SpawnError> {
+pub async fn launch_worker(args: &[OsString]) -> Result<Child, SpawnError> {
     let exe = PathBuf::from("/proc/self/exe");
     let mut command = Command::new(&exe);
     // A Ctrl-C in the terminal is for us: heard twice, it would end the worker at once.

@@ -1,0 +1,166 @@
+//! HTTP of a dispatcher, active or not: health, figures, the dashboard and what it asks for.
+//!
+//! It is a reader beside the loop, never a part of it: it looks through a [`window::Window`] or asks over NATS like any client,
+//! so fifty open pages cost the loop one copy a second. An address that is taken is waited for, and nothing here ends the
+//! dispatcher.
+//!
+//! | module | what for |
+//! |---|---|
+//! | [`window`] | what the loop shows |
+//! | [`board`] | one look at everything, each second while somebody looks |
+//! | [`view`], [`sessions`], [`reading`] | boards, lists and transcripts as pages read them; pure |
+//! | [`texts`], [`events`] | what is said and what happens, read while somebody looks |
+//! | [`health`], [`metrics`] | for those who watch processes |
+//! | [`api`], [`stream`], [`page`] | routes |
+//! | [`asr`], [`transcribe`] | audio and recordings of browsers and programs without NATS |
+
+mod api;
+mod asr;
+mod board;
+mod events;
+mod health;
+pub(crate) mod metrics;
+mod page;
+mod reading;
+mod sessions;
+mod stream;
+mod texts;
+mod transcribe;
+mod view;
+pub(crate) mod window;
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, SystemTime},
+};
+
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use voxfleet_http::{
+    Access, HttpConfig, HttpError, Server,
+    axum::{Router, extract::DefaultBodyLimit},
+    exposition::Exposition,
+    guard::guard,
+    tls::{self, Certificate},
+};
+use voxfleet_nats::Nats;
+
+use board::Boards;
+use window::Window;
+
+/// While a predecessor still has the address.
+const BIND_AGAIN: Duration = Duration::from_secs(2);
+/// Bodies of requests that carry no recording.
+const MAX_BODY: usize = 64 * 1024;
+/// Where a token may stand in the URL: clients that know nothing else.
+const QUERY_TOKENS: &[&str] = &["/asr"];
+
+/// What every handler has.
+#[derive(Clone)]
+pub(crate) struct Site {
+    nats: Nats,
+    name: Arc<str>,
+    access: Arc<Access>,
+    boards: Boards,
+    texts: texts::Reading,
+    recent: events::Recent,
+    asr: asr::Places,
+    uploads: transcribe::Uploads,
+    started: SystemTime,
+    /// Cookies may only travel encrypted.
+    encrypted: bool,
+    /// Ours, once the socket is bound.
+    certificate: Arc<OnceLock<Arc<Certificate>>>,
+    /// Work that belongs to a request that is being answered.
+    tasks: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+impl Site {
+    fn certificates(&self, out: &mut Exposition) {
+        let own = self.certificate.get().and_then(|certificate| certificate.expires());
+        let client = self.nats.client_certificate().and_then(|file| tls::expiry_of(&file).ok().flatten());
+        let mut family = out.gauge("voxfleet_certificate_expiry_timestamp_seconds", "unix time at which a certificate expires");
+        for (name, expires) in [("http", own), ("nats", client)] {
+            if let Some(expires) = expires {
+                family.sample(&[("use", name)], expires as f64);
+            }
+        }
+    }
+}
+
+/// Serves until `shutdown`. Ends early only where nothing can be served: with configuration that cannot be used.
+pub(crate) async fn run(nats: Nats, config: HttpConfig, name: Arc<str>, window: Window, shutdown: CancellationToken) {
+    if config.is_off() {
+        return;
+    }
+    let access = match Access::read(&config) {
+        Ok(access) => Arc::new(access),
+        Err(error) => {
+            tracing::error!(%error, "no http: its tokens cannot be read");
+            return;
+        }
+    };
+    metrics::begin();
+    let tasks = TaskTracker::new();
+    let (boards, making) = Boards::new(nats.clone(), window, shutdown.clone());
+    let (texts, reading) = texts::Reading::new(nats.clone(), shutdown.clone());
+    let (recent, listening) = events::Recent::new(nats.clone(), shutdown.clone());
+    let site = Site {
+        nats,
+        name,
+        access: access.clone(),
+        boards,
+        texts,
+        recent,
+        asr: asr::Places::default(),
+        uploads: transcribe::Uploads::default(),
+        started: SystemTime::now(),
+        encrypted: config.tls_cert.is_some(),
+        certificate: Arc::default(),
+        tasks: tasks.clone(),
+        shutdown: shutdown.clone(),
+    };
+    let certificate = site.certificate.clone();
+    let router = routes(site, access);
+    let serving = async {
+        let Some(server) = bind(&config, &shutdown).await else { return };
+        if let Some(own) = server.certificate() {
+            // Set once: there is one socket.
+            let _ = certificate.set(own);
+        }
+        tracing::info!(url = server.url(), "http");
+        if let Err(error) = server.serve(router, shutdown.clone()).await {
+            tracing::error!(%error, "no http any more");
+        }
+    };
+    tokio::join!(serving, making, reading, listening);
+    tasks.close();
+    tasks.wait().await;
+}
+
+fn routes(site: Site, access: Arc<Access>) -> Router {
+    let routes = api::routes().merge(stream::routes()).merge(asr::routes()).layer(DefaultBodyLimit::max(MAX_BODY));
+    let routes = routes.merge(transcribe::routes()).with_state(site);
+    guard(routes.merge(page::routes()), access, QUERY_TOKENS)
+}
+
+/// None: shut down, or it can never be.
+async fn bind(config: &HttpConfig, shutdown: &CancellationToken) -> Option<Server> {
+    let mut told = false;
+    loop {
+        match shutdown.run_until_cancelled(Server::bind(config)).await? {
+            Ok(server) => return Some(server),
+            Err(error @ HttpError::Listen { .. }) => {
+                if !std::mem::replace(&mut told, true) {
+                    let taken = error.is_address_in_use();
+                    tracing::warn!(%error, listen = config.listen, taken, "no http yet, trying again");
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "no http");
+                return None;
+            }
+        }
+        shutdown.run_until_cancelled(tokio::time::sleep(BIND_AGAIN)).await?;
+    }
+}

@@ -1,0 +1,186 @@
+//! The end of what each live session has said, for lists: read while somebody looks at one, and only then.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, RwLock},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use voxfleet_nats::{
+    Nats, ServerError,
+    retry::Backoff,
+    transcript::{self, Filter, ReadError, Start},
+};
+use voxfleet_schema::{
+    id::{Kind, StreamId},
+    transcript::{Final, Partial, join_text},
+};
+
+/// Characters shown of a session.
+const SHOWN: usize = 160;
+/// Sessions kept; ended ones go with their end.
+const MOST: usize = 100_000;
+/// Nobody has looked for so long: reading ends.
+const INTEREST: Duration = Duration::from_secs(40);
+
+#[derive(Debug, Default)]
+struct Said {
+    /// The end of its finals.
+    finals: String,
+    after_index: Option<u64>,
+    epoch: u64,
+    /// Of the partial behind them.
+    tail: String,
+    words: usize,
+}
+
+/// What sessions have said last. Pure.
+#[derive(Debug, Default)]
+pub(crate) struct Texts {
+    said: HashMap<StreamId, Said>,
+}
+
+impl Texts {
+    pub(crate) fn end_of(&self, id: &StreamId) -> String {
+        let Some(said) = self.said.get(id) else { return String::new() };
+        ending(&format!("{} {}", said.finals, said.tail))
+    }
+
+    pub(crate) fn words_of(&self, id: &StreamId) -> usize {
+        self.said.get(id).map_or(0, |said| said.words)
+    }
+
+    fn on_final(&mut self, value: &Final) {
+        if value.end {
+            self.said.remove(&value.id);
+            return;
+        }
+        if self.said.len() >= MOST && !self.said.contains_key(&value.id) {
+            return;
+        }
+        let said = self.said.entry(value.id.clone()).or_default();
+        if said.after_index.is_some_and(|index| index >= value.index) && said.epoch >= value.epoch {
+            return;
+        }
+        let text: Vec<&str> = value.segments.iter().map(|segment| segment.text.trim()).collect();
+        let text = text.join(" ");
+        said.words += text.split_whitespace().count();
+        said.finals = ending(&format!("{} {text}", said.finals));
+        (said.after_index, said.epoch) = (Some(value.index), value.epoch);
+        said.tail.clear();
+    }
+
+    fn on_partial(&mut self, value: &Partial) {
+        if self.said.len() >= MOST && !self.said.contains_key(&value.id) {
+            return;
+        }
+        let said = self.said.entry(value.id.clone()).or_default();
+        if value.epoch < said.epoch || value.after_index < said.after_index {
+            return;
+        }
+        said.tail = ending(&join_text([value.committed.as_str(), value.tentative.as_str()].into_iter()));
+    }
+}
+
+/// The last characters, from the beginning of a word where there is one.
+fn ending(text: &str) -> String {
+    let text = text.trim();
+    let Some((at, _)) = text.char_indices().rev().nth(SHOWN) else { return text.to_owned() };
+    let cut = &text[at..];
+    cut.find(char::is_whitespace).map_or(cut, |blank| cut[blank..].trim_start()).to_owned()
+}
+
+/// The texts, and whether anybody wants them. Clones share them.
+#[derive(Debug, Clone)]
+pub(crate) struct Reading {
+    texts: Arc<RwLock<Texts>>,
+    wanted: Arc<watch::Sender<Option<Instant>>>,
+}
+
+impl Reading {
+    /// The texts, and the work of reading them.
+    pub(crate) fn new(nats: Nats, stop: CancellationToken) -> (Self, impl Future<Output = ()>) {
+        let reading = Self { texts: Arc::default(), wanted: Arc::new(watch::Sender::new(None)) };
+        let mine = reading.clone();
+        (reading, async move {
+            stop.run_until_cancelled(mine.read(nats)).await;
+        })
+    }
+
+    /// Somebody looks at a list now.
+    pub(crate) fn want(&self) {
+        self.wanted.send_replace(Some(Instant::now() + INTEREST));
+    }
+
+    pub(crate) fn with<T>(&self, look: impl FnOnce(&Texts) -> T) -> T {
+        match self.texts.read() {
+            Ok(texts) => look(&texts),
+            Err(_) => look(&Texts::default()),
+        }
+    }
+
+    async fn read(self, nats: Nats) {
+        let mut wanted = self.wanted.subscribe();
+        loop {
+            if wanted.wait_for(|until| until.is_some_and(|until| Instant::now() < until)).await.is_err() {
+                return;
+            }
+            if self.read_while_wanted(&nats).await.is_err() {
+                return;
+            }
+            if let Ok(mut texts) = self.texts.write() {
+                *texts = Texts::default();
+            }
+        }
+    }
+
+    /// An error: the connection is closed.
+    async fn read_while_wanted(&self, nats: &Nats) -> Result<(), ServerError> {
+        let filter = Filter::Kind(Kind::Session);
+        let mut finals = transcript::finals(nats, &filter, Start::LastPerSubject);
+        let mut partials = transcript::partials(nats, &filter, Start::LastPerSubject);
+        let mut backoff = Backoff::default();
+        loop {
+            let until = *self.wanted.borrow();
+            let Some(left) = until.and_then(|until| until.checked_duration_since(Instant::now())) else {
+                return Ok(());
+            };
+            let failed = tokio::select! {
+                read = finals.next() => read.map(|read| self.change(|texts| texts.on_final(&read.value))).err(),
+                read = partials.next() => read.map(|read| self.change(|texts| texts.on_partial(&read.value))).err(),
+                () = tokio::time::sleep(left) => continue,
+            };
+            match failed {
+                None => backoff = Backoff::default(),
+                Some(ReadError::Server(ServerError::Closed)) => return Err(ServerError::Closed),
+                Some(ReadError::Malformed { seq, .. }) => tracing::debug!(seq, "not a transcript"),
+                Some(error) => {
+                    tracing::debug!(%error, "transcripts not readable now");
+                    backoff.wait().await;
+                }
+            }
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Texts)) {
+        if let Ok(mut texts) = self.texts.write() {
+            change(&mut texts);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_text_begins_with_a_word() {
+        assert_eq!(ending("  a b "), "a b");
+        let long = "wörter ".repeat(60);
+        let end = ending(&long);
+        assert!(end.chars().count() <= SHOWN && end.starts_with("wörter"), "{end}");
+        assert_eq!(ending(&"x".repeat(500)).chars().count(), SHOWN + 1);
+    }
+}

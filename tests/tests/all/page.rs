@@ -1,0 +1,78 @@
+//! The dashboard in a headless Chromium, as a dispatcher with a real fleet serves it. `tests/page/check.py` looks; what it needs to
+//! see is made here. The same checks against a mock, which plays what no small fleet shows, are `tests/page` alone.
+
+use std::{path::Path, process::Stdio, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    process::Command,
+    time::timeout,
+};
+use voxfleet_harness::{
+    audio, find,
+    fleet::{self, Fleet},
+    producer::{Pace, Producer},
+};
+
+/// Chromium starts in seconds on an idle machine; here others compile and decode beside it.
+const LOOKED: Duration = Duration::from_secs(180);
+
+/// What the page's checks said, and whether all passed. `on_line` is told each line as it comes.
+async fn look(url: &str, scenario: &str, mut on_line: impl FnMut(&str) -> Result<()>) -> Result<String> {
+    let script = find::root().join("tests/page/check.py");
+    let mut command = Command::new("python3");
+    command.arg("-u").arg(script).args(["--base", url, "--scenario", scenario]);
+    if let Some(folder) = std::env::var_os("VOXFLEET_SCREENS") {
+        command.arg("--screens").arg(Path::new(&folder));
+    }
+    command.env("VOXFLEET_CACHE", find::cache()).stdout(Stdio::piped()).stderr(Stdio::inherit()).kill_on_drop(true);
+    let mut child = command.spawn().context("python3")?;
+    let mut lines = BufReader::new(child.stdout.take().context("its output")?).lines();
+    let mut said = String::new();
+    let reading = async {
+        while let Some(line) = lines.next_line().await? {
+            println!("{line}");
+            on_line(&line)?;
+            said.push_str(&line);
+            said.push('\n');
+        }
+        Ok::<_, anyhow::Error>(child.wait().await?)
+    };
+    let status = timeout(LOOKED, reading).await.context("the page was not looked at in time")??;
+    ensure!(status.success(), "{said}");
+    Ok(said)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_fleet_is_shown_as_it_is() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let fleet = Fleet::builder().workers(3).slots(4).set("dispatcher.http.listen", "127.0.0.1:0").start().await?;
+    let url = fleet.dispatchers[0].http_url().await?;
+    for (index, session) in ["call-a", "call-b", "call-c"].into_iter().enumerate() {
+        let mut producer = Producer::named(fleet.js(), session, "s");
+        producer.stream(&audio::bursts(index as u64 + 3, 12.0), 200, Pace::AsFastAsPossible).await?;
+    }
+    let looked = look(&url, "calm", |_| Ok(())).await;
+    looked.with_context(|| fleet.logs())?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_is_shown_dead() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let mut fleet = Fleet::builder().workers(2).slots(4).set("dispatcher.http.listen", "127.0.0.1:0").start().await?;
+    let url = fleet.dispatchers[0].http_url().await?;
+    let (workers, mut killed) = (&mut fleet.workers, false);
+    let looked = look(&url, "dead", |line| {
+        if line.starts_with("kill a worker") {
+            workers[0].kill9()?;
+            killed = true;
+        }
+        Ok(())
+    })
+    .await;
+    let said = looked.with_context(|| fleet.logs())?;
+    ensure!(killed || said.contains("skipped"), "{said}");
+    Ok(())
+}

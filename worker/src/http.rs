@@ -1,0 +1,224 @@
+//! HTTP of a worker: whether it is alive, whether its engine moves, its figures. Off unless an address is configured: a rented
+//! machine lets nobody in, and the dispatcher tells the same of every worker.
+//!
+//! It reads the heartbeat that was sent last, so that it says what the fleet was told and nothing else.
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, SystemTime},
+};
+
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use voxfleet_http::{
+    Access, HttpConfig, HttpError, Server, Viewer,
+    axum::{
+        Json, Router,
+        extract::State,
+        http::{StatusCode, header},
+        response::{IntoResponse, Response},
+        routing::get,
+    },
+    exposition::{CONTENT_TYPE, Exposition},
+    guard::guard,
+    process, recorder,
+    tls::Certificate,
+};
+use voxfleet_nats::Nats;
+use voxfleet_schema::fleet::{EngineRunState, Heartbeat, Residency};
+
+use crate::metrics;
+
+/// While a predecessor, or the worker of another card, has the address.
+const BIND_AGAIN: Duration = Duration::from_secs(5);
+/// An engine with work that has not moved for so long is stuck as far as a health check is concerned; its worker ends it later.
+const STUCK: Duration = Duration::from_secs(15);
+
+/// The last heartbeat; none before the first.
+pub(crate) type LastBeat = watch::Receiver<Option<Arc<Heartbeat>>>;
+
+#[derive(Clone)]
+struct Site {
+    nats: Nats,
+    beat: LastBeat,
+    started: SystemTime,
+    certificate: Arc<OnceLock<Arc<Certificate>>>,
+}
+
+/// Serves until `shutdown`; a worker works without it.
+pub(crate) async fn run(nats: Nats, config: HttpConfig, beat: LastBeat, shutdown: CancellationToken) {
+    if config.is_off() {
+        return;
+    }
+    let access = match Access::read(&config) {
+        Ok(access) => Arc::new(access),
+        Err(error) => {
+            tracing::error!(%error, "no http: its tokens cannot be read");
+            return;
+        }
+    };
+    metrics::begin();
+    let site = Site { nats, beat, started: SystemTime::now(), certificate: Arc::default() };
+    let certificate = site.certificate.clone();
+    let routes = Router::new()
+        .route("/health", get(alive))
+        .route("/ready", get(ready))
+        .route("/gpu-status", get(gpu_status))
+        .route("/metrics", get(metrics_page))
+        .with_state(site);
+    let router = guard(routes, access, &[]);
+    let Some(server) = bind(&config, &shutdown).await else { return };
+    if let Some(own) = server.certificate() {
+        // Set once: there is one socket.
+        let _ = certificate.set(own);
+    }
+    tracing::info!(url = server.url(), "http");
+    if let Err(error) = server.serve(router, shutdown).await {
+        tracing::error!(%error, "no http any more");
+    }
+}
+
+/// None: shut down, or it can never be.
+async fn bind(config: &HttpConfig, shutdown: &CancellationToken) -> Option<Server> {
+    let mut told = false;
+    loop {
+        match shutdown.run_until_cancelled(Server::bind(config)).await? {
+            Ok(server) => return Some(server),
+            Err(error @ HttpError::Listen { .. }) => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(%error, listen = config.listen, "no http yet, trying again");
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "no http");
+                return None;
+            }
+        }
+        shutdown.run_until_cancelled(tokio::time::sleep(BIND_AGAIN)).await?;
+    }
+}
+
+async fn alive(State(site): State<Site>) -> Json<Value> {
+    let uptime = SystemTime::now().duration_since(site.started).unwrap_or_default().as_secs();
+    Json(json!({ "status": "ok", "version": env!("CARGO_PKG_VERSION"), "uptime_seconds": uptime }))
+}
+
+async fn ready(State(site): State<Site>) -> Response {
+    let beat = site.beat.borrow().clone();
+    let (ready, answer) = readiness(site.nats.is_connected(), beat.as_deref());
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(answer)).into_response()
+}
+
+/// Pure: whether work progresses, and what keeps it from it.
+fn readiness(connected: bool, beat: Option<&Heartbeat>) -> (bool, Value) {
+    let mut reasons: Vec<(&str, String)> = Vec::new();
+    if !connected {
+        reasons.push(("nats_lost", "the NATS server does not answer this worker".to_owned()));
+    }
+    let Some(beat) = beat else {
+        reasons.push(("starting", "no heartbeat has been sent yet".to_owned()));
+        return (false, json!({ "ready": false, "reasons": told(&reasons) }));
+    };
+    let engine = &beat.engine;
+    if engine.state == EngineRunState::Failed {
+        let why = engine.last_end.as_ref().map_or_else(String::new, |end| format!(": {}", end.message));
+        reasons.push(("engine_failed", format!("its engine cannot be started{why}")));
+    }
+    if Duration::from_millis(engine.ms_since_progress) >= STUCK {
+        reasons.push(("engine_stuck", format!("its engine has work and has not moved for {} ms", engine.ms_since_progress)));
+    }
+    if let Some(trouble) = &beat.device.trouble {
+        reasons.push(("device_trouble", trouble.message.clone()));
+    }
+    if beat.draining {
+        reasons.push(("draining", "it takes nothing new and ends".to_owned()));
+    }
+    let ready = reasons.is_empty();
+    let gpu = beat.device.uuid.is_some();
+    let answer = json!({
+        "ready": ready, "reasons": told(&reasons),
+        "model_loaded": beat.models.iter().any(|model| model.state == Residency::Loaded),
+        "idle_timeout_seconds": engine.idle_timeout_s,
+        "time_since_last_activity": engine.ms_since_activity.map(|ms| ms as f64 / 1e3),
+        "gpu_available": gpu, "gpu_count": u32::from(gpu), "current_device": engine.effective_device,
+        "memory_allocated_mb": beat.device.used_mb,
+    });
+    (ready, answer)
+}
+
+fn told(reasons: &[(&str, String)]) -> Vec<Value> {
+    reasons.iter().map(|(code, message)| json!({ "code": code, "message": message })).collect()
+}
+
+async fn gpu_status(_: Viewer, State(site): State<Site>) -> Json<Value> {
+    let beat = site.beat.borrow().clone();
+    let gb = |mb: u64| (mb as f64 / 1024.0 * 100.0).round() / 100.0;
+    let gpu = beat.iter().map(|beat| {
+        let device = &beat.device;
+        json!({
+            "gpu_id": beat.gpu_id, "active_connections": beat.slots.used, "max_connections": beat.slots.total,
+            "allocated_memory_gb": gb(device.used_mb), "free_memory_gb": gb(device.free_mb),
+            "total_memory_gb": gb(device.total_mb), "other_tenants_memory_gb": gb(device.used_by_others_mb),
+            "utilization_percent": device.utilization.map(|share| (share * 100.0).round()),
+            "temperature_c": device.temperature_c, "jobs": beat.job_slots.used, "device": device.name,
+        })
+    });
+    Json(json!({
+        "total_gpus": u32::from(beat.is_some()),
+        "total_connections": beat.as_ref().map_or(0, |beat| beat.slots.used),
+        "max_connections_per_gpu": beat.as_ref().map_or(0, |beat| beat.slots.total),
+        "gpus": gpu.collect::<Vec<_>>(),
+    }))
+}
+
+async fn metrics_page(_: Viewer, State(site): State<Site>) -> Response {
+    let beat = site.beat.borrow().clone();
+    let mut out = Exposition::default();
+    let flag = |yes: bool| f64::from(u8::from(yes));
+    out.gauge("voxfleet_build_info", "1, with the version that runs").sample(&[("version", env!("CARGO_PKG_VERSION"))], 1.0);
+    out.gauge("voxfleet_nats_connected", "1 while NATS answers").value(flag(site.nats.is_connected()));
+    if let Some(beat) = beat {
+        figures(&mut out, &beat);
+    }
+    let mut family = out.counter("voxfleet_audio_seconds_total", "audio that stored finals cover");
+    for (kind, seconds) in metrics::audio_seconds() {
+        family.sample(&[("kind", kind)], seconds);
+    }
+    let expires = site.certificate.get().and_then(|certificate| certificate.expires());
+    let mut family = out.gauge("voxfleet_certificate_expiry_timestamp_seconds", "unix time at which a certificate expires");
+    if let Some(expires) = expires {
+        family.sample(&[("use", "http")], expires as f64);
+    }
+    process::expose(&mut out, site.started);
+    out.append(&recorder::render());
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], out.into_text()).into_response()
+}
+
+fn figures(out: &mut Exposition, beat: &Heartbeat) {
+    for (name, help, slots) in [
+        ("voxfleet_slots", "live sessions that it can hold, and holds", beat.slots),
+        ("voxfleet_job_slots", "recordings that it can hold, and holds", beat.job_slots),
+    ] {
+        out.gauge(name, help)
+            .sample(&[("state", "total")], f64::from(slots.total))
+            .sample(&[("state", "used")], f64::from(slots.used));
+    }
+    let mut family = out.gauge("voxfleet_model_resident_bytes", "device memory that a loaded model takes");
+    for model in &beat.models {
+        family.sample(&[("model", &model.name)], model.resident_mb as f64 * 1_048_576.0);
+    }
+    let state = match beat.engine.state {
+        EngineRunState::Down => "down",
+        EngineRunState::Starting => "starting",
+        EngineRunState::Ready => "ready",
+        EngineRunState::Restarting => "restarting",
+        EngineRunState::Failed => "failed",
+        EngineRunState::Unknown => "unknown",
+    };
+    out.gauge("voxfleet_engine_state", "1 for the present state of its engine").sample(&[("state", state)], 1.0);
+    out.counter("voxfleet_engine_restarts_total", "starts of its engine after the first").value(f64::from(beat.engine.restarts));
+    out.gauge("voxfleet_engine_silence_seconds", "since its engine moved while it has work, else 0")
+        .value(beat.engine.ms_since_progress as f64 / 1e3);
+}
