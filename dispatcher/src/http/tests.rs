@@ -142,6 +142,21 @@ fn every_series_stands_once_and_the_dead_have_no_figures() {
 }
 
 #[test]
+fn two_incarnations_on_one_gpu_are_one_series() {
+    use WorkerHealth::*;
+    let both = vec![(Draining, beat("g0", "i")), (Alive, beat("g0", "j")), (Dead, beat("g1", "i"))];
+    let mut out = Exposition::default();
+    metrics::fleet(&mut out, Some(&board(status(both, vec![]), &[], 0)));
+    let text = out.into_text();
+    let mut series: Vec<&str> = text.lines().filter(|l| !l.starts_with('#')).filter_map(|l| Some(l.rsplit_once(' ')?.0)).collect();
+    let all = series.len();
+    series.sort_unstable();
+    series.dedup();
+    assert_eq!(series.len(), all, "{text}");
+    assert!(text.contains("voxfleet_gpu_state{gpu_id=\"g0\",state=\"alive\"} 1"), "{text}");
+}
+
+#[test]
 fn other_servers_clients_find_their_figures() {
     let mut one = beat("g0", "i");
     (one.slots.used, one.device.utilization) = (3, Some(0.256));
