@@ -363,7 +363,8 @@ fn cause<'a, E: std::error::Error + 'static>(error: &'a (dyn std::error::Error +
 fn tls_hint(error: &rustls::Error) -> &'static str {
     use rustls::{AlertDescription as Alert, CertificateError as Bad, Error};
     match error {
-        Error::InvalidCertificate(Bad::UnknownIssuer) => {
+        // A bad signature: one of the same name was renewed.
+        Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature) => {
             "no authority that is trusted here has signed the server's certificate: set nats.tls_ca"
         }
         Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => {
@@ -396,7 +397,8 @@ mod tests {
             (Error::InvalidCertificate(CertificateError::UnknownIssuer), "nats.tls_ca"),
             (Error::InvalidCertificate(CertificateError::NotValidForName), "other host names"),
             (Error::InvalidCertificate(CertificateError::Expired), "is over"),
-            (Error::InvalidCertificate(CertificateError::BadSignature), "not good"),
+            (Error::InvalidCertificate(CertificateError::BadSignature), "nats.tls_ca"),
+            (Error::InvalidCertificate(CertificateError::Revoked), "not good"),
             (Error::AlertReceived(AlertDescription::CertificateRequired), "set nats.tls_cert"),
             (Error::AlertReceived(AlertDescription::UnknownCA), "refuses"),
             (Error::InvalidMessage(InvalidMessage::InvalidContentType), "does not speak TLS"),
