@@ -40,11 +40,6 @@ pub const TARGETS: &[Target] = &[
     },
     Target { name: "uem", max_len: 4_096, seeds: &[], run: text::uem },
     Target { name: "words", max_len: 1_024, seeds: &["tests/audio/call-01.txt"], run: text::words },
-    Target {
-        name: "config",
-        max_len: 16_384,
-        seeds: &["voxfleet.example.toml"],
-        run: documents::config,
-    },
+    Target { name: "config", max_len: 16_384, seeds: &["voxfleet.example.toml"], run: documents::config },
     Target { name: "catalog", max_len: 16_384, seeds: &["store/models.toml"], run: documents::catalog },
 ];
