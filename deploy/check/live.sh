@@ -109,6 +109,7 @@ nats_files() {
         openssl x509 -req -in server.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 -extfile ext -out server.pem
     ) >"$WORK/openssl.log" 2>&1 || return 1
     # A leaf node carries all of its site, so its user has no list of permissions (docs/nats.md).
+    # shellcheck disable=SC2016 # the server reads that name
     sed -i 's#^    users: \[#&\n      { nkey: $VOXFLEET_NKEY_SITE }#' "$WORK/nats/accounts.conf"
     for role_ in DISPATCHER WORKER OPERATOR PRODUCER VIEWER SITE ADMIN; do
         nats auth nkey gen user >"$WORK/nats/$role_.seed"
@@ -271,8 +272,9 @@ person() {
 run_entry() {
     CA=$(base64 <"$WORK/nats/tls/ca.pem" | tr -d '\n')
     at_dispatcher=VOXFLEET__DISPATCHER__HTTP__LISTEN=127.0.0.1:$P_DISPATCHER at_worker=VOXFLEET__WORKER__HTTP__LISTEN=127.0.0.1:$P_WORKER
+    # Its seed has a folder of its own: here both share one root, and the worker's would be written over it.
     start "$WORK/dispatcher.log" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/DISPATCHER.seed")" "$at_dispatcher" \
-        VOXFLEET__NATS__INBOX_PREFIX=_INBOX_dispatcher voxfleet-entry dispatcher --name check
+        XDG_RUNTIME_DIR=/tmp/dispatcher VOXFLEET__NATS__INBOX_PREFIX=_INBOX_dispatcher voxfleet-entry dispatcher --name check
     seed_="VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")"
     start "$WORK/worker.log" in_root "$seed_" "$at_worker" VOXFLEET_MODELS=micro.en-q8_0 voxfleet-entry worker --gpu none --gpu-id entry-0
     WORKER=$PID

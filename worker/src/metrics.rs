@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use metrics::{counter, gauge};
-use voxfleet_schema::{device::Device, failure::Failure, id::Kind, transcript::Final};
+use voxfleet_schema::{device::Device, failure::{Failure, FailureClass}, id::Kind, transcript::Final};
 
 use crate::memory::Change;
 
@@ -16,6 +16,14 @@ pub const STAGE_MEMORY: &str = "voxfleet_stage_memory_bytes";
 const FINALS: &str = "voxfleet_finals_total";
 const PARTIALS: &str = "voxfleet_partials_total";
 const FAILURES: &str = "voxfleet_failures_total";
+/// What sessions mostly fail of.
+const FAILS: [FailureClass; 5] = [
+    FailureClass::BadAudio,
+    FailureClass::UnsupportedFormat,
+    FailureClass::ModelMissing,
+    FailureClass::OutOfMemory,
+    FailureClass::EngineCrash,
+];
 const KINDS: [Kind; 2] = [Kind::Session, Kind::Job];
 
 /// Milliseconds of audio that stored finals cover, of sessions and of jobs: a recorder's counters hold whole numbers, and seconds
@@ -48,6 +56,9 @@ pub(crate) fn begin() {
         counter!(FINALS, "kind" => kind.as_str()).absolute(0);
     }
     counter!(PARTIALS).absolute(0);
+    for class in FAILS {
+        counter!(FAILURES, "class" => class.as_str()).absolute(0);
+    }
 }
 
 /// Of one MB as NVIDIA's tools count.

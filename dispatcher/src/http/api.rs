@@ -296,8 +296,14 @@ fn of_retry(error: RetryError) -> Refusal {
     }
 }
 
-async fn events(_: Viewer, State(site): State<Site>, Query(query): Query<Limit>) -> Json<Value> {
-    let rows = site.recent.rows(query.limit.unwrap_or(200).clamp(1, 500)).await;
+#[derive(Deserialize)]
+struct EventsQuery {
+    kind: Option<String>,
+    limit: Option<usize>,
+}
+
+async fn events(_: Viewer, State(site): State<Site>, Query(query): Query<EventsQuery>) -> Json<Value> {
+    let rows = site.recent.rows(query.kind.as_deref(), query.limit.unwrap_or(200).clamp(1, 500)).await;
     Json(json!({ "rows": rows }))
 }
 

@@ -16,7 +16,7 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::event::{Event, Scope};
 
-/// Events kept, which is also what is read of the past.
+/// Events kept of each kind, and read of the past in all.
 const KEPT: usize = 500;
 /// How long somebody waits for the past.
 const CATCH_UP: Duration = Duration::from_secs(2);
@@ -92,12 +92,12 @@ impl Recent {
         self.wanted.send_replace(Some(Instant::now() + INTEREST));
     }
 
-    /// Newest first. Whoever asks first waits until the past has been read.
-    pub(crate) async fn rows(&self, limit: usize) -> Vec<Row> {
+    /// Newest first, of one kind or of all. Whoever asks first waits until the past has been read.
+    pub(crate) async fn rows(&self, kind: Option<&str>, limit: usize) -> Vec<Row> {
         self.want();
         // In vain where the stream cannot be read: then what is there is shown.
         let _ = tokio::time::timeout(CATCH_UP, self.caught_up.subscribe().wait_for(|read| *read)).await;
-        self.rows.read().map(|rows| rows.iter().rev().take(limit).cloned().collect()).unwrap_or_default()
+        self.rows.read().map(|rows| rows.iter().rev().filter(|row| kind.is_none_or(|kind| row.kind == kind)).take(limit).cloned().collect()).unwrap_or_default()
     }
 
     /// Those that come from now on; one that is too slow for them misses some.
@@ -166,10 +166,13 @@ impl Recent {
 
     fn push(&self, row: Row) {
         if let Ok(mut rows) = self.rows.write() {
-            if rows.len() >= KEPT {
-                rows.pop_front();
-            }
             rows.push_back(row.clone());
+            // Each kind has its share: a busy hour of sessions does not push out that a GPU died.
+            if rows.iter().filter(|other| other.kind == row.kind).count() > KEPT
+                && let Some(oldest) = rows.iter().position(|other| other.kind == row.kind)
+            {
+                rows.remove(oldest);
+            }
         }
         // Mostly nobody follows.
         let _ = self.news.send(row);

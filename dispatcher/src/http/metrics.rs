@@ -3,7 +3,7 @@
 //! Workers sit behind NAT: Prometheus cannot reach them, so everything about them comes from here. No label ever holds a
 //! session, a job or a text; `gpu_id` has as many values as there are GPUs.
 
-use std::time::Duration;
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use metrics::counter;
 use voxfleet_http::exposition::Exposition;
@@ -11,7 +11,7 @@ use voxfleet_schema::{
     event::{Event, Scope, What},
     failure::{Failure, FailureClass},
     fleet::WorkerHealth,
-    id::Kind,
+    id::{GpuId, Kind},
 };
 
 use super::{
@@ -24,6 +24,17 @@ const AUDIO_CHUNKS: &str = "voxfleet_audio_chunks_total";
 const ASSIGNMENTS: &str = "voxfleet_assignments_total";
 const MOVES: &str = "voxfleet_moves_total";
 const FAILOVERS: &str = "voxfleet_failovers_total";
+/// What sessions and jobs mostly fail of.
+const FAILS: [FailureClass; 8] = [
+    FailureClass::BadAudio,
+    FailureClass::UnsupportedFormat,
+    FailureClass::TooLarge,
+    FailureClass::ModelMissing,
+    FailureClass::OutOfMemory,
+    FailureClass::EngineCrash,
+    FailureClass::Timeout,
+    FailureClass::Cancelled,
+];
 /// Why something left a worker.
 const MOVED: [&str; 4] = ["dead", "gone", "drained", "room"];
 const REFUSALS: &str = "voxfleet_refusals_total";
@@ -74,8 +85,11 @@ pub(crate) fn begin() {
         }
     }
     counter!(FAILOVERS).absolute(0);
-    for class in [FailureClass::NoCapacity, FailureClass::NoWorkers] {
+    for class in [FailureClass::NoCapacity, FailureClass::NoWorkers, FailureClass::ModelDoesNotFit] {
         counter!(REFUSALS, "class" => class.as_str()).absolute(0);
+    }
+    for class in FAILS {
+        counter!(FAILURES, "class" => class.as_str()).absolute(0);
     }
     audio_read(0, 0);
 }
@@ -85,7 +99,7 @@ const MB: f64 = 1_048_576.0;
 /// The fleet's figures. `board` is none where nobody could be asked.
 pub(crate) fn fleet(out: &mut Exposition, board: Option<&Board>) {
     let Some(board) = board else { return };
-    let tiles = &board.tiles;
+    let tiles = &one_each(&board.tiles);
     let mut family = out.gauge("voxfleet_gpus", "workers by what the dispatcher believes of them");
     for (state, count) in view::states(tiles) {
         family.sample(&[("state", state)], count as f64);
@@ -169,7 +183,32 @@ fn streams(out: &mut Exposition, board: &Board) {
     out.gauge("voxfleet_dead_letters", "letters in ASR_DEAD").value(view::dead_letters(board) as f64);
 }
 
-fn living(tiles: &[std::sync::Arc<Tile>]) -> impl Iterator<Item = &Tile> {
+/// Two incarnations may share a GPU for a while, one leaving and one coming; a series of a GPU is of the one that works.
+fn one_each(tiles: &[Arc<Tile>]) -> Vec<Arc<Tile>> {
+    let rank = |tile: &Tile| match tile.state {
+        WorkerHealth::Alive => 5,
+        WorkerHealth::Unhealthy => 4,
+        WorkerHealth::Joining => 3,
+        WorkerHealth::Suspect => 2,
+        WorkerHealth::Draining => 1,
+        WorkerHealth::Dead | WorkerHealth::Unknown => 0,
+    };
+    let mut chosen: Vec<Arc<Tile>> = Vec::with_capacity(tiles.len());
+    let mut places: HashMap<&GpuId, usize> = HashMap::with_capacity(tiles.len());
+    for tile in tiles {
+        match places.get(&tile.gpu_id) {
+            Some(&place) if rank(tile) <= rank(&chosen[place]) => {}
+            Some(&place) => chosen[place] = tile.clone(),
+            None => {
+                places.insert(&tile.gpu_id, chosen.len());
+                chosen.push(tile.clone());
+            }
+        }
+    }
+    chosen
+}
+
+fn living(tiles: &[Arc<Tile>]) -> impl Iterator<Item = &Tile> {
     tiles.iter().map(|tile| &**tile).filter(|tile| tile.state != WorkerHealth::Dead)
 }
 
@@ -177,7 +216,7 @@ fn each(
     out: &mut Exposition,
     name: &'static str,
     help: &str,
-    tiles: &[std::sync::Arc<Tile>],
+    tiles: &[Arc<Tile>],
     figure: impl Fn(&Tile) -> Option<f64>,
 ) {
     let mut family = out.gauge(name, help);

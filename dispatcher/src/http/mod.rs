@@ -24,6 +24,8 @@ mod page;
 mod reading;
 mod sessions;
 mod stream;
+#[cfg(test)]
+mod tests;
 mod texts;
 mod transcribe;
 mod view;

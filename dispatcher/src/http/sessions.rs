@@ -9,6 +9,7 @@ use super::texts::Texts;
 
 const USUAL: usize = 100;
 const MOST: usize = 500;
+const LAG_STEP_MS: u64 = 250;
 /// Longer searches find nothing that shorter ones do not.
 const MOST_SEARCHED: usize = 128;
 
@@ -149,8 +150,12 @@ fn matches(session: &SessionSummary, texts: &Texts, needle: &str) -> bool {
 fn compare(a: &SessionSummary, b: &SessionSummary, sort: Sort, texts: &Texts) -> Ordering {
     let gpu = |s: &SessionSummary| s.worker.as_ref().map(|worker| worker.gpu_id.to_string());
     match sort {
-        // Whoever waits has no worker that tells: that is behind all others.
-        Sort::Lag => (a.state == SessionState::Waiting, a.lag_ms).cmp(&(b.state == SessionState::Waiting, b.lag_ms)),
+        // Whoever waits has no worker that tells: that is behind all others. In steps, so that lines do not change places with
+        // every heartbeat.
+        Sort::Lag => {
+            let lag = |s: &SessionSummary| (s.state == SessionState::Waiting, s.lag_ms.map(|ms| ms / LAG_STEP_MS));
+            lag(a).cmp(&lag(b))
+        }
         Sort::Id => a.session.cmp(&b.session),
         Sort::Gpu => gpu(a).cmp(&gpu(b)),
         Sort::Age => a.opened_ms.cmp(&b.opened_ms),

@@ -98,6 +98,8 @@ fn dispatcher(subjects: &Subjects) -> Lists {
     let mut publish = vec![api("INFO"), api("STREAM.NAMES")];
     for stream in ALL_STREAMS {
         publish.push(api(&format!("STREAM.CREATE.{stream}")));
+        // To more replicas, when the configuration says so.
+        publish.push(api(&format!("STREAM.UPDATE.{stream}")));
         if ![TRANSCRIPT, PARTIAL, EVENT].contains(&stream) {
             publish.push(api(&format!("STREAM.INFO.{stream}")));
         }

@@ -120,7 +120,7 @@ fn requests_of_jetstream_are_for_those_who_need_them() {
         ("STREAM.LIST", &[Operator]),
         ("STREAM.CREATE.ASR_AUDIO", &[Dispatcher, Operator]),
         ("STREAM.CREATE.OTHER", &[Operator]),
-        ("STREAM.UPDATE.ASR_AUDIO", &[Operator]),
+        ("STREAM.UPDATE.ASR_AUDIO", &[Dispatcher, Operator]),
         ("STREAM.DELETE.ASR_AUDIO", &[Operator]),
         ("STREAM.DELETE.KV_asr_jobs", &[Operator]),
         ("STREAM.PURGE.ASR_AUDIO", &[Operator]),

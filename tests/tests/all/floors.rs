@@ -11,7 +11,7 @@ use serde_json::Value;
 use voxfleet_harness::find;
 
 /// Crates of ours that each crate may name; dispatcher and worker never meet.
-const EDGES: [(&str, &[&str]); 12] = [
+const EDGES: [(&str, &[&str]); 13] = [
     ("voxfleet-schema", &[]),
     // What measures the product knows nothing of it.
     ("voxfleet-eval", &[]),
@@ -29,6 +29,19 @@ const EDGES: [(&str, &[&str]); 12] = [
     ),
     // What checks the product does not share its code.
     ("voxfleet-harness", &[]),
+    // Feeds every parser there is.
+    (
+        "voxfleet-parsers",
+        &[
+            "voxfleet-schema",
+            "voxfleet-audio",
+            "voxfleet-nats",
+            "voxfleet-store",
+            "voxfleet-dispatcher",
+            "voxfleet-worker",
+            "voxfleet-eval",
+        ],
+    ),
     (
         "voxfleet",
         &[
