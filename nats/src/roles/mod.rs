@@ -159,7 +159,8 @@ fn worker(subjects: &Subjects) -> Lists {
         publish.extend(acks(stream, "*"));
     }
     publish.push(direct_get(AUDIO));
-    publish.push(api(&format!("STREAM.INFO.{AUDIO}")));
+    // The second to see whether JetStream answers at all.
+    publish.extend([AUDIO, TRANSCRIPT].map(|stream| api(&format!("STREAM.INFO.{stream}"))));
     for stream in [AUDIO, TRANSCRIPT, CHECKPOINT, MEDIA] {
         publish.push(leader_get(stream));
     }

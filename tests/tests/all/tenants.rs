@@ -161,12 +161,13 @@ async fn an_account_gets_no_more_than_its_limits() -> Result<()> {
         "--max-streams",
         "15",
     ];
-    let keys = Keys::make(&["clinic", "court"], &small)?;
+    // The third is the greedy one's: what it made before it was refused would be in the way of the others.
+    let keys = Keys::make(&["clinic", "court", "greedy"], &small)?;
     let server = roles::server(&keys).await?;
     let folder = tempfile::tempdir()?;
 
     // A dispatcher that wants more than its account has says what is too small, and where.
-    let settings = keys.login("clinic", "dispatcher").settings().with("nats.urls", server.url());
+    let settings = keys.login("greedy", "dispatcher").settings().with("nats.urls", server.url());
     let mut greedy = Dispatcher::start("greedy", &settings, folder.path())?;
     let ended = greedy.wait(SOON).await?;
     ensure!(!ended.success() && greedy.log().contains("raise the account's max_file"), "{}", greedy.log());
