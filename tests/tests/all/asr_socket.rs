@@ -453,12 +453,9 @@ async fn the_example_client_is_served() -> Result<()> {
     let pcm = audio::bursts(970, 4.0);
     std::fs::write(dir.path().join("call.raw"), pcm.bytes())?;
     let script = find::root().join("examples/asr-socket.mjs");
+    let url = socket_url(&fleet).await?;
     let mut command = Command::new("node");
-    command
-        .args([SOCKETS, "--no-warnings"])
-        .arg(script)
-        .args([&socket_url(&fleet).await?, "call.raw"])
-        .current_dir(dir.path());
+    command.args([SOCKETS, "--no-warnings"]).arg(script).arg(url).arg("call.raw").current_dir(dir.path());
     let output = tokio::task::spawn_blocking(move || command.output()).await??;
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     ensure!(output.status.success(), "{out}{err}\n{}", fleet.logs());
