@@ -77,7 +77,8 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
         let (nats, publisher) = (nats.clone(), Publisher::new(&nats));
         async move { queue.run(&nats, &publisher).await }
     });
-    let process = Process { nats: &nats, config: &config, name: &name, events: &events, shutdown: &shutdown, window: &window };
+    let process =
+        Process { nats: &nats, config: &config, name: &name, events: &events, shutdown: &shutdown, window: &window };
     let result = tokio::select! {
         result = serve(&process, &mut lease, &mut api) => result,
         Some(ended) = telling.join_next() => Err(match ended {

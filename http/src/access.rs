@@ -145,11 +145,7 @@ impl Access {
     /// nothing but a URL. A token that nobody has counts as none: a page whose cookie was withdrawn may still log in.
     pub fn roles(&self, headers: &HeaderMap, uri: &Uri, in_query: bool) -> Roles {
         let given = [bearer(headers), cookie(headers), if in_query { query_token(uri) } else { None }];
-        given
-            .into_iter()
-            .flatten()
-            .filter_map(|token| self.of_token(&token))
-            .fold(self.everybody, Roles::and)
+        given.into_iter().flatten().filter_map(|token| self.of_token(&token)).fold(self.everybody, Roles::and)
     }
 
     /// Whether the name under which we were asked is ours. Only asked for where no token is needed: there a foreign page whose

@@ -106,9 +106,7 @@ fn require(roles: Roles, role: Role) -> Result<(), Refusal> {
 /// Puts the guard around all routes. `query_tokens` are the paths on which a token may stand in the URL.
 pub fn guard(router: Router, access: Arc<Access>, query_tokens: &'static [&'static str]) -> Router {
     let router = router.fallback(|| async { Refusal::not_found("there is nothing at this path") });
-    router
-        .layer(middleware::from_fn_with_state((access, query_tokens), admit))
-        .layer(middleware::from_fn(finish))
+    router.layer(middleware::from_fn_with_state((access, query_tokens), admit)).layer(middleware::from_fn(finish))
 }
 
 async fn admit(
@@ -135,7 +133,8 @@ async fn admit(
 
 /// Libraries refuse in plain text; whoever asks us reads one shape of errors.
 async fn in_json(response: Response) -> Response {
-    let plain = response.headers().get(header::CONTENT_TYPE).is_none_or(|kind| kind.as_bytes().starts_with(b"text/plain"));
+    let plain =
+        response.headers().get(header::CONTENT_TYPE).is_none_or(|kind| kind.as_bytes().starts_with(b"text/plain"));
     let status = response.status();
     if !(status.is_client_error() || status.is_server_error()) || !plain {
         return response;
@@ -150,7 +149,8 @@ async fn in_json(response: Response) -> Response {
     let (parts, body) = response.into_parts();
     let said = body::to_bytes(body, MAX_REASON).await.unwrap_or_default();
     let said = String::from_utf8_lossy(&said);
-    let message = if said.is_empty() { status.canonical_reason().unwrap_or("refused").to_owned() } else { said.into_owned() };
+    let message =
+        if said.is_empty() { status.canonical_reason().unwrap_or("refused").to_owned() } else { said.into_owned() };
     let mut refused = Refusal::new(status, class, message).into_response();
     // What says which methods there are, when to come again.
     for (name, value) in &parts.headers {

@@ -18,8 +18,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     access::TokenError,
-    guard::Open,
     config::HttpConfig,
+    guard::Open,
     tls::{Certificate, TlsError},
 };
 

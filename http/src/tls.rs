@@ -103,8 +103,8 @@ fn chain(file: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 
 fn pair(cert: &Path, key: &Path) -> Result<CertifiedKey, TlsError> {
     let chain = chain(cert)?;
-    let private = PrivateKeyDer::from_pem_file(key)
-        .map_err(|e| TlsError::Key { file: key.into(), reason: e.to_string() })?;
+    let private =
+        PrivateKeyDer::from_pem_file(key).map_err(|e| TlsError::Key { file: key.into(), reason: e.to_string() })?;
     let signing = rustls::crypto::ring::sign::any_supported_type(&private)
         .map_err(|e| TlsError::Key { file: key.into(), reason: e.to_string() })?;
     let pair = CertifiedKey::new(chain, signing);

@@ -127,7 +127,10 @@ fn readiness(connected: bool, beat: Option<&Heartbeat>) -> (bool, Value) {
         reasons.push(("engine_failed", format!("its engine cannot be started{why}")));
     }
     if Duration::from_millis(engine.ms_since_progress) >= STUCK {
-        reasons.push(("engine_stuck", format!("its engine has work and has not moved for {} ms", engine.ms_since_progress)));
+        reasons.push((
+            "engine_stuck",
+            format!("its engine has work and has not moved for {} ms", engine.ms_since_progress),
+        ));
     }
     if let Some(trouble) = &beat.device.trouble {
         reasons.push(("device_trouble", trouble.message.clone()));
@@ -177,7 +180,8 @@ async fn metrics_page(_: Viewer, State(site): State<Site>) -> Response {
     let beat = site.beat.borrow().clone();
     let mut out = Exposition::default();
     let flag = |yes: bool| f64::from(u8::from(yes));
-    out.gauge("voxfleet_build_info", "1, with the version that runs").sample(&[("version", env!("CARGO_PKG_VERSION"))], 1.0);
+    out.gauge("voxfleet_build_info", "1, with the version that runs")
+        .sample(&[("version", env!("CARGO_PKG_VERSION"))], 1.0);
     out.gauge("voxfleet_nats_connected", "1 while NATS answers").value(flag(site.nats.is_connected()));
     if let Some(beat) = beat {
         figures(&mut out, &beat);
@@ -187,7 +191,8 @@ async fn metrics_page(_: Viewer, State(site): State<Site>) -> Response {
         family.sample(&[("kind", kind)], seconds);
     }
     let expires = site.certificate.get().and_then(|certificate| certificate.expires());
-    let mut family = out.gauge("voxfleet_certificate_expiry_timestamp_seconds", "unix time at which a certificate expires");
+    let mut family =
+        out.gauge("voxfleet_certificate_expiry_timestamp_seconds", "unix time at which a certificate expires");
     if let Some(expires) = expires {
         family.sample(&[("use", "http")], expires as f64);
     }
@@ -218,7 +223,8 @@ fn figures(out: &mut Exposition, beat: &Heartbeat) {
         EngineRunState::Unknown => "unknown",
     };
     out.gauge("voxfleet_engine_state", "1 for the present state of its engine").sample(&[("state", state)], 1.0);
-    out.counter("voxfleet_engine_restarts_total", "starts of its engine after the first").value(f64::from(beat.engine.restarts));
+    out.counter("voxfleet_engine_restarts_total", "starts of its engine after the first")
+        .value(f64::from(beat.engine.restarts));
     out.gauge("voxfleet_engine_silence_seconds", "since its engine moved while it has work, else 0")
         .value(beat.engine.ms_since_progress as f64 / 1e3);
 }

@@ -3,7 +3,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use metrics::{counter, gauge};
-use voxfleet_schema::{device::Device, failure::{Failure, FailureClass}, id::Kind, transcript::Final};
+use voxfleet_schema::{
+    device::Device,
+    failure::{Failure, FailureClass},
+    id::Kind,
+    transcript::Final,
+};
 
 use crate::memory::Change;
 

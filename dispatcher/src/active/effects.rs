@@ -33,11 +33,11 @@ use super::{
     recover,
 };
 use crate::{
-    http::metrics,
     core::{
         Admission, Answer, AppendError, AskReply, Burial, Effect, Mark, SaveError, WalkEnd, closing_final,
         jobs::JobEffect,
     },
+    http::metrics,
     open::{Step, Walker},
     sessions::{CallId, ChainMark},
 };

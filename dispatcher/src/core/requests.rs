@@ -10,9 +10,7 @@ use voxfleet_schema::{
     id::StreamId,
     job::{JobListRequest, JobQuery},
     plan::PlanRequest,
-    session::{
-        Closed, OpenRequest, SessionListRequest, SessionOptions, SessionRequest, SessionState, SessionStatus,
-    },
+    session::{Closed, OpenRequest, SessionListRequest, SessionOptions, SessionRequest, SessionState, SessionStatus},
 };
 
 use super::{Answer, Core, Effect, Mark};

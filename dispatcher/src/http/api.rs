@@ -23,6 +23,7 @@ use voxfleet_nats::{
     again::{self, RetryError},
     api::{self, ApiError, Endpoint},
     dead::{DeadLetters, StoredLetter},
+    transcript::{Reader, Said},
 };
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
@@ -198,9 +199,19 @@ async fn session(_: Viewer, State(site): State<Site>, Path(text): Path<String>) 
 }
 
 async fn read(site: &Site, kind: Kind, id: &StreamId, said: bool) -> Result<Vec<Value>, Refusal> {
+    Ok(stands(site, kind, id, said).await?.0.view())
+}
+
+/// What stands, and the reader behind it. What was there a moment ago may have expired: the wait for it is bounded.
+pub(crate) async fn stands(
+    site: &Site,
+    kind: Kind,
+    id: &StreamId,
+    said: bool,
+) -> Result<(reading::Standing, Reader<Said>), Refusal> {
     let reading = tokio::time::timeout(ASK, reading::read(&site.nats, kind, id, said)).await;
     match reading {
-        Ok(Ok((standing, _))) => Ok(standing.view()),
+        Ok(Ok(stands)) => Ok(stands),
         Ok(Err(error)) => Err(Refusal::unavailable(error.to_string())),
         Err(_) => Err(Refusal::unavailable("the transcript was not read in time")),
     }
@@ -291,7 +302,9 @@ fn of_retry(error: RetryError) -> Refusal {
     match error {
         RetryError::NoLetter(_) => Refusal::not_found(error.to_string()),
         RetryError::Api { source, .. } => refusal(source),
-        RetryError::Records(_) | RetryError::Media(_) | RetryError::Server(_) => Refusal::unavailable(error.to_string()),
+        RetryError::Records(_) | RetryError::Media(_) | RetryError::Server(_) => {
+            Refusal::unavailable(error.to_string())
+        }
         _ => conflict(error.to_string()),
     }
 }

@@ -81,7 +81,8 @@ pub(crate) struct Recent {
 impl Recent {
     pub(crate) fn new(nats: Nats, stop: CancellationToken) -> (Self, impl Future<Output = ()>) {
         let (news, _) = broadcast::channel(KEPT);
-        let recent = Self { rows: Arc::default(), news, wanted: Arc::new(watch::Sender::new(None)), caught_up: Arc::default() };
+        let recent =
+            Self { rows: Arc::default(), news, wanted: Arc::new(watch::Sender::new(None)), caught_up: Arc::default() };
         let mine = recent.clone();
         (recent, async move {
             stop.run_until_cancelled(mine.read(nats)).await;
@@ -97,7 +98,12 @@ impl Recent {
         self.want();
         // In vain where the stream cannot be read: then what is there is shown.
         let _ = tokio::time::timeout(CATCH_UP, self.caught_up.subscribe().wait_for(|read| *read)).await;
-        self.rows.read().map(|rows| rows.iter().rev().filter(|row| kind.is_none_or(|kind| row.kind == kind)).take(limit).cloned().collect()).unwrap_or_default()
+        self.rows
+            .read()
+            .map(|rows| {
+                rows.iter().rev().filter(|row| kind.is_none_or(|kind| row.kind == kind)).take(limit).cloned().collect()
+            })
+            .unwrap_or_default()
     }
 
     /// Those that come from now on; one that is too slow for them misses some.
@@ -192,7 +198,10 @@ mod tests {
         event.epoch = Some(3);
         event.detail = json!({ "why": "dead", "candidates": [1, 2, 3], "lag_ms": 4 });
         let row = Row::of(&event);
-        assert_eq!((row.kind, row.what, row.text.as_str()), ("session", "moved", "on gpu-b, epoch 3, lag_ms 4, why dead"));
+        assert_eq!(
+            (row.kind, row.what, row.text.as_str()),
+            ("session", "moved", "on gpu-b, epoch 3, lag_ms 4, why dead")
+        );
         event.detail = json!({ "long": "ä".repeat(1_000) });
         assert_eq!(Row::of(&event).text.chars().count(), SHOWN + 1);
     }

@@ -77,15 +77,15 @@ pub(crate) fn reasons(connected: bool, board: Option<&Board>) -> Vec<Why> {
 pub(crate) fn ready(connected: bool, board: Option<&Board>) -> (bool, Value) {
     let reasons = reasons(connected, board);
     let ready = reasons.iter().all(|why| why.is_warning());
-    let told: Vec<Value> =
-        reasons.iter().map(|why| json!({ "code": why.code(), "message": why.message() })).collect();
+    let told: Vec<Value> = reasons.iter().map(|why| json!({ "code": why.code(), "message": why.message() })).collect();
     let none = Vec::new();
     let tiles: &[Arc<Tile>] = board.map_or(&none, |board| &board.tiles);
     let live = || tiles.iter().filter(|tile| tile.state != WorkerHealth::Dead);
     let loaded = live().any(|tile| tile.models.iter().any(|model| model.state == Residency::Loaded));
     let gpus = live().filter(|tile| !tile.cpu).count();
     let idle = live().map(|tile| tile.engine.idle_timeout_s).filter(|s| *s > 0).min();
-    let works = live().any(|tile| tile.engine.state == EngineRunState::Ready && tile.engine.ms_since_activity.is_none());
+    let works =
+        live().any(|tile| tile.engine.state == EngineRunState::Ready && tile.engine.ms_since_activity.is_none());
     let since = if works { Some(0) } else { live().filter_map(|tile| tile.engine.ms_since_activity).min() };
     let device = live().map(|tile| tile.engine.effective_device.as_str()).find(|device| !device.is_empty());
     let answer = json!({

@@ -121,13 +121,19 @@ pub(crate) fn fleet(out: &mut Exposition, board: Option<&Board>) {
             family.sample(&[("gpu_id", tile.gpu_id.as_str()), ("kind", kind)], mb as f64 * MB);
         }
     }
-    each(out, "voxfleet_gpu_temperature_celsius", "temperature of the device", tiles, |t| t.temperature_c.map(f64::from));
+    each(out, "voxfleet_gpu_temperature_celsius", "temperature of the device", tiles, |t| {
+        t.temperature_c.map(f64::from)
+    });
     each(out, "voxfleet_gpu_utilization_ratio", "how busy the device is, 0 to 1", tiles, |t| {
         t.utilization_percent.map(|percent| f64::from(percent) / 100.0)
     });
     each(out, "voxfleet_gpu_power_watts", "power that the device draws", tiles, |t| t.power_w.map(f64::from));
     for (name, help, figures) in [
-        ("voxfleet_gpu_slots", "live sessions that it can hold, and holds", (|t| (t.slots, t.slots_used)) as fn(&Tile) -> (u32, u32)),
+        (
+            "voxfleet_gpu_slots",
+            "live sessions that it can hold, and holds",
+            (|t| (t.slots, t.slots_used)) as fn(&Tile) -> (u32, u32),
+        ),
         ("voxfleet_gpu_job_slots", "recordings that it can hold, and holds", |t| (t.job_slots, t.job_slots_used)),
     ] {
         let mut family = out.gauge(name, help);
@@ -137,13 +143,19 @@ pub(crate) fn fleet(out: &mut Exposition, board: Option<&Board>) {
             family.sample(&[("gpu_id", tile.gpu_id.as_str()), ("state", "used")], f64::from(used));
         }
     }
-    each(out, "voxfleet_gpu_heartbeat_age_seconds", "since its last heartbeat", tiles, |t| Some(t.heartbeat_age_ms as f64 / 1e3));
+    each(out, "voxfleet_gpu_heartbeat_age_seconds", "since its last heartbeat", tiles, |t| {
+        Some(t.heartbeat_age_ms as f64 / 1e3)
+    });
     each(out, "voxfleet_engine_silence_seconds", "since its engine moved while it has work, else 0", tiles, |t| {
         Some(t.engine.silence_ms as f64 / 1e3)
     });
-    each(out, "voxfleet_engine_on_standby", "1 while it runs a smaller model or the CPU in place of what was asked for", tiles, |t| {
-        Some(f64::from(u8::from(!t.standbys.is_empty())))
-    });
+    each(
+        out,
+        "voxfleet_engine_on_standby",
+        "1 while it runs a smaller model or the CPU in place of what was asked for",
+        tiles,
+        |t| Some(f64::from(u8::from(!t.standbys.is_empty()))),
+    );
     let mut family = out.counter("voxfleet_engine_restarts_total", "starts of its engine after the first");
     for tile in living(tiles) {
         family.sample(&[("gpu_id", tile.gpu_id.as_str())], f64::from(tile.engine.restarts));
@@ -170,7 +182,11 @@ fn work(out: &mut Exposition, board: &Board) {
 
 fn streams(out: &mut Exposition, board: &Board) {
     for (name, help, figure) in [
-        ("voxfleet_stream_bytes", "bytes that a stream holds", (|u| u.bytes) as fn(&voxfleet_nats::topology::Usage) -> u64),
+        (
+            "voxfleet_stream_bytes",
+            "bytes that a stream holds",
+            (|u| u.bytes) as fn(&voxfleet_nats::topology::Usage) -> u64,
+        ),
         ("voxfleet_stream_max_bytes", "bytes that a stream may hold", |u| u.max_bytes),
         ("voxfleet_stream_messages", "messages that a stream holds", |u| u.messages),
         ("voxfleet_stream_consumers", "consumers of a stream", |u| u.consumers as u64),
@@ -258,8 +274,10 @@ fn quantile(sorted: &[u64], share: f64) -> u64 {
 
 /// The connection as this process has it.
 pub(crate) fn connection(out: &mut Exposition, connected: bool, rtt: Option<Duration>, reconnects: u64, active: bool) {
-    out.gauge("voxfleet_build_info", "1, with the version that runs").sample(&[("version", env!("CARGO_PKG_VERSION"))], 1.0);
-    out.gauge("voxfleet_dispatcher_active", "1 while this dispatcher holds the lease").value(f64::from(u8::from(active)));
+    out.gauge("voxfleet_build_info", "1, with the version that runs")
+        .sample(&[("version", env!("CARGO_PKG_VERSION"))], 1.0);
+    out.gauge("voxfleet_dispatcher_active", "1 while this dispatcher holds the lease")
+        .value(f64::from(u8::from(active)));
     out.gauge("voxfleet_nats_connected", "1 while NATS answers").value(f64::from(u8::from(connected)));
     if let Some(rtt) = rtt {
         out.gauge("voxfleet_nats_rtt_seconds", "round trip to the NATS server").value(rtt.as_secs_f64());

@@ -81,7 +81,8 @@ impl Site {
     fn certificates(&self, out: &mut Exposition) {
         let own = self.certificate.get().and_then(|certificate| certificate.expires());
         let client = self.nats.client_certificate().and_then(|file| tls::expiry_of(&file).ok().flatten());
-        let mut family = out.gauge("voxfleet_certificate_expiry_timestamp_seconds", "unix time at which a certificate expires");
+        let mut family =
+            out.gauge("voxfleet_certificate_expiry_timestamp_seconds", "unix time at which a certificate expires");
         for (name, expires) in [("http", own), ("nats", client)] {
             if let Some(expires) = expires {
                 family.sample(&[("use", name)], expires as f64);

@@ -143,17 +143,19 @@ pub(crate) async fn read(
 ) -> Result<(Standing, Reader<Said>), ReadError> {
     let mut reader = transcript::said(nats, &Filter::One(kind, id.clone()), Start::First);
     let mut standing = Standing::default();
-    while has_any {
+    if !has_any {
+        return Ok((standing, reader));
+    }
+    loop {
         match reader.next().await {
             Ok(read) => {
                 standing.take(read.value);
                 if read.pending == 0 {
-                    break;
+                    return Ok((standing, reader));
                 }
             }
             Err(ReadError::Malformed { seq, .. }) => tracing::debug!(seq, "not a transcript"),
             Err(error) => return Err(error),
         }
     }
-    Ok((standing, reader))
 }

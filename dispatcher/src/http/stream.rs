@@ -11,13 +11,13 @@ use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc, watch};
 use voxfleet_http::{
     Refusal, Viewer,
-    guard::Open,
     axum::{
         Router,
         extract::{Path, Query, State},
         response::sse::{Event, KeepAlive, Sse},
         routing::get,
     },
+    guard::Open,
 };
 use voxfleet_nats::{
     ServerError,
@@ -193,8 +193,7 @@ async fn follow(
     mut begin: Value,
     said: bool,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refusal> {
-    let (standing, reader) =
-        reading::read(&site.nats, kind, &id, said).await.map_err(|error| Refusal::unavailable(error.to_string()))?;
+    let (standing, reader) = api::stands(&site, kind, &id, said).await?;
     begin["finals"] = json!(standing.view());
     let (events, received) = mpsc::channel(WAITING);
     site.tasks.spawn({

@@ -148,7 +148,8 @@ fn two_incarnations_on_one_gpu_are_one_series() {
     let mut out = Exposition::default();
     metrics::fleet(&mut out, Some(&board(status(both, vec![]), &[], 0)));
     let text = out.into_text();
-    let mut series: Vec<&str> = text.lines().filter(|l| !l.starts_with('#')).filter_map(|l| Some(l.rsplit_once(' ')?.0)).collect();
+    let mut series: Vec<&str> =
+        text.lines().filter(|l| !l.starts_with('#')).filter_map(|l| Some(l.rsplit_once(' ')?.0)).collect();
     let all = series.len();
     series.sort_unstable();
     series.dedup();

@@ -216,7 +216,8 @@ pub(crate) fn states(tiles: &[Arc<Tile>]) -> [(&'static str, usize); 6] {
 
 fn totals(board: &Board) -> Value {
     let (tiles, fleet) = (&board.tiles, &board.fleet);
-    let sum = |figure: fn(&Tile) -> u64| tiles.iter().filter(|t| t.state != WorkerHealth::Dead).map(|t| figure(t)).sum();
+    let sum =
+        |figure: fn(&Tile) -> u64| tiles.iter().filter(|t| t.state != WorkerHealth::Dead).map(|t| figure(t)).sum();
     let (slots, slots_used): (u64, u64) = (sum(|t| t.slots.into()), sum(|t| t.slots_used.into()));
     let (job_slots, job_slots_used): (u64, u64) = (sum(|t| t.job_slots.into()), sum(|t| t.job_slots_used.into()));
     let (total_mb, used_mb): (u64, u64) = (sum(|t| t.total_mb), sum(|t| t.used_mb));
@@ -264,11 +265,8 @@ pub(crate) fn full(board: &Board) -> Value {
 pub(crate) fn news(board: &Board, before: &[Arc<Tile>]) -> Bytes {
     let known: HashMap<String, &Arc<Tile>> = before.iter().map(|tile| (tile.name(), tile)).collect();
     let names: HashSet<String> = board.tiles.iter().map(|tile| tile.name()).collect();
-    let changed: Vec<&Arc<Tile>> = board
-        .tiles
-        .iter()
-        .filter(|tile| known.get(&tile.name()).is_none_or(|before| tile.is_news(before)))
-        .collect();
+    let changed: Vec<&Arc<Tile>> =
+        board.tiles.iter().filter(|tile| known.get(&tile.name()).is_none_or(|before| tile.is_news(before))).collect();
     let gone: Vec<&String> = known.keys().filter(|name| !names.contains(*name)).collect();
     let mut view = full(board);
     if let Some(object) = view.as_object_mut() {

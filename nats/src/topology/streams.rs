@@ -104,7 +104,8 @@ impl TopologyConfig {
             }
         }
         for (name, seconds, may_stay) in self.ages() {
-            if !(10..=31_536_000).contains(&seconds) && !(may_stay && seconds == 0) {
+            let keeps_all = may_stay && seconds == 0;
+            if !keeps_all && !(10..=31_536_000).contains(&seconds) {
                 let or = if may_stay { ", or 0 for no limit" } else { "" };
                 found.push(format!("topology.{name}: {seconds} is outside 10 s to one year{or}"));
             }

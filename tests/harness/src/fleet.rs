@@ -57,7 +57,7 @@ pub enum Engine {
 
 /// Which servers carry it.
 pub enum Servers {
-    One(NatsServer),
+    One(Box<NatsServer>),
     Many(Cluster),
     /// Somebody else's, or through a relay.
     Elsewhere(Vec<String>),
@@ -188,7 +188,7 @@ impl FleetBuilder {
             tempfile::Builder::new().prefix("voxfleet-fleet-").tempdir().map_err(Error::io("temporary folder"))?;
         let servers = match self.servers {
             Some(servers) => servers,
-            None => Servers::One(NatsServer::start_with(self.options).await?),
+            None => Servers::One(Box::new(NatsServer::start_with(self.options).await?)),
         };
         let urls = servers.urls();
         let settings = Settings::new().with("nats.urls", urls.join(",")).and(&self.settings);

@@ -115,7 +115,7 @@ impl Shell {
             let said = running.said();
             std::future::ready(wanted.iter().all(|part| said.contains(part)).then_some(said))
         });
-        Ok(said.await.with_context(|| format!("{}\n{}", block.commands, running.said()))?)
+        said.await.with_context(|| format!("{}\n{}", block.commands, running.said()))
     }
 
     /// Runs it again and again until it succeeds and has said all of this: what it asks for may still be on its way.

@@ -258,7 +258,9 @@ async fn what_cannot_be_taken_is_refused_and_leaves_nothing_behind() -> Result<(
     };
     let wav_type = ("content-type", "audio/wav");
     let form_type = ("content-type", FORM);
-    let cases: Vec<(&str, &str, (&str, &str), Vec<u8>, u16, &str)> = vec![
+    /// What it is, query, header, body, status, and a part of the answer.
+    type Case<'a> = (&'a str, &'a str, (&'a str, &'a str), Vec<u8>, u16, &'a str);
+    let cases: Vec<Case<'_>> = vec![
         ("too large", "", wav_type, huge.clone(), 413, "too_large"),
         ("too large in a form", "", form_type, form(&[], Some(("x.wav", &huge)), &[]), 413, "too_large"),
         ("not a recording", "", ("content-type", "application/json"), b"{}".to_vec(), 415, "unsupported_format"),

@@ -115,7 +115,9 @@ impl Figure {
 
 /// Memory, files and threads of each process that lived through the whole window.
 fn of_processes(looks: &[&Look]) -> Vec<Figure> {
-    let mut lives: BTreeMap<(String, u32), Vec<(f64, [f64; 3])>> = BTreeMap::new();
+    /// When, and memory, files, threads then.
+    type Line = Vec<(f64, [f64; 3])>;
+    let mut lives: BTreeMap<(String, u32), Line> = BTreeMap::new();
     for look in looks {
         for p in &look.processes {
             let values = [Memory::mb(p.resident_bytes), p.descriptors as f64, p.threads as f64];

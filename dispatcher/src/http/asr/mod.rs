@@ -88,10 +88,7 @@ pub(crate) struct Places {
 
 impl Default for Places {
     fn default() -> Self {
-        Self {
-            sockets: Arc::new(Semaphore::new(MOST_SOCKETS)),
-            recorders: Arc::new(Semaphore::new(MOST_RECORDERS)),
-        }
+        Self { sockets: Arc::new(Semaphore::new(MOST_SOCKETS)), recorders: Arc::new(Semaphore::new(MOST_RECORDERS)) }
     }
 }
 
@@ -259,7 +256,8 @@ async fn read(
                 (heard, spoke) = (Instant::now(), Instant::now());
             }
             Message::Text(_) => {
-                let message = "audio comes as binary messages (s16le samples, or what a recorder makes), an empty one ends it";
+                let message =
+                    "audio comes as binary messages (s16le samples, or what a recorder makes), an empty one ends it";
                 return Over::Wrong(Goodbye::broken(1003, FailureClass::UnsupportedFormat, message));
             }
             Message::Ping(_) | Message::Pong(_) => {}

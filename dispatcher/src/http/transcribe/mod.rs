@@ -169,7 +169,8 @@ async fn fields(
     form: &mut Multipart,
     stored: &mut Option<(StreamId, bool)>,
 ) -> Result<(), Refusal> {
-    let broken = |error: voxfleet_http::axum::extract::multipart::MultipartError| Refusal::bad_request(error.body_text());
+    let broken =
+        |error: voxfleet_http::axum::extract::multipart::MultipartError| Refusal::bad_request(error.body_text());
     while let Some(mut field) = form.next_field().await.map_err(broken)? {
         let Some(name) = field.name().map(str::to_owned) else {
             return Err(Refusal::bad_request("a field of the form has no name"));
@@ -259,7 +260,12 @@ impl Drop for Leaving {
 }
 
 /// One answer, at its end.
-async fn answered(site: &Site, mut following: Following, mut leaving: Leaving, format: Format) -> Result<Response, Refusal> {
+async fn answered(
+    site: &Site,
+    mut following: Following,
+    mut leaving: Leaving,
+    format: Format,
+) -> Result<Response, Refusal> {
     let ended = loop {
         let step = match site.shutdown.run_until_cancelled(following.next()).await {
             Some(step) => step?,
