@@ -27,7 +27,7 @@ pub(crate) struct PurgeArgs {
     #[arg(long, value_name = "TIME", value_parser = age, conflicts_with_all = ["what", "id", "force"])]
     pub(crate) older_than: Option<u32>,
     /// Only sessions, or only jobs
-    #[arg(long, value_enum, value_name = "KIND", requires = "older_than")]
+    #[arg(long, value_enum, value_name = "KIND", requires = "older_than", conflicts_with_all = ["what", "id"])]
     pub(crate) kind: Option<KindArg>,
     /// Tell what would go, and remove nothing
     #[arg(long)]
