@@ -121,7 +121,11 @@ impl<R: AsyncRead + Unpin> AsyncRead for Limited<R> {
         let read = (into.filled().len() - before) as u64;
         match self.left.checked_sub(read) {
             Some(left) => self.left = left,
-            None => return Poll::Ready(Err(io::Error::new(io::ErrorKind::StorageFull, Cut::TooLarge(self.room)))),
+            None => {
+                // Whoever reads an error may not find bytes beside it.
+                into.set_filled(before);
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::StorageFull, Cut::TooLarge(self.room))));
+            }
         }
         polled
     }
