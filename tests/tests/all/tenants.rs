@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use async_nats::{Client, jetstream};
+use async_nats::{Client, Message, jetstream};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde_json::{Value, json};
 use voxfleet_harness::{
@@ -34,10 +34,18 @@ async fn speak(server: &NatsServer, keys: &Keys, account: &str, session: &str, p
     Ok(())
 }
 
+/// An answer, asked for again as clients do it: a dispatcher that was late listens before it answers.
+async fn asked(client: &Client, subject: &str, body: &Value) -> Result<Message> {
+    let answer = eventually(format!("an answer on {subject}"), SOON, || async {
+        let asking = client.request(subject.to_owned(), body.to_string().into());
+        tokio::time::timeout(Duration::from_secs(3), asking).await.ok()?.ok()
+    });
+    Ok(answer.await?)
+}
+
 /// An answer of the JetStream API.
 async fn js(client: &Client, request: &str, body: &Value) -> Result<Value> {
-    let answer = client.request(format!("$JS.API.{request}"), body.to_string().into()).await?;
-    Ok(serde_json::from_slice(&answer.payload)?)
+    Ok(serde_json::from_slice(&asked(client, &format!("$JS.API.{request}"), body).await?.payload)?)
 }
 
 /// Names the session or the job of the other account.
@@ -101,15 +109,15 @@ async fn nothing_of_one_account_is_seen_in_the_other() -> Result<()> {
             "{request}"
         );
     }
-    let direct = json!({"last_by_subj": "asr.v1.audio.talk"}).to_string();
-    let direct = spy.request("$JS.API.DIRECT.GET.ASR_AUDIO", direct.into()).await?;
+    let direct = json!({"last_by_subj": "asr.v1.audio.talk"});
+    let direct = asked(&spy, "$JS.API.DIRECT.GET.ASR_AUDIO", &direct).await?;
     ensure!(direct.status == Some(async_nats::StatusCode::NOT_FOUND), "{direct:?}");
 
     // Nor by asking: API, heartbeats, service discovery, commands.
     for endpoint in ["session.status", "job.status"] {
         let body = json!({"session": "talk"});
         let body = if endpoint == "job.status" { json!({"job": "rec"}) } else { body };
-        let answer = spy.request(format!("asr.v1.api.{endpoint}"), body.to_string().into()).await?;
+        let answer = asked(&spy, &format!("asr.v1.api.{endpoint}"), &body).await?;
         let answer: Value = serde_json::from_slice(&answer.payload)?;
         ensure!(answer["ok"].is_null() && answer.to_string().contains("not_found"), "{answer}");
     }
