@@ -29,6 +29,8 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const LOOK_AT_CERTIFICATE: Duration = Duration::from_secs(30);
 /// Open answers (streams of events among them) have this long when the process stops.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// While somebody else has the address.
+const BIND_AGAIN: Duration = Duration::from_secs(2);
 /// After an accept that failed for want of descriptors.
 const BREATHE: Duration = Duration::from_millis(200);
 
@@ -68,6 +70,28 @@ impl Server {
         let listener = TcpListener::bind(&config.listen).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         Ok(Server { listener, address, certificate, max_connections: config.max_connections })
+    }
+
+    /// The same, for as long as it takes: an address that is taken, by a predecessor or by another process of this machine, is
+    /// tried again. None: shut down, or it can never be, which has been logged.
+    pub async fn bind_in_time(config: &HttpConfig, shutdown: &CancellationToken) -> Option<Server> {
+        let mut told = false;
+        loop {
+            match shutdown.run_until_cancelled(Server::bind(config)).await? {
+                Ok(server) => return Some(server),
+                Err(error @ HttpError::Listen { .. }) => {
+                    if !std::mem::replace(&mut told, true) {
+                        let taken = error.is_address_in_use();
+                        tracing::warn!(%error, listen = config.listen, taken, "no http yet, trying again");
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(%error, "no http");
+                    return None;
+                }
+            }
+            shutdown.run_until_cancelled(tokio::time::sleep(BIND_AGAIN)).await?;
+        }
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -179,5 +203,27 @@ async fn answer<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
                 tracing::trace!(%peer, %error, "connection ended");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_taken_address_is_waited_for_and_given_up_at_the_end() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.expect("an address");
+        let config = HttpConfig::on(&taken.local_addr().expect("bound").to_string());
+        let shutdown = CancellationToken::new();
+        let waiting = Server::bind_in_time(&config, &shutdown);
+        tokio::pin!(waiting);
+        assert!(timeout(BIND_AGAIN / 20, &mut waiting).await.is_err(), "somebody else has it");
+        drop(taken);
+        assert!(waiting.await.is_some(), "it is free");
+
+        let taken = TcpListener::bind("127.0.0.1:0").await.expect("an address");
+        let config = HttpConfig::on(&taken.local_addr().expect("bound").to_string());
+        shutdown.cancel();
+        assert!(Server::bind_in_time(&config, &shutdown).await.is_none());
     }
 }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use voxfleet_http::{
-    Access, HttpConfig, HttpError, Server, Viewer,
+    Access, HttpConfig, Server, Viewer,
     axum::{
         Json, Router,
         extract::State,
@@ -30,8 +30,6 @@ use voxfleet_schema::fleet::{EngineRunState, Heartbeat, Residency};
 
 use crate::metrics;
 
-/// While a predecessor, or the worker of another card, has the address.
-const BIND_AGAIN: Duration = Duration::from_secs(5);
 /// An engine with work that has not moved for so long is stuck as far as a health check is concerned; its worker ends it later.
 const STUCK: Duration = Duration::from_secs(15);
 
@@ -68,7 +66,7 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, beat: LastBeat, shutdown
         .route("/metrics", get(metrics_page))
         .with_state(site);
     let router = guard(routes, access, &[]);
-    let Some(server) = bind(&config, &shutdown).await else { return };
+    let Some(server) = Server::bind_in_time(&config, &shutdown).await else { return };
     if let Some(own) = server.certificate() {
         // Set once: there is one socket.
         let _ = certificate.set(own);
@@ -76,26 +74,6 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, beat: LastBeat, shutdown
     tracing::info!(url = server.url(), "http");
     if let Err(error) = server.serve(router, shutdown).await {
         tracing::error!(%error, "no http any more");
-    }
-}
-
-/// None: shut down, or it can never be.
-async fn bind(config: &HttpConfig, shutdown: &CancellationToken) -> Option<Server> {
-    let mut told = false;
-    loop {
-        match shutdown.run_until_cancelled(Server::bind(config)).await? {
-            Ok(server) => return Some(server),
-            Err(error @ HttpError::Listen { .. }) => {
-                if !std::mem::replace(&mut told, true) {
-                    tracing::warn!(%error, listen = config.listen, "no http yet, trying again");
-                }
-            }
-            Err(error) => {
-                tracing::error!(%error, "no http");
-                return None;
-            }
-        }
-        shutdown.run_until_cancelled(tokio::time::sleep(BIND_AGAIN)).await?;
     }
 }
 

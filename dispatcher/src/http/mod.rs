@@ -33,12 +33,12 @@ pub(crate) mod window;
 
 use std::{
     sync::{Arc, OnceLock},
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use voxfleet_http::{
-    Access, HttpConfig, HttpError, Server,
+    Access, HttpConfig, Server,
     axum::{Router, extract::DefaultBodyLimit},
     exposition::Exposition,
     guard::guard,
@@ -49,8 +49,6 @@ use voxfleet_nats::Nats;
 use board::Boards;
 use window::Window;
 
-/// While a predecessor still has the address.
-const BIND_AGAIN: Duration = Duration::from_secs(2);
 /// Bodies of requests that carry no recording.
 const MAX_BODY: usize = 64 * 1024;
 /// Where a token may stand in the URL: clients that know nothing else.
@@ -126,7 +124,7 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, name: Arc<str>, window: 
     let certificate = site.certificate.clone();
     let router = routes(site, access);
     let serving = async {
-        let Some(server) = bind(&config, &shutdown).await else { return };
+        let Some(server) = Server::bind_in_time(&config, &shutdown).await else { return };
         if let Some(own) = server.certificate() {
             // Set once: there is one socket.
             let _ = certificate.set(own);
@@ -145,25 +143,4 @@ fn routes(site: Site, access: Arc<Access>) -> Router {
     let routes = api::routes().merge(stream::routes()).merge(asr::routes()).layer(DefaultBodyLimit::max(MAX_BODY));
     let routes = routes.merge(transcribe::routes()).with_state(site);
     guard(routes.merge(page::routes()), access, QUERY_TOKENS)
-}
-
-/// None: shut down, or it can never be.
-async fn bind(config: &HttpConfig, shutdown: &CancellationToken) -> Option<Server> {
-    let mut told = false;
-    loop {
-        match shutdown.run_until_cancelled(Server::bind(config)).await? {
-            Ok(server) => return Some(server),
-            Err(error @ HttpError::Listen { .. }) => {
-                if !std::mem::replace(&mut told, true) {
-                    let taken = error.is_address_in_use();
-                    tracing::warn!(%error, listen = config.listen, taken, "no http yet, trying again");
-                }
-            }
-            Err(error) => {
-                tracing::error!(%error, "no http");
-                return None;
-            }
-        }
-        shutdown.run_until_cancelled(tokio::time::sleep(BIND_AGAIN)).await?;
-    }
 }
