@@ -17,6 +17,7 @@ mod unseen;
 
 use std::{
     io,
+    net::Shutdown,
     os::{
         fd::{FromRawFd, OwnedFd, RawFd},
         unix::net::UnixStream,
@@ -141,7 +142,7 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
     if config.simulated.card.is_some() {
         card::speaks_through(own(&socket)?);
     }
-    let writer = BlockingWriter::new(socket);
+    let writer = BlockingWriter::new(own(&socket)?);
     let (events, inbox) = sync_channel(FRAMES);
     let pool = Pool::start(&config, &events).map_err(ChildError::Thread)?;
     let neighbour = config.turns.as_ref().map(|turns| Neighbour::start(turns, &events)).transpose()?;
@@ -173,6 +174,9 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
     let ended = desk.say(&ready).and_then(|()| desk.say_models()).map_err(ChildError::from);
     let ended = ended.and_then(|()| run(&mut desk, &inbox, parent));
     end(desk, &inbox);
+    // A thread still waits for frames with the socket in hand: without this a supervisor would see our end only with the
+    // process's. A supervisor that closed first has nothing left to shut down.
+    let _ = socket.shutdown(Shutdown::Both);
     match ended {
         // The supervisor may close while we write: that is its way of saying goodbye.
         Err(ChildError::Transport(TransportError::Closed)) => Ok(()),
