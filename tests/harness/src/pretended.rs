@@ -92,10 +92,10 @@ impl Pretended {
                         let sent = self.client.publish(format!("asr.v1.heartbeat.{}", gpu_id(n)), beat.into()).await;
                         sent.map_err(|e| failed("a heartbeat", &e))?;
                     }
-                    for (id, epoch) in self.next_speakers(&mut spoken, partials_per_s / SLICES) {
+                    for (worker, id, epoch) in self.next_speakers(&mut spoken, partials_per_s / SLICES) {
                         let text: Vec<&str> = (0..8).map(|n| WORDS[(spoken + n) % WORDS.len()]).collect();
                         let partial = json!({
-                            "kind": "session", "id": id, "epoch": epoch, "after_index": null, "to_sample": tick * 800,
+                            "kind": "session", "id": id, "epoch": epoch, "gpu_id": gpu_id(worker), "from_sample": 0, "to_sample": tick * 800,
                             "committed": text.join(" "), "tentative": format!("{}", tick / SLICES as u64), "lag_ms": 120,
                         });
                         let subject = format!("asr.v1.transcript.session.{id}.partial");
@@ -109,12 +109,16 @@ impl Pretended {
     }
 
     /// The next sessions in turn.
-    fn next_speakers(&self, spoken: &mut usize, count: usize) -> Vec<(String, u64)> {
+    fn next_speakers(&self, spoken: &mut usize, count: usize) -> Vec<(usize, String, u64)> {
         let Ok(held) = self.held.lock() else { return Vec::new() };
-        let all: Vec<(&String, &u64)> = held.iter().flatten().collect();
+        let of = |(worker, sessions)| {
+            let sessions: &BTreeMap<String, u64> = sessions;
+            sessions.iter().map(move |(id, epoch)| (worker, id, *epoch))
+        };
+        let all: Vec<(usize, &String, u64)> = held.iter().enumerate().flat_map(of).collect();
         let count = count.min(all.len());
-        let chosen =
-            (0..count).map(|n| all[(*spoken + n) % all.len()]).map(|(id, epoch)| (id.clone(), *epoch)).collect();
+        let chosen = (0..count).map(|n| all[(*spoken + n) % all.len()]);
+        let chosen = chosen.map(|(worker, id, epoch)| (worker, id.clone(), epoch)).collect();
         *spoken += count;
         chosen
     }
@@ -139,13 +143,14 @@ impl Pretended {
 
     fn heartbeat(&self, n: usize, seq: u64) -> Value {
         let held = self.held.lock().map(|held| held[n].clone()).unwrap_or_default();
-        let used_mb = 4_000 + 37 * (n as u64 % 400);
+        let used_mb = 1_000 + 850 * held.len().min(20) as u64;
+        let others_mb = 500 + (seq * 50 + n as u64 * 137) % 3_000;
         json!({
             "gpu_id": gpu_id(n), "incarnation": incarnation(n), "seq": seq, "sent_ms": now_ms(), "started_ms": 1,
             "host": format!("host-{:03}", n / 8), "pid": 1, "provider": "vast_ai",
             "device": {
                 "index": n % 8, "name": "Pretended RTX", "uuid": format!("GPU-{n:08x}"), "total_mb": 24_000,
-                "free_mb": 24_000 - used_mb, "used_mb": used_mb, "used_by_others_mb": 1_000 + (seq + n as u64) % 500,
+                "free_mb": 24_000 - used_mb - others_mb, "used_mb": used_mb, "used_by_others_mb": others_mb,
                 "temperature_c": 40 + (seq + n as u64) % 30, "power_w": 210.0, "utilization": 0.5,
             },
             "slots": { "total": self.slots, "used": held.len() }, "job_slots": { "total": 1, "used": 0 },
