@@ -23,6 +23,7 @@ mod health;
 pub(crate) mod limits;
 pub(crate) mod metrics;
 mod page;
+mod readers;
 mod reading;
 mod sessions;
 mod stream;
@@ -80,6 +81,7 @@ pub(crate) struct Site {
     boards: Boards,
     texts: texts::Reading,
     recent: events::Recent,
+    readers: readers::Readers,
     asr: asr::Places,
     uploads: transcribe::Uploads,
     started: SystemTime,
@@ -131,6 +133,7 @@ pub(crate) async fn run(nats: Nats, settings: Settings, name: Arc<str>, window: 
         boards,
         texts,
         recent,
+        readers: readers::Readers::default(),
         asr: asr::Places::new(sockets),
         uploads: transcribe::Uploads::new(uploads),
         started: SystemTime::now(),
