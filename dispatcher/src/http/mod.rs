@@ -20,6 +20,7 @@ mod asr;
 mod board;
 mod events;
 mod health;
+mod interest;
 pub(crate) mod limits;
 pub(crate) mod metrics;
 mod page;
