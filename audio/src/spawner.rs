@@ -60,6 +60,9 @@ struct Order {
     answer: oneshot::Sender<io::Result<Child>>,
 }
 
+/// Linux' request for what a socket has written and nobody has read yet.
+const SIOCOUTQ: rustix::ioctl::Opcode = 0x5411;
+
 /// The thread that forks, for the life of the process.
 fn spawner() -> Result<&'static SyncSender<Order>, SpawnError> {
     static SPAWNER: OnceLock<Option<SyncSender<Order>>> = OnceLock::new();
@@ -89,6 +92,13 @@ pub fn socketpair() -> Result<(UnixStream, OwnedFd), SpawnError> {
         Ok((UnixStream::from_std(ours)?, OwnedFd::from(theirs)))
     };
     pair().map_err(SpawnError::Socket)
+}
+
+/// Whether the other end has read everything that was written to this socket.
+pub fn is_all_read(socket: &UnixStream) -> io::Result<bool> {
+    // SAFETY: SIOCOUTQ writes one C int, and every kernel for which this is built knows it by this number.
+    let unread = unsafe { rustix::ioctl::ioctl(socket, rustix::ioctl::Getter::<SIOCOUTQ, std::ffi::c_int>::new()) }?;
+    Ok(unread == 0)
 }
 
 /// The number `fd` will have in the child.
@@ -163,4 +173,22 @@ async fn start(
     let orders = spawner()?;
     orders.try_send(Order { command, runtime: Handle::current(), answer }).map_err(|_| SpawnError::Spawner)?;
     spawned.await.map_err(|_| SpawnError::Spawner)?.map_err(|source| SpawnError::Start { exe, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read as _;
+    use tokio::io::AsyncWriteExt as _;
+
+    #[tokio::test]
+    async fn what_nobody_has_read_is_seen() {
+        let (mut ours, theirs) = socketpair().expect("a pair");
+        assert!(is_all_read(&ours).expect("asked"));
+        ours.write_all(b"abc").await.expect("room");
+        assert!(!is_all_read(&ours).expect("asked"));
+        let mut theirs = std::os::unix::net::UnixStream::from(theirs);
+        theirs.read_exact(&mut [0; 3]).expect("there");
+        assert!(is_all_read(&ours).expect("asked"));
+    }
 }

@@ -7,6 +7,8 @@ use voxfleet_http::HttpConfig;
 use voxfleet_nats::topology::TopologyConfig;
 use voxfleet_schema::id::GpuId;
 
+pub use crate::http::limits::{SocketLimits, UploadLimits};
+
 /// One service of the fleet map: which GPUs it has, and how it uses them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -47,6 +49,10 @@ pub struct DispatcherConfig {
     pub name: String,
     /// Health, figures and the dashboard. An address that is taken is waited for.
     pub http: HttpConfig,
+    /// Recordings of `POST /api/transcribe`.
+    pub uploads: UploadLimits,
+    /// Sockets of `/asr`.
+    pub sockets: SocketLimits,
     /// Streams and buckets to create and check.
     pub topology: TopologyConfig,
     /// Without a heartbeat for this long a worker gets no new work: one heartbeat late and a half. For a worker that beats more
@@ -104,6 +110,8 @@ impl Default for DispatcherConfig {
             name: String::new(),
             // Nobody else on the machine has a reason for this port, and nobody from elsewhere gets to loopback.
             http: HttpConfig::on("127.0.0.1:9480"),
+            uploads: UploadLimits::default(),
+            sockets: SocketLimits::default(),
             topology: TopologyConfig::default(),
             suspect_after_ms: 1_500,
             dead_after_ms: 3_000,
@@ -135,6 +143,8 @@ impl DispatcherConfig {
         let mut problems: Vec<String> =
             self.topology.problems().into_iter().map(|p| format!("dispatcher.topology: {p}")).collect();
         problems.extend(self.http.problems("dispatcher.http"));
+        problems.extend(self.uploads.problems("dispatcher.uploads"));
+        problems.extend(self.sockets.problems("dispatcher.sockets"));
         let mut need = |good: bool, text: String| {
             if !good {
                 problems.push(text);

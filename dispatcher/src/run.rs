@@ -67,7 +67,7 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
     // Beside everything else, and before the service: who watches processes learns that this one waits for its turn.
     let looking = shutdown.child_token();
     let mut serving = JoinSet::new();
-    serving.spawn(http::run(nats.clone(), config.http.clone(), name.as_str().into(), window.clone(), looking.clone()));
+    serving.spawn(http::run(nats.clone(), (&config).into(), name.as_str().into(), window.clone(), looking.clone()));
     let mut api = ApiServer::start(&nats, &name).await?;
     let mut lease = Lease::new(&nats, &name, Duration::from_millis(config.lease_ms));
     // One queue for all the times that this process is active: what it has decided is told, whoever decides next.

@@ -20,8 +20,12 @@ pub struct HttpConfig {
     /// Names in the `Host` header that are ours beside loopback ones. Asked for only where no token is needed: a page from
     /// elsewhere whose name was made to point here brings its own name along.
     pub hosts: Vec<String>,
-    /// Connections at once; more wait to be accepted.
+    /// Connections at once, those that became sockets among them. Whoever comes then takes the place of one that asks for
+    /// nothing, or is turned away; a few more are kept for loopback.
     pub max_connections: usize,
+    /// Of them, those of one address (or IPv6 network of 64 bits); loopback has no such bound. 0 = a quarter. Where everybody
+    /// comes through one proxy of another machine, as many as `max_connections`.
+    pub max_connections_per_peer: usize,
 }
 
 impl HttpConfig {
@@ -41,6 +45,8 @@ impl HttpConfig {
             hosts: Vec::new(),
             // Fifty open pages, scrapes, and every browser's session of a large fleet.
             max_connections: 4_096,
+            // An office behind one address fits; four such addresses do not make the fleet unreachable.
+            max_connections_per_peer: 0,
         }
     }
 
@@ -82,6 +88,10 @@ impl HttpConfig {
         if !(1..=100_000).contains(&self.max_connections) {
             problems.push(format!("{section}.max_connections: {} is outside 1 to 100000", self.max_connections));
         }
+        if self.max_connections_per_peer > 100_000 {
+            let most = self.max_connections_per_peer;
+            problems.push(format!("{section}.max_connections_per_peer: {most} is outside 0 to 100000"));
+        }
         problems
     }
 }
@@ -111,9 +121,14 @@ mod tests {
 
     #[test]
     fn every_mistake_is_named() {
-        let bad = HttpConfig { tls_cert: Some("c".into()), max_connections: 0, ..HttpConfig::on("here") };
+        let bad = HttpConfig {
+            tls_cert: Some("c".into()),
+            max_connections: 0,
+            max_connections_per_peer: 1 << 20,
+            ..HttpConfig::on("here")
+        };
         let problems = bad.problems("dispatcher.http").join("\n");
-        for part in ["listen", "tls_key", "max_connections"] {
+        for part in ["listen", "tls_key", "max_connections:", "max_connections_per_peer"] {
             assert!(problems.contains(part), "{part} in {problems}");
         }
     }

@@ -1,9 +1,13 @@
 //! What stands around every route: the name we were asked by, the page that asks, roles, and the headers of every answer.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use axum::{
-    Router, body,
+    Router,
+    body::{self, Body},
     extract::{FromRequestParts, MatchedPath, Request, State},
     http::{HeaderName, HeaderValue, Method, StatusCode, header, request::Parts},
     middleware::{self, Next},
@@ -13,7 +17,9 @@ use metrics::{counter, gauge};
 
 use crate::{
     access::{Access, Role, Roles, is_foreign},
+    patience::{Answer, Brief, Patience},
     refusal::Refusal,
+    room::Seat,
 };
 
 /// Requests by route and class of status.
@@ -103,14 +109,24 @@ fn require(roles: Roles, role: Role) -> Result<(), Refusal> {
     })
 }
 
-/// Puts the guard around all routes. `query_tokens` are the paths on which a token may stand in the URL.
-pub fn guard(router: Router, access: Arc<Access>, query_tokens: &'static [&'static str]) -> Router {
+/// Paths to which something does not apply that does to all others.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Exceptions {
+    /// A token may stand in the URL.
+    pub query_tokens: &'static [&'static str],
+    /// Bodies are as long as they are: the handler bounds the time that they take, and says to its [`Seat`] when one is worth
+    /// waiting for.
+    pub long_bodies: &'static [&'static str],
+}
+
+/// Puts the guard around all routes.
+pub fn guard(router: Router, access: Arc<Access>, exceptions: Exceptions) -> Router {
     let router = router.fallback(|| async { Refusal::not_found("there is nothing at this path") });
-    router.layer(middleware::from_fn_with_state((access, query_tokens), admit)).layer(middleware::from_fn(finish))
+    router.layer(middleware::from_fn_with_state((access, exceptions), admit)).layer(middleware::from_fn(finish))
 }
 
 async fn admit(
-    State((access, query_tokens)): State<(Arc<Access>, &'static [&'static str])>,
+    State((access, exceptions)): State<(Arc<Access>, Exceptions)>,
     mut request: Request,
     next: Next,
 ) -> Response {
@@ -125,10 +141,21 @@ async fn admit(
         let message = "a page of another site asks";
         return Refusal::new(StatusCode::FORBIDDEN, "foreign_origin", message).into_response();
     }
-    let in_query = query_tokens.contains(&request.uri().path());
+    let in_query = exceptions.query_tokens.contains(&request.uri().path());
     let roles = access.roles(headers, request.uri(), in_query);
     request.extensions_mut().insert(Granted(roles));
-    next.run(request).await
+    if exceptions.long_bodies.contains(&request.uri().path()) {
+        return next.run(request).await;
+    }
+    let patience = request.extensions().get::<Patience>().copied().unwrap_or_default();
+    let (seat, late) = (request.extensions().get::<Seat>().cloned(), Arc::new(AtomicBool::new(false)));
+    let request = request.map(|body| Body::new(Brief::new(body, patience.body, late.clone(), seat)));
+    let response = next.run(request).await;
+    if late.load(Ordering::Relaxed) {
+        let message = format!("the request did not come within {} s", patience.body.as_secs());
+        return Refusal::new(StatusCode::REQUEST_TIMEOUT, "timeout", message).into_response();
+    }
+    response
 }
 
 /// Libraries refuse in plain text; whoever asks us reads one shape of errors.
@@ -165,6 +192,7 @@ async fn in_json(response: Response) -> Response {
 async fn finish(request: Request, next: Next) -> Response {
     // Patterns, not paths: a path holds ids of sessions.
     let route = request.extensions().get::<MatchedPath>().map_or("none".to_owned(), |path| path.as_str().to_owned());
+    let seat = request.extensions().get::<Seat>().cloned();
     let mut response = in_json(next.run(request).await).await;
     let class = match response.status().as_u16() {
         100..=199 => "1xx",
@@ -189,5 +217,8 @@ async fn finish(request: Request, next: Next) -> Response {
     if !headers.contains_key(header::CACHE_CONTROL) {
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     }
-    response
+    match seat {
+        Some(seat) => response.map(|body| Body::new(Answer::new(body, seat))),
+        None => response,
+    }
 }

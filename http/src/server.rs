@@ -1,4 +1,4 @@
-//! Sockets: bind, TLS, a bound on connections, an end.
+//! Sockets: bind, TLS, bounds on connections and on how long they are waited for, an end.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -10,8 +10,7 @@ use hyper_util::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
-    time::timeout,
+    time::{Instant, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -19,12 +18,11 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     access::TokenError,
     config::HttpConfig,
-    guard::Open,
+    patience::{Patience, Patient},
+    room::{Room, Seat},
     tls::{Certificate, TlsError},
 };
 
-/// For the TLS handshake, and for the headers of a request: whoever is slower is not waited for.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How often the certificate's file is looked at.
 const LOOK_AT_CERTIFICATE: Duration = Duration::from_secs(30);
 /// Open answers (streams of events among them) have this long when the process stops.
@@ -33,6 +31,11 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 const BIND_AGAIN: Duration = Duration::from_secs(2);
 /// After an accept that failed for want of descriptors.
 const BREATHE: Duration = Duration::from_millis(200);
+/// Bytes of an answer that the kernel keeps for somebody who does not read: what he has not taken holds no more memory, and how
+/// long he takes nothing is seen.
+const SEND_BUFFER: usize = 256 * 1024;
+/// Between two words about connections that are turned away.
+const TOLD_AGAIN: Duration = Duration::from_secs(60);
 
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
@@ -57,7 +60,8 @@ pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
     certificate: Option<Arc<Certificate>>,
-    max_connections: usize,
+    room: Arc<Room>,
+    patience: Patience,
 }
 
 impl Server {
@@ -69,7 +73,12 @@ impl Server {
         let failed = |source| HttpError::Listen { address: config.listen.clone(), source };
         let listener = TcpListener::bind(&config.listen).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        Ok(Server { listener, address, certificate, max_connections: config.max_connections })
+        // Connections inherit it. Without it the kernel's own bound holds, which is a few MB.
+        if let Err(error) = rustix::net::sockopt::set_socket_send_buffer_size(&listener, SEND_BUFFER) {
+            tracing::debug!(%error, "send buffer not bounded");
+        }
+        let room = Room::new(config.max_connections, config.max_connections_per_peer);
+        Ok(Server { listener, address, certificate, room, patience: Patience::default() })
     }
 
     /// The same, for as long as it takes: an address that is taken, by a predecessor or by another process of this machine, is
@@ -117,9 +126,8 @@ impl Server {
         if let Some(certificate) = self.certificate.clone() {
             tasks.spawn(watch(certificate, shutdown.clone()));
         }
-        let permits = Arc::new(Semaphore::new(self.max_connections));
+        let mut told: Option<Instant> = None;
         loop {
-            let Ok(permit) = permits.clone().acquire_owned().await else { break };
             let accepted = tokio::select! {
                 () = shutdown.cancelled() => break,
                 accepted = self.listener.accept() => accepted,
@@ -132,11 +140,20 @@ impl Server {
                     continue;
                 }
             };
+            let Some(seat) = self.room.enter(peer.ip()) else {
+                if told.is_none_or(|at| at.elapsed() >= TOLD_AGAIN) {
+                    told = Some(Instant::now());
+                    tracing::warn!(%peer, "connections are turned away: all that may be open are in use");
+                }
+                continue;
+            };
+            let link = Link { peer, seat: seat.clone(), patience: self.patience };
             let (router, acceptor, shutdown) = (router.clone(), acceptor.clone(), shutdown.clone());
             tasks.spawn(async move {
-                let _open = Open::new("all");
-                connection(stream, peer, acceptor, router, shutdown).await;
-                drop(permit);
+                tokio::select! {
+                    () = connection(stream, link, acceptor, router, shutdown) => {}
+                    () = seat.left() => tracing::debug!(%peer, "a silent connection made room"),
+                }
             });
         }
         tasks.close();
@@ -158,19 +175,28 @@ async fn watch(certificate: Arc<Certificate>, shutdown: CancellationToken) {
     }
 }
 
+/// What is known of a connection beside its bytes.
+struct Link {
+    peer: SocketAddr,
+    seat: Seat,
+    patience: Patience,
+}
+
 async fn connection(
     stream: TcpStream,
-    peer: SocketAddr,
+    link: Link,
     acceptor: Option<TlsAcceptor>,
     router: Router,
     shutdown: CancellationToken,
 ) {
     // Small frames are to go out at once; without it they only go later.
     let _ = stream.set_nodelay(true);
+    let peer = link.peer;
+    let stream = Patient::new(stream, link.patience.write);
     match acceptor {
-        None => answer(stream, peer, router, shutdown).await,
-        Some(acceptor) => match timeout(HANDSHAKE, acceptor.accept(stream)).await {
-            Ok(Ok(stream)) => answer(stream, peer, router, shutdown).await,
+        None => answer(stream, link, router, shutdown).await,
+        Some(acceptor) => match timeout(link.patience.head, acceptor.accept(stream)).await {
+            Ok(Ok(stream)) => answer(stream, link, router, shutdown).await,
             Ok(Err(error)) => tracing::debug!(%peer, %error, "tls handshake failed"),
             Err(_) => tracing::debug!(%peer, "tls handshake took too long"),
         },
@@ -179,14 +205,16 @@ async fn connection(
 
 async fn answer<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
-    peer: SocketAddr,
+    link: Link,
     router: Router,
     shutdown: CancellationToken,
 ) {
-    let service = TowerToHyperService::new(router.layer(Extension(ConnectInfo(peer))));
+    let Link { peer, seat, patience } = link;
+    let router = router.layer(Extension(ConnectInfo(peer))).layer(Extension(seat)).layer(Extension(patience));
+    let service = TowerToHyperService::new(router);
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HANDSHAKE)
+        .header_read_timeout(patience.head)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     tokio::pin!(connection);
@@ -209,6 +237,120 @@ async fn answer<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        access::Access,
+        guard::{Exceptions, guard},
+    };
+    use axum::{
+        body::{Body, Bytes},
+        routing::{get, post},
+    };
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    /// A server of a few places that waits for nobody, until it is dropped.
+    struct Served {
+        address: SocketAddr,
+        room: Arc<Room>,
+        _stop: tokio_util::sync::DropGuard,
+    }
+
+    async fn serve(most: usize, patience: Patience) -> Served {
+        let config = HttpConfig { max_connections: most, ..HttpConfig::on("127.0.0.1:0") };
+        let mut server = Server::bind(&config).await.expect("bound");
+        server.patience = patience;
+        let endless = || async { Body::new(Endless(Bytes::from(vec![b'x'; 64 * 1024]))) };
+        let routes = Router::new()
+            .route("/health", get(|| async { "well" }))
+            .route("/endless", get(endless))
+            .route("/slow", post(|body: Bytes| async move { body.len().to_string() }));
+        let access = Arc::new(Access::read(&config).expect("no tokens"));
+        let router = guard(routes, access, Exceptions::default());
+        let (address, room, shutdown) = (server.address(), server.room.clone(), CancellationToken::new());
+        let stop = shutdown.clone().drop_guard();
+        TaskTracker::new().spawn(server.serve(router, shutdown));
+        Served { address, room, _stop: stop }
+    }
+
+    struct Endless(Bytes);
+
+    impl axum::body::HttpBody for Endless {
+        type Data = Bytes;
+        type Error = std::convert::Infallible;
+
+        fn poll_frame(
+            self: std::pin::Pin<&mut Self>,
+            _: &mut std::task::Context<'_>,
+        ) -> std::task::Poll<Option<Result<hyper::body::Frame<Bytes>, Self::Error>>> {
+            std::task::Poll::Ready(Some(Ok(hyper::body::Frame::data(self.0.clone()))))
+        }
+    }
+
+    async fn ask(address: SocketAddr, request: &str) -> TcpStream {
+        let mut socket = TcpStream::connect(address).await.expect("connected");
+        socket.write_all(request.as_bytes()).await.expect("sent");
+        socket
+    }
+
+    async fn to_end(mut socket: TcpStream) -> String {
+        let mut all = Vec::new();
+        // A reset after the answer is as good an end.
+        let _ = timeout(SOON, socket.read_to_end(&mut all)).await.expect("an end");
+        String::from_utf8_lossy(&all).into_owned()
+    }
+
+    const HEALTH: &str = "GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+    const SLOW: &str = "POST /slow HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nhalf";
+
+    #[tokio::test]
+    async fn silent_clients_leave_room_for_a_health_check() {
+        let served = serve(8, Patience::default()).await;
+        let mut flood = Vec::new();
+        for n in 0..40 {
+            // Nothing at all, half a head, half a body.
+            let said = ["", "GET /health HT", SLOW][n % 3];
+            flood.push(ask(served.address, said).await);
+        }
+        assert!(to_end(ask(served.address, HEALTH).await).await.ends_with("well"));
+        assert!(served.room.open() <= 8);
+        // Who is being answered keeps his place.
+        let streams: Vec<_> = futures_of(8, served.address, "GET /endless HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
+        assert!(to_end(ask(served.address, HEALTH).await).await.ends_with("well"), "in one of loopback's own places");
+        for mut stream in streams {
+            let mut some = [0; 4096];
+            assert!(stream.read(&mut some).await.expect("read") > 0);
+        }
+    }
+
+    async fn futures_of(count: usize, address: SocketAddr, request: &str) -> Vec<TcpStream> {
+        let mut sockets = Vec::new();
+        for _ in 0..count {
+            let mut socket = ask(address, request).await;
+            let mut first = [0; 1];
+            timeout(SOON, socket.read_exact(&mut first)).await.expect("an answer").expect("read");
+            sockets.push(socket);
+        }
+        sockets
+    }
+
+    #[tokio::test]
+    async fn a_slow_body_and_an_answer_that_nobody_takes_are_ended_in_time() {
+        let short = Duration::from_millis(300);
+        let served = serve(8, Patience { body: short, write: short, ..Patience::default() }).await;
+        let answer = to_end(ask(served.address, SLOW).await).await;
+        assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("\"timeout\""), "{answer}");
+        let whole = SLOW.replace("content-length: 9", "content-length: 4\r\nconnection: close");
+        assert!(to_end(ask(served.address, &whole).await).await.ends_with("4"));
+
+        let stream = ask(served.address, "GET /endless HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
+        let until = Instant::now() + SOON;
+        while served.room.open() > 0 {
+            assert!(Instant::now() < until, "a client that reads nothing keeps its connection");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        drop(stream);
+    }
 
     #[tokio::test]
     async fn a_taken_address_is_waited_for_and_given_up_at_the_end() {

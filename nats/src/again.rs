@@ -5,7 +5,7 @@ use std::time::Duration;
 use voxfleet_schema::{
     dead::RefusedRequest,
     id::{Kind, StreamId},
-    job::{AudioUrl, Inline, JobRecord, JobRequest, JobState, RequestError, Submitted, audio_key},
+    job::{AudioUrl, Inline, JobRecord, JobRequest, JobState, RequestError, Submitted, audio_key, own_recording},
 };
 
 use crate::{
@@ -190,9 +190,10 @@ fn numbered(job: &StreamId, n: u32) -> Option<StreamId> {
 /// A recording that came with the old job goes when that expires: the new one has its own.
 async fn submit(nats: &Nats, old: &StreamId, id: &StreamId, mut request: JobRequest) -> Result<Submitted, RetryError> {
     let media = Media::new(nats);
-    let copied = request.audio.as_deref() == Some(AudioUrl::object(&audio_key(old)).as_str());
-    if copied {
-        let Some(recording) = media.get(&audio_key(old)).await? else {
+    let own = request.audio.as_deref().and_then(|audio| own_recording(old, audio));
+    let copied = own.is_some();
+    if let Some(own) = own {
+        let Some(recording) = media.get(&own).await? else {
             return Err(RetryError::Expired(old.clone()));
         };
         media.put(&audio_key(id), recording).await?;

@@ -321,6 +321,25 @@ pub fn audio_key(job: &StreamId) -> String {
     format!("audio/{job}")
 }
 
+/// Of an upload's own part of its key: a UUID.
+pub const UPLOAD_CHARS: usize = 32;
+
+/// The same for one of several uploads that may come under one job's name at once: none touches another's. `upload` has
+/// [`UPLOAD_CHARS`] hexadecimal digits.
+pub fn upload_key(job: &StreamId, upload: &str) -> String {
+    format!("audio/{job}/{upload}")
+}
+
+/// Key of the recording that came with this job, where it did: whoever named an object of somebody else keeps it.
+pub fn own_recording(job: &StreamId, audio: &str) -> Option<String> {
+    match AudioUrl::parse(audio) {
+        Ok(AudioUrl::Object { key }) if key.starts_with("audio/") && job_of_media(&key).as_ref() == Some(job) => {
+            Some(key)
+        }
+        Ok(_) | Err(_) => None,
+    }
+}
+
 /// Key of an aggregate. Random in its last part: of two workers that race only one is named by the end final.
 pub fn result_key(job: &StreamId, final_id: &str) -> String {
     format!("result/{job}/{final_id}.json")
@@ -330,10 +349,17 @@ pub fn result_key(job: &StreamId, final_id: &str) -> String {
 pub fn job_of_media(key: &str) -> Option<StreamId> {
     let mut parts = key.split('/');
     let id = match (parts.next(), parts.next(), parts.next(), parts.next()) {
-        (Some("audio"), Some(id), None, None) | (Some("result"), Some(id), Some(_), None) => id,
+        (Some("audio"), Some(id), None, None) => id,
+        (Some("audio"), Some(id), Some(upload), None) if is_upload(upload) => id,
+        (Some("result"), Some(id), Some(_), None) => id,
         _ => return None,
     };
     StreamId::new(id).ok()
+}
+
+/// As [`upload_key`] is given it; what people put under names of their own has others.
+fn is_upload(part: &str) -> bool {
+    part.len() == UPLOAD_CHARS && part.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 /// What a worker is given, on `asr.v1.gpu.<gpu_id>.<incarnation>.job.<job>`. MessagePack.
@@ -644,6 +670,18 @@ mod tests {
         let job = |text: &str| StreamId::new(text).expect("id");
         assert_eq!(job_of_media(&result_key(&job("j"), "f1")), Some(job("j")));
         assert_eq!(job_of_media(&audio_key(&job("j"))), Some(job("j")));
+        let upload = upload_key(&job("j"), &"0f".repeat(16));
+        assert_eq!(job_of_media(&upload), Some(job("j")));
+        for (audio, own) in [
+            (AudioUrl::object(&upload), Some(upload.clone())),
+            (AudioUrl::object("audio/j"), Some("audio/j".to_owned())),
+            (AudioUrl::object("audio/other"), None),
+            (AudioUrl::object("audio/j/talk.wav"), None),
+            (AudioUrl::object("result/j/f1.json"), None),
+            ("https://h/audio/j".to_owned(), None),
+        ] {
+            assert_eq!(own_recording(&job("j"), &audio), own, "{audio}");
+        }
         for theirs in ["calls/j.wav", "audio/a/b", "audio/a b", "result/j", "audio"] {
             assert_eq!(job_of_media(theirs), None, "{theirs}");
         }

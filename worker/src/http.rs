@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use voxfleet_http::{
-    Access, HttpConfig, Server, Viewer,
+    Access, Exceptions, HttpConfig, Server, Viewer,
     axum::{
         Json, Router,
         extract::State,
@@ -65,7 +65,7 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, beat: LastBeat, shutdown
         .route("/gpu-status", get(gpu_status))
         .route("/metrics", get(metrics_page))
         .with_state(site);
-    let router = guard(routes, access, &[]);
+    let router = guard(routes, access, Exceptions::default());
     let Some(server) = Server::bind_in_time(&config, &shutdown).await else { return };
     if let Some(own) = server.certificate() {
         // Set once: there is one socket.

@@ -10,6 +10,7 @@
 //! | [`board`] | one look at everything, each second while somebody looks |
 //! | [`view`], [`sessions`], [`reading`] | boards, lists and transcripts as pages read them; pure |
 //! | [`texts`], [`events`] | what is said and what happens, read while somebody looks |
+//! | [`limits`] | how much audio comes in at once, and how fast |
 //! | [`health`], [`metrics`] | for those who watch processes |
 //! | [`api`], [`stream`], [`page`] | routes |
 //! | [`asr`], [`transcribe`] | audio and recordings of browsers and programs without NATS |
@@ -20,6 +21,7 @@ mod board;
 mod events;
 mod health;
 mod interest;
+pub(crate) mod limits;
 pub(crate) mod metrics;
 mod page;
 mod readers;
@@ -40,7 +42,7 @@ use std::{
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use voxfleet_http::{
-    Access, HttpConfig, Server,
+    Access, Exceptions, HttpConfig, Server,
     axum::{Router, extract::DefaultBodyLimit},
     exposition::Exposition,
     guard::guard,
@@ -48,13 +50,28 @@ use voxfleet_http::{
 };
 use voxfleet_nats::Nats;
 
+use crate::config::DispatcherConfig;
 use board::Boards;
+use limits::{SocketLimits, UploadLimits};
 use window::Window;
 
 /// Bodies of requests that carry no recording.
 const MAX_BODY: usize = 64 * 1024;
-/// Where a token may stand in the URL: clients that know nothing else.
-const QUERY_TOKENS: &[&str] = &["/asr"];
+/// A token may stand in the URL for clients that know nothing else; recordings are as long as they are.
+const EXCEPTIONS: Exceptions = Exceptions { query_tokens: &["/asr"], long_bodies: &["/api/transcribe"] };
+
+/// Its part of a dispatcher's settings.
+pub(crate) struct Settings {
+    http: HttpConfig,
+    uploads: UploadLimits,
+    sockets: SocketLimits,
+}
+
+impl From<&DispatcherConfig> for Settings {
+    fn from(config: &DispatcherConfig) -> Self {
+        Self { http: config.http.clone(), uploads: config.uploads.clone(), sockets: config.sockets.clone() }
+    }
+}
 
 /// What every handler has.
 #[derive(Clone)]
@@ -93,7 +110,8 @@ impl Site {
 }
 
 /// Serves until `shutdown`. Ends early only where nothing can be served: with configuration that cannot be used.
-pub(crate) async fn run(nats: Nats, config: HttpConfig, name: Arc<str>, window: Window, shutdown: CancellationToken) {
+pub(crate) async fn run(nats: Nats, settings: Settings, name: Arc<str>, window: Window, shutdown: CancellationToken) {
+    let Settings { http: config, uploads, sockets } = settings;
     if config.is_off() {
         return;
     }
@@ -117,8 +135,8 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, name: Arc<str>, window: 
         texts,
         recent,
         readers: readers::Readers::default(),
-        asr: asr::Places::default(),
-        uploads: transcribe::Uploads::default(),
+        asr: asr::Places::new(sockets),
+        uploads: transcribe::Uploads::new(uploads),
         started: SystemTime::now(),
         encrypted: config.tls_cert.is_some(),
         certificate: Arc::default(),
@@ -146,5 +164,5 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, name: Arc<str>, window: 
 fn routes(site: Site, access: Arc<Access>) -> Router {
     let routes = api::routes().merge(stream::routes()).merge(asr::routes()).layer(DefaultBodyLimit::max(MAX_BODY));
     let routes = routes.merge(transcribe::routes()).with_state(site);
-    guard(routes.merge(page::routes()), access, QUERY_TOKENS)
+    guard(routes.merge(page::routes()), access, EXCEPTIONS)
 }

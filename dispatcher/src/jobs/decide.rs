@@ -7,7 +7,7 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     fleet::{Held, WorkerHealth},
     id::WorkerName,
-    job::{AudioUrl, JobRecord, JobState, audio_key},
+    job::{AudioUrl, JobRecord, JobState, own_recording},
 };
 
 use super::JobMark;
@@ -221,8 +221,8 @@ pub fn expiry(record: &JobRecord, now_ms: u64, transcript_s: u64) -> Option<Expi
 
 /// What goes when its result expires: not its recording while a dead letter of it stands, which may still be retried.
 pub fn media_due(record: &JobRecord, letter: bool) -> Vec<String> {
-    let own = audio_key(&record.id);
-    media_of(record).into_iter().filter(|key| !(letter && *key == own)).collect()
+    let own = own_recording(&record.id, &record.audio);
+    media_of(record).into_iter().filter(|key| !(letter && own.as_ref() == Some(key))).collect()
 }
 
 /// Whether a dead letter may refer to this object: then it has to be looked for before that is deleted.
@@ -237,9 +237,7 @@ pub fn media_of(record: &JobRecord) -> Vec<String> {
         Ok(AudioUrl::Object { key }) => Some(key),
         Ok(_) | Err(_) => None,
     });
-    let own = audio_key(&record.id);
-    let inline = (record.audio == AudioUrl::object(&own)).then_some(own);
-    result.into_iter().chain(inline).collect()
+    result.into_iter().chain(own_recording(&record.id, &record.audio)).collect()
 }
 
 /// Nobody will ask for this object any more: its job is not there or has expired, or another worker's result counts.
@@ -258,7 +256,10 @@ mod tests {
         jobs::JobEnd,
         testing::{self, job, worker},
     };
-    use voxfleet_schema::{job::result_key, transcript::VadKind};
+    use voxfleet_schema::{
+        job::{audio_key, result_key, upload_key},
+        transcript::VadKind,
+    };
 
     const LONG: Duration = Duration::from_secs(60);
 
@@ -440,7 +441,18 @@ mod tests {
         assert!(!may_be_needed("audio/j", Some(&record)) && !may_be_needed(&key, Some(&failed)));
         assert!(!orphan(&key, Some(&record)) && !orphan("audio/j", Some(&record)));
         assert!(orphan(&other, Some(&record)) && orphan(&key, None));
-        let running = JobRecord { state: JobState::Assigned, ..record };
+        let running = JobRecord { state: JobState::Assigned, ..record.clone() };
         assert!(!orphan(&other, Some(&running)));
+        // Of several uploads under its name the job has one; the others are nobody's once it has ended.
+        let [own, lost] = ["0", "f"].map(|digit| upload_key(&record.id, &digit.repeat(32)));
+        record.audio = AudioUrl::object(&own);
+        assert_eq!(media_of(&record), [key.clone(), own.clone()]);
+        assert_eq!(media_due(&record, true), [key]);
+        assert!(!orphan(&own, Some(&record)) && orphan(&lost, Some(&record)) && !orphan(&lost, Some(&running)));
+        // What somebody else's job brought, or people put there themselves, stays.
+        for theirs in ["audio/k", "audio/j/talk.wav", "calls/j.wav"] {
+            record.audio = AudioUrl::object(theirs);
+            assert_eq!(media_of(&record).len(), 1, "{theirs}");
+        }
     }
 }

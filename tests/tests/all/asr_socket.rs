@@ -437,6 +437,34 @@ async fn a_stopped_server_says_so_and_another_goes_on() -> Result<()> {
     Ok(())
 }
 
+/// A dispatcher that stops while it waits for an answer leaves no session behind that nobody speaks in.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_may_have_been_opened_gets_its_end() -> Result<()> {
+    let _turn = fleet::turn().await;
+    // The worker does not answer an assignment, so the open is under way for as long as that is waited for.
+    let mut fleet = fleet()
+        .workers(1)
+        .set("dispatcher.control_timeout_ms", 60_000)
+        .set("dispatcher.suspect_after_ms", 50_000)
+        .set("dispatcher.dead_after_ms", 60_000)
+        .start()
+        .await?;
+    let url = socket_url(&fleet).await?;
+    // Somebody was served: everything is there.
+    Client::connect(&url).await?.end().await?;
+    fleet.workers[0].stop()?;
+    let (mut socket, _) = connect_async(format!("{url}?session=opening")).await?;
+    let said = timeout(Duration::from_secs(1), socket.next()).await;
+    ensure!(said.is_err(), "it is still being opened: {said:?}");
+    let status = fleet.dispatchers[0].terminate(SOON).await?;
+    ensure!(status.success(), "{status}");
+    let log = checker::log(&fleet.js(), "opening").await?;
+    let end = log.last().with_context(|| format!("no end\n{}", fleet.logs()))?;
+    ensure!(end.headers.contains_key("Asr-End"), "{end:?}");
+    fleet.workers[0].cont()?;
+    Ok(())
+}
+
 /// The example of docs/asr-websocket.md, as its reader runs it.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_example_client_is_served() -> Result<()> {

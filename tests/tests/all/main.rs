@@ -72,6 +72,7 @@ mod fleet_routing;
 mod floors;
 mod full_log;
 mod http;
+mod http_door;
 mod jobs_fleet;
 mod jobs_sources;
 mod live_micro;

@@ -316,3 +316,132 @@ async fn what_cannot_be_taken_is_refused_and_leaves_nothing_behind() -> Result<(
     fleet.check_alive()?;
     Ok(())
 }
+
+/// A request whose body comes in two parts: the first is on its way now.
+struct Halves {
+    socket: TcpStream,
+    rest: Vec<u8>,
+}
+
+impl Halves {
+    async fn begin(url: &str, query: &str, kind: &str, body: &[u8]) -> Result<Self> {
+        let host = url.strip_prefix("http://").context("plain http")?;
+        let mut socket = TcpStream::connect(host).await?;
+        let head = format!(
+            "POST /api/transcribe{query} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\ncontent-type: {kind}\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        socket.write_all(head.as_bytes()).await?;
+        let (first, rest) = body.split_at(body.len() / 2);
+        socket.write_all(first).await?;
+        Ok(Self { socket, rest: rest.to_vec() })
+    }
+
+    async fn end(mut self) -> Result<(u16, String)> {
+        self.socket.write_all(&self.rest).await?;
+        self.answer().await
+    }
+
+    async fn answer(mut self) -> Result<(u16, String)> {
+        let mut all = Vec::new();
+        timeout(LONG, self.socket.read_to_end(&mut all)).await.context("no answer")??;
+        let text = String::from_utf8_lossy(&all).into_owned();
+        Ok((text.split(' ').nth(1).context("a status")?.parse()?, text))
+    }
+}
+
+/// What the store holds, of unfinished objects too.
+async fn stored_bytes(fleet: &Fleet) -> Result<u64> {
+    Ok(fleet.js().get_stream("OBJ_asr_media").await?.get_info().await?.state.bytes)
+}
+
+/// Whoever comes first under a name is the job; nobody writes over, or takes away, what another one brought.
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_of_one_name_do_not_touch_each_other() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let mut fleet = fleet().start().await?;
+    let url = fleet.dispatchers[0].http_url().await?;
+    let (first, expected) = recording(740, 12.0)?;
+    let (other, _) = recording(741, 12.0)?;
+    let (first, other) = (first.wav(), other.wav());
+    let under_way = || async {
+        eventually("all three are being stored", SOON, || async { stored_bytes(&fleet).await.ok().filter(|n| *n > 390_000) })
+            .await
+            .with_context(|| fleet.logs())
+    };
+    let of = |name: &'static str, keys: Vec<String>| {
+        keys.into_iter().filter(|key| key.starts_with(&format!("audio/{name}/"))).collect::<Vec<_>>()
+    };
+
+    // All of them ask before any is a job: one with another recording, one with the same, one whose form is broken behind it.
+    let broken = form(&[], Some(("x.wav", &first)), &[("endpoint_ms", "1")]);
+    let another = Halves::begin(&url, "?job=one&format=text", "audio/wav", &other).await?;
+    let same = Halves::begin(&url, "?job=one&format=text", "audio/wav", &first).await?;
+    let broken = Halves::begin(&url, "?job=one", FORM, &broken).await?;
+    under_way().await?;
+    let answer = post(&url, "?job=one&format=text", &[("content-type", "audio/wav")], &first).await?;
+    ensure!(answer.status == 200 && answer.text() == expected, "{} {}", answer.status, answer.text());
+    let stands = of("one", keys(&fleet).await?);
+    ensure!(stands.len() == 1, "{stands:?}");
+    let (status, text) = another.end().await?;
+    ensure!(status == 409 && text.contains("another recording"), "{text}");
+    let (status, text) = broken.end().await?;
+    ensure!(status == 400 && text.contains("endpoint_ms"), "{text}");
+    let (status, text) = same.end().await?;
+    ensure!(status == 200 && text.ends_with(&expected), "{text}");
+    ensure!(of("one", keys(&fleet).await?) == stands, "{:?}, before {stands:?}", keys(&fleet).await?);
+    fleet.check_alive()?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_does_not_send_loses_his_place_and_nobody_gets_more_than_there_is() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let fleet = fleet()
+        .set("dispatcher.uploads.max_at_once", 2)
+        .set("dispatcher.uploads.total_timeout_s", 8)
+        .set("dispatcher.uploads.max_bytes", 3 << 20)
+        .set("dispatcher.topology.media_max_bytes", 4 << 20)
+        .start()
+        .await?;
+    let url = fleet.dispatchers[0].http_url().await?;
+    let (pcm, expected) = recording(750, 3.0)?;
+    let wav = pcm.wav();
+    let wav_type = ("content-type", "audio/wav");
+    // Half of a form's own words, and half of a field that is no recording.
+    let head = form(&[], Some(("x.wav", b"")), &[])[..40].to_vec();
+    let field = form(&[("prompt", &"x".repeat(4_000))], None, &[]);
+    let silent = [Halves::begin(&url, "", FORM, &head).await?, Halves::begin(&url, "", FORM, &field).await?];
+    eventually("all places taken", SOON, || async {
+        let answer = post(&url, "?wait=false", &[wav_type], &wav).await.ok()?;
+        (answer.status == 503 && answer.header("retry-after").is_some()).then_some(())
+    })
+    .await?;
+    for silent in silent {
+        let (status, text) = silent.answer().await?;
+        ensure!(status == 408 && text.contains("\"timeout\""), "{text}");
+    }
+    let answer = post(&url, "?format=text", &[wav_type], &wav).await?;
+    ensure!(answer.status == 200 && answer.text() == expected, "{} {}", answer.status, answer.text());
+
+    // More than one recording may have, announced or not.
+    let large = vec![1u8; (3 << 20) + 1];
+    let answer = post(&url, "", &[wav_type], &large).await?;
+    ensure!(answer.status == 413 && answer.text().contains("largest recording"), "{}", answer.text());
+    let answer = post(&url, "", &[("content-type", FORM)], &form(&[], Some(("x.wav", &large)), &[])).await?;
+    ensure!(answer.status == 413 && answer.text().contains("largest recording"), "{}", answer.text());
+
+    // Each of them fits, both do not: the second is told to come again, and what is kept for results stays free.
+    let most = vec![1u8; 2 << 20];
+    let first = Halves::begin(&url, "?wait=false", "audio/wav", &most).await?;
+    eventually("half of the first", SOON, || async { stored_bytes(&fleet).await.ok().filter(|n| *n > 900_000) }).await?;
+    eventually("the second is refused", SOON, || async {
+        let answer = post(&url, "?wait=false", &[wav_type], &most).await.ok()?;
+        (answer.status == 503 && answer.text().contains("other recordings")).then_some(())
+    })
+    .await
+    .with_context(|| fleet.logs())?;
+    let (status, text) = first.end().await?;
+    ensure!(status == 202, "{text}");
+    Ok(())
+}

@@ -7,12 +7,10 @@ use bytes::{Bytes, BytesMut};
 use tokio::time::Instant;
 use voxfleet_schema::audio::{AudioFormat, sniff_container};
 
+use super::super::limits::SocketLimits;
+
 /// The longest mark of a container.
 const MARK_BYTES: usize = 12;
-/// Audio taken faster than it can be spoken, in multiples of real time, once the burst is spent.
-const FASTER: f64 = 4.0;
-/// Audio that may come at once: what somebody recorded while he had no connection.
-const BURST_S: f64 = 60.0;
 
 /// Cuts samples at whole frames; what is left waits for the next message.
 #[derive(Debug)]
@@ -85,10 +83,10 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    pub(crate) fn new(format: AudioFormat, now: Instant) -> Self {
+    pub(crate) fn new(format: AudioFormat, limits: &SocketLimits, now: Instant) -> Self {
         let real_time = format.frame_bytes() as f64 * f64::from(format.rate_hz);
-        let most = real_time * BURST_S;
-        Self { per_s: real_time * FASTER, most, left: most, at: now }
+        let most = real_time * f64::from(limits.burst_s);
+        Self { per_s: real_time * f64::from(limits.max_speed), most, left: most, at: now }
     }
 
     /// `bytes` came; nothing more is to be read for so long.
@@ -162,12 +160,12 @@ mod tests {
     fn who_sends_faster_than_speech_for_long_is_slowed_and_nobody_else() {
         let begun = Instant::now();
         let at = |s: f64| begun + Duration::from_secs_f64(s);
-        let mut pace = Pace::new(AudioFormat::default(), begun);
+        let mut pace = Pace::new(AudioFormat::default(), &SocketLimits::default(), begun);
         let second = 32_000;
         for n in 0..600 {
             assert_eq!(pace.spend(second, at(f64::from(n))), Duration::ZERO, "real time is never slowed");
         }
-        let mut pace = Pace::new(AudioFormat::default(), begun);
+        let mut pace = Pace::new(AudioFormat::default(), &SocketLimits::default(), begun);
         assert_eq!(pace.spend(60 * second, begun), Duration::ZERO, "a minute at once");
         let wait = pace.spend(4 * second, begun);
         assert!((wait.as_secs_f64() - 1.0).abs() < 1e-6, "{wait:?}");

@@ -7,14 +7,17 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use tokio::{
     io::AsyncWriteExt as _,
     net::UnixStream,
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    time::{Instant, sleep, timeout},
+    sync::{OwnedSemaphorePermit, mpsc, watch},
+    time::{Instant, sleep, sleep_until, timeout},
 };
-use tokio_util::task::TaskTracker;
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::TaskTracker,
+};
 use voxfleet_audio::{
     Chunk, Limits,
     process::DecoderProcess,
-    spawner::{SpawnError, socketpair},
+    spawner::{SpawnError, is_all_read, socketpair},
 };
 use voxfleet_schema::{
     audio::{AudioFormat, Encoding},
@@ -22,6 +25,8 @@ use voxfleet_schema::{
 };
 
 use super::{
+    super::limits::SocketLimits,
+    Places,
     frames::{Content, Frames, Head, Pace},
     uplink::Audio,
 };
@@ -30,8 +35,12 @@ use super::{
 const MAX_RECORDING_S: u64 = 12 * 3_600;
 /// Of a decoder's process. It holds a cluster or two.
 const DECODER_MEMORY_MB: u64 = 256;
-/// A decoder that takes no bytes for so long, while its audio is taken, hangs.
-const FEED: Duration = Duration::from_secs(60);
+/// A decoder that leaves what there is unread for so long and says nothing, while it is listened to, hangs.
+const HANGS: Duration = Duration::from_secs(30);
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// For what its client had sent when he left.
+const LAST_AUDIO: Duration = Duration::from_secs(2);
 /// Between a decoder's end and what it says of it.
 const LAST_WORD: Duration = Duration::from_secs(1);
 
@@ -51,9 +60,74 @@ pub(crate) enum Trouble {
 enum Way {
     Unknown(Head),
     Samples(Frames),
-    Recording(UnixStream),
+    Recording(Recorder),
     /// There is nowhere for it to go.
     Closed,
+}
+
+/// A recording's decoder, seen from its input. Decoding ends soon after this is gone.
+struct Recorder {
+    input: UnixStream,
+    /// Since when somebody waits for what it says; none while what it said is being taken.
+    listening: watch::Receiver<Option<Instant>>,
+    /// Since when there has been something to read.
+    unread: Option<Instant>,
+    /// The input's end has been said, which is something to read too.
+    over: bool,
+    look_at: Instant,
+    _gone: DropGuard,
+}
+
+impl Recorder {
+    /// Waits until it does; for ever while it does its work.
+    async fn hangs(&mut self) -> Failure {
+        loop {
+            sleep_until(self.look_at).await;
+            let now = Instant::now();
+            self.look_at = now + LOOK;
+            // A socket that cannot be asked is broken, which its writer learns.
+            let all_read = !self.over && is_all_read(&self.input).unwrap_or(true);
+            self.unread = if all_read { None } else { self.unread.or(Some(now)) };
+            if hangs(*self.listening.borrow(), self.unread, now) {
+                return hung();
+            }
+        }
+    }
+
+    /// Gives it more; waits while what it says is being taken.
+    async fn write(&mut self, bytes: &[u8]) -> Result<(), Broken> {
+        let Self { input, listening, unread, .. } = self;
+        let written = input.write_all(bytes);
+        tokio::pin!(written);
+        loop {
+            tokio::select! {
+                written = &mut written => return written.map_err(|_| Broken::Ended),
+                () = sleep(LOOK) => {
+                    let now = Instant::now();
+                    let since = *unread.get_or_insert(now);
+                    if hangs(*listening.borrow(), Some(since), now) {
+                        return Err(Broken::Hung(hung()));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Why a decoder takes nothing more.
+enum Broken {
+    Ended,
+    Hung(Failure),
+}
+
+/// Pure: only time in which it could have read, and somebody would have heard it, counts.
+fn hangs(listening: Option<Instant>, unread: Option<Instant>, now: Instant) -> bool {
+    listening.zip(unread).is_some_and(|(listening, unread)| now >= listening.max(unread) + HANGS)
+}
+
+fn hung() -> Failure {
+    let message = format!("the recording's decoder did nothing for {} s and was ended", HANGS.as_secs());
+    Failure::new(FailureClass::Timeout, message)
 }
 
 pub(crate) struct Intake {
@@ -64,29 +138,15 @@ pub(crate) struct Intake {
     audio: Option<mpsc::Sender<Audio>>,
     failed: mpsc::Sender<Failure>,
     failures: mpsc::Receiver<Failure>,
-    recorders: Arc<Semaphore>,
+    places: Places,
     tasks: TaskTracker,
 }
 
 impl Intake {
-    pub(crate) fn new(
-        format: AudioFormat,
-        audio: mpsc::Sender<Audio>,
-        recorders: Arc<Semaphore>,
-        tasks: TaskTracker,
-    ) -> Self {
+    pub(crate) fn new(format: AudioFormat, audio: mpsc::Sender<Audio>, places: Places, tasks: TaskTracker) -> Self {
         let (failed, failures) = mpsc::channel(1);
-        let pace = Pace::new(format, Instant::now());
-        Self {
-            way: Way::Unknown(Head::default()),
-            format,
-            pace,
-            audio: Some(audio),
-            failed,
-            failures,
-            recorders,
-            tasks,
-        }
+        let pace = Pace::new(format, &places.limits, Instant::now());
+        Self { way: Way::Unknown(Head::default()), format, pace, audio: Some(audio), failed, failures, places, tasks }
     }
 
     /// Takes one message; waits while the log does, or while the sender is too fast.
@@ -111,11 +171,11 @@ impl Intake {
                     (None, false) => Err(Trouble::Log),
                 }
             }
-            Way::Recording(decoder) => match timeout(FEED, decoder.write_all(&bytes)).await {
-                Ok(Ok(())) => Ok(()),
-                // It ended; why, it says itself.
-                Ok(Err(_)) => Err(self.why().await),
-                Err(_) => Err(Trouble::Input(Failure::new(FailureClass::Timeout, "the recording's decoder hangs"))),
+            Way::Recording(recorder) => match recorder.write(&bytes).await {
+                Ok(()) => Ok(()),
+                // Why, it says itself.
+                Err(Broken::Ended) => Err(self.why().await),
+                Err(Broken::Hung(failure)) => Err(Trouble::Input(failure)),
             },
             Way::Unknown(_) | Way::Closed => Err(Trouble::Log),
         }
@@ -123,11 +183,11 @@ impl Intake {
 
     /// Why the decoder takes nothing more. Waits for it; in itself for ever.
     pub(crate) async fn failure(&mut self) -> Failure {
-        match self.failures.recv().await {
-            Some(failure) => failure,
-            // Never: a sender is kept here.
-            None => std::future::pending().await,
-        }
+        let recorder = match &mut self.way {
+            Way::Recording(recorder) => Some(recorder),
+            _ => None,
+        };
+        failure_of(&mut self.failures, recorder).await
     }
 
     async fn why(&mut self) -> Trouble {
@@ -140,6 +200,7 @@ impl Intake {
 
     /// Nothing more comes: what is left is handed on. Answers with what waits for a decoder's last word.
     pub(crate) async fn finish(mut self) -> Last {
+        let mut recorder = None;
         match std::mem::replace(&mut self.way, Way::Closed) {
             Way::Unknown(head) => {
                 let whole = Frames::new(self.format).push(head.finish());
@@ -150,12 +211,14 @@ impl Intake {
             }
             Way::Recording(mut decoder) => {
                 // It reads to the end of what it has.
-                let _ = decoder.shutdown().await;
+                let _ = decoder.input.shutdown().await;
+                decoder.over = true;
+                recorder = Some(decoder);
             }
             Way::Samples(_) | Way::Closed => {}
         }
         let Self { failures, .. } = self;
-        Last { failures }
+        Last { failures, recorder }
     }
 
     async fn way_of(&mut self, content: Content) -> Result<Way, Trouble> {
@@ -163,11 +226,22 @@ impl Intake {
             Content::Samples => Ok(Way::Samples(Frames::new(self.format))),
             Content::Container(name) => {
                 tracing::debug!(container = name, "a recorder sends");
-                let permit = self.recorders.clone().try_acquire_owned().map_err(|_| Trouble::Busy)?;
+                let permit = self.places.recorders.clone().try_acquire_owned().map_err(|_| Trouble::Busy)?;
                 let audio = self.audio.take().ok_or(Trouble::Log)?;
-                let (ours, theirs) = socketpair().map_err(|error| Trouble::Input(not_started(&error)))?;
-                self.tasks.spawn(decode(File::from(theirs), audio, self.failed.clone(), permit));
-                Ok(Way::Recording(ours))
+                let (input, theirs) = socketpair().map_err(|error| Trouble::Input(not_started(&error)))?;
+                let now = Instant::now();
+                let (told, listening) = watch::channel(Some(now));
+                let gone = CancellationToken::new();
+                let work = Work {
+                    from: File::from(theirs),
+                    audio,
+                    listening: told,
+                    limits: self.places.limits.clone(),
+                    _permit: permit,
+                };
+                self.tasks.spawn(decode(work, self.failed.clone(), gone.clone()));
+                let (_gone, look_at) = (gone.drop_guard(), now + LOOK);
+                Ok(Way::Recording(Recorder { input, listening, unread: None, over: false, look_at, _gone }))
             }
         }
     }
@@ -176,15 +250,31 @@ impl Intake {
 /// What a decoder still has to say after its input's end.
 pub(crate) struct Last {
     failures: mpsc::Receiver<Failure>,
+    recorder: Option<Recorder>,
 }
 
 impl Last {
     /// A failure; for ever where it ends well, or there is none.
     pub(crate) async fn failure(&mut self) -> Failure {
-        match self.failures.recv().await {
+        failure_of(&mut self.failures, self.recorder.as_mut()).await
+    }
+}
+
+/// What a decoder says went wrong, or that it says nothing where it should; for ever where neither is so.
+async fn failure_of(failures: &mut mpsc::Receiver<Failure>, recorder: Option<&mut Recorder>) -> Failure {
+    let said = async {
+        match failures.recv().await {
             Some(failure) => failure,
             None => std::future::pending().await,
         }
+    };
+    match recorder {
+        None => said.await,
+        Some(recorder) => tokio::select! {
+            biased;
+            failure = said => failure,
+            failure = recorder.hangs() => failure,
+        },
     }
 }
 
@@ -192,33 +282,52 @@ fn not_started(error: &SpawnError) -> Failure {
     Failure::new(FailureClass::Internal, format!("the decoder cannot be started: {error}"))
 }
 
-/// Decodes until the recording's end, as fast as its audio is taken.
-async fn decode(from: File, audio: mpsc::Sender<Audio>, failed: mpsc::Sender<Failure>, permit: OwnedSemaphorePermit) {
-    if let Err(failure) = decoded(from, audio).await {
-        // One is enough.
-        let _ = failed.try_send(failure);
-    }
-    drop(permit);
+/// What a decoder needs; its place is free with it.
+struct Work {
+    from: File,
+    audio: mpsc::Sender<Audio>,
+    listening: watch::Sender<Option<Instant>>,
+    limits: Arc<SocketLimits>,
+    _permit: OwnedSemaphorePermit,
 }
 
-async fn decoded(from: File, audio: mpsc::Sender<Audio>) -> Result<(), Failure> {
+/// Decodes until the recording's end, as fast as its audio is taken, and no longer than a moment for nobody.
+async fn decode(work: Work, failed: mpsc::Sender<Failure>, gone: CancellationToken) {
+    let left = async {
+        gone.cancelled().await;
+        sleep(LAST_AUDIO).await;
+    };
+    tokio::select! {
+        decoded = decoded(work) => if let Err(failure) = decoded {
+            // One is enough.
+            let _ = failed.try_send(failure);
+        },
+        () = left => tracing::debug!("a recording was not decoded to its end: its client has left"),
+    }
+}
+
+async fn decoded(work: Work) -> Result<(), Failure> {
     let limits = Limits {
         max_seconds: MAX_RECORDING_S,
         memory_mb: DECODER_MEMORY_MB,
-        // It waits for somebody who speaks: silence of the decoder is none of its own.
+        // It waits for somebody who speaks: its silence counts only while it leaves something unread, which is seen from there.
         stall: Duration::from_secs(MAX_RECORDING_S),
     };
-    let mut decoder = DecoderProcess::start(None, from, None, limits).await?;
+    let mut decoder = DecoderProcess::start(None, work.from, None, limits).await?;
     let mut format = decoder.format();
-    let mut pace = Pace::new(narrow(format), Instant::now());
-    while let Some(Chunk { format: changed, pcm }) = decoder.next().await? {
+    let mut pace = Pace::new(narrow(format), &work.limits, Instant::now());
+    loop {
+        work.listening.send_replace(Some(Instant::now()));
+        let Some(Chunk { format: changed, pcm }) = decoder.next().await? else { break };
+        work.listening.send_replace(None);
         format = changed.unwrap_or(format);
         let bytes = narrowed(format, pcm);
         sleep(pace.spend(bytes.len(), Instant::now())).await;
-        if audio.send(Audio { format: narrow(format), bytes }).await.is_err() {
+        if work.audio.send(Audio { format: narrow(format), bytes }).await.is_err() {
             break;
         }
     }
+    work.listening.send_replace(None);
     decoder.stop().await;
     Ok(())
 }
@@ -249,7 +358,8 @@ mod tests {
 
     fn intake(format: AudioFormat) -> (Intake, mpsc::Receiver<Audio>) {
         let (send, audio) = mpsc::channel(64);
-        (Intake::new(format, send, Arc::new(Semaphore::new(0)), TaskTracker::new()), audio)
+        let places = Places::new(SocketLimits { max_recorders: 0, ..SocketLimits::default() });
+        (Intake::new(format, send, places, TaskTracker::new()), audio)
     }
 
     #[tokio::test]
@@ -285,6 +395,70 @@ mod tests {
         let (mut intake, _audio) = intake(AudioFormat::default());
         let webm = Bytes::from_static(&[0x1a, 0x45, 0xdf, 0xa3, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(intake.take(webm).await, Err(Trouble::Busy));
+    }
+
+    /// A decoder of which only the input is there, and what listens to it.
+    fn recorder() -> (Recorder, std::os::unix::net::UnixStream, watch::Sender<Option<Instant>>, CancellationToken) {
+        let (input, theirs) = socketpair().expect("a pair");
+        let (told, listening) = watch::channel(Some(Instant::now()));
+        let gone = CancellationToken::new();
+        let (_gone, look_at) = (gone.clone().drop_guard(), Instant::now());
+        let recorder = Recorder { input, listening, unread: None, over: false, look_at, _gone };
+        (recorder, theirs.into(), told, gone)
+    }
+
+    #[test]
+    fn only_time_in_which_it_could_have_read_and_been_heard_counts() {
+        let begun = Instant::now();
+        let at = |s: u64| begun + Duration::from_secs(s);
+        for (listening, unread, now, expected) in [
+            (Some(at(0)), None, at(9_999), false),
+            (None, Some(at(0)), at(9_999), false),
+            (Some(at(0)), Some(at(0)), at(29), false),
+            (Some(at(0)), Some(at(0)), at(30), true),
+            (Some(at(0)), Some(at(600)), at(629), false),
+            (Some(at(600)), Some(at(0)), at(630), true),
+        ] {
+            assert_eq!(hangs(listening, unread, now), expected, "{listening:?} {unread:?} {now:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_decoder_that_reads_nothing_is_found_out_while_it_is_fed_and_after() {
+        use std::io::Read as _;
+        let quiet = Duration::from_secs(3_600);
+        let (mut idle, _theirs, ..) = recorder();
+        assert!(timeout(quiet, idle.hangs()).await.is_err(), "there is nothing to read");
+
+        let (mut recorder, mut theirs, told, gone) = recorder();
+        recorder.write(b"some").await.unwrap_or_else(|_| panic!("room"));
+        let begun = Instant::now();
+        assert_eq!(recorder.hangs().await.class, FailureClass::Timeout);
+        assert!((30..33).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
+        theirs.read_exact(&mut [0; 4]).expect("there");
+        assert!(timeout(quiet, recorder.hangs()).await.is_err(), "it has read all there is");
+
+        // More than a socket holds, while what was decoded is not taken: then it may wait.
+        let much = vec![0; 8 << 20];
+        told.send_replace(None);
+        assert!(timeout(quiet, recorder.write(&much)).await.is_err());
+        told.send_replace(Some(Instant::now()));
+        assert!(matches!(recorder.write(&much).await, Err(Broken::Hung(_))));
+
+        drop(theirs);
+        assert!(matches!(recorder.write(b"more").await, Err(Broken::Ended)));
+        assert!(!gone.is_cancelled());
+        drop(recorder);
+        assert!(gone.is_cancelled(), "nobody decodes on for somebody who has left");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_end_that_is_not_read_is_a_hang_too() {
+        let (mut recorder, _theirs, ..) = recorder();
+        recorder.over = true;
+        let (_send, failures) = mpsc::channel(1);
+        let mut last = Last { failures, recorder: Some(recorder) };
+        assert_eq!(last.failure().await.class, FailureClass::Timeout);
     }
 
     #[test]

@@ -6,8 +6,9 @@
 //! and the dispatcher's loop does not know it.
 //!
 //! Invariants: audio that was taken from the socket is logged in its order, or the client is told that it was not; every
-//! session that was opened here gets its end, however its client leaves; a client is read no faster than the log takes its
-//! audio and than it could be spoken.
+//! session that was opened here, or may have been, gets its end, however its client leaves; a client is read no faster than the
+//! log takes its audio and than it could be spoken; nothing is decoded for long for one who has left; a socket keeps its place
+//! among the connections of this process until its end.
 //!
 //! | module | what for |
 //! |---|---|
@@ -32,13 +33,13 @@ use std::{sync::Arc, time::Duration};
 use futures_util::{StreamExt as _, stream::SplitStream};
 use serde_json::json;
 use tokio::{
-    sync::{Semaphore, mpsc, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     time::{Instant, timeout, timeout_at},
 };
 use voxfleet_http::{
-    Producer, Refusal,
+    Producer, Refusal, Seat,
     axum::{
-        Router,
+        Extension, Router,
         extract::{
             Query, State,
             ws::{Message, WebSocket, WebSocketUpgrade, rejection::WebSocketUpgradeRejection},
@@ -47,24 +48,21 @@ use voxfleet_http::{
         response::Response,
         routing::get,
     },
+    guard::Open,
 };
-use voxfleet_nats::api::{self, Endpoint};
+use voxfleet_nats::api::{self, ApiError, Endpoint};
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
     session::{OpenRequest, Opened},
 };
 
-use super::Site;
+use super::{Site, limits::SocketLimits};
 use goodbye::Goodbye;
 use intake::{Intake, Trouble};
 use query::Wish;
 use speaker::{Speaker, Told};
 use uplink::{Logged, Uplink};
 
-/// Sessions that one process serves: each reads two streams through consumers of its own.
-const MOST_SOCKETS: usize = 1_000;
-/// Recorders that one process decodes for: a process each.
-const MOST_RECORDERS: usize = 64;
 /// Longest message, more than half a minute of samples.
 const MOST_MESSAGE: usize = 1 << 20;
 /// What the protocol reads of one before it is told to be too long.
@@ -75,7 +73,8 @@ const OPEN: Duration = Duration::from_secs(10);
 const QUIET: Duration = Duration::from_secs(60);
 /// For the other end's close, behind what it still sends.
 const LAST_FRAMES: Duration = Duration::from_secs(2);
-/// What a page may be told of a session before it is one more of too many.
+/// When a socket may have ended.
+const LATER_MS: u64 = 2_000;
 const BUSY: &str = "this server has as many connections as it serves; try again, or ask another one";
 const BUSY_RECORDERS: &str = "this server decodes for as many recorders as it can; send samples (pcm_s16le) instead";
 
@@ -84,11 +83,16 @@ const BUSY_RECORDERS: &str = "this server decodes for as many recorders as it ca
 pub(crate) struct Places {
     sockets: Arc<Semaphore>,
     recorders: Arc<Semaphore>,
+    limits: Arc<SocketLimits>,
 }
 
-impl Default for Places {
-    fn default() -> Self {
-        Self { sockets: Arc::new(Semaphore::new(MOST_SOCKETS)), recorders: Arc::new(Semaphore::new(MOST_RECORDERS)) }
+impl Places {
+    pub(crate) fn new(limits: SocketLimits) -> Self {
+        Self {
+            sockets: Arc::new(Semaphore::new(limits.max_at_once)),
+            recorders: Arc::new(Semaphore::new(limits.max_recorders)),
+            limits: Arc::new(limits),
+        }
     }
 }
 
@@ -101,6 +105,7 @@ async fn asr(
     State(site): State<Site>,
     Query(pairs): Query<Vec<(String, String)>>,
     headers: HeaderMap,
+    seat: Option<Extension<Seat>>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, Refusal> {
     let wish = query::read(&pairs).map_err(|error| Refusal::bad_request(error.to_string()))?;
@@ -108,11 +113,30 @@ async fn asr(
         let message = format!("this path speaks WebSocket: {}", error.body_text());
         Refusal::new(StatusCode::UPGRADE_REQUIRED, "bad_request", message)
     })?;
+    let busy = || Refusal { retry_after_ms: Some(LATER_MS), ..Refusal::unavailable(BUSY) };
+    let place = site.asr.sockets.clone().try_acquire_owned().map_err(|_| busy())?;
+    let seat = seat.map(|Extension(seat)| seat);
+    if let Some(seat) = &seat {
+        seat.stays();
+    }
     let given = headers.get("traceparent").and_then(|value| value.to_str().ok());
     let traceparent = uplink::traceparent(given);
     let tasks = site.tasks.clone();
     let upgrade = upgrade.max_message_size(MOST_READ).max_frame_size(MOST_READ);
-    Ok(upgrade.on_upgrade(move |socket| tasks.track_future(serve(site, socket, wish, traceparent))))
+    let held = Held { _place: place, _seat: seat, _open: Open::new("websocket") };
+    Ok(upgrade.on_upgrade(move |socket| {
+        tasks.track_future(async move {
+            serve(site, socket, wish, traceparent).await;
+            drop(held);
+        })
+    }))
+}
+
+/// What a socket has until its end: a place among sockets, its connection's among all, and its part of the figures.
+struct Held {
+    _place: OwnedSemaphorePermit,
+    _seat: Option<Seat>,
+    _open: Open,
 }
 
 /// One client, from its coming to its end.
@@ -120,12 +144,9 @@ async fn serve(site: Site, socket: WebSocket, wish: Wish, traceparent: String) {
     let (sink, mut stream) = socket.split();
     let logged = Arc::new(watch::Sender::new(Logged::default()));
     let mut speaker = Speaker::new(&site.nats, &wish.session, sink, logged.subscribe());
-    let goodbye = match site.asr.sockets.clone().try_acquire_owned() {
-        Err(_) => Some(Goodbye::failed(Failure::new(FailureClass::Unavailable, BUSY))),
-        Ok(_place) => match open(&site, &wish).await {
-            Err(goodbye) => Some(goodbye),
-            Ok(opened) => session(&site, &mut speaker, &mut stream, &wish, &opened, traceparent, logged).await,
-        },
+    let goodbye = match open(&site, &wish, &traceparent).await {
+        Err(goodbye) => Some(goodbye),
+        Ok(opened) => session(&site, &mut speaker, &mut stream, &wish, &opened, traceparent, logged).await,
     };
     let Some(goodbye) = goodbye else { return };
     tracing::debug!(session = %wish.session, code = goodbye.code, reason = goodbye.reason(), "socket closed");
@@ -136,13 +157,22 @@ async fn serve(site: Site, socket: WebSocket, wish: Wish, traceparent: String) {
     let _ = timeout(patience, rest).await;
 }
 
-async fn open(site: &Site, wish: &Wish) -> Result<Opened, Goodbye> {
+async fn open(site: &Site, wish: &Wish, traceparent: &str) -> Result<Opened, Goodbye> {
     let request = OpenRequest { session: wish.session.clone(), options: wish.options.clone() };
     let opening = api::request(&site.nats, Endpoint::SessionOpen, &request, OPEN);
-    match site.shutdown.run_until_cancelled(opening).await {
-        Some(opened) => opened.map_err(Goodbye::not_opened),
-        None => Err(Goodbye::restart()),
+    let goodbye = match site.shutdown.run_until_cancelled(opening).await {
+        Some(Ok(opened)) => return Ok(opened),
+        Some(Err(refused @ ApiError::Refused(_))) => return Err(Goodbye::not_opened(refused)),
+        Some(Err(error)) => Goodbye::not_opened(error),
+        None => Goodbye::restart(),
+    };
+    // It may have been opened with nobody here to hear it, and a session that nobody speaks in holds a slot: it gets its end.
+    let uplink = Uplink::new(&site.nats, wish.session.clone(), traceparent.to_owned(), site.shutdown.clone());
+    if let Ok(uplink) = uplink {
+        let (_, nothing) = mpsc::channel(1);
+        site.tasks.spawn(uplink.run(nothing, Arc::new(watch::Sender::new(Logged::default()))));
     }
+    Err(goodbye)
 }
 
 /// Why nothing more is read from a client.
@@ -176,7 +206,7 @@ async fn session(
         "type": "config", "gpu_id": opened.worker.gpu_id, "connection_id": wish.session, "useAudioWorklet": !wish.recorder,
         "mode": "full", "epoch": opened.epoch, "sample_rate": wish.format.rate_hz,
     });
-    let intake = Intake::new(wish.format, audio, site.asr.recorders.clone(), site.tasks.clone());
+    let intake = Intake::new(wish.format, audio, site.asr.clone(), site.tasks.clone());
     if speaker.tell(&config).await.is_err() {
         return None;
     }

@@ -159,22 +159,14 @@ impl Speaker {
 
     /// Whether there is nothing more to tell.
     fn over(&mut self, now: Instant) -> Option<Told> {
-        let logged = self.logged.borrow();
-        if let Some(failure) = &logged.failed {
-            return Some(Told::Failed(failure.clone()));
-        }
-        if logged.input_over.is_none() || logged.end.is_none() {
-            return None;
-        }
-        let ended = match (self.view.end(), logged.last_audio) {
-            (Some(end), Some(last)) => end >= last,
-            (Some(_), None) => true,
-            (None, None) => now >= self.moved + NOTHING_SAID,
-            (None, Some(_)) => false,
+        let stands = {
+            let logged = self.logged.borrow();
+            stands(&logged, self.view.end(), now.saturating_duration_since(self.moved))
         };
-        if !ended {
-            let message = "the rest of the transcript did not come in time; the audio is kept and will be transcribed";
-            return (now >= self.moved + PATIENCE).then(|| Told::Failed(Failure::new(FailureClass::Timeout, message)));
+        match stands {
+            Stands::GoesOn => return None,
+            Stands::Failed(failure) => return Some(Told::Failed(failure)),
+            Stands::Ended => {}
         }
         let since = *self.ended.get_or_insert(now);
         (!self.view.waits_for_speakers() || now >= since + SPEAKERS).then_some(Told::Everything)
@@ -214,6 +206,42 @@ impl Speaker {
     }
 }
 
+/// How far a session is, seen from its client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Stands {
+    GoesOn,
+    Ended,
+    Failed(Failure),
+}
+
+/// `end`: where the chain ends; `quiet`: since the last news of the session or of its input. Pure.
+fn stands(logged: &Logged, end: Option<u64>, quiet: Duration) -> Stands {
+    if let Some(failure) = &logged.failed {
+        return Stands::Failed(failure.clone());
+    }
+    if logged.input_over.is_none() {
+        return Stands::GoesOn;
+    }
+    let ended = match (logged.end, end, logged.last_audio) {
+        (None, _, _) => false,
+        (Some(_), Some(end), Some(last)) => end >= last,
+        (Some(_), Some(_), None) => true,
+        (Some(_), None, None) => quiet >= NOTHING_SAID,
+        (Some(_), None, Some(_)) => false,
+    };
+    if ended {
+        return Stands::Ended;
+    }
+    if quiet < PATIENCE {
+        return Stands::GoesOn;
+    }
+    let message = match logged.end {
+        Some(_) => "the rest of the transcript did not come in time; the audio is kept and will be transcribed",
+        None => "the rest of the audio was not taken in time",
+    };
+    Stands::Failed(Failure::new(FailureClass::Timeout, message))
+}
+
 fn lost() -> Failure {
     Failure::new(FailureClass::Unavailable, "the connection to the transcript is lost")
 }
@@ -226,5 +254,43 @@ fn is_over(error: ReadError) -> bool {
             tracing::debug!(%error, "transcript not readable now");
             false
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_ever_after_his_last_word() {
+        let nothing = Logged::default();
+        let audio = Logged { last_audio: Some(7), ..nothing.clone() };
+        let over = Logged { input_over: Some(""), ..audio.clone() };
+        let ended = Logged { end: Some(8), ..over.clone() };
+        let silent = Logged { last_audio: None, ..ended.clone() };
+        let long = PATIENCE - Duration::from_millis(1);
+        for (what, logged, end, quiet, expected) in [
+            ("he still speaks", &audio, None, PATIENCE * 9, "goes on"),
+            ("his audio is on its way", &over, None, long, "goes on"),
+            ("it stays on its way", &over, None, PATIENCE, "timeout"),
+            ("the chain ended before it", &over, Some(3), PATIENCE, "timeout"),
+            ("the transcript is on its way", &ended, None, long, "goes on"),
+            ("it does not come", &ended, None, PATIENCE, "timeout"),
+            ("an older end", &ended, Some(6), long, "goes on"),
+            ("all of it", &ended, Some(8), Duration::ZERO, "ended"),
+            ("nothing was said", &silent, None, Duration::ZERO, "goes on"),
+            ("and nothing comes of it", &silent, None, NOTHING_SAID, "ended"),
+        ] {
+            let told = match stands(logged, end, quiet) {
+                Stands::GoesOn => "goes on",
+                Stands::Ended => "ended",
+                Stands::Failed(failure) if failure.class == FailureClass::Timeout => "timeout",
+                Stands::Failed(_) => "failed",
+            };
+            assert_eq!(told, expected, "{what}");
+        }
+        let full = Failure::new(FailureClass::Unavailable, "full");
+        let failed = Logged { failed: Some(full.clone()), ..nothing };
+        assert_eq!(stands(&failed, None, Duration::ZERO), Stands::Failed(full));
     }
 }

@@ -1,80 +1,70 @@
-//! A recording on its way from a request's body into the object store, as it comes.
+//! A recording on its way from a request's body into the object store, as it comes, under a name that no other upload has.
 
-use std::{
-    io,
-    pin::Pin,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{io, time::Duration};
 
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
-use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
+use futures_util::{Stream, StreamExt as _, TryStreamExt as _, stream};
+use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio_util::io::StreamReader;
 use voxfleet_http::{Refusal, axum::http::StatusCode};
 use voxfleet_nats::{
     Nats,
     media::{Media, MediaError, digest_of},
 };
-use voxfleet_schema::{id::StreamId, job::audio_key};
 
-/// A sender that sends nothing for so long has gone.
-const STALLED: Duration = Duration::from_secs(30);
+use super::{
+    body::{Cut, ROOM_LATER_MS, Why},
+    promise::{Promise, STEP},
+};
+
 /// Of what is refused, this much is read for so long.
 const POURED_BYTES: u64 = 256 << 20;
 const POURED: Duration = Duration::from_secs(5);
-/// When there may be room again: jobs end, and with them go their recordings.
-const ROOM_LATER_MS: u64 = 60_000;
 
-/// How its reading failed, inside an `io::Error`.
-#[derive(Debug, thiserror::Error)]
-enum Cut {
-    #[error("there is room for {0} bytes")]
-    TooLarge(u64),
-    #[error("nothing came for {} s", STALLED.as_secs())]
-    Stalled,
-    #[error("the body breaks off")]
-    Broken,
+/// What one upload may take.
+pub(super) struct Allowed {
+    pub(super) promise: Promise,
+    pub(super) max_bytes: u64,
+    pub(super) why: Why,
 }
 
-/// Puts it where workers find it. `is_known`: there is a job of this id already; its object is not written again, it may be
-/// read just now, but this must be the same one.
-pub(crate) async fn store<E>(
+/// Puts it under `key`, where workers find it; gives its digest.
+pub(super) async fn store<E>(
     nats: &Nats,
-    id: &StreamId,
+    key: &str,
     body: impl Stream<Item = Result<Bytes, E>> + Send,
-    is_known: bool,
-) -> Result<(), Refusal> {
+    allowed: &mut Allowed,
+) -> Result<Option<String>, Refusal> {
     let media = Media::new(nats);
-    let key = audio_key(id);
-    if is_known {
-        // What has expired cannot be compared; then what there is of the job is what is asked for.
-        let Some(stored) = media.info(&key).await.map_err(refused)? else { return Ok(()) };
-        let reader = std::pin::pin!(reader(body));
-        let digest = digest_of(reader).await.map_err(|error| refused(MediaError::Read(error)))?;
-        return match stored.digest == Some(digest) {
-            true => Ok(()),
-            false => {
-                let message = format!("there is a job {id} with another recording");
-                Err(Refusal::new(StatusCode::CONFLICT, "bad_request", message))
-            }
-        };
-    }
-    let room = media.room().await.map_err(refused)?.unwrap_or(u64::MAX);
-    let mut from = std::pin::pin!(reader(body));
-    let limited = Limited { from: from.as_mut(), left: room, room };
-    let stored = match media.put(&key, limited).await {
+    let why = allowed.why.clone();
+    let mut from = std::pin::pin!(reader(bounded(&media, body, allowed)));
+    let stored = match media.put(key, from.as_mut()).await {
         Ok(stored) => stored,
         Err(error) => {
+            // Now: what is poured away may end in some other way.
+            let refusal = refused(error, &why);
             pour_away(from).await;
-            return Err(refused(error));
+            return Err(refusal);
         }
     };
     if stored.bytes == 0 {
-        forget(nats, id).await;
+        forget(nats, key).await;
         return Err(Refusal::bad_request("the recording is empty"));
     }
-    Ok(())
+    Ok(stored.digest)
+}
+
+/// Its digest alone.
+pub(super) async fn digest<E>(body: impl Stream<Item = Result<Bytes, E>> + Send, why: &Why) -> Result<String, Refusal> {
+    let body = body.map_err(|_| io::Error::from(io::ErrorKind::UnexpectedEof));
+    let digest = digest_of(std::pin::pin!(reader(body))).await;
+    digest.map_err(|error| refused(MediaError::Read(error), why))
+}
+
+/// The digest of what is stored; none where it is there no longer.
+pub(super) async fn stored_digest(nats: &Nats, key: &str, why: &Why) -> Result<Option<String>, Refusal> {
+    let stored = Media::new(nats).info(key).await.map_err(|error| refused(error, why))?;
+    Ok(stored.and_then(|stored| stored.digest))
 }
 
 /// Reads on for a while: whoever still sends hears why he should not only when what he sent is read.
@@ -85,69 +75,92 @@ async fn pour_away(from: impl AsyncRead) {
 }
 
 /// The same with a body that was not looked at.
-pub(crate) async fn pour_away_body<E>(body: impl Stream<Item = Result<Bytes, E>> + Send) {
-    pour_away(reader(body)).await;
+pub(super) async fn pour_away_body<E>(body: impl Stream<Item = Result<Bytes, E>> + Send) {
+    pour_away(reader(body.map_err(|_| io::Error::from(io::ErrorKind::UnexpectedEof)))).await;
 }
 
 /// Takes away a recording that no job has.
-pub(crate) async fn forget(nats: &Nats, id: &StreamId) {
-    if let Err(error) = Media::new(nats).delete(&audio_key(id)).await {
-        tracing::warn!(job = %id, %error, "an uploaded recording stays behind");
+pub(super) async fn forget(nats: &Nats, key: &str) {
+    if let Err(error) = Media::new(nats).delete(key).await {
+        tracing::warn!(key, %error, "an uploaded recording stays behind");
     }
 }
 
-fn reader<E>(body: impl Stream<Item = Result<Bytes, E>> + Send) -> impl AsyncRead + Send {
-    let body = Box::pin(body.map_err(|_| io::Error::new(io::ErrorKind::UnexpectedEof, Cut::Broken)));
-    let bounded = futures_util::stream::unfold(body, |mut body| async move {
-        match tokio::time::timeout(STALLED, body.next()).await {
-            Ok(next) => next.map(|next| (next, body)),
-            Err(_) => Some((Err(io::Error::new(io::ErrorKind::TimedOut, Cut::Stalled)), body)),
-        }
-    });
-    StreamReader::new(Box::pin(bounded))
+fn reader(body: impl Stream<Item = Result<Bytes, io::Error>> + Send) -> impl AsyncRead + Send {
+    StreamReader::new(Box::pin(body))
 }
 
-/// Stops where the store is full.
-struct Limited<R> {
-    from: R,
-    left: u64,
-    room: u64,
-}
-
-impl<R: AsyncRead + Unpin> AsyncRead for Limited<R> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = into.filled().len();
-        let polled = Pin::new(&mut self.from).poll_read(cx, into);
-        let read = (into.filled().len() - before) as u64;
-        match self.left.checked_sub(read) {
-            Some(left) => self.left = left,
-            None => {
-                // Whoever reads an error may not find bytes beside it.
-                into.set_filled(before);
-                return Poll::Ready(Err(io::Error::new(io::ErrorKind::StorageFull, Cut::TooLarge(self.room))));
+/// Stops at the largest recording, and where the store has no room for more. What comes behind may still be read, to be poured
+/// away.
+fn bounded<'a, E>(
+    media: &'a Media,
+    body: impl Stream<Item = Result<Bytes, E>> + Send + 'a,
+    allowed: &'a mut Allowed,
+) -> impl Stream<Item = Result<Bytes, io::Error>> + Send + 'a {
+    let body = Box::pin(body.map_err(|_| ()));
+    stream::unfold((body, allowed, 0u64), move |(mut body, allowed, got)| async move {
+        let next = body.next().await?;
+        let (item, got) = match next {
+            Ok(bytes) => {
+                let len = bytes.len() as u64;
+                let taken = take(media, allowed, got + len, len).await;
+                (taken.map(|()| bytes), got + len)
             }
+            Err(()) => {
+                allowed.why.set(Cut::Broken);
+                (Err(io::Error::from(io::ErrorKind::UnexpectedEof)), got)
+            }
+        };
+        Some((item, (body, allowed, got)))
+    })
+}
+
+/// `len` more bytes, `got` with them.
+async fn take(media: &Media, allowed: &mut Allowed, got: u64, len: u64) -> Result<(), io::Error> {
+    let cut = |cut: Cut| io::Error::other(allowed.why.set(cut));
+    if got > allowed.max_bytes {
+        return Err(cut(Cut::TooLarge(allowed.max_bytes)));
+    }
+    match reach(media, &mut allowed.promise, len, STEP).await {
+        Ok(()) => {
+            allowed.promise.came(len);
+            Ok(())
         }
-        polled
+        Err(NoRoom::Cut(why)) => Err(cut(why)),
+        Err(NoRoom::Media(error)) => Err(error.into()),
     }
 }
 
-fn refused(error: MediaError) -> Refusal {
+/// Why there is no room.
+pub(super) enum NoRoom {
+    Cut(Cut),
+    Media(MediaError),
+}
+
+impl From<Cut> for NoRoom {
+    fn from(cut: Cut) -> Self {
+        NoRoom::Cut(cut)
+    }
+}
+
+/// Makes sure of room for so many bytes more.
+pub(super) async fn reach(media: &Media, promise: &mut Promise, need: u64, want: u64) -> Result<(), NoRoom> {
+    promise.reach(need, want, async { media.room().await.map_err(NoRoom::Media) }).await
+}
+
+pub(super) fn refused(error: MediaError, why: &Why) -> Refusal {
+    if let Some(cut) = why.cut() {
+        return cut.refusal();
+    }
     match error {
         MediaError::Full => Refusal {
             retry_after_ms: Some(ROOM_LATER_MS),
             ..Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "no_capacity", "the object store is full")
         },
-        MediaError::Read(error) => match error.downcast::<Cut>() {
-            Ok(Cut::TooLarge(room)) => {
-                let message = format!(
-                    "the object store has room for {:.1} MB; send less, or give its URL to job.submit",
-                    room as f64 / 1e6
-                );
-                Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", message)
-            }
-            Ok(cut @ Cut::Stalled) => Refusal::new(StatusCode::REQUEST_TIMEOUT, "timeout", cut.to_string()),
-            Ok(cut @ Cut::Broken) => Refusal::bad_request(cut.to_string()),
-            Err(error) => Refusal::bad_request(error.to_string()),
+        MediaError::Read(error) => match MediaError::of(error) {
+            MediaError::Read(error) => Refusal::bad_request(error.to_string()),
+            // Of the store, while it was asked for room.
+            error => refused(error, why),
         },
         other => Refusal::unavailable(other.to_string()),
     }
@@ -156,26 +169,17 @@ fn refused(error: MediaError) -> Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures_util::stream;
 
-    #[tokio::test(start_paused = true)]
-    async fn a_body_ends_whole_or_says_why() {
-        let part = |text: &'static str| Ok::<_, &'static str>(Bytes::from_static(text.as_bytes()));
-        let mut all = String::new();
-        std::pin::pin!(reader(stream::iter([part("ab"), part("c")]))).read_to_string(&mut all).await.expect("read");
-        assert_eq!(all, "abc");
-
-        let broken = stream::iter([part("ab"), Err("gone")]);
-        let stalled = stream::iter([part("ab")]).chain(stream::pending());
-        let limited = Limited { from: std::pin::pin!(reader(stream::iter([part("abc")]))), left: 2, room: 2 };
-        let mut bytes = Vec::new();
-        let status = |error: io::Error| refused(MediaError::Read(error)).status.as_u16();
-        let error = std::pin::pin!(reader(broken)).read_to_end(&mut bytes).await.expect_err("broken");
-        assert_eq!(status(error), 400);
-        let error = std::pin::pin!(reader(stalled)).read_to_end(&mut bytes).await.expect_err("stalled");
-        assert_eq!(status(error), 408);
-        let error = std::pin::pin!(limited).read_to_end(&mut bytes).await.expect_err("too large");
-        assert_eq!(status(error), 413);
-        assert_eq!(refused(MediaError::Full).retry_after_ms, Some(ROOM_LATER_MS));
+    #[test]
+    fn a_reason_that_is_known_is_told_in_place_of_a_readers_error() {
+        let read = || MediaError::Read(io::Error::from(io::ErrorKind::UnexpectedEof));
+        assert_eq!(refused(read(), &Why::default()).status.as_u16(), 400);
+        let why = Why::default();
+        why.set(Cut::Stalled);
+        why.set(Cut::Broken);
+        assert_eq!(refused(read(), &why).status.as_u16(), 408, "the first one");
+        assert_eq!(refused(MediaError::Full, &Why::default()).retry_after_ms, Some(ROOM_LATER_MS));
+        let asked = MediaError::Read(MediaError::Full.into());
+        assert_eq!(refused(asked, &Why::default()).status.as_u16(), 503);
     }
 }

@@ -3,7 +3,7 @@
 use uuid::Uuid;
 use voxfleet_schema::{
     id::{IdError, StreamId},
-    job::{AudioUrl, JobRequest, MAX_NAME_BYTES, RequestError, audio_key},
+    job::{JobRequest, MAX_NAME_BYTES, RequestError},
     session::{OptionError, SessionOptions},
 };
 
@@ -113,11 +113,11 @@ impl Wish {
         Ok(StreamId::new(format!("job-{}", &Uuid::new_v4().simple().to_string()[..12]))?)
     }
 
-    /// The job, whose recording lies in the object store.
-    pub(crate) fn request(&self, id: &StreamId) -> Result<JobRequest, WishError> {
+    /// The job, whose recording lies at `audio`.
+    pub(crate) fn request(&self, id: &StreamId, audio: &str) -> Result<JobRequest, WishError> {
         let request = JobRequest {
             job: Some(id.clone()),
-            audio: Some(AudioUrl::object(&audio_key(id))),
+            audio: Some(audio.to_owned()),
             data: None,
             name: self.name.clone(),
             options: self.options.clone(),
@@ -149,6 +149,8 @@ fn short(text: &str) -> String {
 mod tests {
     use super::*;
 
+    const AUDIO: &str = "object://asr_media/audio/call-1/0f";
+
     fn wish(query: &[(&str, &str)]) -> Result<Wish, WishError> {
         let pairs: Vec<(String, String)> = query.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
         Wish::of_query(&pairs)
@@ -160,9 +162,9 @@ mod tests {
         wish.set("model", "small", true).expect("an option");
         wish.called("a\u{7}b.wav");
         let id = wish.id().expect("an id");
-        let request = wish.request(&id).expect("a request");
+        let request = wish.request(&id, AUDIO).expect("a request");
         assert_eq!((id.as_str(), wish.wait, wish.is_named()), ("call-1", false, true));
-        assert_eq!(request.audio.as_deref(), Some("object://asr_media/audio/call-1"));
+        assert_eq!(request.audio.as_deref(), Some(AUDIO));
         assert_eq!(
             (request.options.language.as_deref(), request.options.model.as_deref()),
             (Some("en"), Some("small"))
@@ -176,9 +178,9 @@ mod tests {
         let mut wish = wish(&[]).expect("a wish");
         wish.called(&"日".repeat(500));
         let id = wish.id().expect("an id");
-        assert!(wish.request(&id).is_ok() && id.as_str().starts_with("job-"));
+        assert!(wish.request(&id, AUDIO).is_ok() && id.as_str().starts_with("job-"));
         wish.called("");
-        assert_eq!(wish.request(&id).expect("a request").name, None);
+        assert_eq!(wish.request(&id, AUDIO).expect("a request").name, None);
     }
 
     #[test]
@@ -198,6 +200,9 @@ mod tests {
         assert_eq!(late.set("job", "x", true), Err(WishError::LateId));
         let short = wish(&[("result_ttl_s", "1")]).expect("a wish");
         let id = StreamId::new("j").expect("an id");
-        assert!(matches!(short.request(&id), Err(WishError::Request(_))), "checked as a whole before it is sent");
+        assert!(
+            matches!(short.request(&id, AUDIO), Err(WishError::Request(_))),
+            "checked as a whole before it is sent"
+        );
     }
 }
