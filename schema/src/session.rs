@@ -8,6 +8,7 @@ use crate::{
     failure::{Failure, FailureClass},
     id::{Kind, StreamId, WorkerName},
     nought,
+    trace::TraceContext,
 };
 
 /// Which models and devices may stand in for the ones asked for.
@@ -498,6 +499,9 @@ pub struct SessionRecord {
     /// What its worker was given to run in place of what was asked for; told once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instead: Option<Instead>,
+    /// The trace it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::trace::lenient")]
+    pub traceparent: Option<TraceContext>,
 }
 
 /// Answer to `session.status`.

@@ -52,6 +52,7 @@ use voxfleet_nats::api::{self, Endpoint};
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
     session::{OpenRequest, Opened},
+    trace::{TRACEPARENT, TraceContext},
 };
 
 use super::Site;
@@ -108,23 +109,27 @@ async fn asr(
         let message = format!("this path speaks WebSocket: {}", error.body_text());
         Refusal::new(StatusCode::UPGRADE_REQUIRED, "bad_request", message)
     })?;
-    let given = headers.get("traceparent").and_then(|value| value.to_str().ok());
-    let traceparent = uplink::traceparent(given);
+    let trace = traced_by(&headers);
     let tasks = site.tasks.clone();
     let upgrade = upgrade.max_message_size(MOST_READ).max_frame_size(MOST_READ);
-    Ok(upgrade.on_upgrade(move |socket| tasks.track_future(serve(site, socket, wish, traceparent))))
+    Ok(upgrade.on_upgrade(move |socket| tasks.track_future(serve(site, socket, wish, trace))))
+}
+
+/// The trace that a request is part of.
+pub(in crate::http) fn traced_by(headers: &HeaderMap) -> Option<TraceContext> {
+    TraceContext::parse(headers.get(TRACEPARENT)?.to_str().ok()?)
 }
 
 /// One client, from its coming to its end.
-async fn serve(site: Site, socket: WebSocket, wish: Wish, traceparent: String) {
+async fn serve(site: Site, socket: WebSocket, wish: Wish, trace: Option<TraceContext>) {
     let (sink, mut stream) = socket.split();
     let logged = Arc::new(watch::Sender::new(Logged::default()));
     let mut speaker = Speaker::new(&site.nats, &wish.session, sink, logged.subscribe());
     let goodbye = match site.asr.sockets.clone().try_acquire_owned() {
         Err(_) => Some(Goodbye::failed(Failure::new(FailureClass::Unavailable, BUSY))),
-        Ok(_place) => match open(&site, &wish).await {
+        Ok(_place) => match open(&site, &wish, trace.as_ref()).await {
             Err(goodbye) => Some(goodbye),
-            Ok(opened) => session(&site, &mut speaker, &mut stream, &wish, &opened, traceparent, logged).await,
+            Ok(opened) => session(&site, &mut speaker, &mut stream, &wish, &opened, trace, logged).await,
         },
     };
     let Some(goodbye) = goodbye else { return };
@@ -136,9 +141,9 @@ async fn serve(site: Site, socket: WebSocket, wish: Wish, traceparent: String) {
     let _ = timeout(patience, rest).await;
 }
 
-async fn open(site: &Site, wish: &Wish) -> Result<Opened, Goodbye> {
+async fn open(site: &Site, wish: &Wish, trace: Option<&TraceContext>) -> Result<Opened, Goodbye> {
     let request = OpenRequest { session: wish.session.clone(), options: wish.options.clone() };
-    let opening = api::request(&site.nats, Endpoint::SessionOpen, &request, OPEN);
+    let opening = api::request_traced(&site.nats, Endpoint::SessionOpen, &request, trace, OPEN);
     match site.shutdown.run_until_cancelled(opening).await {
         Some(opened) => opened.map_err(Goodbye::not_opened),
         None => Err(Goodbye::restart()),
@@ -161,11 +166,11 @@ async fn session(
     stream: &mut SplitStream<WebSocket>,
     wish: &Wish,
     opened: &Opened,
-    traceparent: String,
+    trace: Option<TraceContext>,
     logged: Arc<watch::Sender<Logged>>,
 ) -> Option<Goodbye> {
     let (audio, pieces) = mpsc::channel(uplink::WAITING);
-    match Uplink::new(&site.nats, wish.session.clone(), traceparent, site.shutdown.clone()) {
+    match Uplink::new(&site.nats, wish.session.clone(), trace, site.shutdown.clone()) {
         Ok(uplink) => {
             let logged = logged.clone();
             site.tasks.spawn(uplink.run(pieces, logged));

@@ -35,6 +35,7 @@ use voxfleet_schema::{
     failure::FailureClass,
     id::StreamId,
     job::{JobQuery, JobStatus, Submitted},
+    trace::TraceContext,
 };
 
 use super::{Site, api::refusal, reading::final_view};
@@ -74,6 +75,7 @@ async fn transcribe(
     request: Request,
 ) -> Result<Response, Refusal> {
     let events = accepts_events(request.headers());
+    let trace = super::asr::traced_by(request.headers());
     let (mut wish, place) = match begin(&site, &pairs) {
         Ok(begun) => begun,
         Err(refusal) => {
@@ -86,7 +88,7 @@ async fn transcribe(
         None => return Err(Refusal::unavailable("this server stops; send it again")),
     };
     drop(place);
-    let submitted = submit(&site.nats, &wish, &id).await?;
+    let submitted = submit(&site.nats, &wish, &id, trace.as_ref()).await?;
     if !wish.wait {
         let answer = json!({ "job": submitted.job, "state": submitted.state });
         return Ok((StatusCode::ACCEPTED, Json(answer)).into_response());
@@ -213,9 +215,14 @@ async fn is_known(nats: &Nats, id: &StreamId) -> Result<bool, Refusal> {
     }
 }
 
-async fn submit(nats: &Nats, wish: &Wish, id: &StreamId) -> Result<Submitted, Refusal> {
+async fn submit(
+    nats: &Nats,
+    wish: &Wish,
+    id: &StreamId,
+    trace: Option<&TraceContext>,
+) -> Result<Submitted, Refusal> {
     let error = match wish.request(id) {
-        Ok(request) => match api::request(nats, Endpoint::JobSubmit, &request, SUBMIT).await {
+        Ok(request) => match api::request_traced(nats, Endpoint::JobSubmit, &request, trace, SUBMIT).await {
             Ok(submitted) => return Ok(submitted),
             // Where nobody answered it may have been taken, and then its recording is needed.
             Err(error @ ApiError::Refused(_)) => refusal(error),
