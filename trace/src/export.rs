@@ -204,7 +204,7 @@ impl Sender {
         match request.send().await {
             // Its body says at most that it left some out; nobody could do anything about that.
             Ok(response) => judge(response.status()),
-            Err(error) => Answer::NotNow(error.without_url().to_string()),
+            Err(error) => Answer::NotNow(causes(&error.without_url())),
         }
     }
 
@@ -243,6 +243,12 @@ async fn gather(spans: &mut mpsc::Receiver<Span>, batch: &mut Vec<Span>) -> bool
         }
     }
     true
+}
+
+/// An error with what led to it.
+fn causes(error: &dyn std::error::Error) -> String {
+    let all = std::iter::successors(Some(error), |error| error.source());
+    all.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn judge(status: StatusCode) -> Answer {

@@ -78,13 +78,14 @@ async fn no_secret_and_nothing_that_was_said_is_logged_at_any_level() -> Result<
     request.options = options.clone();
     jobs_fleet::submit(&nats, &request).await?;
     ensure!(jobs_fleet::ended(&nats, &fleet, "recording").await?.record.state == JobState::Done);
-    // One that cannot be fetched, and whose address is a secret in two ways.
-    let url = format!("https://user:{}@127.0.0.1:9/a.wav?sig={}", secret("password"), secret("signature"));
-    let mut request = jobs_fleet::request("unreachable", Vec::new())?;
-    (request.data, request.audio, request.options) = (None, Some(url), options);
-    if jobs_fleet::submit(&nats, &request).await.is_ok() {
-        ensure!(jobs_fleet::ended(&nats, &fleet, "unreachable").await?.record.state == JobState::Failed);
-    }
+    // Two that cannot be fetched, whose addresses are secrets: one is refused at once, one by whoever is to fetch it.
+    let mut unreachable = jobs_fleet::request("unreachable", Vec::new())?;
+    (unreachable.data, unreachable.options) = (None, options);
+    unreachable.audio = Some(format!("https://user:{}@127.0.0.1:9/a.wav", secret("password")));
+    ensure!(jobs_fleet::submit(&nats, &unreachable).await.is_err());
+    unreachable.audio = Some(format!("https://127.0.0.1:9/a.wav?sig={}", secret("signature")));
+    jobs_fleet::submit(&nats, &unreachable).await?;
+    ensure!(jobs_fleet::ended(&nats, &fleet, "unreachable").await?.record.state == JobState::Failed);
 
     let mut texts = said(&fleet, "session", "private").await?;
     texts.extend(said(&fleet, "job", "recording").await?);
