@@ -54,6 +54,8 @@ def record(run):
         assert heard["query"].get("diarize") == "true", f"the options did not arrive: {heard}"
         run.notes.append(f"{heard['samples'] / heard['rate']:.1f} s at {heard['rate']} Hz, {heard['spectrum']} Hz tone")
     run.notes.append(f"{len(said.split())} words")
+    if not run.mock:
+        print(f"said: {said}")
     page.key("Escape")
     page.wait("!document.querySelector('#record').open", 3)
 

@@ -5,8 +5,8 @@
 //! speaks to nobody else, and loads no driver once it knows every device's name.
 
 use std::{
-    collections::BTreeSet, ffi::OsString, io, os::unix::process::ExitStatusExt as _, path::PathBuf, pin::pin,
-    process::ExitStatus, time::Duration,
+    collections::BTreeSet, ffi::OsString, io, net::SocketAddr, os::unix::process::ExitStatusExt as _, path::PathBuf,
+    pin::pin, process::ExitStatus, time::Duration,
 };
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -17,6 +17,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use voxfleet_audio::spawner::{SpawnError, launch_worker};
+use voxfleet_http::HttpConfig;
 use voxfleet_schema::device::DeviceTrouble;
 
 use crate::{
@@ -103,9 +104,11 @@ pub async fn run(
     tracing::info!(workers = first.len(), "a worker for each gpu");
     let mut keepers = JoinSet::new();
     let patience = config.shutdown().max(Duration::from_millis(config.preemption.notice_ms)) + GRACE;
-    let start = |keepers: &mut JoinSet<bool>, devices: Vec<Listed>, workers: usize| {
+    let mut addresses = http_addresses(&config.http);
+    let mut start = |keepers: &mut JoinSet<bool>, devices: Vec<Listed>, workers: usize| {
         for device in devices {
-            let (args, shutdown) = (of_device(&args, &device, workers), shutdown.clone());
+            let args = of_device(&args, &device, workers, addresses.next());
+            let shutdown = shutdown.clone();
             let keeper = Keeper { args, device, patience, refusal, shutdown };
             keepers.spawn(async move { keeper.keep().await });
         }
@@ -178,11 +181,22 @@ impl Site {
     }
 }
 
-/// The words after the program's name: those of this process, one device, and how many share the cores.
-fn of_device(args: &[OsString], device: &Listed, workers: usize) -> Vec<OsString> {
-    let own =
-        ["--gpu".into(), device.uuid.clone().into(), "--set".into(), format!("worker.host_workers={workers}").into()];
-    args.iter().cloned().chain(own).collect()
+/// The words after the program's name: those of this process, one device, how many share the cores, and where it serves HTTP.
+fn of_device(args: &[OsString], device: &Listed, workers: usize, http: Option<SocketAddr>) -> Vec<OsString> {
+    let settings = [Some(format!("worker.host_workers={workers}")), http.map(|at| format!("worker.http.listen={at}"))];
+    let settings = settings.into_iter().flatten().flat_map(|setting| ["--set".into(), setting.into()]);
+    args.iter().cloned().chain(["--gpu".into(), device.uuid.clone().into()]).chain(settings).collect()
+}
+
+/// Where each in turn serves HTTP: the first at the address that is configured, the next at the port after it. Any free port
+/// (0) is that for all; none where there is no HTTP.
+fn http_addresses(config: &HttpConfig) -> impl Iterator<Item = SocketAddr> {
+    let first = config.address().filter(|_| !config.is_off());
+    first.into_iter().flat_map(|first| {
+        let step = u16::from(first.port() != 0);
+        let ports = std::iter::successors(Some(first.port()), move |port| port.checked_add(step));
+        ports.map(move |port| SocketAddr::new(first.ip(), port))
+    })
 }
 
 struct Keeper {
@@ -327,9 +341,23 @@ mod tests {
     #[test]
     fn each_worker_is_told_its_device() {
         let device = Listed { index: 1, uuid: "GPU-1".into(), name: "T4".into(), total_mb: 16_000, is_instance: false };
-        let args = of_device(&["worker".into(), "--slots".into(), "8".into()], &device, 2);
-        let args: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
-        assert_eq!(args, ["worker", "--slots", "8", "--gpu", "GPU-1", "--set", "worker.host_workers=2"]);
+        let words = ["worker".into(), "--slots".into(), "8".into()];
+        let told =
+            |http| of_device(&words, &device, 2, http).iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
+        let (alone, served): (Vec<String>, Vec<String>) = (told(None), told(Some(([127, 0, 0, 1], 9490).into())));
+        assert_eq!(alone, ["worker", "--slots", "8", "--gpu", "GPU-1", "--set", "worker.host_workers=2"]);
+        assert_eq!(served[alone.len()..], ["--set", "worker.http.listen=127.0.0.1:9490"]);
+    }
+
+    #[test]
+    fn no_two_workers_are_given_one_port() {
+        let ports = |listen: &str| -> Vec<u16> {
+            http_addresses(&HttpConfig::on(listen)).take(3).map(|address| address.port()).collect()
+        };
+        assert_eq!(ports("127.0.0.1:9490"), [9490, 9491, 9492]);
+        assert_eq!(ports("[::1]:65534"), [65_534, 65_535], "the rest find theirs taken, and say so");
+        assert_eq!(ports("127.0.0.1:0"), [0, 0, 0]);
+        assert_eq!(ports(""), [0; 0]);
     }
 
     #[test]

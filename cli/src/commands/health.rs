@@ -8,6 +8,7 @@ use voxfleet_http::probe::Probe;
 use crate::{
     args::HealthArgs,
     exit::{Exit, OrExit as _},
+    plain::plain,
     transcript::screen::out,
 };
 
@@ -15,7 +16,8 @@ pub(crate) async fn run(args: &HealthArgs) -> anyhow::Result<Exit> {
     let probe = Probe { ca: args.ca.clone(), token: None };
     let url = format!("{}/{}", args.at.trim_end_matches('/'), if args.ready { "ready" } else { "health" });
     let answer = probe.get(&url, Duration::from_secs(args.timeout)).await.or_exit(Exit::Failure)?;
-    out(String::from_utf8_lossy(&answer.body).trim_end())?;
+    // Whoever answers there may be a stranger.
+    out(plain(String::from_utf8_lossy(&answer.body).trim_end()).as_str())?;
     Ok(if is_well(answer.status, &answer.body, args.ready) { Exit::Ok } else { Exit::Failure })
 }
 

@@ -116,6 +116,9 @@ pub(crate) async fn run(args: &DemoArgs, context: &Context) -> anyhow::Result<Ex
 async fn serve(fleet: &Fleet, processes: &str, paint: Paint, shutdown: &CancellationToken) -> anyhow::Result<()> {
     let voxfleet = std::env::current_exe().map_or_else(|_| "voxfleet".to_owned(), |exe| exe.display().to_string());
     let call = find::root().join("tests/audio/call-01.flac");
+    if let Some(url) = dashboard(fleet).await {
+        out(&format!("dashboard: {}", paint.cyan(&url)))?;
+    }
     out(&format!("{processes} run until Ctrl-C. In another terminal:\n"))?;
     for line in [
         format!("export VOXFLEET__NATS__URLS={}", fleet.url()),
@@ -151,6 +154,9 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
     let mut fleet = start(args).await?;
     let processes = report::processes(&fleet);
     say(&format!("{processes} ready in {:.1} s", started.elapsed().as_secs_f64()))?;
+    if let Some(url) = dashboard(&fleet).await {
+        say(&format!("dashboard: {}", paint.cyan(&url)))?;
+    }
     say("")?;
 
     let config = NatsConfig { urls: fleet.urls(), ..NatsConfig::default() };
@@ -233,9 +239,18 @@ async fn demo(args: &DemoArgs, worker: WorkerConfig, shutdown: &CancellationToke
     Ok(if killed.is_none_or(|killed| killed.is_good()) { Exit::Ok } else { Exit::Failure })
 }
 
+/// Where a browser sees it. A demo is one without a page too, and its dispatcher's log says why there is none.
+async fn dashboard(fleet: &Fleet) -> Option<String> {
+    let dispatcher = fleet.dispatchers.first()?;
+    let url = dispatcher.http_url().await;
+    url.inspect_err(|error| tracing::warn!(%error, "no dashboard")).ok()
+}
+
 async fn start(args: &DemoArgs) -> anyhow::Result<Fleet> {
     let spinner = spinner(args, "starting nats-server, one dispatcher, two workers");
     let mut fleet = Fleet::builder().workers(2).slots(4).engine(Engine::Micro).set("worker.decode_threads", 1);
+    // Any free port: several demos may run here, and a fleet.
+    fleet = fleet.set("dispatcher.http.listen", "127.0.0.1:0");
     if let Some(dir) = &args.models_dir {
         fleet = fleet.set("worker.models_dir", dir.display());
     }

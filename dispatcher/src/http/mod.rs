@@ -19,8 +19,10 @@ mod asr;
 mod board;
 mod events;
 mod health;
+mod interest;
 pub(crate) mod metrics;
 mod page;
+mod readers;
 mod reading;
 mod sessions;
 mod stream;
@@ -63,6 +65,7 @@ pub(crate) struct Site {
     boards: Boards,
     texts: texts::Reading,
     recent: events::Recent,
+    readers: readers::Readers,
     asr: asr::Places,
     uploads: transcribe::Uploads,
     started: SystemTime,
@@ -113,6 +116,7 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, name: Arc<str>, window: 
         boards,
         texts,
         recent,
+        readers: readers::Readers::default(),
         asr: asr::Places::default(),
         uploads: transcribe::Uploads::default(),
         started: SystemTime::now(),

@@ -6,27 +6,29 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
     Nats, ServerError,
     retry::Backoff,
-    transcript::{self, Filter, ReadError, Start},
+    transcript::{self, Filter, Start},
 };
 use voxfleet_schema::{
     id::{Kind, StreamId},
     transcript::{Final, Partial, join_text},
 };
 
+use super::interest::{self, Interest};
+
 /// Characters shown of a session.
 const SHOWN: usize = 160;
-/// Sessions kept; ended ones go with their end.
+/// Sessions kept; ended ones go with their end, others when room is needed.
 const MOST: usize = 100_000;
-/// Nobody has looked for so long: reading ends.
-const INTEREST: Duration = Duration::from_secs(40);
+/// As long as the longest that a session may idle.
+const SILENT: Duration = Duration::from_secs(1_800);
 
 #[derive(Debug, Default)]
 struct Said {
+    heard: Option<Instant>,
     /// The end of its finals.
     finals: String,
     after_index: Option<u64>,
@@ -52,15 +54,26 @@ impl Texts {
         self.said.get(id).map_or(0, |said| said.words)
     }
 
+    /// Of a session that is there or finds room. One that says nothing for long makes room where there is none: a partial that
+    /// is read behind its end would else stay for ever.
+    fn of(&mut self, id: &StreamId, now: Instant) -> Option<&mut Said> {
+        if self.said.len() >= MOST && !self.said.contains_key(id) {
+            self.said.retain(|_, said| said.heard.is_some_and(|at| now.duration_since(at) < SILENT));
+            if self.said.len() >= MOST {
+                return None;
+            }
+        }
+        let said = self.said.entry(id.clone()).or_default();
+        said.heard = Some(now);
+        Some(said)
+    }
+
     fn on_final(&mut self, value: &Final) {
         if value.end {
             self.said.remove(&value.id);
             return;
         }
-        if self.said.len() >= MOST && !self.said.contains_key(&value.id) {
-            return;
-        }
-        let said = self.said.entry(value.id.clone()).or_default();
+        let Some(said) = self.of(&value.id, Instant::now()) else { return };
         if said.after_index.is_some_and(|index| index >= value.index) && said.epoch >= value.epoch {
             return;
         }
@@ -73,10 +86,7 @@ impl Texts {
     }
 
     fn on_partial(&mut self, value: &Partial) {
-        if self.said.len() >= MOST && !self.said.contains_key(&value.id) {
-            return;
-        }
-        let said = self.said.entry(value.id.clone()).or_default();
+        let Some(said) = self.of(&value.id, Instant::now()) else { return };
         if value.epoch < said.epoch || value.after_index < said.after_index {
             return;
         }
@@ -96,13 +106,13 @@ fn ending(text: &str) -> String {
 #[derive(Debug, Clone)]
 pub(crate) struct Reading {
     texts: Arc<RwLock<Texts>>,
-    wanted: Arc<watch::Sender<Option<Instant>>>,
+    interest: Interest,
 }
 
 impl Reading {
     /// The texts, and the work of reading them.
     pub(crate) fn new(nats: Nats, stop: CancellationToken) -> (Self, impl Future<Output = ()>) {
-        let reading = Self { texts: Arc::default(), wanted: Arc::new(watch::Sender::new(None)) };
+        let reading = Self { texts: Arc::default(), interest: Interest::default() };
         let mine = reading.clone();
         (reading, async move {
             stop.run_until_cancelled(mine.read(nats)).await;
@@ -111,7 +121,7 @@ impl Reading {
 
     /// Somebody looks at a list now.
     pub(crate) fn want(&self) {
-        self.wanted.send_replace(Some(Instant::now() + INTEREST));
+        self.interest.want();
     }
 
     pub(crate) fn with<T>(&self, look: impl FnOnce(&Texts) -> T) -> T {
@@ -122,12 +132,13 @@ impl Reading {
     }
 
     async fn read(self, nats: Nats) {
-        let mut wanted = self.wanted.subscribe();
         loop {
-            if wanted.wait_for(|until| until.is_some_and(|until| Instant::now() < until)).await.is_err() {
-                return;
-            }
-            if self.read_while_wanted(&nats).await.is_err() {
+            self.interest.begins().await;
+            let read = tokio::select! {
+                read = self.read_on(&nats) => read,
+                () = self.interest.ends() => Ok(()),
+            };
+            if read.is_err() {
                 return;
             }
             if let Ok(mut texts) = self.texts.write() {
@@ -137,30 +148,17 @@ impl Reading {
     }
 
     /// An error: the connection is closed.
-    async fn read_while_wanted(&self, nats: &Nats) -> Result<(), ServerError> {
+    async fn read_on(&self, nats: &Nats) -> Result<(), ServerError> {
         let filter = Filter::Kind(Kind::Session);
         let mut finals = transcript::finals(nats, &filter, Start::LastPerSubject);
         let mut partials = transcript::partials(nats, &filter, Start::LastPerSubject);
         let mut backoff = Backoff::default();
         loop {
-            let until = *self.wanted.borrow();
-            let Some(left) = until.and_then(|until| until.checked_duration_since(Instant::now())) else {
-                return Ok(());
+            let read = tokio::select! {
+                read = finals.next() => read.map(|read| self.change(|texts| texts.on_final(&read.value))),
+                read = partials.next() => read.map(|read| self.change(|texts| texts.on_partial(&read.value))),
             };
-            let failed = tokio::select! {
-                read = finals.next() => read.map(|read| self.change(|texts| texts.on_final(&read.value))).err(),
-                read = partials.next() => read.map(|read| self.change(|texts| texts.on_partial(&read.value))).err(),
-                () = tokio::time::sleep(left) => continue,
-            };
-            match failed {
-                None => backoff = Backoff::default(),
-                Some(ReadError::Server(ServerError::Closed)) => return Err(ServerError::Closed),
-                Some(ReadError::Malformed { seq, .. }) => tracing::debug!(seq, "not a transcript"),
-                Some(error) => {
-                    tracing::debug!(%error, "transcripts not readable now");
-                    backoff.wait().await;
-                }
-            }
+            interest::after("transcripts", read, &mut backoff).await?;
         }
     }
 
@@ -174,6 +172,19 @@ impl Reading {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_has_long_been_silent_makes_room() {
+        let id = |n: usize| StreamId::new(format!("s{n}")).expect("id");
+        let (mut texts, begin) = (Texts::default(), Instant::now());
+        for n in 0..MOST {
+            assert!(texts.of(&id(n), begin).is_some());
+        }
+        assert!(texts.of(&id(MOST), begin + SILENT / 2).is_none(), "all of them have just spoken");
+        assert!(texts.of(&id(7), begin + SILENT / 2).is_some());
+        assert!(texts.of(&id(MOST), begin + SILENT).is_some());
+        assert_eq!(texts.said.len(), 2, "the one that spoke since, and the new one");
+    }
 
     #[test]
     fn the_end_of_a_text_begins_with_a_word() {

@@ -27,7 +27,11 @@ const OTHER: &str = "ffffffffffffffffffffffffffffffffffffffffffffffff";
 async fn start(encrypted: bool) -> Result<(NatsServer, u16)> {
     let conf = std::fs::read_to_string(find::root().join("deploy/nats/encryption.conf"))?;
     ensure!(conf.contains("\nkey: $VOXFLEET_NATS_JS_KEY\n"), "{conf}");
-    let included = if encrypted { conf.replace("$VOXFLEET_NATS_JS_KEY", &format!("{KEY:?}")) } else { String::new() };
+    let included = if encrypted {
+        conf.replace("\nkey: $VOXFLEET_NATS_JS_KEY\n", &format!("\nkey: {KEY:?}\n"))
+    } else {
+        String::new()
+    };
     let port = free_port()?;
     let extra = format!("http: \"127.0.0.1:{port}\"\njetstream {{\n  sync_interval: \"1s\"\n{included}\n}}");
     Ok((NatsServer::start_with(ServerOptions { extra, ..ServerOptions::default() }).await?, port))
@@ -159,6 +163,34 @@ async fn the_disk_tells_nothing_and_the_key_brings_it_back() -> Result<()> {
     std::fs::write(&conf, right)?;
     server.start_again().await?;
     everything_reads(&server.jetstream().await?).await
+}
+
+#[tokio::test]
+async fn a_new_key_takes_over_what_the_old_one_wrote() -> Result<()> {
+    let (mut server, health) = start(true).await?;
+    fill(&server).await?;
+    server.shut_down().await?;
+    let conf = server.dir().join("server.conf");
+    let old = std::fs::read_to_string(&conf)?;
+    let new = old.replace(KEY, OTHER);
+    ensure!(new.contains("\n# prev_key: $VOXFLEET_NATS_JS_KEY_OLD"), "{new}");
+    // One start with both, as docs/privacy.md has it, then with the new one alone.
+    let both = new.replace("\n# prev_key: $VOXFLEET_NATS_JS_KEY_OLD", &format!("\nprev_key: {KEY:?}"));
+    for with in [&both, &new] {
+        std::fs::write(&conf, with)?;
+        server.start_again().await?;
+        ensure!(healthz(health).await?.contains("\"ok\""), "a healthy server");
+        everything_reads(&server.jetstream().await?).await?;
+        server.shut_down().await?;
+    }
+    // And the old one opens nothing any more.
+    std::fs::write(&conf, old)?;
+    server.start_again().await?;
+    ensure!(
+        server.jetstream().await?.get_stream("ASR_TRANSCRIPT").await.is_err(),
+        "readable with the key that was taken away"
+    );
+    Ok(())
 }
 
 #[test]

@@ -11,7 +11,7 @@ use tokio::{
 };
 use voxfleet_harness::{
     audio, find,
-    fleet::{self, Fleet},
+    fleet::{self, Engine, Fleet},
     producer::{Pace, Producer},
 };
 
@@ -19,10 +19,18 @@ use voxfleet_harness::{
 const LOOKED: Duration = Duration::from_secs(180);
 
 /// What the page's checks said, and whether all passed. `on_line` is told each line as it comes.
-async fn look(url: &str, scenario: &str, mut on_line: impl FnMut(&str) -> Result<()>) -> Result<String> {
+async fn look(
+    url: &str,
+    scenario: &str,
+    microphone: Option<&Path>,
+    mut on_line: impl FnMut(&str) -> Result<()>,
+) -> Result<String> {
     let script = find::root().join("tests/page/check.py");
     let mut command = Command::new("python3");
     command.arg("-u").arg(script).args(["--base", url, "--scenario", scenario]);
+    if let Some(wav) = microphone {
+        command.arg("--wav").arg(wav);
+    }
     if let Some(folder) = std::env::var_os("VOXFLEET_SCREENS") {
         command.arg("--screens").arg(Path::new(&folder));
     }
@@ -53,7 +61,7 @@ async fn a_real_fleet_is_shown_as_it_is() -> Result<()> {
         let mut producer = Producer::named(fleet.js(), session, "s");
         producer.stream(&audio::bursts(index as u64 + 3, 12.0), 200, Pace::AsFastAsPossible).await?;
     }
-    let looked = look(&url, "calm", |_| Ok(())).await;
+    let looked = look(&url, "calm", None, |_| Ok(())).await;
     looked.with_context(|| fleet.logs())?;
     Ok(())
 }
@@ -64,7 +72,7 @@ async fn a_killed_worker_is_shown_dead() -> Result<()> {
     let mut fleet = Fleet::builder().workers(2).slots(4).set("dispatcher.http.listen", "127.0.0.1:0").start().await?;
     let url = fleet.dispatchers[0].http_url().await?;
     let (workers, mut killed) = (&mut fleet.workers, false);
-    let looked = look(&url, "dead", |line| {
+    let looked = look(&url, "dead", None, |line| {
         if line.starts_with("kill a worker") {
             workers[0].kill9()?;
             killed = true;
@@ -74,5 +82,29 @@ async fn a_killed_worker_is_shown_dead() -> Result<()> {
     .await;
     let said = looked.with_context(|| fleet.logs())?;
     ensure!(killed || said.contains("skipped"), "{said}");
+    Ok(())
+}
+
+/// What the browser's microphone hears goes through `/asr` into the log, and comes back as lines.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_microphone_hears_becomes_text() -> Result<()> {
+    let _turn = fleet::turn().await;
+    let fleet = Fleet::builder().workers(1).slots(2).engine(Engine::Micro).set("dispatcher.http.listen", "127.0.0.1:0");
+    let fleet = fleet.start().await?;
+    let url = fleet.dispatchers[0].http_url().await?;
+    let folder = tempfile::tempdir()?;
+    let wav = folder.path().join("call.wav");
+    std::fs::write(&wav, audio::call(1)?.wav())?;
+    let said = look(&url, "record", Some(&wav), |_| Ok(())).await.with_context(|| fleet.logs())?;
+    let Some(words) = said.lines().find_map(|line| line.strip_prefix("said: ")) else {
+        ensure!(said.contains("skipped"), "{said}");
+        return Ok(());
+    };
+    // It hears the call from its beginning, for as long as the button was down: about a sentence.
+    let spoken = audio::call_text(1)?;
+    let heard = words.split_whitespace().count();
+    let begin: Vec<&str> = spoken.split_whitespace().take(heard).collect();
+    let rate = audio::word_error_rate(&begin.join(" "), words);
+    ensure!(heard >= 5 && rate <= 0.2, "word error rate {rate:.2}: {words:?} for {begin:?}");
     Ok(())
 }
