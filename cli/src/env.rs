@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use voxfleet_schema::trace::TraceContext;
+
 /// Prefix of settings: `VOXFLEET__NATS__URLS`. Two underscores, so that `VOXFLEET_CACHE` is none of them.
 pub(crate) const PREFIX: &str = "VOXFLEET";
 
@@ -55,12 +57,25 @@ pub(crate) fn cache_dir(env: &impl Env) -> Option<(PathBuf, &'static str)> {
     set("HOME").map(|home| (Path::new(&home).join(".cache/voxfleet"), "HOME"))
 }
 
+/// The trace that whoever started this command wants it to be part of, as OpenTelemetry has it for processes.
+pub(crate) fn trace(env: &impl Env) -> Option<TraceContext> {
+    TraceContext::parse(&env.var("TRACEPARENT")?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn env(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
         pairs.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect()
+    }
+
+    #[test]
+    fn a_command_is_part_of_its_callers_trace() {
+        let text = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        assert_eq!(trace(&env(&[("TRACEPARENT", text)])).map(|trace| trace.to_string()).as_deref(), Some(text));
+        assert_eq!(trace(&env(&[("TRACEPARENT", "x")])), None);
+        assert_eq!(trace(&env(&[])), None);
     }
 
     #[test]

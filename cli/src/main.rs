@@ -74,6 +74,7 @@ fn with_runtime(command: Command, global: args::Global) -> anyhow::Result<Exit> 
         let done = CancellationToken::new();
         signals::listen(&context.tracker, context.shutdown.clone(), done.clone()).or_exit(Exit::Internal)?;
         let tracker = context.tracker.clone();
+        tracker.spawn(logging::say_what_is_left_out(done.clone()));
         let result = commands::run(command, context).await;
         done.cancel();
         tracker.close();

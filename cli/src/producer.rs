@@ -17,6 +17,7 @@ use voxfleet_nats::{
 use voxfleet_schema::{
     audio::{ASR_END, ASR_FORMAT, ASR_OPT_PREFIX, ASR_SEQ, ASR_SOURCE, AudioFormat},
     id::{IdError, SourceId, StreamId},
+    trace::{TRACEPARENT, TraceContext},
 };
 
 /// What the log keeps free of a message for headers.
@@ -43,7 +44,8 @@ pub(crate) struct Producer {
     format: AudioFormat,
     /// Options that the first chunk carries, by their names in headers.
     options: Vec<(String, String)>,
-    traceparent: String,
+    /// What whoever started this wants it to be part of, as it is written.
+    trace: Option<String>,
     next: u64,
     max_chunk: usize,
     give_up: Duration,
@@ -72,7 +74,7 @@ impl Producer {
             source: SourceId::new(Uuid::new_v4().simple().to_string())?,
             format,
             options: Vec::new(),
-            traceparent: traceparent(Uuid::new_v4(), Uuid::new_v4()),
+            trace: None,
             next: 0,
             max_chunk: nats.max_payload().saturating_sub(HEADER_ROOM),
             give_up,
@@ -88,6 +90,12 @@ impl Producer {
     /// Sends these session options with the first chunk.
     pub(crate) fn with_options(mut self, options: &[(String, String)]) -> Self {
         self.options = options.iter().map(|(name, value)| (header_name(name), value.clone())).collect();
+        self
+    }
+
+    /// All of it is part of this trace.
+    pub(crate) fn traced(mut self, trace: Option<TraceContext>) -> Self {
+        self.trace = trace.map(|trace| trace.to_string());
         self
     }
 
@@ -108,8 +116,8 @@ impl Producer {
             (ASR_SEQ, seq.as_str()),
             (ASR_SOURCE, self.source.as_str()),
             (ASR_FORMAT, format.as_str()),
-            ("traceparent", self.traceparent.as_str()),
         ];
+        headers.extend(self.trace.as_deref().map(|trace| (TRACEPARENT, trace)));
         if end {
             headers.push((ASR_END, "1"));
         }
@@ -185,12 +193,6 @@ fn header_name(option: &str) -> String {
     format!("{ASR_OPT_PREFIX}{}", words.collect::<Vec<_>>().join("-"))
 }
 
-/// W3C trace context, so that a trace can span from here to the final.
-fn traceparent(trace: Uuid, span: Uuid) -> String {
-    let span = span.simple().to_string();
-    format!("00-{}-{}-01", trace.simple(), &span[..16])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,12 +212,5 @@ mod tests {
     fn only_what_may_pass_is_sent_again() {
         assert!(may_pass(&LogError::Full) && may_pass(&LogError::Server(ServerError::Timeout)));
         assert!(!may_pass(&LogError::TooLarge) && !may_pass(&LogError::Server(ServerError::Closed)));
-    }
-
-    #[test]
-    fn trace_context_has_its_form() {
-        let text = traceparent(Uuid::from_u128(1), Uuid::from_u128(2));
-        let lengths: Vec<usize> = text.split('-').map(str::len).collect();
-        assert_eq!(lengths, [2, 32, 16, 2]);
     }
 }

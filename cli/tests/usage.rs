@@ -12,7 +12,7 @@ use voxfleet_harness::server::{NatsServer, ServerOptions};
 fn voxfleet(dir: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_voxfleet"));
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("VOXFLEET") {
+        if ["VOXFLEET", "OTEL_"].iter().any(|start| name.to_string_lossy().starts_with(start)) {
             command.env_remove(name);
         }
     }

@@ -10,6 +10,7 @@ use voxfleet_schema::{
     id::SourceId,
     session::SessionOptions,
     source::{SourceState, Verdict},
+    trace::TraceContext,
     transcript::Final,
 };
 
@@ -20,6 +21,8 @@ pub struct Opener {
     /// From its headers, when any stand there.
     pub options: Option<Box<SessionOptions>>,
     pub source: Option<SourceId>,
+    /// The trace that its producer wants it to be part of.
+    pub trace: Option<TraceContext>,
 }
 
 /// An entry that opens nothing, for its event.
@@ -61,7 +64,7 @@ pub fn first(entry: &RawEntry) -> First {
 }
 
 fn opener(seq: u64, headers: ChunkHeaders) -> Opener {
-    Opener { seq, options: headers.options, source: headers.source }
+    Opener { seq, options: headers.options, source: headers.source, trace: headers.trace }
 }
 
 fn check_audio(payload: &[u8], format: AudioFormat) -> Result<(), BadChunk> {

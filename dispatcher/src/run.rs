@@ -14,6 +14,7 @@ use voxfleet_nats::{
     retry::Backoff,
     topology::{self, TopologyError},
 };
+use voxfleet_trace::Tracer;
 
 use crate::{
     active::{self, Ended, Process},
@@ -41,8 +42,14 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// For events that are not stored yet, beside those words: as long as both of them take together.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
 
-/// Runs a dispatcher until `shutdown`. Any number may run; one is active, the others wait for its lease.
-pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationToken) -> Result<(), DispatcherError> {
+/// Runs a dispatcher until `shutdown`. Any number may run; one is active, the others wait for its lease. `tracer`: who is told
+/// what is done for sessions and jobs.
+pub async fn run(
+    nats: Nats,
+    config: DispatcherConfig,
+    tracer: Tracer,
+    shutdown: CancellationToken,
+) -> Result<(), DispatcherError> {
     let problems = config.problems();
     if !problems.is_empty() {
         return Err(DispatcherError::Config(problems));
@@ -77,8 +84,15 @@ pub async fn run(nats: Nats, config: DispatcherConfig, shutdown: CancellationTok
         let (nats, publisher) = (nats.clone(), Publisher::new(&nats));
         async move { queue.run(&nats, &publisher).await }
     });
-    let process =
-        Process { nats: &nats, config: &config, name: &name, events: &events, shutdown: &shutdown, window: &window };
+    let process = Process {
+        nats: &nats,
+        config: &config,
+        name: &name,
+        events: &events,
+        tracer: &tracer,
+        shutdown: &shutdown,
+        window: &window,
+    };
     let result = tokio::select! {
         result = serve(&process, &mut lease, &mut api) => result,
         Some(ended) = telling.join_next() => Err(match ended {

@@ -163,6 +163,7 @@ pub(crate) fn job(id_text: &str) -> JobRecord {
         deaths: 0,
         instead: None,
         part: None,
+        traceparent: None,
     }
 }
 

@@ -20,6 +20,7 @@ use voxfleet_schema::{
     codec::{self, CONTENT_TYPE, CodecError},
     failure::Failure,
     session::Reply,
+    trace::{TRACEPARENT, TraceContext},
 };
 
 pub use crate::subjects::Endpoint;
@@ -146,7 +147,7 @@ impl ApiServer {
             endpoint,
             body: request.message.payload.clone(),
             content_type: header(CONTENT_TYPE),
-            traceparent: header("traceparent"),
+            traceparent: header(TRACEPARENT),
         };
         Some((call, ApiResponder { nats: self.nats.clone(), request }))
     }
@@ -197,8 +198,20 @@ pub async fn request<Req: Serialize + Sync, Resp: DeserializeOwned>(
     request: &Req,
     deadline: Duration,
 ) -> Result<Resp, ApiError> {
+    request_traced(nats, endpoint, request, None, deadline).await
+}
+
+/// The same, as a part of this trace.
+pub async fn request_traced<Req: Serialize + Sync, Resp: DeserializeOwned>(
+    nats: &Nats,
+    endpoint: Endpoint,
+    request: &Req,
+    trace: Option<&TraceContext>,
+    deadline: Duration,
+) -> Result<Resp, ApiError> {
     let body: Bytes = codec::to_json(request).map_err(ApiError::Encode)?.into();
     let subject = nats.subjects().api(endpoint);
+    let headers = raw::traced(raw::json_headers(), trace);
     // One inbox for every time it asks: a late answer to the first is an answer.
     let inbox = nats.client().new_inbox();
     let mut answers = nats.client().subscribe(inbox.clone()).await.map_err(ServerError::from)?;
@@ -210,7 +223,7 @@ pub async fn request<Req: Serialize + Sync, Resp: DeserializeOwned>(
     loop {
         if refusal.is_none() && Instant::now() >= ask_at {
             nats.client()
-                .publish_with_reply_and_headers(subject.clone(), inbox.clone(), raw::json_headers(), body.clone())
+                .publish_with_reply_and_headers(subject.clone(), inbox.clone(), headers.clone(), body.clone())
                 .await
                 .map_err(ServerError::from)?;
             asked += 1;

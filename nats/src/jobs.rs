@@ -17,6 +17,7 @@ use voxfleet_schema::{
     id::{IdError, StreamId, WorkerName},
     job::WorkItem,
     session::Priority,
+    trace::{TRACEPARENT, TraceContext},
 };
 
 pub use crate::claim::ClaimError;
@@ -52,16 +53,18 @@ pub enum WorkError {
 pub struct BadPriority(pub String);
 
 /// Submits a job as a producer does: the message is the queue's once this returns its sequence. Any body is taken; the
-/// dispatcher refuses what is no request (event `rejected`).
+/// dispatcher refuses what is no request (event `rejected`). `trace`: what it is to be part of.
 pub async fn publish_job(
     nats: &Nats,
     priority: Priority,
     id: &StreamId,
     content_type: &str,
     body: Bytes,
+    trace: Option<TraceContext>,
 ) -> Result<u64, ServerError> {
     let mut headers = async_nats::HeaderMap::new();
     headers.insert(CONTENT_TYPE, content_type);
+    let headers = raw::traced(headers, trace.as_ref());
     let message = PublishMessage::build().payload(body).headers(headers);
     Ok(raw::publish(nats, nats.subjects().job(priority, id), message).await?.sequence)
 }
@@ -231,7 +234,7 @@ impl JobIntake {
             id,
             seq: delivery.stream_seq,
             content_type: header(CONTENT_TYPE),
-            traceparent: header("traceparent"),
+            traceparent: header(TRACEPARENT),
             payload: message.payload,
             delivered: delivery.delivered,
             ack: JobAck { nats: self.nats.clone(), exit: Exit::Reply(reply) },

@@ -120,22 +120,28 @@ impl AudioLog {
     /// The first entry of `id` at or after `from_seq`, by direct get from any replica. None: not there yet (or, on a
     /// replica that lags, not there *here* yet): ask again.
     pub async fn next(&self, id: &StreamId, from_seq: u64) -> Result<Option<RawEntry>, LogError> {
+        Ok(self.next_dated(id, from_seq).await?.map(|(entry, _)| entry))
+    }
+
+    /// The same, with the Unix time in ms at which it was stored.
+    pub async fn next_dated(&self, id: &StreamId, from_seq: u64) -> Result<Option<(RawEntry, u64)>, LogError> {
         let subject = self.nats.subjects().audio(id);
         let seq = Some(from_seq.max(1));
         let stream =
             self.nats.js().get_stream_no_info(AUDIO).await.map_err(|error| ServerError::Request(Box::new(error)))?;
         match stream.direct_get_next_for_subject(subject.clone(), seq).await {
-            Ok(message) => Ok(Some(RawEntry {
-                seq: message.sequence,
-                headers: raw::asr_headers(Some(&message.headers)),
-                payload: message.payload,
-            })),
+            Ok(message) => {
+                let stored_ms = u64::try_from(message.time.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
+                let headers = raw::asr_headers(Some(&message.headers));
+                Ok(Some((RawEntry { seq: message.sequence, headers, payload: message.payload }, stored_ms)))
+            }
             Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(None),
             Err(error) => {
                 // A header block that the client cannot read shows as a lost connection; the leader sends it as JSON.
                 tracing::debug!(session = %id, from_seq, %error, "direct get failed, asking the leader");
                 let which = Get { seq, next_by_subj: Some(&subject), ..Get::default() };
-                Ok(raw::leader_get(&self.nats, AUDIO, &which).await?.map(entry))
+                let found = raw::leader_get(&self.nats, AUDIO, &which).await?;
+                Ok(found.map(|stored| (stored.stored_ms, entry(stored))).map(|(at, entry)| (entry, at)))
             }
         }
     }

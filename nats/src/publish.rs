@@ -22,6 +22,7 @@ use voxfleet_schema::{
     codec,
     event::Event,
     id::{Kind, StreamId, WorkerName},
+    trace::TRACEPARENT,
     transcript::Partial,
 };
 
@@ -176,7 +177,8 @@ impl Publisher {
 /// None where a header cannot be sent, which an entry of the log cannot have unless it was unreadable.
 fn hint_headers(entry: &RawEntry, prev: Option<u64>) -> Option<HeaderMap> {
     let mut headers = HeaderMap::new();
-    for (name, value) in &entry.headers {
+    // Which trace it is part of its worker was told with its assignment.
+    for (name, value) in entry.headers.iter().filter(|(name, _)| !name.eq_ignore_ascii_case(TRACEPARENT)) {
         let name: HeaderName = name.parse().ok()?;
         let value: async_nats::HeaderValue = value.parse().ok()?;
         headers.append(name, value);
@@ -223,12 +225,13 @@ mod tests {
     #[test]
     fn a_hint_carries_its_place_in_the_log() {
         let entry =
-            RawEntry { seq: 42, headers: vec![("Asr-Seq".into(), "7".into())], payload: Bytes::from_static(b"ab") };
+            RawEntry { seq: 42, headers: vec![("Asr-Seq".into(), "7".into()), ("Traceparent".into(), "00".into())], payload: Bytes::from_static(b"ab") };
         let headers = hint_headers(&entry, Some(40)).expect("headers");
         let value = |name: &str| headers.get(name).map(|v| v.as_str().to_owned());
         assert_eq!(value(ASR_LOG_SEQ).as_deref(), Some("42"));
         assert_eq!(value(ASR_LOG_PREV).as_deref(), Some("40"));
         assert_eq!(value("Asr-Seq").as_deref(), Some("7"));
+        assert_eq!(value("Traceparent"), None, "once, with the assignment");
         assert!(hint_headers(&entry, None).expect("headers").get(ASR_LOG_PREV).is_none());
     }
 }

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use voxfleet_schema::{
     audio::{ASR_LOG_PREV, ASR_LOG_SEQ},
     codec::{CONTENT_TYPE, JSON, MSGPACK},
+    trace::{TRACEPARENT, TraceContext},
 };
 
 use crate::{Nats, ServerError};
@@ -220,8 +221,8 @@ pub(crate) fn json_message(payload: Vec<u8>) -> PublishMessage {
 /// What stands for a header block that cannot be read: no reader takes it for a number.
 const UNREADABLE: (&str, &str) = ("Asr-Seq", "the headers cannot be read");
 
-/// The producer's `Asr-*` headers, sorted by name so that every reader sees the same order; of a name that is given twice
-/// the last value counts.
+/// The producer's `Asr-*` headers and his `traceparent`, sorted by name so that every reader sees the same order; of a name
+/// that is given twice the last value counts.
 pub(crate) fn asr_headers(headers: Option<&HeaderMap>) -> Vec<(String, String)> {
     let Some(headers) = headers else {
         return vec![(UNREADABLE.0.to_owned(), UNREADABLE.1.to_owned())];
@@ -233,12 +234,24 @@ pub(crate) fn asr_headers(headers: Option<&HeaderMap>) -> Vec<(String, String)> 
             let ours = name.get(..4).is_some_and(|head| head.eq_ignore_ascii_case("asr-"))
                 && !name.eq_ignore_ascii_case(ASR_LOG_SEQ)
                 && !name.eq_ignore_ascii_case(ASR_LOG_PREV);
-            let value = values.last().filter(|_| ours)?;
+            let trace = name.eq_ignore_ascii_case(TRACEPARENT);
+            let value = values.last().filter(|value| ours || (trace && value.as_str().len() <= MAX_TRACEPARENT))?;
             Some((name.to_owned(), value.as_str().to_owned()))
         })
         .collect();
     found.sort_unstable();
     found
+}
+
+/// Longest `traceparent` that is looked at, in bytes: one of a later version may have more to say.
+const MAX_TRACEPARENT: usize = 128;
+
+/// These headers and the trace that what they stand above is part of.
+pub(crate) fn traced(mut headers: HeaderMap, trace: Option<&TraceContext>) -> HeaderMap {
+    if let Some(trace) = trace {
+        headers.insert(TRACEPARENT, trace.to_string());
+    }
+    headers
 }
 
 /// What the reply subject of a consumer's message says.

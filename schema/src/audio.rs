@@ -13,6 +13,7 @@ use crate::{
     failure::{Failure, FailureClass},
     id::SourceId,
     session::{OptionError, SessionOptions},
+    trace::{TRACEPARENT, TraceContext},
 };
 
 pub const ASR_SEQ: &str = "Asr-Seq";
@@ -161,7 +162,7 @@ impl FromStr for AudioFormat {
 pub struct RawEntry {
     /// Stream sequence in `ASR_AUDIO`.
     pub seq: u64,
-    /// The `Asr-*` headers, in order. Others are left out.
+    /// The `Asr-*` headers, in order, and `traceparent`. Others are left out.
     pub headers: Vec<(String, String)>,
     pub payload: Bytes,
 }
@@ -176,6 +177,8 @@ pub struct ChunkHeaders {
     pub flush: bool,
     /// Session options, when any `Asr-Opt-*` stands there.
     pub options: Option<Box<SessionOptions>>,
+    /// The trace it is part of; one that cannot be read is none.
+    pub trace: Option<TraceContext>,
 }
 
 /// Why a chunk is bad as a whole.
@@ -233,6 +236,8 @@ impl ChunkHeaders {
                 parsed.end = flag(ASR_END, value)?;
             } else if name.eq_ignore_ascii_case(ASR_FLUSH) {
                 parsed.flush = flag(ASR_FLUSH, value)?;
+            } else if name.eq_ignore_ascii_case(TRACEPARENT) {
+                parsed.trace = TraceContext::parse(value);
             } else if let Some(key) = strip_prefix_ignore_case(name, ASR_OPT_PREFIX) {
                 options.get_or_insert_default().set(&key.to_ascii_lowercase().replace('-', "_"), value)?;
             }

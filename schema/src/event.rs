@@ -138,6 +138,16 @@ pub struct Event {
 }
 
 impl Event {
+    /// The live session that it is about, for logs.
+    pub fn session(&self) -> Option<&str> {
+        (self.scope == Scope::Session).then_some(self.id.as_str())
+    }
+
+    /// The job that it is about, for logs.
+    pub fn job(&self) -> Option<&str> {
+        (self.scope == Scope::Job).then_some(self.id.as_str())
+    }
+
     pub fn new(scope: Scope, id: impl Into<String>, what: What, at_ms: u64) -> Self {
         Self {
             scope,

@@ -10,6 +10,7 @@ use crate::{
     job::JobProgress,
     nought,
     session::SessionOptions,
+    trace::TraceContext,
     transcript::{SpeakersBy, VadKind},
 };
 
@@ -312,6 +313,9 @@ pub struct Assignment {
     /// `options.model` stands in for this one, which the session asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_asked: Option<String>,
+    /// The trace it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::trace::lenient")]
+    pub traceparent: Option<TraceContext>,
 }
 
 /// A worker's answer. It has the last word on what it takes.

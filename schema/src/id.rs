@@ -120,6 +120,16 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// The name of a live session, for logs: none of a job.
+    pub fn session(self, id: &StreamId) -> Option<&str> {
+        (self != Kind::Job).then_some(id.as_str())
+    }
+
+    /// The name of a job, for logs: none of a live session.
+    pub fn job(self, id: &StreamId) -> Option<&str> {
+        (self == Kind::Job).then_some(id.as_str())
+    }
+
     pub fn as_str(self) -> &'static str {
         match self {
             Kind::Session => "session",

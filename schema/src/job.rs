@@ -18,6 +18,7 @@ use crate::{
     failure::Failure,
     id::{IdError, StreamId, WorkerName},
     session::{SessionOptions, strict_options},
+    trace::TraceContext,
     transcript::{Resume, VadKind},
 };
 
@@ -307,6 +308,9 @@ pub struct JobRecord {
     /// It is a stretch of another job's recording.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part: Option<JobPart>,
+    /// The trace it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::trace::lenient")]
+    pub traceparent: Option<TraceContext>,
 }
 
 impl JobRecord {
@@ -385,6 +389,9 @@ pub struct WorkItem {
     /// Only this stretch of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part: Option<JobPart>,
+    /// The trace it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::trace::lenient")]
+    pub traceparent: Option<TraceContext>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

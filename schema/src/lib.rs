@@ -19,6 +19,7 @@
 //! | [`event`] | what happened, for people and tests |
 //! | [`failure`] | the closed set of failure classes |
 //! | [`remedy`] | what to do about a trouble of device, engine or models |
+//! | [`trace`] | which trace something is part of |
 //! | [`codec`] | JSON for what people may read, MessagePack for what only machines exchange |
 //!
 //! Readers tolerate unknown fields and unknown enum values; writers never send them.
@@ -37,6 +38,7 @@ pub mod plan;
 pub mod remedy;
 pub mod session;
 pub mod source;
+pub mod trace;
 pub mod transcript;
 
 /// Sample rate of every sample position on the wire and of everything an engine sees, in Hz.

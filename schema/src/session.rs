@@ -1,5 +1,7 @@
 //! Live sessions: options, API requests and answers, and the record kept in the `asr_sessions` bucket.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -8,6 +10,7 @@ use crate::{
     failure::{Failure, FailureClass},
     id::{Kind, StreamId, WorkerName},
     nought,
+    trace::TraceContext,
 };
 
 /// Which models and devices may stand in for the ones asked for.
@@ -105,7 +108,7 @@ impl<'de> Deserialize<'de> for Diarize {
 
 /// What a session asks for. Requests are strict (an unknown option or value is an error to its sender); stored records
 /// are read with [`SessionOptions`]' defaults for what an older writer did not know.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SessionOptions {
     /// Catalog name or file stem; none = the fleet's default.
@@ -140,6 +143,48 @@ pub struct SessionOptions {
     pub priority: Priority,
     /// Silence on the wire after which the session is ended, in s. At most 1800, half of the audio's retention.
     pub idle_timeout_s: u32,
+}
+
+/// Logs print requests: what somebody wrote, words and names, is told by its amount.
+impl fmt::Debug for SessionOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            model,
+            language,
+            task,
+            prompt,
+            carry_prompt,
+            hotwords,
+            diarize,
+            min_speakers,
+            max_speakers,
+            channels,
+            channel_names,
+            interim,
+            endpoint_ms,
+            policy,
+            priority,
+            idle_timeout_s,
+        } = self;
+        f.debug_struct("SessionOptions")
+            .field("model", model)
+            .field("language", language)
+            .field("task", task)
+            .field("prompt_chars", &prompt.as_ref().map(|prompt| prompt.chars().count()))
+            .field("carry_prompt", carry_prompt)
+            .field("hotwords", &hotwords.len())
+            .field("diarize", diarize)
+            .field("min_speakers", min_speakers)
+            .field("max_speakers", max_speakers)
+            .field("channels", channels)
+            .field("channel_names", &channel_names.len())
+            .field("interim", interim)
+            .field("endpoint_ms", endpoint_ms)
+            .field("policy", policy)
+            .field("priority", priority)
+            .field("idle_timeout_s", idle_timeout_s)
+            .finish()
+    }
 }
 
 impl Default for SessionOptions {
@@ -498,6 +543,9 @@ pub struct SessionRecord {
     /// What its worker was given to run in place of what was asked for; told once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instead: Option<Instead>,
+    /// The trace it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::trace::lenient")]
+    pub traceparent: Option<TraceContext>,
 }
 
 /// Answer to `session.status`.
@@ -589,6 +637,19 @@ mod tests {
         }
         let options = SessionOptions { model: Some("a\u{1b}[31m".to_owned()), ..SessionOptions::default() };
         assert!(matches!(options.validate(), Err(OptionError::BadValue { name: "model", .. })));
+    }
+
+    #[test]
+    fn what_somebody_wrote_is_not_printed() {
+        let options = SessionOptions {
+            prompt: Some("quokka".into()),
+            hotwords: vec!["wombat".into()],
+            channel_names: vec!["dingo".into()],
+            ..SessionOptions::default()
+        };
+        let printed = format!("{options:?}");
+        assert!(printed.contains("prompt_chars: Some(6)") && printed.contains("hotwords: 1"), "{printed}");
+        assert!(!["quokka", "wombat", "dingo"].iter().any(|word| printed.contains(word)), "{printed}");
     }
 
     #[test]

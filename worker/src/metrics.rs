@@ -57,6 +57,7 @@ pub(crate) fn audio_seconds() -> impl Iterator<Item = (&'static str, f64)> {
 
 /// So that the first scrape finds them at 0.
 pub(crate) fn begin() {
+    voxfleet_trace::begin_counting();
     for kind in KINDS {
         counter!(FINALS, "kind" => kind.as_str()).absolute(0);
     }

@@ -22,6 +22,7 @@
 //! | [`soak`] | a fleet at work for long with kills and one restart of everything: what grows? |
 //! | [`startup`] | start-up time of each process, and memory with idle sessions |
 //! | [`tenants`] | two accounts on one server: what one notices of the other's flood |
+//! | [`tracing`] | the same load with and without a collector of traces, in turns |
 //! | [`probe`] | the engine's door: where latency is measured |
 //! | [`models`] | model files with random weights in the official shapes |
 //! | [`recording`], [`sampled`], [`processes`] | long recordings; memory and CPU of every process |
@@ -54,6 +55,7 @@ mod scale;
 mod soak;
 mod startup;
 mod tenants;
+mod tracing;
 
 use std::path::PathBuf;
 
@@ -90,7 +92,8 @@ Examples:
   voxfleet bench scale
   voxfleet bench soak --minutes 20
   voxfleet bench startup
-  voxfleet bench tenants")]
+  voxfleet bench tenants
+  voxfleet bench tracing")]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
     bench: Option<Bench>,
@@ -141,6 +144,8 @@ enum Bench {
     Startup(startup::StartupArgs),
     /// Two accounts on one server: latency in one with and without a flood in the other
     Tenants(tenants::TenantsArgs),
+    /// The same load with and without traces, in turns: time and CPU
+    Tracing(tracing::TracingArgs),
     /// Write the models with random weights that other benches use
     #[command(hide = true)]
     Stubs(models::StubsArgs),
@@ -178,6 +183,7 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Soak(args) => soak::run(args).await,
             Bench::Startup(args) => startup::run(args).await,
             Bench::Tenants(args) => tenants::run(args).await,
+            Bench::Tracing(args) => tracing::run(args).await,
             Bench::Stubs(args) => tokio::task::spawn_blocking(move || models::write_stubs(&args)).await?,
             Bench::Weigh(args) => tokio::task::spawn_blocking(move || models::weigh(&args)).await?,
             Bench::Probe(args) => {

@@ -56,11 +56,38 @@ impl Cpu {
         Self { at: Instant::now(), kinds, producer: cpu_seconds(std::process::id()) }
     }
 
+    pub(super) fn spent_since(&self, fleet: &Fleet) -> Spent {
+        let mut spent = Spent(Self::now(fleet).kinds);
+        spent.0.iter_mut().zip(self.kinds).for_each(|(now, then)| *now -= then);
+        spent
+    }
+
     pub(super) fn cores_since(&self, fleet: &Fleet) -> Cores {
         let (now, wall) = (Self::now(fleet), self.at.elapsed().as_secs_f64());
         let mut kinds = now.kinds;
         kinds.iter_mut().zip(self.kinds).for_each(|(now, then)| *now = (*now - then) / wall);
         Cores { kinds, producer: (now.producer - self.producer) / wall }
+    }
+}
+
+/// CPU time of each kind of process, in s.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Spent([f64; 4]);
+
+impl std::ops::AddAssign for Spent {
+    fn add_assign(&mut self, other: Self) {
+        self.0.iter_mut().zip(other.0).for_each(|(sum, more)| *sum += more);
+    }
+}
+
+impl Spent {
+    /// What dispatcher and supervisors took.
+    pub(super) fn ours(&self) -> f64 {
+        self.0[1] + self.0[2]
+    }
+
+    pub(super) fn json(&self) -> Value {
+        by_name(self.0)
     }
 }
 

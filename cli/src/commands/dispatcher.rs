@@ -1,5 +1,7 @@
 //! `voxfleet dispatcher`.
 
+use voxfleet_trace::Service;
+
 use super::SERVICE_LOG;
 use crate::{
     Context,
@@ -18,7 +20,9 @@ pub(crate) async fn run(context: &Context) -> anyhow::Result<Exit> {
         tracing::info!("dispatcher stopped before there was a server");
         return Ok(Exit::Ok);
     };
-    let result = voxfleet_dispatcher::run(nats.clone(), settings.dispatcher, context.shutdown.clone()).await;
+    let (tracer, exporter) = super::tell_traces(&settings.tracing, Service::Dispatcher)?;
+    let result = voxfleet_dispatcher::run(nats.clone(), settings.dispatcher, tracer, context.shutdown.clone()).await;
+    exporter.finish().await;
     super::close(nats).await;
     result.or_exit(Exit::Failure)?;
     tracing::info!("dispatcher stopped");

@@ -37,6 +37,7 @@ use {
     tokio::time::Instant,
     tokio_util::sync::CancellationToken,
     voxfleet_nats::{ConnectError, retry::Backoff},
+    voxfleet_trace::{Exporter, Service, Tracer, TracingConfig},
 };
 
 use crate::{
@@ -183,6 +184,12 @@ async fn connect_service(
         () = shutdown.cancelled() => Ok(None),
         connected = connecting => connected.map(Some).or_exit(Exit::Unavailable),
     }
+}
+
+/// Whom to tell of what is done, and what has to be finished when nothing is done any more.
+#[cfg(any(feature = "dispatcher", feature = "worker"))]
+fn tell_traces(config: &TracingConfig, service: Service) -> anyhow::Result<(Tracer, Exporter)> {
+    Exporter::start(config, service).or_exit(Exit::Config)
 }
 
 /// Connects again for as long as nobody answers; whatever a server answers is final.

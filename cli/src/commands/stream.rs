@@ -26,6 +26,7 @@ use super::{close, need_jetstream};
 use crate::{
     Context,
     args::StreamArgs,
+    env::{ProcessEnv, trace},
     exit::{Exit, OrExit as _, coded},
     producer::{Producer, ProducerError, ago, due},
     sound::{Input, Sound, SoundError},
@@ -147,7 +148,9 @@ async fn with_nats(
     keep: &mut (dyn FnMut(Seen<'_>) + Send),
 ) -> anyhow::Result<Exit> {
     let give_up = Duration::from_secs(args.give_up_s);
-    let mut producer = Producer::new(nats, plan.id.clone(), sound.format(), give_up).or_exit(Exit::Internal)?;
+    let mut producer = Producer::new(nats, plan.id.clone(), sound.format(), give_up)
+        .or_exit(Exit::Internal)?
+        .traced(trace(&ProcessEnv));
     producer = producer.telling(|text| eprintln!("{text}"));
     if args.open {
         let opened = open(nats, plan).await?;
@@ -216,7 +219,7 @@ async fn refusal(answers: &mut watch::Receiver<Answers>, sent: &Sent) -> String 
 
 async fn open(nats: &Nats, plan: &Plan) -> anyhow::Result<Opened> {
     let request = OpenRequest { session: plan.id.clone(), options: plan.options.clone() };
-    (api::request(nats, Endpoint::SessionOpen, &request, OPEN_DEADLINE).await)
+    (api::request_traced(nats, Endpoint::SessionOpen, &request, trace(&ProcessEnv).as_ref(), OPEN_DEADLINE).await)
         .map_err(|error| coded(Exit::of_api(&error), anyhow::Error::new(error).context(format!("open {}", plan.id))))
 }
 

@@ -2,6 +2,7 @@
 
 use voxfleet_nats::topology::TopologyError;
 use voxfleet_store::models::InUse;
+use voxfleet_trace::Service;
 use voxfleet_worker::{WorkerConfig, every_gpu};
 
 use super::SERVICE_LOG;
@@ -40,7 +41,9 @@ pub(crate) async fn run(args: &WorkerArgs, context: &Context) -> anyhow::Result<
         true => None,
         false => Some(super::models::open(&settings, false)?),
     };
-    let result = voxfleet_worker::run(nats.clone(), settings.worker, store, context.shutdown.clone()).await;
+    let (tracer, exporter) = super::tell_traces(&settings.tracing, Service::Worker)?;
+    let result = voxfleet_worker::run(nats.clone(), settings.worker, store, tracer, context.shutdown.clone()).await;
+    exporter.finish().await;
     super::close(nats).await;
     drop(held);
     result.or_exit(Exit::Failure)?;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use voxfleet_nats::NatsConfig;
 use voxfleet_store::models::ModelsConfig;
+use voxfleet_trace::TracingConfig;
 #[cfg(feature = "worker")]
 use voxfleet_worker::provider::{ProviderChoice, detect};
 
@@ -34,6 +35,7 @@ pub(crate) struct Settings {
     pub(crate) worker: voxfleet_worker::WorkerConfig,
     pub(crate) models: ModelsConfig,
     pub(crate) log: LogConfig,
+    pub(crate) tracing: TracingConfig,
     // One file serves a whole fleet: a slim build passes over the sections of parts it does not have.
     #[cfg(not(feature = "dispatcher"))]
     #[serde(skip_serializing)]
@@ -113,6 +115,7 @@ impl Settings {
             }
         }
         found.extend(self.log.problems());
+        found.extend(self.tracing.problems());
         found
     }
 }
@@ -215,6 +218,17 @@ fn inherited(env: &impl Env, layers: &mut Layers) {
         && let Some(library) = env.var("ORT_DYLIB_PATH").filter(|l| !l.is_empty())
     {
         layers.inherited("ORT_DYLIB_PATH", "worker.onnxruntime", &library);
+    }
+    // Of OpenTelemetry's variables those that say where to; one of another protocol is not ours.
+    let set = |name: &str| env.var(name).filter(|value| !value.is_empty());
+    if set("OTEL_EXPORTER_OTLP_PROTOCOL").is_none_or(|protocol| protocol == "http/protobuf") {
+        for (name, key) in
+            [("OTEL_EXPORTER_OTLP_ENDPOINT", "tracing.endpoint"), ("OTEL_EXPORTER_OTLP_HEADERS", "tracing.headers")]
+        {
+            if let Some(value) = set(name) {
+                layers.inherited(name, key, &value);
+            }
+        }
     }
     #[cfg(feature = "worker")]
     if let Some((provider, name)) = provider(env) {

@@ -13,7 +13,10 @@ use voxfleet_schema::{
     job::{AudioUrl, JobList, JobListRequest, JobQuery, JobRecord, JobRequest, JobStatus, JobSummary, Submitted},
 };
 
-use crate::exit::{Exit, OrExit as _, coded};
+use crate::{
+    env::{ProcessEnv, trace},
+    exit::{Exit, OrExit as _, coded},
+};
 
 /// A dispatcher that takes over does so within seconds, and asks for the same id mean the same.
 const SUBMIT: Duration = Duration::from_secs(20);
@@ -23,7 +26,7 @@ const READ: Duration = Duration::from_secs(3);
 const DEFAULT_LIMIT: u32 = 100;
 
 pub(crate) async fn submit(nats: &Nats, request: &JobRequest) -> Result<Submitted, ApiError> {
-    api::request(nats, Endpoint::JobSubmit, request, SUBMIT).await
+    api::request_traced(nats, Endpoint::JobSubmit, request, trace(&ProcessEnv).as_ref(), SUBMIT).await
 }
 
 /// How it stands after that; a job that has ended stays as it is. None: there is no such job.

@@ -13,6 +13,7 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     id::StreamId,
     job::{JobRecord, MAX_JOB_REQUEST_BYTES},
+    trace::TraceContext,
 };
 
 use super::{
@@ -86,7 +87,7 @@ pub(super) async fn publishes(
 }
 
 async fn submitted(message: JobMessage, paid: OwnedSemaphorePermit) -> Input {
-    let JobMessage { priority, id, seq, content_type, payload, ack, .. } = message;
+    let JobMessage { priority, id, seq, content_type, traceparent, payload, ack, .. } = message;
     let known = id.as_ref().ok().cloned();
     let bad = |why: String| Failure::new(FailureClass::BadRequest, why);
     let subject = match (id, priority) {
@@ -97,10 +98,13 @@ async fn submitted(message: JobMessage, paid: OwnedSemaphorePermit) -> Input {
     // A copy: a part of the body would keep all of it in memory.
     let body = Bytes::copy_from_slice(&payload[..payload.len().min(MAX_KEPT)]);
     let at = AtTheDoor { ack, id: known, seq, content_type: content_type.clone(), body, body_bytes: payload.len() };
-    let submission = match subject {
+    let mut submission = match subject {
         Ok(subject) => read(payload, content_type, Some(subject), Some(paid)).await,
         Err(failure) => Err(failure),
     };
+    if let Ok(submission) = &mut submission {
+        submission.trace = traceparent.as_deref().and_then(TraceContext::parse);
+    }
     Input::Submit { caller: Caller::Door(Box::new(at)), submission }
 }
 

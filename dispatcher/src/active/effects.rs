@@ -23,8 +23,10 @@ use voxfleet_schema::{
     fleet::{Assignment, ControlReply, ControlRequest, Heartbeat},
     id::{Kind, StreamId, WorkerName},
     session::{Reply, SessionRecord},
+    trace::TraceContext,
     transcript::Revision,
 };
+use voxfleet_trace::Tracer;
 
 use super::{
     Input, Process,
@@ -74,6 +76,7 @@ pub(super) struct Effects {
     inputs: mpsc::Sender<Input>,
     hints: mpsc::Sender<Hint>,
     events: Events,
+    tracer: Tracer,
     hints_dropped: u64,
 }
 
@@ -86,7 +89,7 @@ impl Effects {
         stop: CancellationToken,
     ) -> Self {
         let &Process { nats, config, name, .. } = process;
-        let events = process.events.clone();
+        let (events, tracer) = (process.events.clone(), process.tracer.clone());
         let (hints, hint_queue) = mpsc::channel(WAITING);
         listeners.spawn(send_hints(publisher.clone(), hint_queue, stop));
         let jobs = JobTools::new(nats, config, publisher, name.into());
@@ -100,7 +103,7 @@ impl Effects {
             name: name.into(),
             jobs,
         };
-        Self { tools, inputs, hints, events, hints_dropped: 0 }
+        Self { tools, inputs, hints, events, tracer, hints_dropped: 0 }
     }
 
     /// Starts one effect. Never waits.
@@ -127,6 +130,7 @@ impl Effects {
                 let msg_id = seq.map(|seq| format!("{}-{}-{seq}", event.id, event.what.as_str()));
                 self.events.tell(*event, msg_id);
             }
+            Effect::Span(span) => self.tracer.record(*span),
             Effect::Answer { call, answer } => {
                 if let Answer::Refused(failure) = &*answer {
                     metrics::refused(failure);
@@ -233,8 +237,8 @@ impl Tools {
                     return None;
                 }
             },
-            Effect::CloseChain { id, epoch, to_seq } => {
-                let closing = tokio::time::timeout(CLOSE_WITHIN, self.close_chain(&id, epoch, to_seq));
+            Effect::CloseChain { id, epoch, to_seq, trace } => {
+                let closing = tokio::time::timeout(CLOSE_WITHIN, self.close_chain(&id, epoch, to_seq, trace));
                 match closing.await.unwrap_or_else(|_| Err("no answer in time".to_owned())) {
                     Ok(chain) => Input::ChainRead { id, chain },
                     Err(error) => {
@@ -283,7 +287,11 @@ impl Tools {
                 return None;
             }
             Effect::Job(effect) => Input::Job(Box::new(self.jobs.carry_out(effect).await?)),
-            Effect::Hint { .. } | Effect::Tell { .. } | Effect::Answer { .. } | Effect::GoBack { .. } => return None,
+            Effect::Hint { .. }
+            | Effect::Tell { .. }
+            | Effect::Answer { .. }
+            | Effect::Span(_)
+            | Effect::GoBack { .. } => return None,
         })
     }
 
@@ -342,7 +350,13 @@ impl Tools {
     }
 
     /// Ends the chain of a session that has nothing left in the log. Whoever speaks or writes meanwhile wins.
-    async fn close_chain(&self, id: &StreamId, epoch: u64, to_seq: u64) -> Result<Option<ChainMark>, String> {
+    async fn close_chain(
+        &self,
+        id: &StreamId,
+        epoch: u64,
+        to_seq: u64,
+        trace: Option<TraceContext>,
+    ) -> Result<Option<ChainMark>, String> {
         let found = self.chain.last(Kind::Session, id).await.map_err(|e| describe(&e))?;
         let mark = found.as_ref().map(|stored| ChainMark::from(&stored.value));
         let left = self.log.last(id).await.map_err(|e| describe(&e))?;
@@ -351,26 +365,33 @@ impl Tools {
         }
         let (last, predecessor) = (found.as_ref().map(|s| &s.value), found.as_ref().map(|s| s.seq));
         if let Some(found) = found.as_ref().filter(|found| found.value.speakers.is_some()) {
-            self.answer_late(id, epoch.max(found.value.epoch), found.seq).await.map_err(|e| describe(&e))?;
+            self.answer_late(id, epoch.max(found.value.epoch), found.seq, trace).await.map_err(|e| describe(&e))?;
         }
         let final_id = uuid::Uuid::new_v4().to_string();
         let end = closing_final(id, epoch, to_seq, last, final_id).map_err(|e| describe(&e))?;
-        match self.chain.store(&end, predecessor).await.map_err(|e| describe(&e))? {
+        match self.chain.traced(trace).store(&end, predecessor).await.map_err(|e| describe(&e))? {
             Outcome::Stored { .. } => Ok(Some(ChainMark::from(&end))),
             Outcome::LetGo(stored) | Outcome::Rebuild(stored) => Ok(Some(ChainMark::from(&stored.value))),
         }
     }
 
     /// Nobody will hear who spoke in them.
-    async fn answer_late(&self, id: &StreamId, epoch: u64, last_seq: u64) -> Result<(), ChainError> {
+    async fn answer_late(
+        &self,
+        id: &StreamId,
+        epoch: u64,
+        last_seq: u64,
+        trace: Option<TraceContext>,
+    ) -> Result<(), ChainError> {
+        let chain = self.chain.traced(trace);
         for late in self.chain.unanswered(Kind::Session, id, last_seq).await? {
             let why = "not heard in time, and its audio has expired".to_owned();
-            match self.chain.revise(Revision::nobody(&late, epoch, why)).await? {
+            match chain.revise(Revision::nobody(&late, epoch, why)).await? {
                 Revised::Stored => {}
                 // It is somebody else's.
                 Revised::LetGo => return Ok(()),
                 Revised::TooLong => {
-                    tracing::warn!(%id, index = late.index, "there is no room to say why nobody is named")
+                    tracing::warn!(session = %id, index = late.index, "there is no room to say why nobody is named")
                 }
             }
         }

@@ -285,7 +285,7 @@ impl JobTools {
             }
             let final_id = uuid::Uuid::new_v4().to_string();
             let end = request::closing_final(record, last.as_ref(), final_id).map_err(|e| describe(&e))?;
-            match self.chain.store(&end, predecessor).await.map_err(|e| describe(&e))? {
+            match self.chain.traced(record.traceparent).store(&end, predecessor).await.map_err(|e| describe(&e))? {
                 Outcome::Stored { .. } => break JobMark::from(&end),
                 // Its worker was faster: behind that final, then.
                 Outcome::LetGo(_) | Outcome::Rebuild(_) => {}

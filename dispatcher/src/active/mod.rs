@@ -36,6 +36,7 @@ use voxfleet_nats::{
     publish::Publisher,
 };
 use voxfleet_schema::id::Kind;
+use voxfleet_trace::Tracer;
 
 use crate::{
     config::DispatcherConfig,
@@ -116,6 +117,7 @@ pub(crate) struct Process<'a> {
     pub(crate) config: &'a DispatcherConfig,
     pub(crate) name: &'a str,
     pub(crate) events: &'a Events,
+    pub(crate) tracer: &'a Tracer,
     pub(crate) shutdown: &'a CancellationToken,
     /// For those who look from outside.
     pub(crate) window: &'a Window,
@@ -152,8 +154,10 @@ pub(crate) async fn run(
 
     let effects = Effects::new(process, publisher, inputs.clone(), &mut listeners, stop.clone());
     let cursors: Records<Cursor> = Records::new(nats, Bucket::Control);
+    let mut core = Core::new(config.clone(), name.to_owned(), nats.subjects().clone());
+    core.set_tracer(process.tracer.clone());
     let mut state = Active {
-        core: Core::new(config.clone(), name.to_owned(), nats.subjects().clone()),
+        core,
         clock,
         effects,
         jobs: JoinSet::new(),

@@ -10,7 +10,10 @@ use voxfleet_nats::{
     api::{ApiCall, ApiResponder, Endpoint},
     kv::Records,
 };
-use voxfleet_schema::failure::{Failure, FailureClass};
+use voxfleet_schema::{
+    failure::{Failure, FailureClass},
+    trace::TraceContext,
+};
 
 use super::{
     door,
@@ -142,7 +145,10 @@ impl Active {
         };
         let inputs = self.inputs.clone();
         self.jobs.spawn(async move {
-            let submission = door::read(call.body, call.content_type, None, Some(paid)).await;
+            let mut submission = door::read(call.body, call.content_type, None, Some(paid)).await;
+            if let Ok(submission) = &mut submission {
+                submission.trace = call.traceparent.as_deref().and_then(TraceContext::parse);
+            }
             // The loop is gone when this fails: the client asks again.
             let _ = inputs.send(Input::Submit { caller, submission }).await;
         });

@@ -183,6 +183,7 @@ mod tests {
             suspect_from: None,
             displaced_from: None,
             instead: None,
+            traceparent: None,
         };
         assert!(!session_is_over(&record, 2 * HOUR_MS + 1_000, 3_600));
         assert!(session_is_over(&record, 2 * HOUR_MS + 1_001, 3_600));

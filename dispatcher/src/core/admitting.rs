@@ -6,6 +6,7 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     id::{StreamId, WorkerName},
     session::{SessionOptions, SessionState},
+    trace::TraceContext,
 };
 
 use super::Core;
@@ -263,19 +264,33 @@ impl Core {
     }
 
     /// Every allocation and release in the log, with the figures that explain it.
-    pub(super) fn log_slot(&self, what: &'static str, id: &StreamId, epoch: u64, worker: &WorkerName) {
+    pub(super) fn log_slot(
+        &self,
+        what: &'static str,
+        id: &StreamId,
+        epoch: u64,
+        worker: &WorkerName,
+        trace: Option<&TraceContext>,
+    ) {
         let f = self.figures(worker, true);
         tracing::info!(
             session = %id, epoch, gpu = %worker.gpu_id, incarnation = %worker.incarnation,
-            slots_used = f.used, slots_total = f.total, memory_used_mb = f.used_mb, memory_free_mb = f.free_mb, "{what}"
+            trace_id = trace.map(TraceContext::trace_text), slots_used = f.used, slots_total = f.total, memory_used_mb = f.used_mb, memory_free_mb = f.free_mb, "{what}"
         );
     }
 
-    pub(super) fn log_job_slot(&self, what: &'static str, id: &StreamId, epoch: u64, worker: &WorkerName) {
+    pub(super) fn log_job_slot(
+        &self,
+        what: &'static str,
+        id: &StreamId,
+        epoch: u64,
+        worker: &WorkerName,
+        trace: Option<&TraceContext>,
+    ) {
         let f = self.figures(worker, false);
         tracing::info!(
             job = %id, epoch, gpu = %worker.gpu_id, incarnation = %worker.incarnation,
-            slots_used = f.used, slots_total = f.total, memory_used_mb = f.used_mb, memory_free_mb = f.free_mb, "{what}"
+            trace_id = trace.map(TraceContext::trace_text), slots_used = f.used, slots_total = f.total, memory_used_mb = f.used_mb, memory_free_mb = f.free_mb, "{what}"
         );
     }
 

@@ -89,6 +89,15 @@ impl Core {
         };
         match end.opener {
             Some(opener) if session.state() == SessionState::Ended => {
+                if let Some(given) = opener.trace {
+                    let (trace, opening) = self.opens(Some(given), now);
+                    if let Some(session) = self.book.session_mut(id) {
+                        (session.record.traceparent, session.opening) = (trace, opening);
+                    }
+                }
+                let Some(session) = self.book.session_mut(id) else {
+                    return;
+                };
                 if let Some(options) = opener.options {
                     session.record.options = *options;
                 }
@@ -179,6 +188,7 @@ impl Core {
         if let Some(failure) = refused {
             self.refuse_opens(id, &failure, now);
         } else {
+            self.session_closed(&record, now);
             self.session_event(id, What::Ended, now, |e| {
                 e.epoch = Some(record.epoch);
                 e.seq = record.ended_seq;
@@ -210,7 +220,8 @@ impl Core {
             load.let_go(id);
         }
         self.place_due = true;
-        self.log_slot("session released", id, epoch, worker);
+        let trace = self.book.session(id).and_then(|session| session.record.traceparent);
+        self.log_slot("session released", id, epoch, worker, trace.as_ref());
         self.session_event(id, What::Released, now, |e| {
             e.epoch = Some(epoch);
             e.gpu_id = Some(worker.gpu_id.to_string());

@@ -6,6 +6,7 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     id::{IdError, StreamId},
     session::{SessionOptions, SessionRecord, SessionState},
+    trace::TraceContext,
 };
 
 use super::{Core, Effect, Loaded};
@@ -242,14 +243,14 @@ impl Core {
     /// Neither key nor chain: it is new, or it is nothing.
     fn loaded_nothing(&mut self, id: &StreamId, loading: Loading, now: Moment) {
         let Loading { opener, last, last_audio, bare_mark, mut asks, .. } = loading;
-        let open_at = asks.iter().position(|(_, asked)| matches!(asked, Asked::Open(_)));
+        let open_at = asks.iter().position(|(_, asked)| matches!(asked, Asked::Open(..)));
         if let Some(at) = open_at
-            && let (call, Asked::Open(options)) = asks.remove(at)
+            && let (call, Asked::Open(options, trace)) = asks.remove(at)
         {
-            self.create(id, *options, Some(call), opener.as_ref(), now);
+            self.create(id, *options, Some(call), opener.as_ref(), trace, now);
         } else if let Some(opener) = &opener {
             let options = opener.options.as_deref().cloned().unwrap_or_default();
-            self.create(id, options, None, Some(opener), now);
+            self.create(id, options, None, Some(opener), None, now);
         } else if let Some(seq) = bare_mark {
             let failure = Failure::new(FailureClass::BadRequest, "a flush or end without audio opens no session");
             self.rejected(id.as_str(), &Rejected { seq, what: What::Rejected, failure }, now);
@@ -272,10 +273,13 @@ impl Core {
         options: SessionOptions,
         call: Option<CallId>,
         opener: Option<&Opener>,
+        trace: Option<TraceContext>,
         now: Moment,
     ) {
-        let record = blank_record(id, options, call.is_none(), now);
+        let (traceparent, opening) = self.opens(trace.or(opener.and_then(|opener| opener.trace)), now);
+        let record = SessionRecord { traceparent, ..blank_record(id, options, call.is_none(), now) };
         let mut session = Session::new(record, None, now.mono, self.idle_now(now));
+        session.opening = opening;
         if opener.is_some() {
             session.idle.entry(crate::idle::Spoke::Audio { flushed: false }, self.idle_now(now));
         }
@@ -303,7 +307,7 @@ impl Core {
             Some(Known::Session(_)) => self.asks(id, vec![(call, asked)], now),
             Some(Known::Loading(loading)) => loading.asks.push((call, asked)),
             Some(Known::Container { .. }) | None => {
-                if let Asked::Open(options) = &asked {
+                if let Asked::Open(options, _) = &asked {
                     let may = if full { Err(self.no_place()) } else { self.may_open(options, now) };
                     if let Err(failure) = may {
                         let failure = self.sent_away(id, &failure, now);
@@ -357,5 +361,6 @@ fn blank_record(id: &StreamId, options: SessionOptions, implicit: bool, now: Mom
         suspect_from: None,
         displaced_from: None,
         instead: None,
+        traceparent: None,
     }
 }

@@ -100,7 +100,8 @@ impl Core {
             session.closing_since = Some(now.mono);
             tracing::warn!(session = %id, to_seq, "nothing of a waiting session is left in the log");
             let epoch = session.record.epoch.max(session.chain.map_or(0, |c| c.epoch));
-            self.effect(Effect::CloseChain { id, epoch, to_seq });
+            let trace = session.record.traceparent;
+            self.effect(Effect::CloseChain { id, epoch, to_seq, trace });
         }
     }
 

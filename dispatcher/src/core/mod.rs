@@ -12,6 +12,7 @@
 //! | [`requests`] | the API |
 //! | [`listing`] | none: open sessions as people list them |
 //! | [`services`] | none: the fleet map |
+//! | [`spans`] | none: what is told to those who follow traces |
 //! | [`jobs`] | file jobs: the same again for recordings |
 //! | [`expiry`] | audio that leaves the log before anybody had room, streams that fill up |
 //! | [`workers`] | heartbeats, admission, verdicts |
@@ -32,6 +33,7 @@ mod reconciling;
 mod requests;
 mod restoring;
 mod services;
+pub mod spans;
 #[cfg(test)]
 mod tests;
 mod upkeep;
@@ -56,8 +58,10 @@ use voxfleet_schema::{
     job::{JobList, JobStatus, Submitted},
     plan::FleetPlan,
     session::{Closed, Opened, SessionList, SessionRecord, SessionState, SessionStatus},
+    trace::TraceContext,
     transcript::Final,
 };
+use voxfleet_trace::{Span, Tracer};
 
 pub use listing::summary_of;
 
@@ -128,6 +132,7 @@ pub enum Effect {
         id: StreamId,
         epoch: u64,
         to_seq: u64,
+        trace: Option<TraceContext>,
     },
     /// Let the tail read again from here: there is room for who was passed over.
     GoBack {
@@ -149,6 +154,8 @@ pub enum Effect {
         call: CallId,
         answer: Box<Answer>,
     },
+    /// Never answered.
+    Span(Box<Span>),
     /// First heartbeat: look for a verdict, make its consumers -> [`Core::admitted`].
     Admit {
         heartbeat: Box<Heartbeat>,
@@ -334,6 +341,7 @@ pub struct Core {
     /// A heartbeat showed something that reconciliation need not wait a second for.
     reconcile_due: bool,
     reconciled: Duration,
+    tracer: Tracer,
 }
 
 pub(crate) use expiry::closing_final;
@@ -369,6 +377,7 @@ impl Core {
             drains: drain::Drains::default(),
             reconcile_due: false,
             reconciled: Duration::ZERO,
+            tracer: Tracer::off(),
         }
     }
 

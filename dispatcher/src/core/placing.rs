@@ -206,6 +206,12 @@ impl Core {
             return;
         };
         let (state, implicit) = (session.state(), session.record.implicit);
+        if state != SessionState::Ended {
+            let record = session.record.clone();
+            if let Some(opening) = self.book.session_mut(id).and_then(|session| session.opening.take()) {
+                self.session_opened(&record, opening, now);
+            }
+        }
         if was_new && state != SessionState::Ended {
             self.session_event(id, What::Opened, now, |e| e.detail = serde_json::json!({ "implicit": implicit }));
         }
@@ -256,10 +262,13 @@ impl Core {
             suspect: session.record.suspect,
             crashes: session.record.crashes,
             suspect_from: session.record.suspect_from,
+            traceparent: None,
         };
         session.enter(Stage::Asking, now.mono);
         session.ask_again = None;
-        self.effect(Effect::Ask { worker, assignment: Box::new(assignment) });
+        let trace = session.record.traceparent;
+        let traceparent = self.handed(trace.as_ref(), assignment.epoch);
+        self.effect(Effect::Ask { worker, assignment: Box::new(Assignment { traceparent, ..assignment }) });
     }
 
     /// The worker answered, or did not.
@@ -280,6 +289,12 @@ impl Core {
         match reply {
             AskReply::Taken => self.taken(id, epoch, worker, now),
             AskReply::Refused(_) | AskReply::Silent(_) => {
+                let class = match &reply {
+                    AskReply::Refused(failure) => failure.class,
+                    _ => FailureClass::Timeout,
+                };
+                let record = session.record.clone();
+                self.session_assigned(&record, worker, Some(class), now);
                 tracing::info!(session = %id, epoch, gpu = %worker.gpu_id, ?reply, "worker did not take the session");
                 self.refused_by(id, worker);
                 self.charge(id, None);
@@ -304,8 +319,10 @@ impl Core {
             let instead = session.record.instead.clone();
             let left = session.left.take();
             let told = std::mem::replace(&mut session.told_instead, instead.clone()).or(left);
-            let asked = session.record.options.model.clone();
-            self.log_slot("session assigned", id, epoch, worker);
+            let record = session.record.clone();
+            let asked = record.options.model.clone();
+            self.log_slot("session assigned", id, epoch, worker, record.traceparent.as_ref());
+            self.session_assigned(&record, worker, None, now);
             // Whoever has it again never lost it.
             if let Some(from) = from.filter(|from| from != worker) {
                 // A draining worker waits for this; a dead one is not in the fleet any more.
@@ -318,6 +335,7 @@ impl Core {
                 }
                 self.reconcile_due = true;
                 let why = self.why_moved(&from);
+                self.session_moved(&record, (&from, worker), why, now);
                 self.session_event(id, What::Moved, now, |e| {
                     e.epoch = Some(epoch);
                     e.gpu_id = Some(worker.gpu_id.to_string());

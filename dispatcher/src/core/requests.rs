@@ -11,6 +11,7 @@ use voxfleet_schema::{
     job::{JobListRequest, JobQuery},
     plan::PlanRequest,
     session::{Closed, OpenRequest, SessionListRequest, SessionOptions, SessionRequest, SessionState, SessionStatus},
+    trace::TraceContext,
 };
 
 use super::{Answer, Core, Effect, Mark};
@@ -29,7 +30,10 @@ impl Core {
         match request.endpoint {
             Endpoint::SessionOpen => match request.decode::<OpenRequest>() {
                 Ok(open) => match open.options.validate() {
-                    Ok(()) => self.ask_about(&open.session, call, Asked::Open(Box::new(open.options)), now),
+                    Ok(()) => {
+                        let trace = request.traceparent.as_deref().and_then(TraceContext::parse);
+                        self.ask_about(&open.session, call, Asked::Open(Box::new(open.options), trace), now);
+                    }
                     Err(error) => self.refuse(call, Failure::new(FailureClass::BadRequest, error.to_string())),
                 },
                 Err(error) => self.refuse(call, bad_request(&error)),
@@ -101,26 +105,35 @@ impl Core {
     pub(super) fn asks(&mut self, id: &StreamId, asks: Vec<(CallId, Asked)>, now: Moment) {
         for (call, asked) in asks {
             if self.book.session(id).is_none() {
-                if let Asked::Open(options) = asked {
+                if let Asked::Open(options, trace) = asked {
                     // The open before it was refused; each is answered for itself.
-                    self.ask_about(id, call, Asked::Open(options), now);
+                    self.ask_about(id, call, Asked::Open(options, trace), now);
                 } else {
                     self.refuse(call, Failure::new(FailureClass::NotFound, "there is no such session"));
                 }
                 continue;
             }
             match asked {
-                Asked::Open(options) => self.open(id, call, options, now),
+                Asked::Open(options, trace) => self.open(id, call, options, trace, now),
                 Asked::Status => self.status(id, call, now),
                 Asked::Close => self.close(id, call),
             }
         }
     }
 
-    fn open(&mut self, id: &StreamId, call: CallId, options: Box<SessionOptions>, now: Moment) {
+    fn open(
+        &mut self,
+        id: &StreamId,
+        call: CallId,
+        options: Box<SessionOptions>,
+        trace: Option<TraceContext>,
+        now: Moment,
+    ) {
         let idle_now = self.idle_now(now);
         // Whoever waits looks first, this one in its place among them.
         let turn = self.newcomers_turn(now);
+        // Without one of its own it goes on in the trace that its key carries.
+        let reopened = trace.map(|given| self.opens(Some(given), now));
         let Some(session) = self.book.session_mut(id) else {
             return;
         };
@@ -134,6 +147,9 @@ impl Core {
             session.refused.clear();
             session.displaced_from = None;
             session.idle = crate::idle::Idle::new(idle_now);
+            if let Some((trace, opening)) = reopened {
+                (session.record.traceparent, session.opening) = (trace, opening);
+            }
             session.opens.push(call);
             match turn.and_then(|()| self.place(id, now)) {
                 Ok(()) => tracing::info!(session = %id, "opened again by request"),
@@ -141,6 +157,7 @@ impl Core {
                     // Refused: it stays as it ended.
                     if let Some(session) = self.book.session_mut(id) {
                         (session.record, session.refused, session.displaced_from, session.idle) = before;
+                        session.opening = None;
                     }
                     self.refuse_opens(id, &failure, now);
                 }
@@ -148,7 +165,7 @@ impl Core {
             return;
         }
         if session.ending() || session.end_stands() || matches!(session.stage, Stage::Walking) {
-            session.later.push((call, Asked::Open(options)));
+            session.later.push((call, Asked::Open(options, trace)));
             return;
         }
         let wanted = match &session.stage {

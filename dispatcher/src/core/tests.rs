@@ -6,6 +6,7 @@ mod interleavings;
 mod links;
 mod servers;
 mod services;
+mod spans;
 mod troubles;
 
 use std::time::Duration;
@@ -152,7 +153,7 @@ impl World {
     }
 
     fn open(&mut self, call: u64, session: &str) -> Option<Answer> {
-        self.ask(call, session, crate::sessions::Asked::Open(Box::default()));
+        self.ask(call, session, crate::sessions::Asked::Open(Box::default(), None));
         self.answers.iter().find(|(c, _)| *c == CallId(call)).map(|(_, a)| a.clone())
     }
 
@@ -191,6 +192,7 @@ fn world_record(session: &str) -> SessionRecord {
         suspect_from: None,
         displaced_from: None,
         instead: None,
+        traceparent: None,
     }
 }
 
@@ -382,7 +384,7 @@ fn audio_read_while_the_end_is_written_is_not_lost() {
     world.run();
     let Some(Effect::Walk { from: None, .. }) = world.kept.pop() else { panic!("a look behind the end") };
     let walker = Box::new(Walker::after(&end_final("s", 0, 1, 2)));
-    let opener = Some(Opener { seq: 3, options: None, source: None });
+    let opener = Some(Opener { seq: 3, options: None, source: None, trace: None });
     world.core.walked(&id("s"), Ok(WalkEnd { walker, opener, rejected: Vec::new(), last: None }), world.now);
     world.run();
     assert_eq!(world.core.cursor(), 2);
@@ -411,7 +413,7 @@ fn a_missing_key_opens_above_the_last_final_and_never_by_an_entry_it_covers() {
     world.audio("s", 5);
     assert!(matches!(world.kept.pop(), Some(Effect::Walk { .. })));
     let walker = Box::new(Walker::after(&last));
-    let opener = Some(Opener { seq: 5, options: None, source: None });
+    let opener = Some(Opener { seq: 5, options: None, source: None, trace: None });
     world.core.walked(&id("s"), Ok(WalkEnd { walker, opener, rejected: Vec::new(), last: None }), world.now);
     world.run();
     assert_eq!(world.assigned, [("s".to_owned(), "g0".to_owned(), 10)]);
@@ -475,7 +477,7 @@ fn an_open_is_idempotent_and_strict_about_options() {
     assert_eq!(world.open(2, "s"), Some(Answer::Opened(opened)));
     let options = SessionOptions { endpoint_ms: 300, ..SessionOptions::default() };
     let request = OpenRequest { session: id("s"), options };
-    world.ask(3, "s", crate::sessions::Asked::Open(Box::new(request.options)));
+    world.ask(3, "s", crate::sessions::Asked::Open(Box::new(request.options), None));
     let answer = world.answers.pop().map(|(_, a)| a);
     assert_eq!(refused(answer), FailureClass::BadRequest);
     assert_eq!(world.assigned.len(), 1);

@@ -78,6 +78,7 @@ pub(crate) fn told(event: &Event) {
 
 /// So that the first scrape finds them at 0: a rate needs a value before the first event.
 pub(crate) fn begin() {
+    voxfleet_trace::begin_counting();
     for kind in [Kind::Session, Kind::Job] {
         counter!(ASSIGNMENTS, "kind" => kind.as_str()).absolute(0);
         for why in MOVED {

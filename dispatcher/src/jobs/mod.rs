@@ -21,7 +21,7 @@ use voxfleet_schema::{
     transcript::{Final, VadKind},
 };
 
-use crate::{admission::rank, sessions::CallId};
+use crate::{admission::rank, core::spans::Opening, sessions::CallId};
 pub use request::{Recording, Submission};
 
 /// What of a job's last final decides about it.
@@ -119,6 +119,8 @@ pub struct Job {
     pub told_instead: Option<Instead>,
     /// This process chose its worker or sent it there: which model it needs there is known.
     pub planned: bool,
+    /// Its opening has not been told to those who follow its trace.
+    pub opening: Option<Opening>,
     /// Who waits for its record to be written.
     pub submits: Vec<CallId>,
     /// Asks that came while something was under way.
@@ -148,6 +150,7 @@ impl Job {
             instead: None,
             told_instead,
             planned: false,
+            opening: None,
             submits: Vec::new(),
             later: Vec::new(),
         }

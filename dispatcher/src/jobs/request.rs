@@ -14,6 +14,7 @@ use voxfleet_schema::{
     },
     session::{Priority, SessionOptions},
     source::SourceState,
+    trace::TraceContext,
     transcript::{AudioRange, Final, Resume, Timings, VadKind},
 };
 
@@ -40,6 +41,8 @@ pub struct Submission {
     pub options: SessionOptions,
     pub result_ttl_s: u32,
     pub part: Option<JobPart>,
+    /// The trace that its sender wants it to be part of. Asked again it may be another one, and is the same request.
+    pub trace: Option<TraceContext>,
 }
 
 /// Where a request stands in for what its body leaves out: a publish, whose subject names id and priority.
@@ -88,6 +91,7 @@ impl Submission {
             options: request.options,
             result_ttl_s: request.result_ttl_s.unwrap_or(DEFAULT_RESULT_TTL_S),
             part: request.part,
+            trace: None,
         })
     }
 
@@ -127,6 +131,7 @@ impl Submission {
             deaths: 0,
             instead: None,
             part: self.part.clone(),
+            traceparent: None,
         }
     }
 }
@@ -179,6 +184,7 @@ pub fn work_item(record: &JobRecord) -> WorkItem {
         assigned_ms: record.changed_ms,
         suspect: record.suspect,
         part: record.part.clone(),
+        traceparent: record.traceparent,
     }
 }
 

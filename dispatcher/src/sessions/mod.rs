@@ -11,12 +11,14 @@ use voxfleet_schema::{
     failure::Failure,
     id::{StreamId, WorkerName},
     session::{SessionOptions, SessionRecord, SessionState},
+    trace::TraceContext,
     transcript::{Final, VadKind},
 };
 
 pub use entry::EntryNote;
 
 use crate::{
+    core::spans::Opening,
     idle::Idle,
     open::{ContainerSeen, Opener, Walker},
 };
@@ -44,7 +46,7 @@ impl From<&Final> for ChainMark {
 /// An API request about a session whose key is being read.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Asked {
-    Open(Box<SessionOptions>),
+    Open(Box<SessionOptions>, Option<TraceContext>),
     Status,
     Close,
 }
@@ -133,6 +135,8 @@ pub struct Session {
     pub told_failed: bool,
     /// When its chain was last tried to be closed because nothing of it is left in the log.
     pub closing_since: Option<Duration>,
+    /// Its opening has not been told to those who follow its trace.
+    pub opening: Option<Opening>,
 }
 
 impl Session {
@@ -168,6 +172,7 @@ impl Session {
             unplaced_since: None,
             told_failed: false,
             closing_since: None,
+            opening: None,
         }
     }
 

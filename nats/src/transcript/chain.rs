@@ -4,6 +4,7 @@ use async_nats::jetstream::message::PublishMessage;
 use voxfleet_schema::{
     codec::{self, CodecError},
     id::{Kind, StreamId},
+    trace::TraceContext,
     transcript::{Checkpoint, Final, MAX_FINAL_BYTES},
 };
 
@@ -70,11 +71,17 @@ pub enum Outcome {
 #[derive(Debug, Clone)]
 pub struct Chain {
     pub(super) nats: Nats,
+    pub(super) trace: Option<TraceContext>,
 }
 
 impl Chain {
     pub fn new(nats: &Nats) -> Self {
-        Self { nats: nats.clone() }
+        Self { nats: nats.clone(), trace: None }
+    }
+
+    /// The same; what is written carries this, for whoever reads it and goes on with the trace.
+    pub fn traced(&self, trace: Option<TraceContext>) -> Self {
+        Self { nats: self.nats.clone(), trace }
     }
 
     /// The last final, from the stream's leader. None: there is none.
@@ -115,7 +122,7 @@ impl Chain {
     ) -> Result<Published, ChainError> {
         let message = PublishMessage::build()
             .payload(bytes.clone())
-            .headers(raw::json_headers())
+            .headers(raw::traced(raw::json_headers(), self.trace.as_ref()))
             .message_id(&value.final_id)
             .expected_last_subject_sequence(predecessor.unwrap_or(0));
         let ack = raw::publish(&self.nats, self.nats.subjects().finals(value.kind, &value.id), message).await?;
@@ -142,7 +149,7 @@ impl Chain {
                         last = found;
                         storing.heard(Heard::Found(last.as_ref().map(link)));
                         if last.is_none() && predecessor.is_some() {
-                            tracing::warn!(kind = %value.kind, id = %value.id, index = value.index, "the chain is gone, starting it anew");
+                            tracing::warn!(session = value.kind.session(&value.id), job = value.kind.job(&value.id), epoch = value.epoch, index = value.index, "the chain is gone, starting it anew");
                         }
                     }
                     Err(ChainError::Server(error)) if !matches!(error, ServerError::Closed) => {
@@ -177,7 +184,7 @@ impl Chain {
     }
 
     fn lags(&self, value: &Final, error: &ServerError) {
-        tracing::warn!(kind = %value.kind, id = %value.id, index = value.index, %error, "final is not stored yet, trying again");
+        tracing::warn!(session = value.kind.session(&value.id), job = value.kind.job(&value.id), epoch = value.epoch, index = value.index, %error, "final is not stored yet, trying again");
     }
 
     /// Writes a checkpoint and returns its sequence, for the final that goes with it.

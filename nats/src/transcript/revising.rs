@@ -105,10 +105,10 @@ impl Chain {
                 // It may have been stored all the same: the next look tells.
                 Err(ChainError::Conflict | ChainError::Server(ServerError::Timeout)) => {}
                 Err(ChainError::Server(error)) if !matches!(error, ServerError::TooLarge | ServerError::Closed) => {
-                    tracing::warn!(id = %value.id, index = value.index, %error, "revision is not stored yet, trying again");
+                    tracing::warn!(session = value.kind.session(&value.id), job = value.kind.job(&value.id), epoch = value.epoch, index = value.index, %error, "revision is not stored yet, trying again");
                 }
                 Err(error @ (ChainError::TooLarge { .. } | ChainError::Server(ServerError::TooLarge))) => {
-                    tracing::error!(id = %value.id, index = value.index, %error, "revision left out");
+                    tracing::error!(session = value.kind.session(&value.id), job = value.kind.job(&value.id), epoch = value.epoch, index = value.index, %error, "revision left out");
                     return Ok(Revised::TooLong);
                 }
                 Err(error) => return Err(error),
@@ -120,7 +120,7 @@ impl Chain {
     async fn attempt_revision(&self, value: &Revision, after: u64) -> Result<(), ChainError> {
         let message = PublishMessage::build()
             .payload(encode(value)?.into())
-            .headers(raw::json_headers())
+            .headers(raw::traced(raw::json_headers(), self.trace.as_ref()))
             .expected_last_subject_sequence(after);
         raw::publish(&self.nats, self.nats.subjects().revision(value.kind, &value.id), message).await?;
         Ok(())

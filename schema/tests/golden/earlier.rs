@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `earlier/jobs` | when file jobs had come: no drains, no memory of models, no speakers |
 //! | `earlier/device` | before voices were told apart |
+//! | `earlier/untraced` | before sessions and jobs were part of a trace |
 //!
 //! Only fixtures are here that have changed since. When the contract grows again, the present ones go into a folder of
 //! their own first.

@@ -14,7 +14,7 @@ use voxfleet_schema::{
     transcript::{Resume, VadKind},
 };
 
-use crate::{json, msgpack, options, people::heartbeat, stream, strict_json, worker};
+use crate::{json, msgpack, options, people::heartbeat, stream, strict_json, trace, worker};
 
 fn job_request() -> JobRequest {
     JobRequest {
@@ -97,6 +97,7 @@ pub(crate) fn job_record() -> JobRecord {
             class: FailureClass::ModelMissing,
         }),
         part: None,
+        traceparent: Some(trace()),
     }
 }
 
@@ -118,6 +119,7 @@ fn smallest_job_record() -> JobRecord {
         suspect: false,
         deaths: 0,
         instead: None,
+        traceparent: None,
         ..job_record()
     }
 }
@@ -135,6 +137,7 @@ fn work_item() -> WorkItem {
         assigned_ms: 1_700_000_000_500,
         suspect: true,
         part: None,
+        traceparent: Some(trace()),
     }
 }
 

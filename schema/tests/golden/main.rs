@@ -26,6 +26,7 @@ use voxfleet_schema::{
     codec,
     id::{GpuId, Incarnation, StreamId, WorkerName},
     session::{Channels, Diarize, Policy, Priority, SessionOptions, Task},
+    trace::TraceContext,
 };
 
 fn fixture(name: &str) -> PathBuf {
@@ -97,6 +98,10 @@ fn stream(text: &str) -> StreamId {
 
 fn worker() -> WorkerName {
     WorkerName { gpu_id: GpuId::new("gpu-7f3a").expect("id"), incarnation: Incarnation::new("w0aB9").expect("id") }
+}
+
+fn trace() -> TraceContext {
+    TraceContext::parse("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01").expect("a context")
 }
 
 fn options() -> SessionOptions {

@@ -12,7 +12,7 @@ use voxfleet_schema::{
     transcript::*,
 };
 
-use crate::{json, options, stream, worker};
+use crate::{json, options, stream, trace, worker};
 
 pub(crate) fn resume() -> Resume {
     Resume {
@@ -282,6 +282,7 @@ fn record() -> SessionRecord {
             cpu: true,
             class: FailureClass::OutOfMemory,
         }),
+        traceparent: Some(trace()),
     }
 }
 

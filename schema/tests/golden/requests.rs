@@ -12,7 +12,7 @@ use voxfleet_schema::{
     transcript::AudioRange,
 };
 
-use crate::{jobs::job_record, json, options, stream, worker};
+use crate::{jobs::job_record, json, options, stream, trace, worker};
 
 #[test]
 fn requests_and_answers_are_pinned_json() {
@@ -46,6 +46,7 @@ fn requests_and_answers_are_pinned_json() {
         crashes: 1,
         suspect_from: Some(96_000),
         model_asked: Some("medium".into()),
+        traceparent: Some(trace()),
     };
     json("control_assign", &ControlRequest::Assign(assignment));
     json(

@@ -41,6 +41,7 @@ pub mod card;
 pub mod chaos;
 pub mod checker;
 pub mod child;
+pub mod collector;
 pub mod dice;
 pub mod find;
 pub mod fleet;

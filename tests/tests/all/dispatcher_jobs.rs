@@ -68,7 +68,7 @@ impl Setup {
         let token = self.stop.clone();
         let config = DispatcherConfig { name: name.to_owned(), ..self.config.clone() };
         self.tasks.spawn(async move {
-            let ended = voxfleet_dispatcher::run(nats, config, token).await;
+            let ended = voxfleet_dispatcher::run(nats, config, voxfleet_trace::Tracer::off(), token).await;
             assert!(ended.is_ok(), "dispatcher: {ended:?}");
         });
         Ok(())

@@ -63,7 +63,7 @@ impl Setup {
         };
         let token = stop.clone();
         self.tasks.spawn(async move {
-            let ended = voxfleet_dispatcher::run(nats, config, token).await;
+            let ended = voxfleet_dispatcher::run(nats, config, voxfleet_trace::Tracer::off(), token).await;
             assert!(ended.is_ok(), "dispatcher: {ended:?}");
         });
         Ok(stop)

@@ -11,7 +11,7 @@ use serde_json::Value;
 use voxfleet_harness::find;
 
 /// Crates of ours that each crate may name; dispatcher and worker never meet.
-const EDGES: [(&str, &[&str]); 13] = [
+const EDGES: [(&str, &[&str]); 14] = [
     ("voxfleet-schema", &[]),
     // What measures the product knows nothing of it.
     ("voxfleet-eval", &[]),
@@ -21,11 +21,23 @@ const EDGES: [(&str, &[&str]); 13] = [
     ("voxfleet-nats", &["voxfleet-schema"]),
     // It serves what others bring and knows neither NATS nor our types.
     ("voxfleet-http", &[]),
+    ("voxfleet-trace", &["voxfleet-schema", "voxfleet-nats"]),
     ("voxfleet-store", &["voxfleet-schema", "voxfleet-nats"]),
-    ("voxfleet-dispatcher", &["voxfleet-schema", "voxfleet-audio", "voxfleet-nats", "voxfleet-http"]),
+    (
+        "voxfleet-dispatcher",
+        &["voxfleet-schema", "voxfleet-audio", "voxfleet-nats", "voxfleet-http", "voxfleet-trace"],
+    ),
     (
         "voxfleet-worker",
-        &["voxfleet-schema", "voxfleet-audio", "voxfleet-diarize", "voxfleet-nats", "voxfleet-http", "voxfleet-store"],
+        &[
+            "voxfleet-schema",
+            "voxfleet-audio",
+            "voxfleet-diarize",
+            "voxfleet-nats",
+            "voxfleet-http",
+            "voxfleet-trace",
+            "voxfleet-store",
+        ],
     ),
     // What checks the product does not share its code.
     ("voxfleet-harness", &[]),
@@ -50,6 +62,7 @@ const EDGES: [(&str, &[&str]); 13] = [
             "voxfleet-diarize",
             "voxfleet-nats",
             "voxfleet-http",
+            "voxfleet-trace",
             "voxfleet-store",
             "voxfleet-dispatcher",
             "voxfleet-worker",
@@ -64,6 +77,7 @@ const EDGES: [(&str, &[&str]); 13] = [
             "voxfleet-audio",
             "voxfleet-nats",
             "voxfleet-http",
+            "voxfleet-trace",
             "voxfleet-store",
             "voxfleet-dispatcher",
             "voxfleet-worker",
@@ -74,7 +88,7 @@ const EDGES: [(&str, &[&str]); 13] = [
 ];
 
 /// Libraries that only these crates may name.
-const CONFINED: [(&str, &[&str]); 9] = [
+const CONFINED: [(&str, &[&str]); 10] = [
     ("async-nats", &["voxfleet-nats", "voxfleet-harness", "voxfleet-tests"]),
     ("nkeys", &["voxfleet-nats"]),
     ("whisper-rs", &["voxfleet-worker"]),
@@ -82,7 +96,9 @@ const CONFINED: [(&str, &[&str]); 9] = [
     ("nvml-wrapper", &["voxfleet-worker"]),
     ("symphonia-adapter-libopus", &["voxfleet-audio"]),
     ("object_store", &["voxfleet-store"]),
-    ("reqwest", &["voxfleet-store"]),
+    ("reqwest", &["voxfleet-store", "voxfleet-trace"]),
+    // The harness is the collector of tests.
+    ("opentelemetry-proto", &["voxfleet-trace", "voxfleet-harness"]),
     // Unmaintained; `backon` stands for it.
     ("backoff", &[]),
 ];

@@ -53,6 +53,7 @@ fn item(id: &str, epoch: u64) -> Result<WorkItem> {
         assigned_ms: 2,
         suspect: false,
         part: None,
+        traceparent: None,
     })
 }
 
@@ -66,7 +67,7 @@ async fn empty(js: &jetstream::Context, stream: &str) -> Result<()> {
 }
 
 async fn submit(nats: &Nats, priority: Priority, id: &str, body: &'static [u8]) -> Result<u64> {
-    Ok(jobs::publish_job(nats, priority, &job(id)?, codec::JSON, Bytes::from_static(body)).await?)
+    Ok(jobs::publish_job(nats, priority, &job(id)?, codec::JSON, Bytes::from_static(body), None).await?)
 }
 
 async fn next(intake: &mut JobIntake) -> Result<JobMessage> {

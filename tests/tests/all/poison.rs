@@ -341,6 +341,7 @@ async fn what_another_worker_found_out_is_believed() -> Result<()> {
         crashes: 3,
         suspect_from: Some(finals_of(&pcm)?[0].from_sample),
         model_asked: None,
+        traceparent: None,
     };
     ensure!(alone.ask(&name, &ControlRequest::Assign(given)).await? == ControlReply::Done);
     alone.beat("a suspect", |b| b.held.iter().any(|h| h.suspect && h.crashes == 3)).await?;

@@ -111,6 +111,7 @@ impl Alone {
             crashes: 0,
             suspect_from: None,
             model_asked: None,
+            traceparent: None,
         };
         self.ask(name, &ControlRequest::Assign(assignment)).await
     }
@@ -319,6 +320,7 @@ async fn the_worker_has_the_last_word_on_what_it_takes() -> Result<()> {
         crashes: 0,
         suspect_from: None,
         model_asked: None,
+        traceparent: None,
         options: SessionOptions::default(),
     });
     assert_eq!(refusal(alone.ask(&name, &job).await?), Some(FailureClass::BadRequest));

@@ -186,10 +186,10 @@ impl Probe {
         let shared_with: Vec<String> = others.map(|other| other.gpu_id).collect();
         if shared_with != self.shared_with {
             if shared_with.is_empty() {
-                tracing::info!(gpu_id = %self.gpu_id, uuid, "no other worker is on this device any more");
+                tracing::info!(gpu = %self.gpu_id, uuid, "no other worker is on this device any more");
             } else {
                 let others = shared_with.join(", ");
-                tracing::warn!(gpu_id = %self.gpu_id, uuid, others, "other workers are on this device: all of them share its memory");
+                tracing::warn!(gpu = %self.gpu_id, uuid, others, "other workers are on this device: all of them share its memory");
             }
             self.shared_with = shared_with;
         }

@@ -168,7 +168,8 @@ impl Copy {
                     Err(failure) => return Some(Over::Failed(failure)),
                 }
             }
-            match shared.chain.store(&value, self.last.as_ref().map(|last| last.seq)).await {
+            let chain = shared.chain.traced(job.item.traceparent);
+            match chain.store(&value, self.last.as_ref().map(|last| last.seq)).await {
                 Ok(Outcome::Stored { seq, chain_lost }) => {
                     if chain_lost {
                         shared.events.tell(job.handle.names.event(What::ChainLost, value.epoch), None);

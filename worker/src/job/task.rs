@@ -24,13 +24,14 @@ use voxfleet_schema::{
     session::{Diarize, SessionOptions},
 };
 use voxfleet_store::fetch::Fetcher;
+use voxfleet_trace::{Span, unix_ns};
 
 use super::{Kept, Recording, Work, part::mark, recording::Facts};
 use crate::{
     engine::diarize::lacking,
     memory::Memory,
     provider::Rent,
-    session::{End, Handle, Shared, last_final, unix_ms},
+    session::{End, Handle, Shared, last_final, part, unix_ms},
 };
 
 /// What every job of this worker uses.
@@ -98,6 +99,20 @@ pub(crate) struct Job {
 impl Job {
     /// Works until the job ends here; drop it to release the job at once.
     pub(crate) async fn run(&self) -> JobEnd {
+        let begun_ns = unix_ns();
+        let end = self.try_it().await;
+        self.told("job.run", begun_ns, |span| {
+            let (how, class) = match &end {
+                JobEnd::Done => ("done", None),
+                JobEnd::LetGo => ("let_go", None),
+                JobEnd::GivenUp(failure) => ("given_up", Some(failure.class)),
+            };
+            span.with("attempt", u64::from(self.item.attempt)).with("end", how).failed(class)
+        });
+        end
+    }
+
+    async fn try_it(&self) -> JobEnd {
         let mut wishes = self.handle.desired.subscribe();
         let stopping = async move {
             // The handle lives as long as this job; its end would be the worker's.
@@ -112,12 +127,19 @@ impl Job {
             Ok(None) => return JobEnd::Done,
             Err(failure) => return JobEnd::GivenUp(failure),
         };
+        let begun_ns = unix_ns();
+        let transcribed = |apart: bool| {
+            let audio_ms = work.recording.facts().total_ms;
+            self.told("job.transcribe", begun_ns, |span| span.with("in_parts", apart).with_some("audio_ms", audio_ms));
+        };
         if self.means.split.concerns(&self.item, work.recording.facts().total_ms) {
             let end = self.run_whole(Arc::clone(&work), last).await;
+            transcribed(true);
             self.tell_damage(work.recording.facts());
             return end;
         }
         let end = self.handle.session(self.means.shared.clone(), Some(Arc::clone(&work))).run().await;
+        transcribed(false);
         self.tell_damage(work.recording.facts());
         if let (Some(part), End::Done) = (&self.item.part, &end) {
             let (recording, at) = (Arc::clone(&work.recording), work.recording.position().await);
@@ -151,6 +173,14 @@ impl Job {
         self.means.shared.events.tell(event, Some(msg_id));
     }
 
+    /// Tells what was done until now to those who follow its trace.
+    fn told(&self, name: &'static str, begun_ns: u64, with: impl FnOnce(Span) -> Span) {
+        if let Some(given) = &self.item.traceparent {
+            let whose = (&self.handle.names, self.item.epoch);
+            part(&self.means.shared.tracer, given, name, begun_ns, whose, with);
+        }
+    }
+
     /// Brings the recording here, and says where its chain ends. None: the job is done already.
     async fn prepare(&self) -> Result<Option<(Work, Option<StoredFinal>)>, Failure> {
         let Means { shared, fetcher, media, limits, exe, rent, memory, .. } = &self.means;
@@ -178,8 +208,13 @@ impl Job {
                 let url = AudioUrl::parse(&item.audio)
                     .map_err(|error| Failure::new(FailureClass::BadRequest, error.to_string()))?;
                 self.handle.figures.enter(JobStage::Fetching);
-                let spooled = fetcher.spool(&url).await.map_err(|error| error.failure())?;
-                tracing::info!(job = %item.job, bytes = spooled.bytes, fetch_ms = begun.elapsed().as_millis() as u64, "recording fetched");
+                let begun_ns = unix_ns();
+                let spooled = fetcher.spool(&url).await.map_err(|error| error.failure());
+                let class = spooled.as_ref().err().map(|failure| failure.class);
+                let bytes = spooled.as_ref().ok().map(|spooled| spooled.bytes);
+                self.told("job.fetch", begun_ns, |span| span.with_some("bytes", bytes).failed(class));
+                let spooled = spooled?;
+                say!(info, self.handle.names, epoch = item.epoch, bytes = spooled.bytes, fetch_ms = begun.elapsed().as_millis() as u64, "recording fetched");
                 let name = item.name.clone().or(spooled.name);
                 (Recording::new(spooled.file, name, limits.clone(), exe.clone()), spooled.bytes)
             }
@@ -188,7 +223,11 @@ impl Job {
             let why = "the recording is no longer the one that this is a part of";
             return Err(Failure::new(FailureClass::BadRequest, why));
         }
-        recording.probe().await?;
+        let begun_ns = unix_ns();
+        let probed = recording.probe().await;
+        let class = probed.as_ref().err().map(|failure| failure.class);
+        self.told("job.decode_audio", begun_ns, |span| span.failed(class));
+        probed?;
         self.handle.figures.length(recording.facts().total_ms);
         self.handle.figures.enter(JobStage::Transcribing);
         let work = Work {

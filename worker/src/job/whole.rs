@@ -165,7 +165,7 @@ impl Job {
                         whole.cut(&draft, vad);
                     }
                     if over != Over::Ended {
-                        tracing::warn!(job = %self.item.job, ?over, "the recording is decoded in one piece from here on");
+                        say!(warn, self.handle.names, epoch = self.handle.epoch(), ?over, "the recording is decoded in one piece from here on");
                         whole.close();
                     }
                 }
@@ -213,7 +213,7 @@ impl<'a> Whole<'a> {
             Parts::new(naming, split.longer_than, length, self.direct)
         });
         if let Err(error) = parts.cut(draft) {
-            tracing::error!(job = %job.item.job, %error, "a part has no name");
+            say!(error, job.handle.names, epoch = job.handle.epoch(), %error, "a part has no name");
             parts.close();
         }
     }
@@ -264,10 +264,10 @@ impl<'a> Whole<'a> {
                 // Where somebody has begun and got stuck, this goes on; otherwise it is his.
                 let may_join = parts.is_begun(number);
                 let id = parts.ours(number, Instant::now())?;
-                tracing::debug!(job = %task.job.item.job, number, "a part is done here");
+                say!(debug, task.job.handle.names, epoch = task.job.handle.epoch(), number, "a part is done here");
                 let names = Names { kind: Kind::Job, id, gpu_id: task.job.handle.names.gpu_id.clone() };
                 let options = SessionOptions { diarize: Diarize::Off, ..job_options(&task.options) };
-                let handle = Arc::new(Handle::new(names, 0, options));
+                let handle = Arc::new(Handle::new(names, 0, options, task.job.item.traceparent));
                 let own = Arc::clone(&handle);
                 Some((handle, Box::pin(async move { (Some(number), task.decode_part(&own, part, may_join).await) })))
             }
@@ -341,7 +341,7 @@ impl<'a> Whole<'a> {
             CopyOver::Failed(failure) => return Some(JobEnd::GivenUp(failure)),
             CopyOver::All => self.copy_at = Instant::now(),
             CopyOver::Unusable(failure) => {
-                tracing::warn!(job = %self.task.job.item.job, number, %failure, "a part is done again here");
+                say!(warn, self.task.job.handle.names, epoch = self.task.job.handle.epoch(), number, %failure, "a part is done again here");
                 if kills(&failure) {
                     return Some(JobEnd::GivenUp(failure));
                 }
@@ -428,7 +428,7 @@ impl Task<'_> {
         };
         let body = codec::to_json(&request).map_err(|error| error.to_string())?;
         let priority = self.options.priority;
-        let sent = publish_job(&self.job.means.nats, priority, id, codec::JSON, body.into()).await;
+        let sent = publish_job(&self.job.means.nats, priority, id, codec::JSON, body.into(), item.traceparent).await;
         sent.map(drop).map_err(|error| error.to_string())
     }
 

@@ -1,6 +1,10 @@
 //! One child from fork to reaping: started, spoken to, asked for signs of life, ended, and its death laid at the right door.
 
-use std::{process::ExitStatus, sync::atomic::Ordering, time::Duration};
+use std::{
+    process::ExitStatus,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::{
     process::Child,
@@ -87,7 +91,7 @@ impl Engine {
         let mut stderr = JoinSet::new();
         let last_lines = link::LastLines::default();
         if let Some(pipe) = spawned.stderr {
-            stderr.spawn(link::forward_stderr(pipe, last_lines.clone()));
+            stderr.spawn(link::forward_stderr(pipe, last_lines.clone(), Arc::clone(&self.0.program.gpu)));
         }
         let (mut writing, mut reading) = (JoinSet::new(), JoinSet::new());
         let mut config = EngineConfig {

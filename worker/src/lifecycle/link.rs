@@ -101,7 +101,7 @@ pub(super) async fn read_frames(socket: OwnedReadHalf, engine: Engine, ready: mp
 }
 
 /// The child's log lines, and what its libraries print.
-pub(super) async fn forward_stderr(pipe: ChildStderr, last: LastLines) {
+pub(super) async fn forward_stderr(pipe: ChildStderr, last: LastLines, gpu: Arc<str>) {
     let mut lines = BufReader::new(pipe);
     let mut line = Vec::new();
     loop {
@@ -111,7 +111,7 @@ pub(super) async fn forward_stderr(pipe: ChildStderr, last: LastLines) {
             Ok(_) => {
                 let text = String::from_utf8_lossy(&line);
                 let text = text.trim_end();
-                tracing::info!(engine = true, "{text}");
+                tracing::info!(engine = true, %gpu, "{text}");
                 if !text.is_empty() {
                     last.heard(text);
                 }

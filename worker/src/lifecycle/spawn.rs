@@ -1,6 +1,6 @@
 //! Starts the engine child: one end of a socketpair and the choice of its device.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use tokio::{
     net::UnixStream,
@@ -23,6 +23,8 @@ pub(crate) struct Program {
     /// `CUDA_VISIBLE_DEVICES`.
     pub(crate) visible_device: String,
     pub(crate) cores: Cores,
+    /// Whose engine it is, for the log.
+    pub(crate) gpu: Arc<str>,
 }
 
 /// A started child.

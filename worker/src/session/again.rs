@@ -82,14 +82,14 @@ fn back(at: u64, step: u64, found: Option<u64>, index: u64) -> Option<(u64, u64)
 
 /// Asks until the server answers.
 pub(super) async fn asked<T, E: Future<Output = Result<T, ChainError>>>(
-    id: &StreamId,
+    (kind, id): (Kind, &StreamId),
     ask: impl Fn() -> E,
 ) -> Result<T, ChainError> {
     let mut backoff = Backoff::default();
     loop {
         match ask().await {
             Err(ChainError::Server(error)) if !matches!(error, ServerError::Closed) => {
-                tracing::warn!(%id, %error, "chain not read, trying again");
+                tracing::warn!(session = kind.session(id), job = kind.job(id), %error, "chain not read, trying again");
                 backoff.wait().await;
             }
             answer => return answer,
@@ -105,7 +105,7 @@ async fn finals_from(
     last_seq: u64,
 ) -> Result<BTreeMap<u64, Final>, ChainError> {
     let next = async |mut seq| loop {
-        match asked(id, move || chain.next_final(kind, id, seq)).await {
+        match asked((kind, id), move || chain.next_final(kind, id, seq)).await {
             // What nobody can read is not one of them.
             Err(ChainError::Foreign { seq: unreadable, .. }) => seq = unreadable + 1,
             answer => return answer,
@@ -133,7 +133,7 @@ pub(super) async fn late(session: &Session, last: &StoredFinal, start: &StartPoi
         Owed::Known(late) => Ok(late),
         Owed::Ask => {
             let (chain, Names { kind, id, .. }) = (&session.shared.chain, &session.names);
-            let late = asked(id, || chain.unanswered(*kind, id, last.seq)).await?;
+            let late = asked((*kind, id), || chain.unanswered(*kind, id, last.seq)).await?;
             Ok(late.into_iter().map(|late| late.index).collect())
         }
     }
@@ -149,7 +149,7 @@ pub(super) async fn publish_told(
     // Before an end they were published first.
     let first = told.iter().map(|told| told.index).min().filter(|_| !last.value.end);
     let Some(first) = first else { return Ok(()) };
-    let (chain, names) = (&session.shared.chain, &session.names);
+    let (chain, names) = (&session.chain(), &session.names);
     // They come behind the final they were told with.
     let published = revisions_from(chain, names.kind, &names.id, last.seq).await?;
     if told.iter().all(|told| published.contains_key(&told.index)) {
@@ -159,7 +159,7 @@ pub(super) async fn publish_told(
     for told in told.into_iter().filter(|told| !published.contains_key(&told.index)) {
         let Some(stands) = finals.get(&told.index) else { continue };
         let revision = revision_of(names, stands, told, epoch);
-        tracing::info!(id = %names.id, index = revision.index, epoch, "speakers told by whoever had it before");
+        say!(info, names, index = revision.index, epoch, "speakers told by whoever had it before");
         if !answer(chain, revision).await? {
             // A higher epoch has it: the next final will find that out.
             return Ok(());
@@ -220,7 +220,7 @@ impl<'a> Again<'a> {
                 let chain = &session.shared.chain;
                 let found = finals_from(chain, (names.kind, &names.id), index.saturating_sub(1), self.last_seq).await;
                 let found = found.unwrap_or_else(|error| {
-                    tracing::error!(id = %names.id, error = &error as &dyn std::error::Error, "chain unreadable");
+                    say!(error, names, error = &error as &dyn std::error::Error, "chain unreadable");
                     BTreeMap::new()
                 });
                 self.finals.insert(found)
@@ -238,8 +238,8 @@ impl<'a> Again<'a> {
         };
         let Looked::Heard(heard) = looked else { return None };
         match &heard {
-            Ok(_) => tracing::info!(id = %names.id, index, "speakers heard again"),
-            Err(why) => tracing::warn!(id = %names.id, index, %why, "speakers not heard again"),
+            Ok(_) => say!(info, names, index, "speakers heard again"),
+            Err(why) => say!(warn, names, index, %why, "speakers not heard again"),
         }
         let heard = heard.map_err(|why| format!("not heard in time, and not again: {why}"));
         Some(HeardOf { index, segments: Some(stands.segments.clone()), heard })
@@ -317,8 +317,9 @@ async fn listen(session: &Session, stream: &EngineSession, mut from: u64, stands
                 return Looked::Heard(Err(NotHeard::Engine(failure.message)));
             }
             Err(ReadFailed::Log(error)) => {
-                tracing::warn!(
-                    id = %session.names.id,
+                say!(
+warn,
+                    session.names,
                     error = &error as &dyn std::error::Error,
                     "log not read, trying again"
                 );

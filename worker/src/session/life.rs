@@ -16,6 +16,7 @@ use voxfleet_schema::{
     audio::RawEntry,
     event::What,
     failure::{Failure, FailureClass},
+    trace::TraceContext,
 };
 
 use super::{
@@ -23,8 +24,9 @@ use super::{
     again::Again,
     feed::{Feed, HintVerdict},
     footing::Standing,
-    outputs::LagAlarm,
+    outputs::{LagAlarm, unix_ms},
     park,
+    spans::{Course, Dated},
     store::{Kept, StoreFailed, Stored, store_draft},
 };
 use crate::{
@@ -45,6 +47,9 @@ const PARTIAL_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) const MAX_RECORDED_ENTRY: u64 = 2 << 20;
 
 type Running<'a, T> = Option<Pin<Box<dyn Future<Output = T> + Send + 'a>>>;
+
+/// An entry and when it was logged, if it was.
+type DatedEntry = Result<Option<(RawEntry, Option<u64>)>, ReadFailed>;
 
 /// Why an entry could not be read.
 #[derive(Debug)]
@@ -72,7 +77,9 @@ pub(super) struct Life<'a> {
     epoch: u64,
     last: Option<StoredFinal>,
     feed: Feed,
-    drafts: VecDeque<Draft>,
+    drafts: VecDeque<(Draft, Course)>,
+    trace: Option<TraceContext>,
+    dated: Dated,
     /// An end was drafted; what the engine drafts behind it belongs to the next epoch.
     end_drafted: bool,
     /// Since when the oldest draft could not be stored.
@@ -117,6 +124,8 @@ impl<'a> Life<'a> {
             last,
             feed: Feed::new(Instant::now(), start.first_seq(), done_end, format),
             drafts: VecDeque::new(),
+            trace: session.desired.borrow().trace,
+            dated: Dated::default(),
             end_drafted: false,
             storing_since: None,
             partial: None,
@@ -142,7 +151,7 @@ impl<'a> Life<'a> {
         let max_entry = session.max_entry();
         let mut storing: Running<'a, Result<Stored, StoreFailed>> = None;
         let mut sending: Running<'a, Result<(), PublishError>> = None;
-        let mut reading: Running<'a, Result<Option<RawEntry>, ReadFailed>> = None;
+        let mut reading: Running<'a, DatedEntry> = None;
         let mut hearing: Running<'a, (Again<'a>, Option<HeardOf>)> = self.again.take().map(hear_next);
         loop {
             let desired = self.desired.borrow_and_update().clone();
@@ -154,11 +163,12 @@ impl<'a> Life<'a> {
             }
             if storing.is_none() {
                 match self.drafts.pop_front() {
-                    Some(draft) => {
+                    Some((draft, course)) => {
                         self.storing_since.get_or_insert_with(Instant::now);
                         storing = Some(Box::pin(store_draft(
                             session,
                             draft,
+                            course,
                             self.epoch,
                             self.last.as_ref().map(|l| (l.seq, l.value.index)),
                         )));
@@ -208,7 +218,7 @@ impl<'a> Life<'a> {
                 sent = resolve(&mut sending) => {
                     sending = None;
                     if let Err(error) = sent {
-                        tracing::debug!(id = %session.names.id, error = &error as &dyn std::error::Error, "partial not sent");
+                        say!(debug, session.names, error = &error as &dyn std::error::Error, "partial not sent");
                     }
                 }
                 read = resolve(&mut reading) => {
@@ -261,13 +271,14 @@ impl<'a> Life<'a> {
             self.session.shared.events.tell(event, Some(msg_id));
         }
         if taken.notes_dropped > 0 {
-            tracing::warn!(id = %names.id, dropped = taken.notes_dropped, "too many notes at once");
+            say!(warn, names, dropped = taken.notes_dropped, "too many notes at once");
         }
         for drafted in taken.drafts {
             let mut draft = match drafted {
                 Draft::Final(draft) => draft,
                 revision @ Draft::Revision(_) => {
-                    self.drafts.push_back(revision);
+                    let course = Course::new(&self.session.shared.tracer, self.trace, None);
+                    self.drafts.push_back((revision, course));
                     continue;
                 }
             };
@@ -289,7 +300,9 @@ impl<'a> Life<'a> {
                 // A final comes as soon as it can be said: what the engine was handed beyond it is how far it is behind. Who
                 // is far behind has no time for partials.
                 self.engine_lag_ms = self.feed.uncovered_ms(self.engine.outbox().account.used());
-                self.drafts.push_back(Draft::Final(draft));
+                let logged_ms = self.dated.covered(draft.audio.to_seq);
+                let course = Course::new(&self.session.shared.tracer, self.trace, logged_ms);
+                self.drafts.push_back((Draft::Final(draft), course));
             }
         }
         if let Some(partial) = taken.partial
@@ -300,14 +313,14 @@ impl<'a> Life<'a> {
             self.observe_lag();
         }
         if taken.gone && !self.gone {
-            tracing::warn!(id = %names.id, epoch = self.epoch, "engine gone, session goes on from its last final");
+            say!(warn, names, epoch = self.epoch, "engine gone, session goes on from its last final");
             self.gone = true;
             self.pending = None;
         }
         self.finished |= taken.finished;
         if let Some(failure) = taken.failed.as_ref().filter(|failure| failure.class == FailureClass::OutOfMemory) {
             // The engine lives on without that model: what runs instead is found at the next opening.
-            tracing::warn!(id = %names.id, epoch = self.epoch, %failure, "no memory, session goes on from its last final");
+            say!(warn, names, epoch = self.epoch, %failure, "no memory, session goes on from its last final");
             (self.gone, self.pending) = (true, None);
             return None;
         }
@@ -315,7 +328,7 @@ impl<'a> Life<'a> {
             && let Some(failure) = taken.failed.as_ref().filter(|failure| failure.class == FailureClass::Internal)
         {
             // Elsewhere it would be the same: it is counted, and its audio set aside like that of one that kills.
-            tracing::warn!(id = %names.id, epoch = self.epoch, %failure, "its audio could not be looked at");
+            say!(warn, names, epoch = self.epoch, %failure, "its audio could not be looked at");
             (self.gone, self.erred, self.pending) = (true, true, None);
             return None;
         }
@@ -354,22 +367,27 @@ impl<'a> Life<'a> {
             let room = may_feed && self.engine.outbox().account.has_room(len + ENTRY_COST);
             if self.feed.hint(now, entry.seq, waiting.hint.prev, len, room) == HintVerdict::Feed {
                 self.feed.fed(now, entry);
-                self.hand_over(waiting.hint.entry);
+                // A hint comes within milliseconds of its entry.
+                self.hand_over(waiting.hint.entry, None);
             }
         }
     }
 
-    fn hand_over(&mut self, entry: RawEntry) {
+    /// `logged_ms`: none for what was logged just now.
+    fn hand_over(&mut self, entry: RawEntry, logged_ms: Option<u64>) {
+        if self.session.work.is_none() && self.session.shared.tracer.tells(self.trace.as_ref()) {
+            self.dated.add(entry.seq, logged_ms.unwrap_or_else(unix_ms));
+        }
         self.session.figures.fed(entry.seq);
         self.engine.outbox().account.take(entry.payload.len() as u64 + ENTRY_COST);
         self.pending = Some(entry);
     }
 
-    fn read_log(&self) -> Pin<Box<dyn Future<Output = Result<Option<RawEntry>, ReadFailed>> + Send + 'a>> {
-        Box::pin(self.session.entry(self.feed.next_from()))
+    fn read_log(&self) -> Pin<Box<dyn Future<Output = DatedEntry> + Send + 'a>> {
+        Box::pin(self.session.entry_dated(self.feed.next_from()))
     }
 
-    fn read(&mut self, read: Result<Option<RawEntry>, ReadFailed>) -> Option<End> {
+    fn read(&mut self, read: DatedEntry) -> Option<End> {
         let now = Instant::now();
         match read {
             Ok(found) => {
@@ -377,15 +395,16 @@ impl<'a> Life<'a> {
                     // Nothing more is fed in this life.
                 } else if self.pending.is_some() {
                     self.feed.look_again(now);
-                } else if self.feed.log_has(now, found.as_ref())
-                    && let Some(entry) = found
+                } else if self.feed.log_has(now, found.as_ref().map(|(entry, _)| entry))
+                    && let Some((entry, logged_ms)) = found
                 {
-                    self.hand_over(entry);
+                    self.hand_over(entry, logged_ms);
                 }
             }
             Err(ReadFailed::Log(error)) => {
-                tracing::warn!(
-                    id = %self.session.names.id,
+                say!(
+warn,
+                    self.session.names,
                     error = &error as &dyn std::error::Error,
                     "log not read, trying again"
                 );
@@ -418,7 +437,6 @@ impl<'a> Life<'a> {
     /// What became of a final.
     fn kept(&mut self, stored: Result<Stored, StoreFailed>) -> Option<Next> {
         let session = self.session;
-        let id = &session.names.id;
         self.storing_since = None;
         let kept = match stored {
             Ok(Stored::Revision) => return None,
@@ -448,7 +466,7 @@ impl<'a> Life<'a> {
                         lag_ms: 0,
                     });
                 }
-                tracing::debug!(%id, index = value.index, epoch = self.epoch, seq, end = value.end, "final stored");
+                say!(debug, session.names, index = value.index, epoch = self.epoch, seq, end = value.end, "final stored");
                 let end = value.end;
                 if parked && !end {
                     // The engine was told to treat it differently, which is over.
@@ -468,7 +486,7 @@ impl<'a> Life<'a> {
                 Some(Next::Stop(End::LetGo { epoch: found.value.epoch }))
             }
             Ok(Kept { outcome: Outcome::Rebuild(found), .. }) => {
-                tracing::warn!(%id, epoch = self.epoch, found = found.value.index, "another final stands there, rebuilding");
+                say!(warn, session.names, epoch = self.epoch, found = found.value.index, "another final stands there, rebuilding");
                 Some(Next::Reopen(Some(found)))
             }
         }

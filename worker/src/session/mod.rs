@@ -17,6 +17,7 @@ mod open;
 mod outputs;
 mod park;
 mod reconsider;
+mod spans;
 mod store;
 
 use std::{
@@ -51,8 +52,10 @@ use voxfleet_schema::{
     id::Kind,
     job::{JobProgress, JobStage},
     session::SessionOptions,
+    trace::TraceContext,
     transcript::Final,
 };
+use voxfleet_trace::{Tracer, unix_ns};
 
 use self::{
     footing::{Standing, Told},
@@ -64,11 +67,13 @@ pub(crate) use self::{
     open::{last_final, locate},
     outputs::{Names, unix_ms},
     reconsider::{before_the_end, revisions},
+    spans::part,
     store::checkpointed,
 };
 use crate::{
     capacity::{Budget, locked},
     heartbeat::Named,
+    ipc::StartPoint,
     job::Work,
     lifecycle::{Ask, Engine, EngineDown, Opening, Treatment},
     metrics,
@@ -94,6 +99,7 @@ pub(crate) struct Shared {
     pub(crate) max_entry: u64,
     /// Of this worker, for people.
     pub(crate) name: watch::Receiver<Named>,
+    pub(crate) tracer: Tracer,
 }
 
 /// What the supervisor wants of a session.
@@ -102,6 +108,9 @@ pub(crate) struct Desired {
     pub(crate) epoch: u64,
     /// May differ from those of an earlier epoch.
     pub(crate) options: Arc<SessionOptions>,
+    /// The trace that it is part of, and when it was given here, in ns.
+    pub(crate) trace: Option<TraceContext>,
+    pub(crate) given_ns: u64,
     /// Feed nothing more, store what has begun, and end.
     pub(crate) finish: bool,
     /// Released: it ends by then, whatever has begun.
@@ -186,10 +195,17 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
-    pub(crate) fn new(names: Names, epoch: u64, options: SessionOptions) -> Self {
+    pub(crate) fn new(names: Names, epoch: u64, options: SessionOptions, trace: Option<TraceContext>) -> Self {
         Self {
             names,
-            desired: watch::Sender::new(Desired { epoch, options: Arc::new(options), finish: false, finish_by: None }),
+            desired: watch::Sender::new(Desired {
+                epoch,
+                options: Arc::new(options),
+                trace,
+                given_ns: unix_ns(),
+                finish: false,
+                finish_by: None,
+            }),
             hints: Arc::default(),
             figures: Arc::default(),
             cancel: CancellationToken::new(),
@@ -274,6 +290,7 @@ impl Handle {
             figures: Arc::clone(&self.figures),
             told: Mutex::default(),
             harmful: Mutex::default(),
+            taken: AtomicU64::new(0),
         }
     }
 }
@@ -316,6 +333,8 @@ pub(crate) struct Session {
     told: Mutex<Told>,
     /// Where stretches begin that may have killed the engine while it listened to them again.
     harmful: Mutex<BTreeSet<u64>>,
+    /// Highest epoch of which it was told that it was taken over.
+    taken: AtomicU64,
 }
 
 impl Session {
@@ -358,7 +377,7 @@ impl Session {
 
     fn failed(&self, epoch: u64, failure: Failure) -> End {
         metrics::failed(&failure);
-        tracing::error!(id = %self.names.id, epoch, %failure, "session failed");
+        say!(error, self.names, epoch, %failure, "session failed");
         if self.work.is_some() {
             // A job may be tried again: the dispatcher says when it has failed.
             return End::Failed(failure);
@@ -370,7 +389,7 @@ impl Session {
     }
 
     fn chain_failed(&self, epoch: u64, error: &ChainError) -> End {
-        tracing::error!(id = %self.names.id, error = error as &dyn std::error::Error, "chain unreadable");
+        say!(error, self.names, error = error as &dyn std::error::Error, "chain unreadable");
         self.failed(epoch, Failure::new(FailureClass::Internal, format!("the chain cannot be used: {error}")))
     }
 
@@ -450,7 +469,7 @@ impl Session {
         let treatment = match self.shared.engine.treat(&self.names, goes_on_at) {
             Treatment::GiveUp(failure) => return Err(self.failed(epoch, failure)),
             Treatment::Wait { until } => {
-                tracing::warn!(%id, epoch, "its last try is better made by another worker, waiting for it to be moved");
+                say!(warn, self.names, epoch, "its last try is better made by another worker, waiting for it to be moved");
                 sleep_until(until).await;
                 // Whatever has happened meanwhile, from the beginning.
                 return Ok(Opened::EngineGone);
@@ -458,11 +477,13 @@ impl Session {
             treatment => treatment,
         };
         if treatment != Treatment::Normal {
-            tracing::warn!(%id, epoch, ?treatment, "session is suspected of killing the engine");
+            say!(warn, self.names, epoch, ?treatment, "session is suspected of killing the engine");
         }
-        tracing::info!(
-            %id,
+        say!(
+            info,
+            self.names,
             epoch,
+            trace_id = desired.trace.as_ref().map(TraceContext::trace_text),
             after_index = last.as_ref().map(|l| l.value.index),
             first_seq = start.first_seq(),
             expired = start.expired,
@@ -483,9 +504,29 @@ impl Session {
             None => Ok(Opened::EngineGone),
             Some(engine) => {
                 self.tell(epoch, &standing);
+                self.tell_taken(desired, &start);
                 Ok(Opened::Life(Box::new(Life::new(self, engine, standing, epoch, last, &start))))
             }
         }
+    }
+
+    /// The first time under an epoch.
+    fn tell_taken(&self, desired: &Desired, start: &StartPoint) {
+        if self.work.is_some() || self.taken.fetch_max(desired.epoch, Ordering::Relaxed) >= desired.epoch {
+            return;
+        }
+        let Some(given) = &desired.trace else { return };
+        let whose = (&self.names, desired.epoch);
+        part(&self.shared.tracer, given, "session.take", desired.given_ns, whose, |span| {
+            span.with("from_seq", start.first_seq())
+                .with("taken_over", start.taken_over)
+                .with("expired", start.expired)
+        });
+    }
+
+    /// Its chain; what is written there carries its trace.
+    fn chain(&self) -> Chain {
+        self.shared.chain.traced(self.desired.borrow().trace)
     }
 
     /// What killed the engine before the place where the session goes on was listened to again.
@@ -505,13 +546,19 @@ impl Session {
 
     /// The first entry at or above `from`, if there is one yet.
     async fn entry(&self, from: u64) -> Result<Option<RawEntry>, ReadFailed> {
+        Ok(self.entry_dated(from).await?.map(|(entry, _)| entry))
+    }
+
+    /// The same, with the Unix time in ms at which it was logged; a recording never was.
+    async fn entry_dated(&self, from: u64) -> Result<Option<(RawEntry, Option<u64>)>, ReadFailed> {
         if let Some(work) = &self.work {
-            return work.entry(from).await.map_err(ReadFailed::Recording);
+            let found = work.entry(from).await.map_err(ReadFailed::Recording)?;
+            return Ok(found.map(|entry| (entry, None)));
         }
         // Never closed; without it the read would only be uncounted.
         let _reading = self.shared.log_reads.acquire().await.ok();
-        match timeout(READ_TIMEOUT, self.shared.log.next(&self.names.id, from)).await {
-            Ok(answer) => answer.map_err(ReadFailed::Log),
+        match timeout(READ_TIMEOUT, self.shared.log.next_dated(&self.names.id, from)).await {
+            Ok(answer) => Ok(answer.map_err(ReadFailed::Log)?.map(|(entry, at)| (entry, Some(at)))),
             Err(_) => Err(ReadFailed::Log(LogError::Server(ServerError::Timeout))),
         }
     }
@@ -520,7 +567,7 @@ impl Session {
     fn tell(&self, epoch: u64, standing: &Standing) {
         let Some(change) = locked(&self.told).opened(standing) else { return };
         let id = &self.names.id;
-        tracing::warn!(%id, epoch, detail = %change.detail, "session {}", change.what.as_str());
+        say!(warn, self.names, epoch, detail = %change.detail, "session {}", change.what.as_str());
         let mut event = self.names.event(change.what, epoch);
         event.detail = change.detail;
         let incarnation = self.shared.name.borrow().incarnation.clone();
@@ -572,7 +619,7 @@ pub(crate) mod tests {
             id: voxfleet_schema::id::StreamId::new("a").expect("id"),
             gpu_id: voxfleet_schema::id::GpuId::new("g").expect("id"),
         };
-        let handle = Handle::new(names, 1, SessionOptions::default());
+        let handle = Handle::new(names, 1, SessionOptions::default(), None);
         handle.finish();
         let second = Duration::from_secs(1);
         assert!(tokio::time::timeout(second, handle.over()).await.is_err() && !handle.is_released());

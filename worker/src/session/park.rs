@@ -41,8 +41,9 @@ pub(super) async fn write_letter(session: &Session, value: &Final) {
             Err(PublishError::Server(error)) if error.is_transient() && attempt < ATTEMPTS => backoff.wait().await,
             Err(error) => {
                 // The final says it too; the session is worth more than the letter.
-                tracing::error!(
-                    id = %names.id,
+                say!(
+error,
+                    names,
                     from_seq = value.audio.from_seq,
                     to_seq = value.audio.to_seq,
                     error = &error as &dyn std::error::Error,
@@ -57,7 +58,7 @@ pub(super) async fn write_letter(session: &Session, value: &Final) {
 /// Says that it is done.
 pub(super) fn tell(session: &Session, value: &Final) {
     let names = &session.names;
-    tracing::warn!(id = %names.id, index = value.index, "a stretch that kills the engine was set aside");
+    say!(warn, names, index = value.index, "a stretch that kills the engine was set aside");
     let mut event = names.event(What::Parked, value.epoch);
     event.seq = Some(value.audio.from_seq);
     event.error = value.error.clone();

@@ -41,7 +41,7 @@ pub(crate) async fn before_the_end(
                 from = stored.seq + 1;
                 backoff = Backoff::default();
                 let before = match revised.remove(&stored.value.index) {
-                    Some(seq) => asked(&names.id, || chain.revision_at(seq)).await?,
+                    Some(seq) => asked((names.kind, &names.id), || chain.revision_at(seq)).await?,
                     None => None,
                 };
                 if let Some(revision) = revision_of(names, &stored.value, before, &changes) {
@@ -59,13 +59,13 @@ pub(crate) async fn before_the_end(
             // The rest has expired, or stands under another worker's name.
             Ok(_) => break,
             Err(ChainError::Server(error)) if !matches!(error, voxfleet_nats::ServerError::Closed) => {
-                tracing::warn!(id = %names.id, %error, "chain not read, trying again");
+                say!(warn, names, %error, "chain not read, trying again");
                 backoff.wait().await;
             }
             Err(error) => return Err(error),
         }
     }
-    tracing::info!(id = %names.id, voices = changes.len(), revisions, "speakers reconsidered");
+    say!(info, names, voices = changes.len(), revisions, "speakers reconsidered");
     Ok(())
 }
 
@@ -99,7 +99,7 @@ fn revision_of(
 pub(crate) async fn revisions(chain: &Chain, kind: Kind, id: &StreamId) -> Result<BTreeMap<u64, Revision>, ChainError> {
     let mut found = BTreeMap::new();
     for (index, seq) in revisions_from(chain, kind, id, 0).await? {
-        found.extend(asked(id, || chain.revision_at(seq)).await?.map(|revision| (index, revision)));
+        found.extend(asked((kind, id), || chain.revision_at(seq)).await?.map(|revision| (index, revision)));
     }
     Ok(found)
 }
@@ -123,7 +123,7 @@ pub(super) async fn revisions_from(
             }
             Ok(None) => return Ok(found),
             Err(ChainError::Server(error)) if !matches!(error, voxfleet_nats::ServerError::Closed) => {
-                tracing::warn!(%id, %error, "revisions not read, trying again");
+                tracing::warn!(session = kind.session(id), job = kind.job(id), %error, "revisions not read, trying again");
                 backoff.wait().await;
             }
             Err(error) => return Err(error),

@@ -17,6 +17,7 @@ use super::{
     outputs::{Names, without_text},
     park,
     reconsider::before_the_end,
+    spans::Course,
 };
 use crate::{ipc::FinalDraft, lifecycle::Draft};
 
@@ -31,17 +32,21 @@ pub(super) enum Stored {
 pub(super) async fn store_draft(
     session: &Session,
     drafted: Draft,
+    course: Course,
     epoch: u64,
     last: Option<(u64, u64)>,
 ) -> Result<Stored, StoreFailed> {
     match drafted {
-        Draft::Final(draft) => Ok(Stored::Final(Box::new(store(session, *draft, epoch, last).await?))),
+        Draft::Final(draft) => Ok(Stored::Final(Box::new(store(session, *draft, course, epoch, last).await?))),
         Draft::Revision(draft) => {
             let value = session.names.revision_of(*draft, epoch);
             let index = value.index;
-            if !answer(&session.shared.chain, value).await? {
+            let chain = session.shared.chain.traced(course.header());
+            if answer(&chain, value.clone()).await? {
+                course.revised(&session.shared.tracer, &session.names, &value);
+            } else {
                 // Whoever has the session now will be found by the next final.
-                tracing::warn!(id = %session.names.id, index, epoch, "revision is not wanted any more");
+                say!(warn, session.names, index, epoch, "revision is not wanted any more");
             }
             Ok(Stored::Revision)
         }
@@ -97,14 +102,17 @@ impl From<ChainError> for StoreFailed {
 async fn store(
     session: &Session,
     mut draft: FinalDraft,
+    course: Course,
     epoch: u64,
     last: Option<(u64, u64)>,
 ) -> Result<Kept, StoreFailed> {
     let (shared, names): (&Shared, &Names) = (&session.shared, &session.names);
+    let chain = shared.chain.traced(course.header());
+    let publish_ns = course.begins();
     let (predecessor, last_index) = last.unzip();
     if draft.end && draft.speakers.is_some() {
         let options = session.desired.borrow().options.clone();
-        before_the_end(&shared.chain, names, &options, (&mut draft).into(), epoch, last_index).await?;
+        before_the_end(&chain, names, &options, (&mut draft).into(), epoch, last_index).await?;
     }
     let checkpoint_seq = match draft.checkpoint.take() {
         None => None,
@@ -120,23 +128,29 @@ async fn store(
     }
     if let Some(work) = session.work.as_ref().filter(|work| value.end && work.part.is_none()) {
         session.figures.enter(JobStage::Finishing);
+        let begun_ns = course.begins();
         let url = work.aggregate(&shared.chain, &value).await.map_err(StoreFailed::Aggregate)?;
+        course.aggregated(&shared.tracer, names, epoch, begun_ns);
         value.result = Some(url);
     }
-    match shared.chain.store(&value, predecessor).await {
-        Ok(outcome) => Ok(Kept { outcome, value, parked }),
+    let kept = match chain.store(&value, predecessor).await {
+        Ok(outcome) => Kept { outcome, value, parked },
         Err(error) if is_too_large(&error) => {
             let len = codec::to_json(&value).map_err(ChainError::Encode)?.len();
-            tracing::error!(id = %names.id, len, %error, "final too large, stored without its text");
+            say!(error, names, len, %error, "final too large, stored without its text");
             let mut value = without_text(value, len);
             if value.result.is_some() {
                 // The aggregate has its text.
                 value.error = None;
             }
-            Ok(Kept { outcome: shared.chain.store(&value, predecessor).await?, value, parked })
+            Kept { outcome: chain.store(&value, predecessor).await?, value, parked }
         }
-        Err(error) => Err(error.into()),
+        Err(error) => return Err(error.into()),
+    };
+    if matches!(kept.outcome, Outcome::Stored { .. }) {
+        course.stored(&shared.tracer, names, &kept.value, publish_ns);
     }
+    Ok(kept)
 }
 
 /// Writes a checkpoint; gives the sequence under which its final names it. Repeats until the server answers.
@@ -147,8 +161,9 @@ pub(crate) async fn checkpointed(chain: &Chain, names: &Names, checkpoint: &Chec
             Ok(seq) => return Ok(seq),
             Err(error @ ChainError::Encode(_)) => return Err(error),
             Err(error) => {
-                tracing::warn!(
-                    id = %names.id,
+                say!(
+warn,
+                    names,
                     error = &error as &dyn std::error::Error,
                     "checkpoint not written, trying again"
                 );

@@ -256,7 +256,7 @@ impl Holdings {
     pub(crate) fn hint(&self, hint: WaitingHint) {
         match self.get(Kind::Session, &hint.hint.id) {
             Some(handle) => handle.hints.put(hint),
-            None => tracing::trace!(id = %hint.hint.id, "hint for a session not held"),
+            None => tracing::trace!(session = %hint.hint.id, "hint for a session not held"),
         }
     }
 }
@@ -308,7 +308,7 @@ mod tests {
             id: StreamId::new(id).expect("id"),
             gpu_id: voxfleet_schema::id::GpuId::new("g").expect("id"),
         };
-        Arc::new(Handle::new(names, 1, Default::default()))
+        Arc::new(Handle::new(names, 1, Default::default(), None))
     }
 
     #[test]

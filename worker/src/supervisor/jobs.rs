@@ -12,6 +12,7 @@ use voxfleet_schema::{
     fleet::GivenUp,
     id::Kind,
     job::WorkItem,
+    trace::TraceContext,
 };
 
 use super::{Supervisor, WorkerError, holdings::Decision};
@@ -46,10 +47,10 @@ impl Supervisor {
         let decision = self.holdings.consider(Kind::Job, id, epoch, &self.offer(&item.options), Instant::now());
         match self.spared(self.in_stock(decision, item.options.model.as_deref())) {
             // Delivered again while it runs here: its progress acks count for this delivery too.
-            Decision::Held => tracing::debug!(job = %id, epoch, "work item delivered again"),
+            Decision::Held => tracing::debug!(job = %id, gpu = %self.gpu_id, epoch, "work item delivered again"),
             Decision::Refuse(failure) => {
                 let failure = refusal(failure);
-                tracing::info!(job = %id, epoch, %failure, "job refused");
+                tracing::info!(job = %id, gpu = %self.gpu_id, epoch, %failure, "job refused");
                 if failure.class != FailureClass::BadRequest {
                     self.give_up(&item, failure);
                 }
@@ -73,9 +74,10 @@ impl Supervisor {
     fn start(&self, item: WorkItem, ack: WorkAck, jobs: &mut JoinSet<JobFinished>) {
         let names = Names { kind: Kind::Job, id: item.job.clone(), gpu_id: self.gpu_id.clone() };
         self.engine.begins(&names, Known { suspect: item.suspect, ..Known::default() });
-        let handle = Arc::new(Handle::new(names, item.epoch, job_options(&item.options)));
+        let handle = Arc::new(Handle::new(names, item.epoch, job_options(&item.options), item.traceparent));
         self.holdings.put(Arc::clone(&handle));
-        tracing::info!(job = %item.job, epoch = item.epoch, attempt = item.attempt, "job taken");
+        let trace_id = item.traceparent.as_ref().map(TraceContext::trace_text);
+        say!(info, handle.names, epoch = item.epoch, trace_id, attempt = item.attempt, "job taken");
         let job = Job { means: self.means.clone(), item, handle };
         jobs.spawn(run(job, ack));
     }
@@ -84,11 +86,11 @@ impl Supervisor {
         let (handle, end) = finished?;
         let (job, epoch) = (&handle.names.id, handle.epoch());
         match end {
-            None => tracing::info!(%job, epoch, "job released"),
-            Some(JobEnd::Done) => tracing::info!(%job, epoch, "job done"),
-            Some(JobEnd::LetGo) => tracing::info!(%job, epoch, "a higher epoch owns the job"),
+            None => say!(info, handle.names, epoch, "job released"),
+            Some(JobEnd::Done) => say!(info, handle.names, epoch, "job done"),
+            Some(JobEnd::LetGo) => say!(info, handle.names, epoch, "a higher epoch owns the job"),
             Some(JobEnd::GivenUp(failure)) => {
-                tracing::warn!(%job, epoch, %failure, "job given up");
+                say!(warn, handle.names, epoch, %failure, "job given up");
                 // Before it leaves what is held: no heartbeat may know nothing of it.
                 let given_up = GivenUp { kind: Kind::Job, id: job.clone(), epoch, failure };
                 self.holdings.give_up(given_up, Instant::now());
@@ -125,7 +127,7 @@ async fn run(job: Job, ack: WorkAck) -> JobFinished {
                 _ = beats.tick() => {
                     if let Err(error) = ack.progress().await {
                         // The item comes again then, and finds the job held.
-                        tracing::warn!(job = %job.item.job, error = &error as &dyn std::error::Error, "progress not acked");
+                        say!(warn, handle.names, epoch = job.item.epoch, error = &error as &dyn std::error::Error, "progress not acked");
                     }
                 }
             }

@@ -32,6 +32,7 @@ use voxfleet_store::{
     fetch::{FetchError, Fetcher},
     models::ModelStore,
 };
+use voxfleet_trace::Tracer;
 
 use self::{
     ahead::Ahead,
@@ -103,11 +104,12 @@ pub(crate) struct Supervisor {
 
 /// Runs a worker until `shutdown`, or until it has been drained.
 ///
-/// `store`: where models come from that are to be fetched.
+/// `store`: where models come from that are to be fetched; `tracer`: who is told what is done for sessions and jobs.
 pub async fn run(
     nats: Nats,
     config: WorkerConfig,
     store: Option<ModelStore>,
+    tracer: Tracer,
     shutdown: CancellationToken,
 ) -> Result<(), WorkerError> {
     let problems = config.problems();
@@ -155,6 +157,7 @@ pub async fn run(
         args: vec!["engine".to_owned()],
         visible_device: probe.visible_device().to_owned(),
         cores: probe.cores(&config),
+        gpu: probe.gpu_id.as_str().into(),
     };
     let news = Arc::new(Notify::new());
     let stock = Stock::new(Arc::clone(&news));
@@ -176,7 +179,7 @@ pub async fn run(
         provider: config.rent().provider,
         price_per_hour: config.price_per_hour,
     };
-    tracing::info!(gpu_id = %identity.gpu_id, device = first_figures.name, slots = config.slots, "worker starts");
+    tracing::info!(gpu = %identity.gpu_id, device = first_figures.name, slots = config.slots, "worker starts");
 
     let engine_tasks = TaskTracker::new();
     let stop_engine = CancellationToken::new();
@@ -235,10 +238,10 @@ pub async fn run(
             let listening = neighbours::listen(&nats, &me.host, uuid.as_deref(), every);
             let Some(heard) = stop.run_until_cancelled(listening).await else { return };
             if heard.names.contains(&me.gpu_id) {
-                tracing::warn!(gpu_id = %me.gpu_id, "another worker of this host has the same gpu_id, one of them will be superseded");
+                tracing::warn!(gpu = %me.gpu_id, "another worker of this host has the same gpu_id, one of them will be superseded");
             }
             if !heard.on_device.is_empty() {
-                tracing::warn!(gpu_id = %me.gpu_id, uuid, others = ?heard.on_device, "other workers are on this device: all of them share its memory");
+                tracing::warn!(gpu = %me.gpu_id, uuid, others = ?heard.on_device, "other workers are on this device: all of them share its memory");
             }
         }
     });
@@ -264,6 +267,7 @@ pub async fn run(
         log_reads: Arc::new(Semaphore::new(LOG_READS)),
         max_entry,
         name: current,
+        tracer,
     };
     let media = Media::new(&nats);
     let supervisor = Supervisor {

@@ -185,7 +185,7 @@ impl Follow {
         if next != asked
             && let Some(id) = &next
         {
-            tracing::warn!(%id, "to be moved, other tenants need the device");
+            tracing::warn!(session = %id, "to be moved, other tenants need the device");
         }
         next
     }

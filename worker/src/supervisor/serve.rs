@@ -26,6 +26,7 @@ use voxfleet_schema::{
     id::{Kind, StreamId, WorkerName},
     session::SessionOptions,
 };
+use voxfleet_trace::unix_ns;
 
 use super::{
     Supervisor, WorkerError,
@@ -219,7 +220,7 @@ impl Supervisor {
         drop(work_pull);
         let cut_short = self.holdings.all();
         for handle in &cut_short {
-            tracing::info!(id = %handle.names.id, "session let go");
+            say!(info, handle.names, "session let go");
             handle.cancel.cancel();
             self.holdings.remove(handle.names.kind, &handle.names.id);
         }
@@ -306,7 +307,7 @@ impl Supervisor {
         if let Some(handle) = self.holdings.get(kind, id)
             && handle.epoch() <= epoch
         {
-            tracing::info!(%kind, %id, epoch, finish_ms = finish.as_millis() as u64, "released");
+            say!(info, handle.names, epoch, finish_ms = finish.as_millis() as u64, "released");
             if finish.is_zero() {
                 handle.cancel.cancel();
             } else {
@@ -367,7 +368,7 @@ impl Supervisor {
     }
 
     fn assign(&self, assignment: Assignment, sessions: &mut JoinSet<Finished>) -> ControlReply {
-        let Assignment { kind, id, epoch, options, suspect, crashes, suspect_from, .. } = assignment;
+        let Assignment { kind, id, epoch, options, suspect, crashes, suspect_from, traceparent, .. } = assignment;
         if kind != Kind::Session {
             let failure = Failure::new(FailureClass::BadRequest, "jobs come as work items, not by request");
             return ControlReply::Refused(failure);
@@ -377,22 +378,23 @@ impl Supervisor {
         match decision {
             Decision::Held => {}
             Decision::Refuse(failure) => {
-                tracing::info!(%id, epoch, %failure, "assignment refused");
+                tracing::info!(session = %id, gpu = %self.gpu_id, epoch, %failure, "assignment refused");
                 return ControlReply::Refused(failure);
             }
             Decision::Raise => {
                 if let Some(handle) = self.holdings.get(kind, &id) {
-                    tracing::info!(%id, epoch, "session goes on under a new epoch");
+                    say!(info, handle.names, epoch, "session goes on under a new epoch");
                     handle.desired.send_modify(|desired| {
                         desired.epoch = epoch;
                         desired.options = Arc::new(options);
+                        (desired.trace, desired.given_ns) = (traceparent, unix_ns());
                     });
                 }
             }
             Decision::Start => {
                 let names = Names { kind, id, gpu_id: self.gpu_id.clone() };
                 self.engine.begins(&names, Known { suspect, crashes, from: suspect_from, elsewhere: false });
-                let handle = Arc::new(Handle::new(names, epoch, options));
+                let handle = Arc::new(Handle::new(names, epoch, options, traceparent));
                 self.holdings.put(Arc::clone(&handle));
                 let session = handle.session(self.shared.clone(), None);
                 sessions.spawn(async move {
@@ -410,11 +412,10 @@ impl Supervisor {
 
     fn session_ended(&self, finished: Result<Finished, JoinError>) -> Result<(), WorkerError> {
         let (handle, end) = finished?;
-        let id = &handle.names.id;
         let failure = match end {
             None | Some(End::Finished | End::Done | End::Paused) => None,
             Some(End::LetGo { epoch }) => {
-                tracing::info!(%id, held = handle.epoch(), epoch, "a higher epoch owns the session");
+                say!(info, handle.names, held = handle.epoch(), epoch, "a higher epoch owns the session");
                 let mut event = handle.names.event(What::Released, handle.epoch());
                 event.detail = serde_json::json!({ "owned_by_epoch": epoch });
                 self.shared.events.tell(event, None);

@@ -162,7 +162,8 @@ impl Core {
             let failure = self.queue_full(&submission.id, why, now);
             return self.refuse(call, failure);
         }
-        let record = submission.record(now);
+        let (traceparent, opening) = self.opens(submission.trace, now);
+        let record = JobRecord { traceparent, ..submission.record(now) };
         let whole = record.parent().and_then(|parent| self.jobs.book.job(parent));
         if let Some(whole) = whole.filter(|whole| !is_part_of(&record, whole.wanted())) {
             let why = format!("it is no part of job {}: that has another recording or other options", whole.record.id);
@@ -172,6 +173,7 @@ impl Core {
         let recording = submission.recording.take();
         let mut job = Job::new(record.clone(), None, chain, now.mono);
         job.submits.push(call);
+        job.opening = opening;
         let putting = recording.is_some();
         if putting {
             job.enter(Stage::Putting(Box::new(record.clone())), now.mono);

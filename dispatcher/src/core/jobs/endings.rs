@@ -184,6 +184,7 @@ impl Core {
             _ => What::Done,
         };
         let (event, not_kept) = (record.clone(), job.not_kept);
+        self.job_closed_span(&event, now);
         self.job_event(&id, what, now, |e| {
             e.epoch = Some(event.epoch);
             e.gpu_id = event.worker.map(|w| w.gpu_id.to_string());

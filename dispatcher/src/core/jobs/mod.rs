@@ -216,6 +216,10 @@ impl Jobs {
         load.assigned().filter_map(|id| self.book.job(id))
     }
 
+    pub(super) fn record(&self, id: &StreamId) -> Option<&JobRecord> {
+        self.book.job(id).map(|job| &job.record)
+    }
+
     /// Those that are not at rest in the queue.
     pub(super) fn jobs(&self) -> impl Iterator<Item = &Job> {
         self.book.busy().filter_map(|id| self.book.job(id))

@@ -6,7 +6,7 @@ use voxfleet_schema::{
     failure::{Failure, FailureClass},
     fleet::WorkerHealth,
     id::{StreamId, WorkerName},
-    job::{JobRecord, JobState},
+    job::{JobRecord, JobState, WorkItem},
     transcript::VadKind,
 };
 
@@ -175,7 +175,7 @@ impl Core {
         if done && let Some(load) = self.fleet.job_load_mut(worker) {
             load.let_go(id);
             self.jobs.place_due = true;
-            self.log_job_slot("job released", id, epoch, worker);
+            self.log_job_slot("job released", id, epoch, worker, self.jobs.record(id).and_then(|r| r.traceparent.as_ref()));
         }
     }
 
@@ -189,10 +189,12 @@ impl Core {
         };
         (job.instead, job.planned) = (job.record.instead.clone(), true);
         self.fleet.touch(&worker);
-        let item = Box::new(request::work_item(&job.record));
+        let item = request::work_item(&job.record);
         let publish = !job.taken;
         job.enter(Stage::Sending, now.mono);
         self.jobs.book.file(id);
+        let traceparent = self.handed(item.traceparent.as_ref(), item.epoch);
+        let item = Box::new(WorkItem { traceparent, ..item });
         self.job_effect(JobEffect::Send { worker, item, publish });
     }
 

@@ -39,10 +39,13 @@ impl Core {
         let told = std::mem::replace(&mut job.told_instead, instead.clone());
         let asked = job.record.options.model.clone();
         instead::name_models(&mut detail, instead.as_ref());
-        self.log_job_slot("job assigned", id, epoch, &worker);
+        let trace = job.record.traceparent;
+        self.log_job_slot("job assigned", id, epoch, &worker, trace.as_ref());
+        self.job_assigned(id, &worker, now);
         let gpu_id = worker.gpu_id.to_string();
         if let Some(from) = moved_from {
             let why = self.why_moved(&from);
+            self.job_moved(id, &from, &worker, why, now);
             self.job_event(id, What::Moved, now, |e| {
                 (e.epoch, e.gpu_id) = (Some(epoch), Some(gpu_id.clone()));
                 e.detail = serde_json::json!({ "from": from, "to": worker, "why": why });

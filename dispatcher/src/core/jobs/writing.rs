@@ -154,6 +154,9 @@ impl Core {
         let submits = std::mem::take(&mut job.submits);
         let record = job.record.clone();
         let told_waiting = job.told_waiting;
+        if let Some(opening) = job.opening.take() {
+            self.job_opened(&record, opening, now);
+        }
         if record.state.has_ended() {
             return self.job_ended(*job, submits, now);
         }

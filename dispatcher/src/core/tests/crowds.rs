@@ -21,7 +21,7 @@ fn ten_thousand_opens_at_once_are_admitted_in_order_and_cost_no_reads_beyond_the
     world.keep = |e| matches!(e, Effect::Load { .. });
     let start = std::time::Instant::now();
     for n in 0..10_000u64 {
-        world.core.ask_about(&id(&format!("s{n:05}")), CallId(n), Asked::Open(Box::default()), world.now);
+        world.core.ask_about(&id(&format!("s{n:05}")), CallId(n), Asked::Open(Box::default(), None), world.now);
         world.run();
     }
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
@@ -62,7 +62,7 @@ fn refusals_stay_distinct_without_a_read() {
     world.keep = |e| matches!(e, Effect::Load { .. });
     let open = |world: &mut World, call: u64, model: Option<&str>| {
         let options = SessionOptions { model: model.map(str::to_owned), ..SessionOptions::default() };
-        world.ask(call, &format!("s{call}"), Asked::Open(Box::new(options)));
+        world.ask(call, &format!("s{call}"), Asked::Open(Box::new(options), None));
         world.answers.iter().find(|(c, _)| *c == CallId(call)).map(|(_, a)| a.clone())
     };
     assert_eq!(refused(open(&mut world, 1, Some("nobodys"))), FailureClass::ModelMissing);
@@ -91,7 +91,7 @@ fn who_waits_comes_before_who_asks_anew() {
     let Some(Effect::Release { worker, id: session, epoch, .. }) = world.kept.pop() else { panic!("a release") };
     world.core.released(&worker, &session, epoch, true, world.now);
     // Its slot is free, and nobody has looked at the queue yet.
-    world.core.ask_about(&id("new"), CallId(1), Asked::Open(Box::default()), world.now);
+    world.core.ask_about(&id("new"), CallId(1), Asked::Open(Box::default(), None), world.now);
     world.run();
     assert_eq!(world.state("s4"), SessionState::Assigned);
     assert_eq!(refused(world.answers.pop().map(|(_, a)| a)), FailureClass::NoCapacity);
@@ -161,7 +161,7 @@ fn a_model_that_one_session_will_load_leaves_no_room_for_another_until_its_heart
     world.beat(0, two);
     let open = |world: &mut World, call: u64, model: &str| {
         let options = SessionOptions { model: Some(model.to_owned()), ..SessionOptions::default() };
-        world.ask(call, &format!("s{call}"), Asked::Open(Box::new(options)));
+        world.ask(call, &format!("s{call}"), Asked::Open(Box::new(options), None));
         matches!(world.answers.last(), Some((c, Answer::Opened(_))) if *c == CallId(call))
     };
     assert!(open(&mut world, 1, "a") && open(&mut world, 2, "a"));

@@ -74,7 +74,7 @@ fn pressed(b: &mut Heartbeat) {
 
 fn open(world: &mut World, name: &str, model: &str, policy: Policy) {
     let options = SessionOptions { model: Some(model.to_owned()), policy, ..SessionOptions::default() };
-    world.ask(world.answers.len() as u64, name, Asked::Open(Box::new(options)));
+    world.ask(world.answers.len() as u64, name, Asked::Open(Box::new(options), None));
     assert_eq!(world.state(name), SessionState::Assigned, "{:?}", world.answers.last());
 }
 
@@ -207,7 +207,7 @@ fn what_is_pressed_away_does_not_come_back_while_the_pressure_lasts() {
     world.seconds(60, beats(&[pressed, pressed]));
     assert_eq!((owner(&world, "s").as_str(), world.told(What::Moved)), ("g1", 1));
     let options = SessionOptions { model: Some("small".to_owned()), ..SessionOptions::default() };
-    world.ask(99, "new", Asked::Open(Box::new(options)));
+    world.ask(99, "new", Asked::Open(Box::new(options), None));
     assert_eq!(refused(world.answers.pop().map(|(_, a)| a)), FailureClass::NoCapacity);
     world.seconds(2, beats(&[pressed, roomy]));
     assert_eq!((owner(&world, "s").as_str(), world.told(What::Moved)), ("g1", 1));
@@ -266,7 +266,7 @@ fn who_is_refused_everywhere_is_told_nothing_of_stand_ins() {
     beats(&[crowded])(&mut world);
     world.keep = |e| matches!(e, Effect::Ask { .. });
     let options = SessionOptions { model: Some("medium".to_owned()), ..SessionOptions::default() };
-    world.ask(1, "s", Asked::Open(Box::new(options)));
+    world.ask(1, "s", Asked::Open(Box::new(options), None));
     let Some(Effect::Ask { worker, assignment }) = world.kept.pop() else { panic!("asked") };
     let no = AskReply::Refused(Failure::new(FailureClass::NoCapacity, "no permit"));
     world.audio("s", 1);
@@ -298,7 +298,7 @@ fn a_gpu_of_a_service_that_runs_on_its_cpu_calls_the_reserve() {
     assert_eq!(owner(&world, "s"), "g1");
     world.seconds(2, beats(&[fallen, full]));
     let options = SessionOptions { model: Some("small".to_owned()), ..SessionOptions::default() };
-    world.ask(50, "new", Asked::Open(Box::new(options)));
+    world.ask(50, "new", Asked::Open(Box::new(options), None));
     assert!(matches!(world.answers.last(), Some((_, Answer::Refused(_)))), "the map says no CPU");
 }
 

@@ -91,7 +91,7 @@ fn a_quarter_of_the_slots_moves_at_once_the_most_important_first() {
     for (n, name) in names.iter().enumerate() {
         let priority = if n >= 6 { Priority::High } else { Priority::Normal };
         let options = SessionOptions { priority, ..SessionOptions::default() };
-        world.ask(n as u64, name, crate::sessions::Asked::Open(Box::new(options)));
+        world.ask(n as u64, name, crate::sessions::Asked::Open(Box::new(options), None));
     }
     world.beat(1, slots);
     world.keep = |e| matches!(e, Effect::Ask { .. });

@@ -117,7 +117,7 @@ fn play(site: &mut Site, next: &Move) {
             }
         }
         Move::Open(n) => {
-            site.core.ask_about(&session(n), CallId(1), crate::sessions::Asked::Open(Box::default()), site.now);
+            site.core.ask_about(&session(n), CallId(1), crate::sessions::Asked::Open(Box::default(), None), site.now);
             site.gather();
         }
         Move::Close(n) => {

@@ -117,7 +117,7 @@ fn gpus_that_a_predecessor_has_heard_count() {
     world.core.recover_fleet(vec![key], world.now);
     let policy = voxfleet_schema::session::Policy::ExactModel;
     let options = SessionOptions { model: Some("small".to_owned()), policy, ..SessionOptions::default() };
-    world.ask(1, "s", crate::sessions::Asked::Open(Box::new(options)));
+    world.ask(1, "s", crate::sessions::Asked::Open(Box::new(options), None));
     assert_eq!(refused(world.answers.pop().map(|(_, a)| a)), FailureClass::NoWorkers, "no silent CPU");
 }
 

@@ -142,7 +142,7 @@ fn dies_beside_a_cpu(mut world: World) -> World {
     let cpu = |w: &mut World| w.beat(1, |b| b.device.index = None);
     world.beat(0, |_| ());
     cpu(&mut world);
-    world.ask(1, "s", Asked::Open(Box::new(exact())));
+    world.ask(1, "s", Asked::Open(Box::new(exact()), None));
     assert_eq!(world.assigned, [("s".to_owned(), "g0".to_owned(), 1)]);
     world.seconds(8, cpu);
     world
@@ -201,7 +201,7 @@ fn nobody_is_missed_while_the_own_link_is_in_doubt() {
 fn a_service_may_name_a_worker_that_has_no_gpu() {
     let mut world = mapped(&[("asr", service(&["g0"], &[]))]);
     world.beat(0, |b| b.device.index = None);
-    world.ask(1, "s", Asked::Open(Box::new(exact())));
+    world.ask(1, "s", Asked::Open(Box::new(exact()), None));
     assert_eq!(world.assigned, [("s".to_owned(), "g0".to_owned(), 1)]);
 }
 
@@ -229,7 +229,7 @@ fn each_service_keeps_to_its_own_gpus_and_limits() {
     });
     let open = |world: &mut World, call: u64, model: Option<&str>| {
         let options = SessionOptions { model: model.map(str::to_owned), ..SessionOptions::default() };
-        world.ask(call, &format!("s{call}"), Asked::Open(Box::new(options)));
+        world.ask(call, &format!("s{call}"), Asked::Open(Box::new(options), None));
         match world.answers.last() {
             Some((_, Answer::Opened(opened))) => Ok(opened.worker.gpu_id.to_string()),
             Some((_, Answer::Refused(failure))) => Err(failure.class),

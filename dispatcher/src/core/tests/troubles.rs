@@ -105,7 +105,7 @@ fn nobody_overtakes_who_waits_longer() {
         Heartbeat { seq: 1, slots: voxfleet_schema::fleet::Slots { total: 5, used: 0 }, ..testing::beat("g0", "i") },
         world.now,
     );
-    world.ask(2, "second", crate::sessions::Asked::Open(Box::new(world.record("second").options.clone())));
+    world.ask(2, "second", crate::sessions::Asked::Open(Box::new(world.record("second").options.clone()), None));
     assert_eq!((world.state("first"), world.state("second")), (SessionState::Assigned, SessionState::Waiting));
     assert!(matches!(world.answers.last(), Some((CallId(2), Answer::Refused(_)))));
 }
@@ -167,7 +167,7 @@ fn a_refused_reopening_changes_nothing() {
     let before = world.record("s").clone();
     assert!(before.implicit && before.state == SessionState::Ended);
     let options = SessionOptions { model: Some("nothing".to_owned()), ..SessionOptions::default() };
-    world.ask(1, "s", crate::sessions::Asked::Open(Box::new(options)));
+    world.ask(1, "s", crate::sessions::Asked::Open(Box::new(options), None));
     assert_eq!(refused(world.answers.pop().map(|(_, a)| a)), FailureClass::ModelMissing);
     assert_eq!(*world.record("s"), before);
 }
@@ -180,7 +180,7 @@ fn a_smaller_model_is_what_the_worker_is_told_and_the_record_keeps_what_was_aske
     });
     world.keep = |e| matches!(e, Effect::Ask { .. });
     let options = SessionOptions { model: Some("medium".to_owned()), ..SessionOptions::default() };
-    world.ask(1, "s", crate::sessions::Asked::Open(Box::new(options.clone())));
+    world.ask(1, "s", crate::sessions::Asked::Open(Box::new(options.clone()), None));
     let Some(Effect::Ask { worker, assignment }) = world.kept.pop() else { panic!("asked") };
     assert_eq!(assignment.options, SessionOptions { model: Some("base".to_owned()), ..options.clone() });
     world.core.asked(&id("s"), 1, &worker, AskReply::Taken, world.now);
@@ -191,7 +191,7 @@ fn a_smaller_model_is_what_the_worker_is_told_and_the_record_keeps_what_was_aske
         let event = world.told.iter().find(|e| e.what == what).expect("told");
         assert_eq!((&event.detail["model"], &event.detail[asked]), (&"base".into(), &"medium".into()));
     }
-    world.ask(2, "s", crate::sessions::Asked::Open(Box::new(options)));
+    world.ask(2, "s", crate::sessions::Asked::Open(Box::new(options), None));
     assert!(matches!(world.answers.last(), Some((CallId(2), Answer::Opened(_)))), "asking again says the same");
 }
 
@@ -200,7 +200,7 @@ fn refusals_of_an_open_say_what_is_missing() {
     let ask = |world: &mut World, model: &str| {
         let options =
             SessionOptions { model: Some(model.to_owned()), policy: Policy::ExactModel, ..SessionOptions::default() };
-        world.ask(1, "new", crate::sessions::Asked::Open(Box::new(options)));
+        world.ask(1, "new", crate::sessions::Asked::Open(Box::new(options), None));
         refused(world.answers.pop().map(|(_, a)| a))
     };
     let mut world = World::new(0);
@@ -345,7 +345,7 @@ fn audio_behind_an_end_is_read_again_until_this_dispatcher_has_written_the_key()
     world.run();
     assert!(matches!(world.kept.pop(), Some(Effect::Walk { .. })));
     let walker = Box::new(Walker::after(&end_final("s", 0, 1, 2)));
-    let opener = Some(Opener { seq: 3, options: None, source: None });
+    let opener = Some(Opener { seq: 3, options: None, source: None, trace: None });
     world.core.walked(&id("s"), Ok(WalkEnd { walker, opener, rejected: Vec::new(), last: None }), world.now);
     world.run();
     assert_eq!(world.core.cursor(), 2);
@@ -367,7 +367,7 @@ fn audio_behind_an_end_that_a_predecessor_wrote_late_goes_on() {
     let walked = |world: &mut World| {
         assert!(matches!(world.kept.pop(), Some(Effect::Walk { .. })), "{:?}", world.kept);
         let walker = Box::new(Walker::after(&end_final("s", 0, 1, 2)));
-        let opener = Some(Opener { seq: 3, options: None, source: None });
+        let opener = Some(Opener { seq: 3, options: None, source: None, trace: None });
         world.core.walked(&id("s"), Ok(WalkEnd { walker, opener, rejected: Vec::new(), last: None }), world.now);
         world.run();
     };

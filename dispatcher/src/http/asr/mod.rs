@@ -54,6 +54,7 @@ use voxfleet_nats::api::{self, ApiError, Endpoint};
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
     session::{OpenRequest, Opened},
+    trace::{TRACEPARENT, TraceContext},
 };
 
 use super::{Site, limits::SocketLimits};
@@ -119,17 +120,21 @@ async fn asr(
     if let Some(seat) = &seat {
         seat.stays();
     }
-    let given = headers.get("traceparent").and_then(|value| value.to_str().ok());
-    let traceparent = uplink::traceparent(given);
+    let trace = traced_by(&headers);
     let tasks = site.tasks.clone();
     let upgrade = upgrade.max_message_size(MOST_READ).max_frame_size(MOST_READ);
     let held = Held { _place: place, _seat: seat, _open: Open::new("websocket") };
     Ok(upgrade.on_upgrade(move |socket| {
         tasks.track_future(async move {
-            serve(site, socket, wish, traceparent).await;
+            serve(site, socket, wish, trace).await;
             drop(held);
         })
     }))
+}
+
+/// The trace that a request is part of.
+pub(in crate::http) fn traced_by(headers: &HeaderMap) -> Option<TraceContext> {
+    TraceContext::parse(headers.get(TRACEPARENT)?.to_str().ok()?)
 }
 
 /// What a socket has until its end: a place among sockets, its connection's among all, and its part of the figures.
@@ -140,13 +145,13 @@ struct Held {
 }
 
 /// One client, from its coming to its end.
-async fn serve(site: Site, socket: WebSocket, wish: Wish, traceparent: String) {
+async fn serve(site: Site, socket: WebSocket, wish: Wish, trace: Option<TraceContext>) {
     let (sink, mut stream) = socket.split();
     let logged = Arc::new(watch::Sender::new(Logged::default()));
     let mut speaker = Speaker::new(&site.nats, &wish.session, sink, logged.subscribe());
-    let goodbye = match open(&site, &wish, &traceparent).await {
+    let goodbye = match open(&site, &wish, trace.as_ref()).await {
         Err(goodbye) => Some(goodbye),
-        Ok(opened) => session(&site, &mut speaker, &mut stream, &wish, &opened, traceparent, logged).await,
+        Ok(opened) => session(&site, &mut speaker, &mut stream, &wish, &opened, trace, logged).await,
     };
     let Some(goodbye) = goodbye else { return };
     tracing::debug!(session = %wish.session, code = goodbye.code, reason = goodbye.reason(), "socket closed");
@@ -157,9 +162,9 @@ async fn serve(site: Site, socket: WebSocket, wish: Wish, traceparent: String) {
     let _ = timeout(patience, rest).await;
 }
 
-async fn open(site: &Site, wish: &Wish, traceparent: &str) -> Result<Opened, Goodbye> {
+async fn open(site: &Site, wish: &Wish, trace: Option<&TraceContext>) -> Result<Opened, Goodbye> {
     let request = OpenRequest { session: wish.session.clone(), options: wish.options.clone() };
-    let opening = api::request(&site.nats, Endpoint::SessionOpen, &request, OPEN);
+    let opening = api::request_traced(&site.nats, Endpoint::SessionOpen, &request, trace, OPEN);
     let goodbye = match site.shutdown.run_until_cancelled(opening).await {
         Some(Ok(opened)) => return Ok(opened),
         Some(Err(refused @ ApiError::Refused(_))) => return Err(Goodbye::not_opened(refused)),
@@ -167,7 +172,7 @@ async fn open(site: &Site, wish: &Wish, traceparent: &str) -> Result<Opened, Goo
         None => Goodbye::restart(),
     };
     // It may have been opened with nobody here to hear it, and a session that nobody speaks in holds a slot: it gets its end.
-    let uplink = Uplink::new(&site.nats, wish.session.clone(), traceparent.to_owned(), site.shutdown.clone());
+    let uplink = Uplink::new(&site.nats, wish.session.clone(), trace.cloned(), site.shutdown.clone());
     if let Ok(uplink) = uplink {
         let (_, nothing) = mpsc::channel(1);
         site.tasks.spawn(uplink.run(nothing, Arc::new(watch::Sender::new(Logged::default()))));
@@ -191,11 +196,11 @@ async fn session(
     stream: &mut SplitStream<WebSocket>,
     wish: &Wish,
     opened: &Opened,
-    traceparent: String,
+    trace: Option<TraceContext>,
     logged: Arc<watch::Sender<Logged>>,
 ) -> Option<Goodbye> {
     let (audio, pieces) = mpsc::channel(uplink::WAITING);
-    match Uplink::new(&site.nats, wish.session.clone(), traceparent, site.shutdown.clone()) {
+    match Uplink::new(&site.nats, wish.session.clone(), trace, site.shutdown.clone()) {
         Ok(uplink) => {
             let logged = logged.clone();
             site.tasks.spawn(uplink.run(pieces, logged));

@@ -22,6 +22,7 @@ use voxfleet_schema::{
     audio::{ASR_END, ASR_FORMAT, ASR_SEQ, ASR_SOURCE, AudioFormat},
     failure::{Failure, FailureClass},
     id::{IdError, SourceId, StreamId},
+    trace::{TRACEPARENT, TraceContext},
 };
 
 /// Longest entry: two seconds of what most send, a third of one of the widest common format.
@@ -57,7 +58,8 @@ pub(crate) struct Uplink {
     log: AudioLog,
     id: StreamId,
     source: SourceId,
-    traceparent: String,
+    /// Its client's, as it is written.
+    trace: Option<String>,
     next: u64,
     stop: CancellationToken,
 }
@@ -66,12 +68,12 @@ impl Uplink {
     pub(crate) fn new(
         nats: &Nats,
         id: StreamId,
-        traceparent: String,
+        trace: Option<TraceContext>,
         stop: CancellationToken,
     ) -> Result<Self, IdError> {
         // New for each socket, so that somebody who comes back is not taken for a repetition of himself.
         let source = SourceId::new(Uuid::new_v4().simple().to_string())?;
-        Ok(Self { log: AudioLog::new(nats), id, source, traceparent, next: 0, stop })
+        Ok(Self { log: AudioLog::new(nats), id, source, trace: trace.map(|trace| trace.to_string()), next: 0, stop })
     }
 
     /// Logs what comes until nobody sends any more, then the end.
@@ -115,8 +117,8 @@ impl Uplink {
             (ASR_SEQ, seq.as_str()),
             (ASR_SOURCE, self.source.as_str()),
             (ASR_FORMAT, format.as_str()),
-            ("traceparent", self.traceparent.as_str()),
         ];
+        headers.extend(self.trace.as_deref().map(|trace| (TRACEPARENT, trace)));
         if end {
             headers.push((ASR_END, "1"));
         }
@@ -198,23 +200,6 @@ impl Gathering {
     }
 }
 
-/// The caller's trace context where it has its form, else a new one.
-pub(crate) fn traceparent(given: Option<&str>) -> String {
-    let is_hex = |part: &str| part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    let well_formed = |text: &&str| {
-        let parts: Vec<&str> = text.split('-').collect();
-        let lengths: Vec<usize> = parts.iter().map(|part| part.len()).collect();
-        lengths == [2, 32, 16, 2] && parts.iter().all(|part| is_hex(part))
-    };
-    given.filter(well_formed).map_or_else(
-        || {
-            let span = Uuid::new_v4().simple().to_string();
-            format!("00-{}-{}-01", Uuid::new_v4().simple(), &span[..16])
-        },
-        str::to_owned,
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,17 +243,6 @@ mod tests {
         let mut gathering = Gathering::default();
         while let Some(entry) = gathering.next(&mut audio).await {
             assert_eq!(entry.bytes.len() % 6, 0);
-        }
-    }
-
-    #[test]
-    fn a_trace_goes_on_where_it_has_its_form() {
-        let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-        assert_eq!(traceparent(Some(good)), good);
-        for bad in [None, Some(""), Some("00-x-y-01"), Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0\n")]
-        {
-            let made = traceparent(bad);
-            assert!(Some(made.as_str()) != bad && traceparent(Some(&made)) == made, "{made}");
         }
     }
 

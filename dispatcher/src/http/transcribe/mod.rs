@@ -54,6 +54,7 @@ use voxfleet_schema::{
     failure::FailureClass,
     id::StreamId,
     job::{AudioUrl, JobQuery, JobStatus, Submitted, own_recording, upload_key},
+    trace::TraceContext,
 };
 
 use super::{Site, api::refusal, limits::UploadLimits, reading::final_view};
@@ -99,6 +100,7 @@ async fn transcribe(
     request: Request,
 ) -> Result<Response, Refusal> {
     let events = accepts_events(request.headers());
+    let trace = super::asr::traced_by(request.headers());
     let (mut wish, place) = match begin(&site, &pairs) {
         Ok(begun) => begun,
         Err(refusal) => {
@@ -116,7 +118,7 @@ async fn transcribe(
     };
     drop(place);
     let id = received.id.clone();
-    let submitted = submit(&site.nats, &wish, received).await?;
+    let submitted = submit(&site.nats, &wish, received, trace.as_ref()).await?;
     if !wish.wait {
         let answer = json!({ "job": submitted.job, "state": submitted.state });
         return Ok((StatusCode::ACCEPTED, Json(answer)).into_response());
@@ -332,13 +334,18 @@ async fn is_the_same(nats: &Nats, id: &StreamId, audio: &str, digest: Option<&st
     }
 }
 
-async fn submit(nats: &Nats, wish: &Wish, received: Received) -> Result<Submitted, Refusal> {
+async fn submit(
+    nats: &Nats,
+    wish: &Wish,
+    received: Received,
+    trace: Option<&TraceContext>,
+) -> Result<Submitted, Refusal> {
     let Received { id, lies } = received;
     let (key, digest) = match lies {
-        Lies::Known { audio } => return ask(nats, wish, &id, &audio).await.map_err(NotTaken::refusal),
+        Lies::Known { audio } => return ask(nats, wish, &id, &audio, trace).await.map_err(NotTaken::refusal),
         Lies::Own { key, digest } => (key, digest),
     };
-    let refused = match ask(nats, wish, &id, &AudioUrl::object(&key)).await {
+    let refused = match ask(nats, wish, &id, &AudioUrl::object(&key), trace).await {
         Ok(submitted) => return Ok(submitted),
         // It may have been taken, and then its recording is needed.
         Err(NotTaken::Unanswered(refusal)) => return Err(refusal),
@@ -353,7 +360,7 @@ async fn submit(nats: &Nats, wish: &Wish, received: Received) -> Result<Submitte
     match first {
         Ok(Some(audio)) => {
             is_the_same(nats, &id, &audio, digest.as_deref()).await?;
-            ask(nats, wish, &id, &audio).await.map_err(NotTaken::refusal)
+            ask(nats, wish, &id, &audio, trace).await.map_err(NotTaken::refusal)
         }
         Ok(None) | Err(_) => Err(refused),
     }
@@ -374,9 +381,15 @@ impl NotTaken {
     }
 }
 
-async fn ask(nats: &Nats, wish: &Wish, id: &StreamId, audio: &str) -> Result<Submitted, NotTaken> {
+async fn ask(
+    nats: &Nats,
+    wish: &Wish,
+    id: &StreamId,
+    audio: &str,
+    trace: Option<&TraceContext>,
+) -> Result<Submitted, NotTaken> {
     let request = wish.request(id, audio).map_err(|error| NotTaken::Refused(bad(error)))?;
-    match api::request(nats, Endpoint::JobSubmit, &request, SUBMIT).await {
+    match api::request_traced(nats, Endpoint::JobSubmit, &request, trace, SUBMIT).await {
         Ok(submitted) => Ok(submitted),
         Err(error @ ApiError::Refused(_)) => Err(NotTaken::Refused(refusal(error))),
         Err(error) => Err(NotTaken::Unanswered(refusal(error))),
