@@ -171,7 +171,9 @@ async fn silent_clients_keep_nobody_out_and_are_sent_away() -> Result<()> {
         .await?;
     let url = ready(&fleet).await?;
     let host = url.strip_prefix("http://").context("plain http")?;
-    let login = format!("POST /api/login HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: 40\r\n\r\n{{\"tok");
+    let login = format!(
+        "POST /api/login HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: 40\r\n\r\n{{\"tok"
+    );
     let mut slow = TcpStream::connect(host).await?;
     let begun = Instant::now();
     slow.write_all(login.as_bytes()).await?;

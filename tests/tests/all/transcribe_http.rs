@@ -365,9 +365,11 @@ async fn uploads_of_one_name_do_not_touch_each_other() -> Result<()> {
     let (other, _) = recording(741, 12.0)?;
     let (first, other) = (first.wav(), other.wav());
     let under_way = || async {
-        eventually("all three are being stored", SOON, || async { stored_bytes(&fleet).await.ok().filter(|n| *n > 390_000) })
-            .await
-            .with_context(|| fleet.logs())
+        eventually("all three are being stored", SOON, || async {
+            stored_bytes(&fleet).await.ok().filter(|n| *n > 390_000)
+        })
+        .await
+        .with_context(|| fleet.logs())
     };
     let of = |name: &'static str, keys: Vec<String>| {
         keys.into_iter().filter(|key| key.starts_with(&format!("audio/{name}/"))).collect::<Vec<_>>()
@@ -434,7 +436,8 @@ async fn who_does_not_send_loses_his_place_and_nobody_gets_more_than_there_is() 
     // Each of them fits, both do not: the second is told to come again, and what is kept for results stays free.
     let most = vec![1u8; 2 << 20];
     let first = Halves::begin(&url, "?wait=false", "audio/wav", &most).await?;
-    eventually("half of the first", SOON, || async { stored_bytes(&fleet).await.ok().filter(|n| *n > 900_000) }).await?;
+    eventually("half of the first", SOON, || async { stored_bytes(&fleet).await.ok().filter(|n| *n > 900_000) })
+        .await?;
     eventually("the second is refused", SOON, || async {
         let answer = post(&url, "?wait=false", &[wav_type], &most).await.ok()?;
         (answer.status == 503 && answer.text().contains("other recordings")).then_some(())
