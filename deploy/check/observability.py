@@ -128,6 +128,8 @@ def rules(names):
     if runbook.is_file():
         section = re.search(r"^## Alerts$(.*?)(?=^## |\Z)", runbook.read_text(), re.M | re.S)
         headings = {h.strip() for h in re.findall(r"^### (.*)$", section[1] if section else "", re.M)}
+        every = [h.strip().lower() for h in re.findall(r"^##+ (.*)$", runbook.read_text(), re.M)]
+        report("docs/runbook.md: one section a heading", [f"{h} stands there twice" for h in sorted(set(every)) if every.count(h) > 1])
     fires, silent, worded = set(), 0, set()
     for test in tests:
         for moment in test.get("promql_expr_test", []):
