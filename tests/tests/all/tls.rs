@@ -88,9 +88,9 @@ async fn a_fleet_behind_tls_keys_and_another_prefix() -> Result<()> {
 }
 
 /// 1 January of these years, in s.
-const UNTIL_2041: u64 = 2_240_524_800;
-const UNTIL_2042: u64 = 2_272_060_800;
-const UNTIL_2043: u64 = 2_303_596_800;
+const UNTIL_2041: u64 = 2_240_611_200;
+const UNTIL_2042: u64 = 2_272_147_200;
+const UNTIL_2043: u64 = 2_303_683_200;
 
 /// Who is to renew what: the process its own two, and the servers theirs, which only a handshake shows.
 #[tokio::test(flavor = "multi_thread")]
