@@ -101,11 +101,12 @@ function tellLosses(tiles, before, full) {
 
 // ---- whether the figures are fresh
 
-const signedOut = () => shared.me.login && !shared.me.roles?.length;
+// A producer's token sends audio and reads nothing.
+const signedOut = () => shared.me.login && !shared.me.roles?.includes("viewer");
 
 // What stands above everything: [text, kind], the worst first.
 function bannerOf(age, fresh) {
-  if (signedOut()) return ["Sign in to see the fleet.", "warn"];
+  if (signedOut()) return [shared.me.roles?.length ? "This token may send audio and not read: sign in with a viewer's to see the fleet." : "Sign in to see the fleet.", "warn"];
   if (age === null) return [performance.now() > 4000 ? "The dispatcher has not answered yet; trying again." : "", "bad"];
   if (!fresh) {
     return [`Connection to the dispatcher lost. The figures are ${span(age)} old, from ${clock(view.at_ms)}; trying again.`, "bad"];

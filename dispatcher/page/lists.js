@@ -128,19 +128,30 @@ function emptyEvents() {
   say($("events-empty"), $("events-rows").firstElementChild ? "" : "Nothing has happened yet.");
 }
 
-// Under load hundreds arrive in a second; they reach the page together, once in a frame.
+// Under load hundreds arrive in a second; they reach the page together, once in a frame. A page that nobody sees has no frames:
+// what waits there is bounded, for each kind by itself, so that a noisy one pushes no other out.
 let arrived = [];
+let waiting_frame = false;
 export function addEvent(row) {
-  if (arrived.length === 0) requestAnimationFrame(flushEvents);
+  if (!waiting_frame) requestAnimationFrame(flushEvents);
+  waiting_frame = true;
   arrived.push(row);
+  if (arrived.length >= 8 * EVENTS_KEPT) arrived = newestOfEach(arrived);
   if (row.kind === "job") soonJobs();
+}
+
+function newestOfEach(rows) {
+  const left = {};
+  const stays = (row) => (left[row.kind] = (left[row.kind] ?? EVENTS_KEPT) - 1) >= 0;
+  return rows.reverse().filter(stays).reverse();
 }
 
 function flushEvents() {
   // The list that was asked for and the stream overlap.
   const known = new Set(Object.values(kept).flat().map(nameOf));
-  const rows = arrived.slice(-EVENTS_KEPT).reverse().filter((row) => !known.has(nameOf(row)));
+  const rows = newestOfEach(arrived).reverse().filter((row) => !known.has(nameOf(row)));
   arrived = [];
+  waiting_frame = false;
   keep(rows);
   const list = $("events-rows");
   list.prepend(...rows.filter((row) => shown_kind === "all" || row.kind === shown_kind).map(eventRow));

@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, io, path::Path};
 
-use axum::http::{HeaderMap, Uri, header};
+use axum::{
+    extract::Query,
+    http::{HeaderMap, Uri, header},
+};
 use sha2::{Digest, Sha256};
 
 use crate::config::HttpConfig;
@@ -17,7 +20,7 @@ pub const MIN_TOKEN_CHARS: usize = 16;
 pub enum Role {
     /// Read figures and transcripts.
     Viewer,
-    /// Send audio and recordings, and read.
+    /// Send audio and recordings, and be told what becomes of them.
     Producer,
     /// Drain GPUs, send dead letters again, and read.
     Operator,
@@ -35,7 +38,7 @@ impl Role {
     }
 }
 
-/// A set of roles; whoever has any may read.
+/// A set of roles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Roles {
     viewer: bool,
@@ -45,13 +48,12 @@ pub struct Roles {
 
 impl Roles {
     pub fn of(role: Role) -> Self {
-        let mut roles = Self { viewer: true, ..Self::default() };
         match role {
-            Role::Viewer => {}
-            Role::Producer => roles.producer = true,
-            Role::Operator => roles.operator = true,
+            Role::Viewer => Self { viewer: true, ..Self::default() },
+            // Whoever may send is not thereby told what others say.
+            Role::Producer => Self { producer: true, ..Self::default() },
+            Role::Operator => Self { viewer: true, operator: true, ..Self::default() },
         }
-        roles
     }
 
     pub fn has(self, role: Role) -> bool {
@@ -123,7 +125,7 @@ impl Access {
         }
         let loopback = config.address().is_some_and(|a| a.ip().is_loopback());
         let open = loopback && !config.has_tokens();
-        let everybody = if open { Roles::of(Role::Producer) } else { Roles::default() };
+        let everybody = if open { Roles::of(Role::Viewer).and(Roles::of(Role::Producer)) } else { Roles::default() };
         Ok(Access { tokens, everybody, hosts: config.hosts.clone() })
     }
 
@@ -224,7 +226,8 @@ fn cookie(headers: &HeaderMap) -> Option<String> {
 }
 
 fn query_token(uri: &Uri) -> Option<String> {
-    uri.query()?.split('&').find_map(|pair| pair.strip_prefix("token=")).map(str::to_owned)
+    let Query(pairs) = Query::<Vec<(String, String)>>::try_from_uri(uri).ok()?;
+    pairs.into_iter().find(|(name, _)| name == "token").map(|(_, token)| token)
 }
 
 #[cfg(test)]
@@ -233,6 +236,8 @@ mod tests {
 
     const VIEW: &str = "viewer-0123456789";
     const OPERATE: &str = "operator-0123456789";
+    /// As `openssl rand -base64` writes them.
+    const SEND: &str = "send+0123/456789==";
 
     fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
         pairs.iter().map(|(n, v)| (header::HeaderName::from_static(n), v.parse().expect("a value"))).collect()
@@ -240,11 +245,13 @@ mod tests {
 
     fn with(listen: &str, viewers: bool) -> (tempfile::TempDir, Access) {
         let dir = tempfile::tempdir().expect("a folder");
-        let (v, o) = (dir.path().join("v"), dir.path().join("o"));
+        let (v, o, p) = (dir.path().join("v"), dir.path().join("o"), dir.path().join("p"));
         std::fs::write(&v, format!("# pages\n{VIEW}\n\n")).expect("written");
         std::fs::write(&o, OPERATE).expect("written");
+        std::fs::write(&p, SEND).expect("written");
         let config = HttpConfig {
             viewer_token_file: viewers.then_some(v),
+            producer_token_file: viewers.then_some(p),
             operator_token_file: Some(o),
             ..HttpConfig::on(listen)
         };
@@ -273,10 +280,20 @@ mod tests {
             (vec![("authorization", format!("Basic {VIEW}"))], false, vec![]),
             (vec![("authorization", "Bearer viewer-012345678".to_owned())], false, vec![]),
             (vec![("cookie", format!("a=b; {COOKIE}={OPERATE}"))], false, vec!["viewer", "operator"]),
+            (vec![("authorization", format!("Bearer {SEND}"))], false, vec!["producer"]),
         ] {
             let pairs: Vec<(&'static str, &str)> = given.iter().map(|(n, v)| (*n, v.as_str())).collect();
             assert_eq!(access.roles(&headers(&pairs), &uri, in_query).names(), expected, "{given:?}");
         }
+    }
+
+    #[test]
+    fn a_token_in_a_url_is_read_as_urls_are_written() {
+        let (_dir, access) = with("0.0.0.0:0", true);
+        let roles = |uri: &'static str| access.roles(&headers(&[]), &Uri::from_static(uri), true).names();
+        assert_eq!(roles("/asr?token=send%2B0123%2F456789%3D%3D&rate=8000"), ["producer"]);
+        assert_eq!(roles("/asr?token=send%2B0123/456789=="), ["producer"]);
+        assert_eq!(roles("/asr?tokens=send%2B0123/456789=="), [""; 0]);
     }
 
     #[test]

@@ -12,8 +12,8 @@ pub struct HttpConfig {
     /// PEM chain; with it HTTPS is spoken and nothing else. Read again when the file changes.
     pub tls_cert: Option<PathBuf>,
     pub tls_key: Option<PathBuf>,
-    /// One token a line, each gives its role. Reading needs one of any role where any file is named, and wherever the address is
-    /// not loopback.
+    /// One token a line, each gives its role; a token in two files has both. Reading needs a viewer's or an operator's where a
+    /// viewer's or producer's file is named, and wherever the address is not loopback.
     pub viewer_token_file: Option<PathBuf>,
     pub producer_token_file: Option<PathBuf>,
     pub operator_token_file: Option<PathBuf>,

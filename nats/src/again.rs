@@ -149,7 +149,7 @@ fn again(record: JobRecord) -> JobRequest {
     }
 }
 
-fn refused_request(request: &RefusedRequest) -> Result<JobRequest, String> {
+pub(crate) fn refused_request(request: &RefusedRequest) -> Result<JobRequest, String> {
     let body: &[u8] = match (&request.body, &request.body_base64) {
         (Some(text), _) => text.as_bytes(),
         (None, Some(Inline(bytes))) => bytes,

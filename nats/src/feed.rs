@@ -41,7 +41,7 @@ const BATCH: usize = 512;
 /// Bytes asked for at once. Above the largest message there can be, or it would never come.
 const BATCH_BYTES: usize = 16 * 1024 * 1024;
 const EXPIRES: Duration = Duration::from_secs(30);
-/// How long the server keeps a consumer that nobody pulls from.
+/// [`Feed::forgotten_after`], unless told otherwise.
 const INACTIVE: Duration = Duration::from_secs(30);
 /// Losses in a row, without a message in between, after which the next message itself is suspected.
 const SUSPECT_AFTER: u32 = 2;
@@ -75,6 +75,7 @@ pub(crate) struct Feed {
     filter: String,
     start: Start,
     headers_only: bool,
+    inactive: Duration,
     /// After the first message, or once it is known where "new" begins.
     next_seq: Option<u64>,
     active: Option<Active>,
@@ -111,6 +112,7 @@ impl Feed {
             filter,
             start,
             headers_only: false,
+            inactive: INACTIVE,
             next_seq: None,
             active: None,
             state: nats.connection_events(),
@@ -123,6 +125,11 @@ impl Feed {
     /// Without payloads: [`Message::bytes`] says how long each is.
     pub(crate) fn headers_only(self) -> Self {
         Self { headers_only: true, ..self }
+    }
+
+    /// How long the server keeps a consumer that nobody pulls from.
+    pub(crate) fn forgotten_after(self, inactive: Duration) -> Self {
+        Self { inactive, ..self }
     }
 
     /// The next message. After an error the next call goes on, not before a while. Cancel-safe.
@@ -222,7 +229,7 @@ impl Feed {
         // Before the consumer exists, so that nothing can be sent to nobody.
         let inbox = self.nats.client().new_inbox();
         let subscriber = self.nats.client().subscribe(inbox.clone()).await?;
-        let info = create(&self.nats, self.stream, &self.filter, policy, self.headers_only).await?;
+        let info = create(self, policy).await?;
         if let DeliverPolicy::ByStartSequence { start_sequence } = policy
             && info.num_pending == 0
             && self.is_beyond_the_stream(start_sequence).await
@@ -336,13 +343,8 @@ impl Active {
     }
 }
 
-async fn create(
-    nats: &Nats,
-    stream: &str,
-    filter: &str,
-    deliver_policy: DeliverPolicy,
-    headers_only: bool,
-) -> Result<consumer::Info, ServerError> {
+async fn create(feed: &Feed, deliver_policy: DeliverPolicy) -> Result<consumer::Info, ServerError> {
+    let Feed { nats, stream, filter, headers_only, inactive, .. } = feed;
     #[derive(Serialize)]
     struct Request<'a> {
         stream_name: &'a str,
@@ -353,9 +355,9 @@ async fn create(
         name: Some(name.clone()),
         deliver_policy,
         ack_policy: AckPolicy::None,
-        filter_subject: filter.to_owned(),
-        headers_only,
-        inactive_threshold: INACTIVE,
+        filter_subject: filter.clone(),
+        headers_only: *headers_only,
+        inactive_threshold: *inactive,
         // It is made again whenever it is lost, so it needs neither disk nor copies.
         memory_storage: true,
         num_replicas: 1,

@@ -1,16 +1,13 @@
 //! `voxfleet purge`: what is kept of a session or job, removed for good and told place by place.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use voxfleet_nats::{
     Nats,
     api::{self, Endpoint},
     media::ObjectInfo,
-    purge::{Amount, Kept, Purge, PurgeError, Shelf},
+    purge::{Amount, Amounts, Kept, Purge, PurgeError},
     retry::Backoff,
 };
 use voxfleet_schema::{
@@ -54,6 +51,8 @@ struct Report {
     open: Vec<(Kind, StreamId, &'static str)>,
     /// Uploads that belonged to nobody.
     objects: Vec<ObjectInfo>,
+    /// Something failed: what is told here is gone, and there is more.
+    incomplete: bool,
 }
 
 #[derive(Debug)]
@@ -63,7 +62,7 @@ struct Purged {
     parts: Vec<StreamId>,
     /// It had not ended when it was removed.
     cut_off: bool,
-    amounts: BTreeMap<&'static str, Amount>,
+    amounts: Amounts,
 }
 
 async fn one(args: &PurgeArgs, kind: Kind, id: &StreamId, nats: &Nats) -> anyhow::Result<Exit> {
@@ -86,12 +85,13 @@ async fn one(args: &PurgeArgs, kind: Kind, id: &StreamId, nats: &Nats) -> anyhow
         kept = ended(&purge, kind, id, nats).await?;
     }
     let cut_off = kept.open.is_some();
-    let mut removed = purge.remove(&kept, cut_off).await.or_exit(Exit::Unavailable)?;
-    if args.force {
-        late(&purge, kind, id, cut_off, &mut removed).await.or_exit(Exit::Unavailable)?;
+    let mut removed = Amounts::new();
+    let mut done = purge.remove(&kept, cut_off, &mut removed).await;
+    if args.force && done.is_ok() {
+        done = late(&purge, kind, id, cut_off, &mut removed).await;
     }
     report.note(&kept, removed, cut_off);
-    report.tell(args)
+    report.end(args, done)
 }
 
 /// Asks for the end of what is open and waits for it; how it stands then.
@@ -131,7 +131,7 @@ async fn late(
     kind: Kind,
     id: &StreamId,
     cut_off: bool,
-    removed: &mut BTreeMap<&'static str, Amount>,
+    removed: &mut Amounts,
 ) -> Result<(), PurgeError> {
     let (begun, mut backoff, mut quiet) = (Instant::now(), Backoff::default(), 0);
     // The marker of a key stays where it tells a dispatcher.
@@ -144,63 +144,70 @@ async fn late(
             continue;
         }
         quiet = 0;
-        for (place, amount) in purge.remove(&kept, cut_off).await? {
-            let sum = removed.entry(place).or_default();
-            sum.messages += amount.messages;
-            sum.bytes += amount.bytes;
-        }
+        purge.remove(&kept, cut_off, removed).await?;
     }
     Ok(())
 }
 
 async fn older(args: &PurgeArgs, seconds: u32, nats: &Nats) -> anyhow::Result<Exit> {
-    let purge = Purge::new(nats);
     let before_ms = now_ms().saturating_sub(u64::from(seconds) * 1_000);
-    let kind = args.kind.map(Kind::from);
-    let shelf = purge.shelf().await.or_exit(Exit::Unavailable)?;
-    let mut due = purge.all(kind, &shelf).await.or_exit(Exit::Unavailable)?;
+    let mut report = Report { dry_run: args.dry_run, ..Report::default() };
+    let done = remove_older(&Purge::new(nats), args.kind.map(Kind::from), before_ms, &mut report).await;
+    report.end(args, done)
+}
+
+async fn remove_older(
+    purge: &Purge,
+    kind: Option<Kind>,
+    before_ms: u64,
+    report: &mut Report,
+) -> Result<(), PurgeError> {
+    let shelf = purge.shelf().await?;
+    let mut due = purge.all(kind, &shelf).await?;
     due.retain(|(_, _, newest_ms)| *newest_ms < before_ms);
     due.sort_by(|a, b| (a.2, &a.1).cmp(&(b.2, &b.1)));
-    let mut report = Report { dry_run: args.dry_run, ..Report::default() };
     for (kind, id, _) in due {
-        let kept = purge.find(kind, &id, &shelf).await.or_exit(Exit::Unavailable)?;
+        let kept = purge.find(kind, &id, &shelf).await?;
         if let Some(why) = kept.open {
             report.open.push((kind, id, why));
         } else if kept.is_empty() || kept.newest_ms >= before_ms {
             // Gone, or spoken to, since they were listed.
-        } else if args.dry_run {
+        } else if report.dry_run {
             report.note(&kept, kept.amounts.clone(), false);
         } else {
-            let removed = purge.remove(&kept, false).await.or_exit(Exit::Unavailable)?;
+            let mut removed = Amounts::new();
+            let done = purge.remove(&kept, false, &mut removed).await;
             report.note(&kept, removed, false);
+            done?;
         }
     }
     if kind != Some(Kind::Session) {
-        report.objects = uploads(&purge, &shelf, before_ms, args.dry_run).await.or_exit(Exit::Unavailable)?;
+        uploads(purge, before_ms, report).await?;
     }
-    report.tell(args)
+    Ok(())
 }
 
-/// Old objects that no job names: nobody else would ever remove them.
-async fn uploads(purge: &Purge, shelf: &Shelf, before_ms: u64, dry_run: bool) -> Result<Vec<ObjectInfo>, PurgeError> {
-    let mut gone = Vec::new();
+/// Old objects that nothing names: nobody else would ever remove them. Looked for anew: a purge may take minutes, and jobs
+/// come meanwhile.
+async fn uploads(purge: &Purge, before_ms: u64, report: &mut Report) -> Result<(), PurgeError> {
+    let shelf = purge.shelf().await?;
     for object in shelf.nobodys().into_iter().filter(|object| object.modified_ms < before_ms) {
-        if dry_run || purge.remove_object(&object.key).await? {
-            gone.push(object);
+        if report.dry_run || purge.remove_object(&object.key).await? {
+            report.objects.push(object);
         }
     }
-    Ok(gone)
+    Ok(())
 }
 
 impl Report {
-    fn note(&mut self, kept: &Kept, amounts: BTreeMap<&'static str, Amount>, cut_off: bool) {
+    fn note(&mut self, kept: &Kept, amounts: Amounts, cut_off: bool) {
         let Kept { kind, id, parts, .. } = kept.clone();
         self.purged.push(Purged { kind, id, parts, cut_off, amounts });
     }
 
     /// Place by place, all together.
-    fn sums(&self) -> BTreeMap<&'static str, Amount> {
-        let mut sums: BTreeMap<&'static str, Amount> = BTreeMap::new();
+    fn sums(&self) -> Amounts {
+        let mut sums = Amounts::new();
         let places = self.purged.iter().flat_map(|purged| purged.amounts.iter().map(|(place, a)| (*place, *a)));
         let uploads = self.objects.iter().map(|o| (MEDIA, Amount { messages: 1, bytes: o.bytes }));
         for (place, amount) in places.chain(uploads) {
@@ -209,6 +216,14 @@ impl Report {
             sum.bytes += amount.bytes;
         }
         sums
+    }
+
+    /// What went is told even where something then failed.
+    fn end(mut self, args: &PurgeArgs, done: Result<(), PurgeError>) -> anyhow::Result<Exit> {
+        self.incomplete = done.is_err();
+        let told = self.tell(args)?;
+        done.or_exit(Exit::Unavailable)?;
+        Ok(told)
     }
 
     fn tell(&self, args: &PurgeArgs) -> anyhow::Result<Exit> {
@@ -221,7 +236,7 @@ impl Report {
     }
 
     fn value(&self) -> Value {
-        let amounts = |amounts: &BTreeMap<&'static str, Amount>| -> Value {
+        let amounts = |amounts: &Amounts| -> Value {
             amounts.iter().map(|(place, a)| (*place, json!({"messages": a.messages, "bytes": a.bytes}))).collect()
         };
         let sums = self.sums();
@@ -232,6 +247,7 @@ impl Report {
         };
         json!({
             "dry_run": self.dry_run,
+            "incomplete": self.incomplete,
             "purged": self.purged.iter().map(purged).collect::<Vec<_>>(),
             "open": self.open.iter().map(|(kind, id, why)| json!({"kind": kind, "id": id, "why": why})).collect::<Vec<_>>(),
             "uploads": self.objects.iter().map(|o| json!({"key": o.key, "bytes": o.bytes})).collect::<Vec<_>>(),
@@ -271,6 +287,9 @@ impl Report {
         for (kind, id, why) in &self.open {
             text.push_str(&format!("{kind} {id} is open and stays: {why}\n"));
         }
+        if self.incomplete {
+            text.push_str("not all of it: the purge broke off, run it again\n");
+        }
         if text.is_empty() {
             text.push_str("nothing is as old as that");
         }
@@ -307,6 +326,7 @@ mod tests {
             ],
             open: vec![(Kind::Job, id("d"), "it has not ended")],
             objects: vec![upload],
+            incomplete: false,
         };
         let value = report.value();
         assert_eq!(value["total"], json!({"messages": 5, "bytes": 56}));
@@ -325,6 +345,10 @@ mod tests {
         }
         let dry = Report { dry_run: true, purged: vec![purged("a", &[("ASR_AUDIO", 2, 10)])], ..Report::default() };
         assert!(dry.text().contains("2 messages, 10 bytes would be removed"), "{}", dry.text());
+        let broken =
+            Report { incomplete: true, purged: vec![purged("a", &[("ASR_AUDIO", 2, 10)])], ..Report::default() };
+        assert_eq!(broken.value()["incomplete"], json!(true));
+        assert!(broken.text().contains("2 messages, 10 bytes removed") && broken.text().contains("broke off"));
         assert_eq!(Report::default().text(), "nothing is as old as that");
     }
 }

@@ -5,7 +5,10 @@
 //! the one the verdict rests on was not written by anybody who knows better: a write of its own whose answer was lost.
 
 use serde::{Deserialize, Serialize};
-use voxfleet_nats::kv::{KvError, Records};
+use voxfleet_nats::{
+    Nats,
+    kv::{Bucket, KvError, Records},
+};
 use voxfleet_schema::{fleet::Heartbeat, id::WorkerName};
 
 use super::effects::unix_ms;
@@ -33,6 +36,12 @@ pub(super) struct Verdict {
     pub(super) at_ms: u64,
     /// The dispatcher that decided.
     pub(super) by: String,
+}
+
+/// What one who is dead said last, and when that was decided, in Unix ms. None: nothing is kept of him.
+pub(crate) async fn last_heard(nats: &Nats, worker: &WorkerName) -> Result<Option<(Heartbeat, u64)>, KvError> {
+    let record = Records::<FleetRecord>::new(nats, Bucket::Fleet).get(&worker.to_string()).await?;
+    Ok(record.and_then(|found| Some((found.value.heartbeat?, found.value.at_ms))))
 }
 
 /// Writes the heartbeat unless a verdict stands there.

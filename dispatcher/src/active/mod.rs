@@ -6,7 +6,7 @@
 
 mod door;
 mod effects;
-mod fleet_record;
+pub(crate) mod fleet_record;
 mod input;
 mod jobs;
 mod listen;

@@ -199,6 +199,7 @@ async fn session(_: Viewer, State(site): State<Site>, Path(text): Path<String>) 
 }
 
 async fn read(site: &Site, kind: Kind, id: &StreamId, said: bool) -> Result<Vec<Value>, Refusal> {
+    let _place = site.readers.take()?;
     Ok(stands(site, kind, id, said).await?.0.view())
 }
 
@@ -255,7 +256,18 @@ async fn job(_: Viewer, State(site): State<Site>, Path(text): Path<String>) -> R
 pub(crate) async fn job_row(site: &Site, id: &StreamId) -> Result<Value, Refusal> {
     let query = JobQuery { job: id.clone() };
     let status: JobStatus = api::request(&site.nats, Endpoint::JobStatus, &query, ASK).await.map_err(refusal)?;
-    Ok(json!(status))
+    Ok(without_secrets(json!(status)))
+}
+
+/// Where a recording lies may be all that is needed to read it, and a prompt is somebody's words: nothing for whoever may look.
+fn without_secrets(mut status: Value) -> Value {
+    if let Some(record) = status.get_mut("record").and_then(Value::as_object_mut) {
+        record.remove("audio");
+        if let Some(options) = record.get_mut("options").and_then(Value::as_object_mut) {
+            options.retain(|name, _| name != "prompt" && name != "hotwords");
+        }
+    }
+    status
 }
 
 /// Whether a job has any final yet.
@@ -292,6 +304,13 @@ async fn retry(_: Operator, State(site): State<Site>, Path(seq): Path<u64>) -> R
     let unavailable = |error: ServerError| Refusal::unavailable(error.to_string());
     let letter = DeadLetters::new(&site.nats).at(seq).await.map_err(unavailable)?;
     let letter = letter.ok_or_else(|| Refusal::not_found(format!("there is no dead letter {seq}")))?;
+    if letter.kind != Kind::Job {
+        // A job of that name would be another one.
+        return Err(Refusal::bad_request(format!(
+            "dead letter {seq} is a {}'s: only jobs are sent again",
+            letter.kind
+        )));
+    }
     tracing::info!(kind = %letter.kind, id = %letter.id, "retry asked for over http");
     let retried = again::retry(&site.nats, &letter.id, None, false).await.map_err(of_retry)?;
     Ok(Json(json!({ "retried": retried.submitted.job, "notes": retried.notes })))

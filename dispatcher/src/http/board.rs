@@ -2,7 +2,7 @@
 //! somebody looks. The active one takes it from its own loop, a standby asks the active one over the service API.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -19,6 +19,7 @@ use voxfleet_nats::{
 };
 use voxfleet_schema::{
     fleet::FleetStatus,
+    id::WorkerName,
     session::{SessionList, SessionListRequest, SessionSummary},
 };
 
@@ -27,6 +28,7 @@ use super::{
     view::{self, Tile},
     window::{Snapshot, Window},
 };
+use crate::active::fleet_record;
 
 /// How long somebody who looked is expected to look again: a scrape's usual pause, doubled.
 const INTEREST: Duration = Duration::from_secs(40);
@@ -39,6 +41,8 @@ const FIRST_LOOK: Duration = Duration::from_secs(3);
 const ASK: Duration = Duration::from_secs(2);
 /// Streams are asked for their size this often.
 const USAGE_EVERY: Duration = Duration::from_secs(5);
+/// Heartbeats of the dead read for one look.
+const GRAVES_AT_ONCE: usize = 50;
 /// Sessions asked for at once.
 const LIST: u32 = 5_000;
 /// Sessions that a standby asks for at most.
@@ -75,7 +79,14 @@ impl Boards {
     /// The boards, and the work of making them.
     pub(crate) fn new(nats: Nats, window: Window, stop: CancellationToken) -> (Self, impl Future<Output = ()>) {
         let (sender, current) = watch::channel(None);
-        let maker = Maker { nats, window: window.clone(), streams: Vec::new(), usage_at: None, number: 0 };
+        let maker = Maker {
+            nats,
+            window: window.clone(),
+            streams: Vec::new(),
+            usage_at: None,
+            number: 0,
+            graves: HashMap::new(),
+        };
         (Self { current, window }, maker.run(sender, stop))
     }
 
@@ -111,6 +122,8 @@ struct Maker {
     streams: Vec<Usage>,
     usage_at: Option<Instant>,
     number: u64,
+    /// The last tile of the dead whom this process never showed alive; none where nothing is kept of one.
+    graves: HashMap<String, Option<Arc<Tile>>>,
 }
 
 impl Maker {
@@ -166,7 +179,8 @@ impl Maker {
                 return None;
             }
         };
-        let sessions = self.listed().await.unwrap_or_default();
+        // Without the list there is no board: one with no sessions would be taken for the truth.
+        let sessions = self.listed().await?;
         Some(self.board(fleet, sessions, false, before).await)
     }
 
@@ -190,6 +204,33 @@ impl Maker {
         }
     }
 
+    /// Tiles of the dead whom nobody has shown before, by their last heartbeat in `asr_fleet`: a dispatcher that starts anew
+    /// shows who was lost before it.
+    async fn buried(&mut self, fleet: &FleetStatus, known: &[Arc<Tile>]) -> Vec<Arc<Tile>> {
+        let names: HashSet<String> = fleet.dead.iter().map(WorkerName::to_string).collect();
+        self.graves.retain(|name, _| names.contains(name));
+        let unknown = view::unknown_dead(fleet, known);
+        for name in unknown
+            .iter()
+            .filter(|name| !self.graves.contains_key(&name.to_string()))
+            .take(GRAVES_AT_ONCE)
+            .collect::<Vec<_>>()
+        {
+            match fleet_record::last_heard(&self.nats, name).await {
+                Ok(heard) => {
+                    let tile = heard
+                        .map(|(heartbeat, at_ms)| Arc::new(Tile::last_of(heartbeat, now_ms().saturating_sub(at_ms))));
+                    self.graves.insert(name.to_string(), tile);
+                }
+                Err(error) => {
+                    tracing::debug!(%error, worker = %name, "its last heartbeat cannot be read");
+                    break;
+                }
+            }
+        }
+        unknown.iter().filter_map(|name| self.graves.get(&name.to_string()).cloned().flatten()).collect()
+    }
+
     async fn board(
         &mut self,
         fleet: FleetStatus,
@@ -206,7 +247,8 @@ impl Maker {
         }
         let rtt = self.nats.rtt(ASK).await.ok();
         let known: &[Arc<Tile>] = before.map_or(&[], |board| &board.tiles);
-        let tiles = view::tiles(&fleet, known);
+        let buried = self.buried(&fleet, known).await;
+        let tiles = view::tiles(&fleet, &[known, &buried].concat());
         self.number += 1;
         let mut board = Board {
             number: self.number,

@@ -21,6 +21,7 @@ mod events;
 mod health;
 pub(crate) mod metrics;
 mod page;
+mod readers;
 mod reading;
 mod sessions;
 mod stream;
@@ -63,6 +64,7 @@ pub(crate) struct Site {
     boards: Boards,
     texts: texts::Reading,
     recent: events::Recent,
+    readers: readers::Readers,
     asr: asr::Places,
     uploads: transcribe::Uploads,
     started: SystemTime,
@@ -115,6 +117,7 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, name: Arc<str>, window: 
         boards,
         texts,
         recent,
+        readers: readers::Readers::default(),
         asr: asr::Places::default(),
         uploads: transcribe::Uploads::default(),
         started: SystemTime::now(),

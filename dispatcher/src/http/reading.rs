@@ -112,7 +112,13 @@ impl Standing {
         self.finals.last().is_some_and(|last| last.end)
     }
 
-    fn take(&mut self, said: Said) {
+    /// Words have their own times, which nobody is shown here: they would be most of what is held.
+    fn take(&mut self, mut said: Said) {
+        let segments = match &mut said {
+            Said::Final(value) => &mut value.segments,
+            Said::Revision(value) => &mut value.segments,
+        };
+        segments.iter_mut().for_each(|segment| segment.words = Vec::new());
         match said {
             Said::Final(value) => {
                 if self.follower.on_final(&value) {
@@ -141,7 +147,7 @@ pub(crate) async fn read(
     id: &StreamId,
     has_any: bool,
 ) -> Result<(Standing, Reader<Said>), ReadError> {
-    let mut reader = transcript::said(nats, &Filter::One(kind, id.clone()), Start::First);
+    let mut reader = transcript::said(nats, &Filter::One(kind, id.clone()), Start::First).brief();
     let mut standing = Standing::default();
     if !has_any {
         return Ok((standing, reader));

@@ -193,13 +193,15 @@ async fn follow(
     mut begin: Value,
     said: bool,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refusal> {
+    // One for what is said, one for what may still change.
+    let places = [site.readers.take()?, site.readers.take()?];
     let (standing, reader) = api::stands(&site, kind, &id, said).await?;
     begin["finals"] = json!(standing.view());
     let (events, received) = mpsc::channel(WAITING);
     site.tasks.spawn({
         let site = site.clone();
         async move {
-            let _open = Open::new("sse");
+            let (_open, _places) = (Open::new("sse"), places);
             let read = read_along(&site, kind, &id, (standing, reader), begin, events);
             site.shutdown.run_until_cancelled(read).await;
         }
@@ -220,7 +222,9 @@ async fn read_along(
     if events.send(message("begin", &begin.to_string())).await.is_err() {
         return;
     }
-    let mut partials = transcript::partials(&site.nats, &Filter::One(kind, id.clone()), Start::LastPerSubject);
+    let mut partials = transcript::partials(&site.nats, &Filter::One(kind, id.clone()), Start::LastPerSubject).brief();
+    // It has been sent; what follows needs to know only whether it ends.
+    standing.finals.drain(..standing.finals.len().saturating_sub(1));
     let mut lines = tokio::time::interval(LINE_EVERY);
     let mut line = String::new();
     loop {

@@ -77,6 +77,18 @@ fn the_dead_stay_in_sight_until_their_gpu_is_back_or_they_are_forgotten() {
 }
 
 #[test]
+fn of_each_gpu_nobody_shows_the_last_dead_is_looked_up() {
+    use WorkerHealth::*;
+    let dead = vec![worker("g1", "k"), worker("g0", "h"), worker("g1", "j"), worker("g2", "i")];
+    let shown = board(status(vec![(Alive, beat("g2", "i"))], vec![]), &[], 0).tiles;
+    let fleet = status(vec![(Alive, beat("g0", "i"))], dead);
+    assert_eq!(view::unknown_dead(&fleet, &shown), [&worker("g1", "k")]);
+    let tile = Arc::new(Tile::last_of(beat("g1", "k"), 9_000));
+    let tiles = view::tiles(&fleet, &[shown, vec![tile]].concat());
+    assert_eq!(states(&tiles), [("g0/i".to_owned(), Alive), ("g2/i".to_owned(), Dead), ("g1/k".to_owned(), Dead)]);
+}
+
+#[test]
 fn news_is_what_changed_and_who_has_gone() {
     use WorkerHealth::*;
     let before = board(status(vec![(Alive, beat("g0", "i")), (Alive, beat("g1", "i"))], vec![]), &[], 0);

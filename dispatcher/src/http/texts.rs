@@ -20,13 +20,16 @@ use voxfleet_schema::{
 
 /// Characters shown of a session.
 const SHOWN: usize = 160;
-/// Sessions kept; ended ones go with their end.
+/// Sessions kept; ended ones go with their end, others when room is needed.
 const MOST: usize = 100_000;
+/// As long as the longest that a session may idle.
+const SILENT: Duration = Duration::from_secs(1_800);
 /// Nobody has looked for so long: reading ends.
 const INTEREST: Duration = Duration::from_secs(40);
 
 #[derive(Debug, Default)]
 struct Said {
+    heard: Option<Instant>,
     /// The end of its finals.
     finals: String,
     after_index: Option<u64>,
@@ -52,15 +55,26 @@ impl Texts {
         self.said.get(id).map_or(0, |said| said.words)
     }
 
+    /// Of a session that is there or finds room. One that says nothing for long makes room where there is none: a partial that
+    /// is read behind its end would else stay for ever.
+    fn of(&mut self, id: &StreamId, now: Instant) -> Option<&mut Said> {
+        if self.said.len() >= MOST && !self.said.contains_key(id) {
+            self.said.retain(|_, said| said.heard.is_some_and(|at| now.duration_since(at) < SILENT));
+            if self.said.len() >= MOST {
+                return None;
+            }
+        }
+        let said = self.said.entry(id.clone()).or_default();
+        said.heard = Some(now);
+        Some(said)
+    }
+
     fn on_final(&mut self, value: &Final) {
         if value.end {
             self.said.remove(&value.id);
             return;
         }
-        if self.said.len() >= MOST && !self.said.contains_key(&value.id) {
-            return;
-        }
-        let said = self.said.entry(value.id.clone()).or_default();
+        let Some(said) = self.of(&value.id, Instant::now()) else { return };
         if said.after_index.is_some_and(|index| index >= value.index) && said.epoch >= value.epoch {
             return;
         }
@@ -73,10 +87,7 @@ impl Texts {
     }
 
     fn on_partial(&mut self, value: &Partial) {
-        if self.said.len() >= MOST && !self.said.contains_key(&value.id) {
-            return;
-        }
-        let said = self.said.entry(value.id.clone()).or_default();
+        let Some(said) = self.of(&value.id, Instant::now()) else { return };
         if value.epoch < said.epoch || value.after_index < said.after_index {
             return;
         }
@@ -174,6 +185,19 @@ impl Reading {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_has_long_been_silent_makes_room() {
+        let id = |n: usize| StreamId::new(format!("s{n}")).expect("id");
+        let (mut texts, begin) = (Texts::default(), Instant::now());
+        for n in 0..MOST {
+            assert!(texts.of(&id(n), begin).is_some());
+        }
+        assert!(texts.of(&id(MOST), begin + SILENT / 2).is_none(), "all of them have just spoken");
+        assert!(texts.of(&id(7), begin + SILENT / 2).is_some());
+        assert!(texts.of(&id(MOST), begin + SILENT).is_some());
+        assert_eq!(texts.said.len(), 2, "the one that spoke since, and the new one");
+    }
 
     #[test]
     fn the_end_of_a_text_begins_with_a_word() {

@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use voxfleet_schema::{
     device::{EngineEnd, Standby},
-    fleet::{DrainNotice, EngineRunState, FleetStatus, ModelState, Provider, Residency, Role, WorkerHealth},
+    fleet::{DrainNotice, EngineRunState, FleetStatus, Heartbeat, ModelState, Provider, Residency, Role, WorkerHealth},
     fleet::{ServiceStatus, WorkerStatus},
     id::{GpuId, WorkerName},
 };
@@ -155,6 +155,11 @@ impl Tile {
         }
     }
 
+    /// Of somebody who said this last.
+    pub(crate) fn last_of(heartbeat: Heartbeat, ms_since_heartbeat: u64) -> Tile {
+        Tile::of(&WorkerStatus { health: WorkerHealth::Dead, ms_since_heartbeat, heartbeat }, &[])
+    }
+
     /// What a page knows it by.
     pub(crate) fn name(&self) -> String {
         format!("{}/{}", self.gpu_id, self.incarnation)
@@ -169,6 +174,14 @@ impl Tile {
         };
         quiet(self) != quiet(before)
     }
+}
+
+/// The dead whose GPU no tile shows: of each GPU the one that died last.
+pub(crate) fn unknown_dead<'a>(fleet: &'a FleetStatus, before: &[Arc<Tile>]) -> Vec<&'a WorkerName> {
+    let living = fleet.workers.iter().map(|worker| &worker.heartbeat.gpu_id);
+    let mut shown: HashSet<&GpuId> = living.chain(before.iter().map(|tile| &tile.gpu_id)).collect();
+    // The newest verdicts come first.
+    fleet.dead.iter().filter(|name| shown.insert(&name.gpu_id)).collect()
 }
 
 /// Tiles of everybody heard, in the order of the fleet, and of the dead behind them.

@@ -6,8 +6,9 @@
 //! they begin. What is open is for the caller to refuse: [`Kept::open`] says so.
 
 mod places;
+mod shelf;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use async_nats::jetstream::ErrorCode;
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -15,11 +16,12 @@ use serde::de::DeserializeOwned;
 use voxfleet_schema::{
     codec,
     id::{Kind, StreamId},
-    job::{AudioUrl, JobPart, JobRecord, job_of_media},
+    job::{JobPart, JobRecord, job_of_media},
     session::{SessionRecord, SessionState},
 };
 
 use self::places::{Place, id_of, places};
+pub use self::shelf::Shelf;
 use crate::{
     Nats, ServerError,
     feed::{Feed, Start},
@@ -54,6 +56,9 @@ pub struct Amount {
     pub bytes: u64,
 }
 
+/// By stream, bucket (`KV_...`) and object store.
+pub type Amounts = BTreeMap<&'static str, Amount>;
+
 /// What is kept of one session or job, of its parts too.
 #[derive(Debug, Clone)]
 pub struct Kept {
@@ -65,8 +70,8 @@ pub struct Kept {
     pub open: Option<&'static str>,
     /// Unix time in ms of the newest of it; 0 where there is nothing.
     pub newest_ms: u64,
-    /// By stream, bucket (`KV_...`) and object store; only where there is something.
-    pub amounts: BTreeMap<&'static str, Amount>,
+    /// Only where there is something.
+    pub amounts: Amounts,
     spots: Vec<Spot>,
     keys: Vec<(Bucket, StreamId, u64)>,
     objects: Vec<ObjectInfo>,
@@ -96,48 +101,6 @@ impl Kept {
     }
 }
 
-/// What is read once for many purges: every job's key and every object.
-#[derive(Debug)]
-pub struct Shelf {
-    jobs: HashMap<StreamId, JobRecord>,
-    objects: Vec<ObjectInfo>,
-}
-
-impl Shelf {
-    /// Jobs that say that they are a part of this one.
-    fn parts_of<'a>(&'a self, id: &'a StreamId) -> impl Iterator<Item = &'a StreamId> {
-        self.jobs.values().filter(move |job| job.parent() == Some(id)).map(|job| &job.id)
-    }
-
-    /// Objects of a job: those that it or its worker wrote, and the recording it names, unless another job names it too.
-    fn objects_of(&self, id: &StreamId) -> Vec<ObjectInfo> {
-        let named = self.jobs.get(id).and_then(|job| object_of(&job.audio));
-        let family = |job: &JobRecord| job.id == *id || job.parent() == Some(id);
-        let shared = |key: &str| {
-            self.jobs.values().any(|job| !family(job) && !job.expired && object_of(&job.audio).as_deref() == Some(key))
-        };
-        let is_its = |object: &&ObjectInfo| match job_of_media(&object.key) {
-            Some(owner) => owner == *id,
-            None => named.as_deref() == Some(object.key.as_str()) && !shared(&object.key),
-        };
-        self.objects.iter().filter(is_its).cloned().collect()
-    }
-
-    /// Objects that belong to no job and that no job's key names: uploads that were never used, or whose jobs are gone.
-    pub fn nobodys(&self) -> Vec<ObjectInfo> {
-        let named = |key: &str| self.jobs.values().any(|job| object_of(&job.audio).as_deref() == Some(key));
-        let is = |object: &&ObjectInfo| job_of_media(&object.key).is_none() && !named(&object.key);
-        self.objects.iter().filter(is).cloned().collect()
-    }
-}
-
-fn object_of(audio: &str) -> Option<String> {
-    match AudioUrl::parse(audio) {
-        Ok(AudioUrl::Object { key }) => Some(key),
-        Ok(_) | Err(_) => None,
-    }
-}
-
 /// Streams read at once.
 const AT_ONCE: usize = 4;
 
@@ -153,9 +116,7 @@ impl Purge {
     }
 
     pub async fn shelf(&self) -> Result<Shelf, PurgeError> {
-        let records = Records::<JobRecord>::new(&self.nats, Bucket::Jobs).all().await?;
-        let jobs = records.into_iter().map(|(_, v)| (v.value.id.clone(), v.value)).collect();
-        Ok(Shelf { jobs, objects: Media::new(&self.nats).list().await? })
+        Shelf::read(&self.nats).await
     }
 
     /// Every session and job of which anything is kept, with the Unix time in ms of its newest. A part of a job counts as
@@ -216,34 +177,49 @@ impl Purge {
         Ok(kept)
     }
 
-    /// Removes what was found; what has come since then stays. `all`: that too, for what was open and is given up.
-    pub async fn remove(&self, kept: &Kept, all: bool) -> Result<BTreeMap<&'static str, Amount>, PurgeError> {
-        let mut removed: BTreeMap<&'static str, Amount> = BTreeMap::new();
+    /// Removes what was found and adds it to `removed` as it goes, so that an error hides nothing that is gone. What has come
+    /// since it was found stays. `all`: that too, for what was open and is given up.
+    pub async fn remove(&self, kept: &Kept, all: bool, removed: &mut Amounts) -> Result<(), PurgeError> {
+        let mut gone = |place: &'static str, messages: u64, bytes: u64| {
+            if messages > 0 {
+                let sum = removed.entry(place).or_default();
+                sum.messages += messages;
+                sum.bytes += bytes;
+            }
+        };
+        let mut counted = HashSet::new();
+        // Bytes are told as they were found: a server says only how many messages went.
+        let mut bytes_of =
+            |place| if counted.insert(place) { kept.amounts.get(place).map_or(0, |found| found.bytes) } else { 0 };
         for spot in &kept.spots {
             let below = (!all).then_some(spot.last_seq + 1);
             let messages = raw::purge_counted(&self.nats, spot.stream, &spot.filter, below)
                 .await
                 .map_err(|source| PurgeError::Purge { place: spot.stream, source })?;
-            removed.entry(spot.stream).or_default().messages += messages;
+            gone(spot.stream, messages, if messages > 0 { bytes_of(spot.stream) } else { 0 });
         }
         let media = Media::new(&self.nats);
-        for object in &kept.objects {
-            let there = media.delete(&object.key).await?;
-            let sum = removed.entry(MEDIA).or_default();
-            sum.messages += u64::from(there);
-            sum.bytes += if there { object.bytes } else { 0 };
+        for object in self.still_its(kept).await? {
+            if media.delete(&object.key).await? {
+                gone(MEDIA, 1, object.bytes);
+            }
         }
         for (bucket, id, revision) in &kept.keys {
             self.remove_key(*bucket, id, *revision, all).await?;
-            removed.entry(bucket.stream()).or_default().messages += 1;
+            gone(bucket.stream(), 1, bytes_of(bucket.stream()));
         }
-        for (place, amount) in &mut removed {
-            if *place != MEDIA && amount.messages > 0 {
-                amount.bytes = kept.amounts.get(place).map_or(0, |found| found.bytes);
-            }
+        Ok(())
+    }
+
+    /// Its objects, without a recording that somebody else names by now: others may have come for it since it was found.
+    async fn still_its(&self, kept: &Kept) -> Result<Vec<ObjectInfo>, PurgeError> {
+        if kept.objects.iter().all(|object| job_of_media(&object.key).is_some()) {
+            return Ok(kept.objects.clone());
         }
-        removed.retain(|_, amount| amount.messages > 0);
-        Ok(removed)
+        let shelf = self.shelf().await?;
+        let family = std::iter::once(&kept.id).chain(&kept.parts);
+        let its: HashSet<String> = family.flat_map(|id| shelf.objects_of(id)).map(|object| object.key).collect();
+        Ok(kept.objects.iter().filter(|object| its.contains(&object.key)).cloned().collect())
     }
 
     /// Removes an object by its key; false: it was not there.

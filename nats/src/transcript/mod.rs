@@ -11,7 +11,7 @@ mod model;
 mod revising;
 mod storing;
 
-use std::marker::PhantomData;
+use std::{marker::PhantomData, time::Duration};
 
 use serde::{Deserialize, de::DeserializeOwned};
 use voxfleet_schema::{
@@ -64,9 +64,17 @@ pub struct Reader<T> {
     value: PhantomData<fn() -> T>,
 }
 
+/// How long the server keeps the consumer of a [`Reader::brief`] that is gone.
+pub const BRIEF: Duration = Duration::from_secs(5);
+
 impl<T: DeserializeOwned> Reader<T> {
     fn new(nats: &Nats, stream: &'static str, filter: String, start: Start) -> Self {
         Self { nats: nats.clone(), feed: Feed::new(nats, stream, filter, start), value: PhantomData }
+    }
+
+    /// For somebody who may come and go often: the server forgets its consumer soon after it is gone. Before the first `next`.
+    pub fn brief(self) -> Self {
+        Self { feed: self.feed.forgotten_after(BRIEF), ..self }
     }
 
     /// The next message. Survives reconnects and restarted servers; an error means that this attempt failed, and the next

@@ -38,6 +38,19 @@ const SPECIAL_V4: [([u8; 4], u32); 16] = [
 const SPECIAL_V6: [([u16; 2], u32); 4] =
     [([0x2001, 0], 23), ([0x2001, 0x0db8], 32), ([0x2002, 0], 16), ([0x3fff, 0], 20)];
 
+/// Whether an address is of a site: a public one, or one of its private networks. This machine, its link (where clouds answer
+/// with credentials) and clouds' own services are not, in no notation.
+pub(super) fn is_of_a_site(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => is_public(address) || PRIVATE_V4.iter().any(|(net, bits)| in_v4(v4, *net, *bits)),
+        // Unique local, without the address at which one large cloud gives out credentials.
+        IpAddr::V6(v6) => is_public(address) || (in_v6(v6, [0xfc00, 0], 7) && v6 != METADATA_V6),
+    }
+}
+
+const PRIVATE_V4: [([u8; 4], u32); 3] = [([10, 0, 0, 0], 8), ([172, 16, 0, 0], 12), ([192, 168, 0, 0], 16)];
+const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
+
 fn in_v4(address: Ipv4Addr, net: [u8; 4], bits: u32) -> bool {
     (u32::from(address) ^ u32::from_be_bytes(net)) >> (32 - bits) == 0
 }
@@ -59,6 +72,32 @@ mod tests {
         }
         for text in ["2606:4700::1111", "2001:4860:4860::8888", "2a00:1450:4001:81b::200e"] {
             assert!(is_public(text.parse().expect(text)), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_site_has_private_networks_and_neither_this_machine_nor_metadata() {
+        for text in ["8.8.8.8", "10.1.2.3", "172.16.0.1", "192.168.1.1", "fd00::1", "2606:4700::1111"] {
+            assert!(is_of_a_site(text.parse().expect(text)), "{text}");
+        }
+        for text in [
+            "0.0.0.0",
+            "127.0.0.1",
+            "127.8.8.8",
+            "169.254.169.254",
+            "100.100.100.200",
+            "168.63.129.16",
+            "192.0.0.192",
+            "224.0.0.1",
+            "::",
+            "::1",
+            "::ffff:10.0.0.1",
+            "::ffff:127.0.0.1",
+            "64:ff9b::a9fe:a9fe",
+            "fd00:ec2::254",
+            "fe80::1",
+        ] {
+            assert!(!is_of_a_site(text.parse().expect(text)), "{text}");
         }
     }
 

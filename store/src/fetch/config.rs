@@ -12,7 +12,7 @@ use super::hosts::{HostRule, Hosts};
 #[serde(default, deny_unknown_fields)]
 pub struct FetchConfig {
     /// Hosts of https URLs: `host`, `host:port` or `*.example.com`. Empty: any host whose every address is public. A listed
-    /// one may be private.
+    /// name may lead into private networks; to this machine, its link or metadata only where the address itself is listed.
     pub https_hosts: Vec<String>,
     /// Ports of https URLs whose host is not on that list; a listed host may be asked on any, or on the one it is listed with.
     pub https_ports: Vec<u16>,

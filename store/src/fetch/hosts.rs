@@ -44,11 +44,22 @@ impl HostRule {
 
     fn covers(&self, host: &str, port: u16) -> bool {
         let named = match self.below {
+            true if literal(host).is_some() => false,
             true => host.strip_suffix(&self.host).is_some_and(|front| front.len() > 1 && front.ends_with('.')),
             false => host == self.host,
         };
         named && self.port.is_none_or(|p| p == port)
     }
+
+    /// An operator who writes an address, or this machine's own name, means it. A name leads where whoever keeps it in the DNS
+    /// says, and that may be a stranger by the time it is asked.
+    fn reach(&self) -> Reach {
+        if literal(&self.host).is_some() || self.host == "localhost" { Reach::Anywhere } else { Reach::Site }
+    }
+}
+
+fn literal(host: &str) -> Option<IpAddr> {
+    host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host).parse().ok()
 }
 
 /// Where a hop's host may lead.
@@ -56,7 +67,9 @@ impl HostRule {
 pub(super) enum Reach {
     /// Public addresses only.
     Public,
-    /// Anywhere: the operator named this host.
+    /// Private networks too: the operator named this host. Not this machine, its link, or a cloud's metadata.
+    Site,
+    /// Anywhere: the operator named this address.
     Anywhere,
 }
 
@@ -87,14 +100,20 @@ impl Hosts {
             Hosts::All => return Err("only https and http are followed"),
             Hosts::Listed { https, http, ports } => (https, http, ports),
         };
-        let listed = |rules: &[HostRule]| rules.iter().any(|rule| rule.covers(host, port));
+        let listed = |rules: &[HostRule]| rules.iter().find(|rule| rule.covers(host, port)).map(HostRule::reach);
+        let rule = match url.scheme() {
+            "https" => listed(https),
+            "http" => listed(http),
+            _ => None,
+        };
+        if let Some(reach) = rule {
+            return Ok(reach);
+        }
         match url.scheme() {
-            "https" if listed(https) => Ok(Reach::Anywhere),
             "https" if !https.is_empty() => Err("its host is not among worker.fetch.https_hosts"),
             "https" if is_literal_private(host) => Err("its address is not a public one"),
             "https" if !ports.contains(&port) => Err("its port is not among worker.fetch.https_ports"),
             "https" => Ok(Reach::Public),
-            "http" if listed(http) => Ok(Reach::Anywhere),
             "http" => Err("plain http is only for hosts in worker.fetch.http_hosts"),
             _ => Err("only https is followed"),
         }
@@ -104,8 +123,7 @@ impl Hosts {
 /// An address instead of a name never reaches the resolver, so it is judged here. The URL parser has already brought every
 /// notation (0x7f.1, 2130706433) into the usual one.
 fn is_literal_private(host: &str) -> bool {
-    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-    bare.parse::<IpAddr>().is_ok_and(|ip| !is_public(ip))
+    literal(host).is_some_and(|ip| !is_public(ip))
 }
 
 #[cfg(test)]
@@ -174,18 +192,22 @@ mod tests {
 
     #[test]
     fn a_listed_host_may_be_private_and_others_are_refused() {
-        let listed = hosts(&["127.0.0.1:8443", "audio.example.com", "*.cdn.example.com", "[::1]"], &["minio:9000"]);
-        for url in [
-            "https://127.0.0.1:8443/a",
-            "https://0x7f.1:8443/a",
-            "https://AUDIO.example.com/a",
-            "https://audio.example.com:8443/a",
-            "https://a.cdn.example.com/",
-            "https://a.b.cdn.example.com/",
-            "https://[::1]/a",
-            "http://minio:9000/a",
+        let listed = hosts(
+            &["127.0.0.1:8443", "audio.example.com", "*.cdn.example.com", "[::1]"],
+            &["minio:9000", "localhost:1"],
+        );
+        for (reach, url) in [
+            (Reach::Anywhere, "https://127.0.0.1:8443/a"),
+            (Reach::Anywhere, "https://0x7f.1:8443/a"),
+            (Reach::Anywhere, "https://[::1]/a"),
+            (Reach::Anywhere, "http://localhost:1/a"),
+            (Reach::Site, "https://AUDIO.example.com/a"),
+            (Reach::Site, "https://audio.example.com:8443/a"),
+            (Reach::Site, "https://a.cdn.example.com/"),
+            (Reach::Site, "https://a.b.cdn.example.com/"),
+            (Reach::Site, "http://minio:9000/a"),
         ] {
-            assert_eq!(judge(&listed, url), Some(Reach::Anywhere), "{url}");
+            assert_eq!(judge(&listed, url), Some(reach), "{url}");
         }
         for url in [
             "https://127.0.0.1/a",
@@ -209,6 +231,8 @@ mod tests {
         for text in ["", "*", "*.", "https://a", "a/b", "a:0", "a:x", "a:70000", "u@a", "a b", "a*b"] {
             assert!(HostRule::parse(text).is_err(), "{text}");
         }
+        let odd = HostRule::parse("*.0.0.1").ok();
+        assert!(odd.is_none_or(|rule| !rule.covers("127.0.0.1", 443)), "addresses have nothing below them");
         assert_eq!(HostRule::parse("A.Example").expect("rule").host, "a.example");
     }
 }

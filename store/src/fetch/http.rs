@@ -19,7 +19,7 @@ use reqwest::{
 
 use super::{
     FetchConfig, FetchError, Opened, Validator,
-    address::is_public,
+    address::{is_of_a_site, is_public},
     body::{Limits, watched},
     error::shown,
     hosts::{Hosts, Reach},
@@ -33,6 +33,8 @@ pub(super) struct Web {
     /// Connects to public addresses only.
     public: Client,
     /// For hosts the operator named.
+    site: Client,
+    /// For addresses the operator named.
     anywhere: Client,
     has_roots: bool,
     max_redirects: u32,
@@ -46,6 +48,7 @@ impl Web {
         Ok(Self {
             hosts,
             public: build(client(config, trust).dns_resolver(Judged { lookup: system, may: is_public }))?,
+            site: build(client(config, trust).dns_resolver(Judged { lookup: system, may: is_of_a_site }))?,
             anywhere: build(client(config, trust))?,
             has_roots: trust.has_roots,
             max_redirects: config.max_redirects,
@@ -111,6 +114,7 @@ impl Web {
     ) -> Result<Response, FetchError> {
         let client = match reach {
             Reach::Public => &self.public,
+            Reach::Site => &self.site,
             Reach::Anywhere => &self.anywhere,
         };
         // Nothing is carried from hop to hop: neither headers nor cookies.
@@ -203,7 +207,7 @@ struct Judged<L> {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("its name leads to an address that is not a public one")]
+#[error("its name leads to an address that may not be reached by a name")]
 struct NotPublic;
 
 async fn system(name: String) -> io::Result<Vec<SocketAddr>> {

@@ -155,7 +155,20 @@ async fn every_place_is_emptied_of_one_and_of_no_other() -> Result<()> {
     for id in ids {
         plant(&js, id).await?;
     }
-    js.get_object_store("asr_media").await?.put("lost.wav", &mut &b"nobody's"[..]).await?;
+    let store = js.get_object_store("asr_media").await?;
+    // One is nobody's; of two the job is not in the keys: its request waits, its dead letter may be sent again.
+    for key in ["lost.wav", "waiting.wav", "dead.wav"] {
+        store.put(key, &mut &b"somebody's words"[..]).await?;
+    }
+    let request = json!({"audio": "object://asr_media/waiting.wav"});
+    js.publish("asr.v1.jobs.normal.later", request.to_string().into()).await?.await?;
+    let letter = json!({
+        "kind": "job", "id": "failed", "error": {"class": "engine_crash", "message": "three times"}, "at_ms": 1,
+        "record": {
+            "id": "failed", "state": "failed", "audio": "object://asr_media/dead.wav", "options": {}, "result_ttl_s": 60,
+            "epoch": 1, "attempts": 3, "submitted_ms": 1, "changed_ms": 1,
+        },
+    });
     let before = everything(&js).await?;
     let dir = tempfile::tempdir()?;
     let person = Person { url: server.url(), dir: dir.path() };
@@ -200,6 +213,8 @@ async fn every_place_is_emptied_of_one_and_of_no_other() -> Result<()> {
     let none = person.types(&["purge", "--older-than", "1h"], 0).await?;
     ensure!(none.contains("nothing is as old as that"), "{none}");
     let gone = eventually("everything is two seconds old", SOON, || async {
+        // But for this letter.
+        js.publish("asr.v1.dead.job.failed", letter.to_string().into()).await.ok()?.await.ok()?;
         person
             .object(&["purge", "--older-than", "2s", "--json"])
             .await
@@ -207,8 +222,11 @@ async fn every_place_is_emptied_of_one_and_of_no_other() -> Result<()> {
             .filter(|v| v["uploads"][0]["key"] == "lost.wav")
     })
     .await?;
-    ensure!(gone["open"].as_array().map(Vec::len) == Some(3), "{gone:#}");
+    ensure!(gone["open"].as_array().map(Vec::len) == Some(4), "{gone:#}");
     let after = everything(&js).await?;
+    for recording in ["object waiting.wav", "object dead.wav"] {
+        ensure!(!of(&after, recording).is_empty(), "{recording} is needed by a job: {gone:#}");
+    }
     for id in ids {
         assert_eq!(places(&after, &format!("session {id}")), [""; 0], "{gone:#}");
         ensure!(id == "call" || of(&after, &format!("job {id}")) == of(&before, &format!("job {id}")), "{id} is open");

@@ -6,7 +6,7 @@ use serde_json::json;
 use voxfleet_nats::{
     Nats,
     api::{self, Endpoint},
-    kv::{Bucket, Records},
+    kv::{Bucket, KvError, Records},
     topology::{self, TopologyError},
 };
 use voxfleet_schema::{
@@ -45,7 +45,15 @@ pub(super) async fn look(settings: &Settings) -> Vec<Check> {
     let problems = topology::verify(&nats, &crate::commands::wanted_topology(settings)).await;
     checks.push(version(&nats, &problems));
     let dispatcher = api::request::<_, FleetStatus>(&nats, Endpoint::FleetStatus, &json!({}), ASK).await;
-    let connected = api::dispatchers(&nats, STANDBYS).await.unwrap_or_default();
+    let connected = api::dispatchers(&nats, STANDBYS).await;
+    if let Err(error) = &connected {
+        checks.push(Check::warn(
+            "standbys",
+            format!("not looked at: {error}"),
+            "this needs a login that may ask services",
+        ));
+    }
+    let connected = connected.unwrap_or_default();
     checks.extend(streams(&problems, dispatcher.is_ok()));
     checks.push(payload(&nats, &problems));
     let jetstream = answers(&problems);
@@ -57,7 +65,13 @@ pub(super) async fn look(settings: &Settings) -> Vec<Check> {
     checks.extend(workers(&nats, status.as_ref(), jetstream).await);
     if let Some(status) = &status {
         checks.extend(running::workers(status));
-        checks.extend(running::waiting(status, &waiting(&nats, status).await));
+        match waiting(&nats, status).await {
+            Ok(waiting) => checks.extend(running::waiting(status, &waiting)),
+            Err(error) => {
+                let found = format!("{} sessions wait; which was not looked at: {error}", status.sessions_waiting);
+                checks.push(Check::warn("waiting", found, "this needs a login that may read records"));
+            }
+        }
     }
     nats.close(Duration::from_secs(1)).await;
     checks
@@ -196,11 +210,11 @@ async fn usage(nats: &Nats) -> Vec<Check> {
 }
 
 /// Why those wait that wait, as the dispatcher sees it.
-async fn waiting(nats: &Nats, status: &FleetStatus) -> Vec<Waiting> {
+async fn waiting(nats: &Nats, status: &FleetStatus) -> Result<Vec<Waiting>, KvError> {
     if status.sessions_waiting == 0 {
-        return Vec::new();
+        return Ok(Vec::new());
     }
-    let records = Records::<SessionRecord>::new(nats, Bucket::Sessions).all().await.unwrap_or_default();
+    let records = Records::<SessionRecord>::new(nats, Bucket::Sessions).all().await?;
     let mut waiting: Vec<SessionRecord> = records.into_iter().map(|(_, versioned)| versioned.value).collect();
     waiting.retain(|record| record.state == SessionState::Waiting);
     waiting.sort_by_key(|record| record.changed_ms);
@@ -211,7 +225,7 @@ async fn waiting(nats: &Nats, status: &FleetStatus) -> Vec<Waiting> {
         let why = asked.map(|status| running::reasons(&status.why, &status.candidates)).unwrap_or_default();
         told.push(Waiting { id: record.id, why });
     }
-    told
+    Ok(told)
 }
 
 async fn workers(nats: &Nats, status: Option<&FleetStatus>, jetstream: bool) -> Vec<Check> {
@@ -228,7 +242,14 @@ async fn workers(nats: &Nats, status: Option<&FleetStatus>, jetstream: bool) -> 
     let mut checks = vec![Check::ok("workers", format!("{} beat", workers.len())), clock(&workers)];
     checks.extend(fleet::look(workers.iter().map(|worker| &worker.heartbeat)));
     checks.extend(running::versions(workers.iter().map(|worker| &worker.heartbeat), env!("CARGO_PKG_VERSION")));
-    if jetstream && let Ok(consumers) = topology::list_worker_consumers(nats).await {
+    let consumers = match jetstream {
+        true => topology::list_worker_consumers(nats).await.map(Some),
+        false => Ok(None),
+    };
+    if let Err(error) = &consumers {
+        checks.push(Check::warn("consumers", format!("not looked at: {error}"), "this needs an operator's login"));
+    }
+    if let Ok(Some(consumers)) = consumers {
         let lacking = |w: &&WorkerStatus| !consumers.iter().any(|c| c.live && c.worker == w.heartbeat.worker());
         checks.extend(workers.iter().filter(lacking).map(|w| {
             let found = format!("{} has no consumer for live audio", w.heartbeat.gpu_id);
