@@ -216,7 +216,14 @@ def dashboard(names):
         problems.append("compose.yml mounts the dashboards elsewhere than where the provider looks")
     if f"--web.listen-address={source['url'].removeprefix('http://')}" not in services["prometheus"]["command"]:
         problems.append("compose.yml has Prometheus listen elsewhere than where the data source asks")
-    scrape = yaml.safe_load((HOME / "prometheus.yml").read_text())["global"]["scrape_interval"]
+    # A token that is replaced is another file, which a mount of the old one never sees.
+    settings = yaml.safe_load((HOME / "prometheus.yml").read_text())
+    for job in settings["scrape_configs"]:
+        if token := job.get("authorization", {}).get("credentials_file"):
+            folder = f":/etc/prometheus/{pathlib.PurePosixPath(token).parent}:ro"
+            if not any(mount.endswith(folder) for mount in services["prometheus"]["volumes"]):
+                problems.append(f"compose.yml mounts no folder where {job['job_name']} has {token}")
+    scrape = settings["global"]["scrape_interval"]
     if source["jsonData"]["timeInterval"] != scrape:
         problems.append("the data source believes in another scrape interval")
     report(f"dashboard: {len(found)} expressions over {len(used)} metrics, {len(panels)} panels side by side", problems)
@@ -331,7 +338,7 @@ def live(sections, found):
         report("prometheus: scrapes with prometheus.yml, on loopback, and elsewhere by TLS and a token from a file", eventually(not_up))
         report("prometheus: evaluates every rule", eventually(ill))
         report(f"prometheus: each of {len(found)} expressions of the dashboard finds what docs/metrics.md promises", eventually(empty))
-        (etc / "voxfleet.token").write_text("another-token\n")
+        (etc / "tokens/voxfleet.token").write_text("another-token\n")
         refused = eventually(lambda: [] if len(ask("query", query="up == 0")["result"]) == 2 else ["who has another token gets in"])
         report("prometheus: the token is read from its file each time, and another one gets nothing", refused)
     finally:
@@ -347,7 +354,8 @@ if TOOLS is None:
     print("skip promtool, prometheus: not here (apt-get install prometheus)")
 else:
     shutil.copytree(HOME, WORK / "etc")
-    (WORK / "etc/voxfleet.token").write_text(TOKEN + "\n")
+    (WORK / "etc/tokens").mkdir(exist_ok=True)
+    (WORK / "etc/tokens/voxfleet.token").write_text(TOKEN + "\n")
     promtool(sections, found)
     if shutil.which("openssl") and (TOOLS / "prometheus").exists():
         live(sections, found)

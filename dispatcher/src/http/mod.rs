@@ -25,6 +25,7 @@ mod readers;
 mod reading;
 mod sessions;
 mod stream;
+pub mod strangers;
 #[cfg(test)]
 mod tests;
 mod texts;

@@ -6,7 +6,7 @@
 
 mod following;
 mod upload;
-mod wish;
+pub(super) mod wish;
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
