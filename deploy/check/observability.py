@@ -136,7 +136,9 @@ def rules(names):
             silent += not moment["exp_samples"]
             for sample in moment["exp_samples"]:
                 labels = dict(re.findall(r'(\w+)="([^"]*)"', sample["labels"]))
-                fires.add((labels["alertname"], labels["severity"]))
+                # A count of alerts names none.
+                if "alertname" in labels:
+                    fires.add((labels["alertname"], labels["severity"]))
         for moment in test.get("alert_rule_test", []):
             worded |= {moment["alertname"] for alert in moment["exp_alerts"]}
     problems, seen = [], set()

@@ -152,7 +152,8 @@ mod tests {
     #[test]
     fn a_greeting_says_whether_tls_follows() {
         assert!(wants_tls("INFO {\"tls_required\":true,\"port\":4222}\r\n"));
-        for not in ["INFO {\"port\":4222}\r\n", "INFO {\"tls_available\":true}\r\n", "HTTP/1.1 400 Bad Request\r\n", ""] {
+        for not in ["INFO {\"port\":4222}\r\n", "INFO {\"tls_available\":true}\r\n", "HTTP/1.1 400 Bad Request\r\n", ""]
+        {
             assert!(!wants_tls(not), "{not}");
         }
     }

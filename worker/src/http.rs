@@ -59,7 +59,8 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, beat: LastBeat, shutdown
         }
     };
     metrics::begin();
-    let site = Site { nats, beat, started: SystemTime::now(), certificate: Arc::default(), servers: tls::Shown::default() };
+    let site =
+        Site { nats, beat, started: SystemTime::now(), certificate: Arc::default(), servers: tls::Shown::default() };
     let certificate = site.certificate.clone();
     let (servers, asking) = (site.servers.clone(), site.nats.clone());
     let routes = Router::new()

@@ -139,12 +139,7 @@ impl File {
 }
 
 /// `authority`: certificates that a server is known by, for those who come with these keys.
-fn make(
-    names: &[String],
-    limits: &Limits,
-    nats: &NatsConfig,
-    authority: Option<&str>,
-) -> anyhow::Result<Vec<File>> {
+fn make(names: &[String], limits: &Limits, nats: &NatsConfig, authority: Option<&str>) -> anyhow::Result<Vec<File>> {
     let mut files = Vec::new();
     for name in names {
         let mut users = Vec::new();

@@ -43,7 +43,9 @@ fn each_layer_wins_over_the_one_below() {
 
 #[test]
 fn files_of_keys_are_looked_for_beside_the_file_that_names_them() {
-    let file = file("[nats]\nnkey_seed_file = \"worker.nk\"\ntls_ca = \"/etc/ca.pem\"\n[dispatcher.http]\ntls_key = \"tls/k.pem\"\n");
+    let file = file(
+        "[nats]\nnkey_seed_file = \"worker.nk\"\ntls_ca = \"/etc/ca.pem\"\n[dispatcher.http]\ntls_key = \"tls/k.pem\"\n",
+    );
     let folder = file.path().parent().expect("a folder").to_owned();
     let named = Overrides { config: Some(file.path().to_owned()), ..Overrides::default() };
     let loaded = load(&named, &env(&[]), &[], &[]).expect("valid");

@@ -24,8 +24,8 @@ mod page;
 mod readers;
 mod reading;
 mod sessions;
-mod stream;
 pub mod strangers;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod texts;

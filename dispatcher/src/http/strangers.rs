@@ -3,12 +3,7 @@
 
 use bytes::Bytes;
 use voxfleet_http::axum::{extract::Query, http::Uri};
-use voxfleet_schema::{
-    audio::AudioFormat,
-    id::StreamId,
-    job::JobRequest,
-    session::SessionOptions,
-};
+use voxfleet_schema::{audio::AudioFormat, id::StreamId, job::JobRequest, session::SessionOptions};
 
 use super::{
     api,

@@ -67,9 +67,13 @@ fn what_a_row_does_not_list_is_found() -> Result<()> {
     let rows = rows(page, "## D")?;
     let fits = "# TYPE a gauge\na{use=\"x\",gpu_id=\"any\"} 1\nb{class=\"q\"} 2\nc 3\n";
     compare(fits, &rows)?;
-    for wrong in
-        ["a{use=\"z\",gpu_id=\"g\"} 1\n", "a{use=\"x\"} 1\n", "b{class=\"p\",more=\"x\"} 1\n", "c{x=\"y\"} 1\n", "d 1\n"]
-    {
+    for wrong in [
+        "a{use=\"z\",gpu_id=\"g\"} 1\n",
+        "a{use=\"x\"} 1\n",
+        "b{class=\"p\",more=\"x\"} 1\n",
+        "c{x=\"y\"} 1\n",
+        "d 1\n",
+    ] {
         ensure!(compare(wrong, &rows).is_err(), "{wrong}");
     }
     Ok(())
