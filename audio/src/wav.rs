@@ -20,6 +20,8 @@ pub(crate) struct Mended {
     pub(crate) truncated: bool,
     /// Channels of a file that is shown as one of one channel.
     pub(crate) channels: Option<u16>,
+    /// Rate and channels where these are more than are transcribed.
+    pub(crate) too_many: Option<(u32, u16)>,
 }
 
 /// Channels that the demuxer has names for; fewer where the header can give them places.
@@ -87,7 +89,13 @@ pub(crate) fn mend(file: &File, len: u64) -> io::Result<Mended> {
                 wide.copy_from_slice(&chunk[16..24]);
                 long_data = Some(u64::from_le_bytes(wide));
             }
-            b"fmt " if read == 24 => mended.show_as_one(at + 8, &chunk[8..]),
+            b"fmt " if read == 24 => {
+                mended.show_as_one(at + 8, &chunk[8..]);
+                // The demuxer multiplies them without looking.
+                let channels = u16::from_le_bytes([chunk[10], chunk[11]]);
+                let rate_hz = u32::from_le_bytes([chunk[12], chunk[13], chunk[14], chunk[15]]);
+                mended.too_many = (channels > MAX_CHANNELS).then_some((rate_hz, channels));
+            }
             b"data" => {
                 let room = len.saturating_sub(at + 8);
                 let promised = match (claimed, long_data) {

@@ -17,6 +17,7 @@ mod exit;
 mod file_job;
 mod formats;
 mod logging;
+mod plain;
 mod producer;
 mod signals;
 mod sound;

@@ -3,7 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, RwLock},
-    time::{Duration, SystemTime},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use rustls::{
@@ -22,6 +22,8 @@ pub enum TlsError {
     Key { file: PathBuf, reason: String },
     #[error("certificate {cert} and key {key} do not go together: {reason}")]
     Pair { cert: PathBuf, key: PathBuf, reason: String },
+    #[error("certificate {cert} has expired, the one before it has not and stays in use")]
+    Expired { cert: PathBuf },
     #[error("tls")]
     Config(#[from] rustls::Error),
 }
@@ -54,6 +56,10 @@ impl Certificate {
             return Ok(false);
         }
         let pair = Arc::new(pair(&self.cert, &self.key)?);
+        let over = |pair: &CertifiedKey| pair.cert.first().and_then(expiry).is_some_and(|at| at <= now_s());
+        if over(&pair) && self.current.read().is_ok_and(|current| !over(&current.pair)) {
+            return Err(TlsError::Expired { cert: self.cert.clone() });
+        }
         if let Ok(mut current) = self.current.write() {
             *current = Current { pair, read };
         }
@@ -128,6 +134,10 @@ fn expiry(certificate: &CertificateDer<'_>) -> Option<i64> {
     Some(parsed.validity().not_after.timestamp())
 }
 
+fn now_s() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
+}
+
 fn chain(file: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let bad = |reason: String| TlsError::Certificate { file: file.into(), reason };
     let chain: Vec<_> = CertificateDer::pem_file_iter(file)
@@ -182,6 +192,10 @@ mod tests {
         touch(&c);
         assert!(matches!(certificate.refresh(), Err(TlsError::Certificate { .. })));
         assert_eq!(certificate.expires(), Some(1_924_992_000), "the old one stays in use");
+        write(dir.path(), 2020);
+        touch(&c);
+        assert!(matches!(certificate.refresh(), Err(TlsError::Expired { .. })));
+        assert_eq!(certificate.expires(), Some(1_924_992_000), "one that clients refuse is no better");
         write(dir.path(), 2032);
         touch(&c);
         assert!(certificate.refresh().expect("renewed"));

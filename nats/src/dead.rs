@@ -73,6 +73,10 @@ impl DeadLetters {
 
     /// The letter with this number. None: it is not there any more.
     pub async fn at(&self, seq: u64) -> Result<Option<StoredLetter>, ServerError> {
+        if seq == 0 {
+            // The server takes it for a request without a number.
+            return Ok(None);
+        }
         let which = Get { seq: Some(seq), ..Get::default() };
         Ok(raw::leader_get(&self.nats, DEAD, &which).await?.and_then(|stored| self.letter(stored)))
     }

@@ -31,6 +31,8 @@ pub enum FleetError {
     /// A heartbeat under another GPU's name.
     #[error("heartbeat of {claims} came on {subject}")]
     WrongSubject { subject: String, claims: String },
+    #[error("heartbeat on {subject} with a figure that nothing can have: {figure}")]
+    Impossible { subject: String, figure: &'static str },
     #[error(transparent)]
     Server(#[from] ServerError),
 }
@@ -82,7 +84,10 @@ impl Heartbeats {
         let heartbeat: Heartbeat = codec::from_json(&message.payload)
             .map_err(|source| FleetError::Malformed { subject: message.subject.to_string(), source })?;
         match self.nats.subjects().parse(&message.subject) {
-            Some(Subject::Heartbeat(gpu)) if gpu == heartbeat.gpu_id => Ok(heartbeat),
+            Some(Subject::Heartbeat(gpu)) if gpu == heartbeat.gpu_id => match heartbeat.impossible() {
+                None => Ok(heartbeat),
+                Some(figure) => Err(FleetError::Impossible { subject: message.subject.to_string(), figure }),
+            },
             _ => Err(FleetError::WrongSubject {
                 subject: message.subject.to_string(),
                 claims: heartbeat.gpu_id.to_string(),

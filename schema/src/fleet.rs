@@ -231,7 +231,38 @@ pub struct Heartbeat {
     pub version: String,
 }
 
+/// Far above what a device, a worker or a clock can say, and far below where sums of it overflow: 1 EB in MB, 34 years in ms.
+const MOST_MB: u64 = 1 << 40;
+const MOST_MS: u64 = 1 << 40;
+const MOST_SLOTS: u32 = 1 << 16;
+
 impl Heartbeat {
+    /// A figure that nothing can have, by its name: who sends it is broken or hostile, and must not be reckoned with.
+    pub fn impossible(&self) -> Option<&'static str> {
+        let (device, engine) = (&self.device, &self.engine);
+        let figures = [
+            ("device.total_mb", device.total_mb, MOST_MB),
+            ("device.free_mb", device.free_mb, MOST_MB),
+            ("device.used_mb", device.used_mb, MOST_MB),
+            ("device.used_by_others_mb", device.used_by_others_mb, MOST_MB),
+            ("slots.total", self.slots.total.into(), MOST_SLOTS.into()),
+            ("slots.used", self.slots.used.into(), MOST_SLOTS.into()),
+            ("job_slots.total", self.job_slots.total.into(), MOST_SLOTS.into()),
+            ("job_slots.used", self.job_slots.used.into(), MOST_SLOTS.into()),
+            ("engine.ms_since_progress", engine.ms_since_progress, MOST_MS),
+            ("engine.ms_since_activity", engine.ms_since_activity.unwrap_or(0), MOST_MS),
+            ("engine.idle_timeout_s", engine.idle_timeout_s, MOST_MS),
+            ("engine.decode_rate_age_ms", engine.decode_rate_age_ms.unwrap_or(0), MOST_MS),
+            ("engine.neighbour_ms", engine.neighbour_ms, MOST_MS),
+        ];
+        let models = self.models.iter().flat_map(|model| {
+            [("models.resident_mb", model.resident_mb, MOST_MB), ("models.expected_mb", model.expected_mb, MOST_MB)]
+        });
+        let held = self.held.iter().map(|held| ("held.lag_ms", held.lag_ms.unwrap_or(0), MOST_MS));
+        let found = figures.into_iter().chain(models).chain(held).find(|(_, figure, most)| figure > most);
+        found.map(|(name, ..)| name)
+    }
+
     pub fn worker(&self) -> WorkerName {
         WorkerName { gpu_id: self.gpu_id.clone(), incarnation: self.incarnation.clone() }
     }

@@ -105,6 +105,9 @@ impl Decoder {
         let got = read_up_to(&file, &mut head, 0)?;
         head.truncate(got);
         let mended = wav::mend(&file, len)?;
+        if let Some((rate_hz, channels)) = mended.too_many {
+            return Err(AudioError::OutOfRange { rate_hz, channels: channels.into() });
+        }
         if sniff_container(&head) == Some("mp4/m4a") && lacks_index(&file, len)? {
             return Err(AudioError::NoIndex);
         }

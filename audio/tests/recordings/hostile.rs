@@ -73,7 +73,7 @@ fn an_unknown_codec_and_impossible_rates_are_refused() {
     let samples = as_i16(&tone(8_000, 1, 1_000));
     // WMA inside a wav.
     assert_eq!(error(&wav(0x161, 16, 8_000, 1, &samples), "a.wav").0, FailureClass::BadAudio);
-    for (rate_hz, channels) in [(4_000, 1), (384_000, 1)] {
+    for (rate_hz, channels) in [(4_000, 1), (384_000, 1), (16_000, 65), (16_000, 32_768), (16_000, 65_535)] {
         let (class, message) = error(&wav(1, 16, rate_hz, channels, &samples), "a.wav");
         assert_eq!(class, FailureClass::UnsupportedFormat);
         assert!(message.contains(&rate_hz.to_string()) && message.contains("8000 to 192000"), "{message}");

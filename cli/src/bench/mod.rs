@@ -6,6 +6,7 @@
 //! | [`chaos`] | random faults over many sessions and jobs: nothing lost, nothing twice |
 //! | [`allocate`] | one routing decision, on fleets of 4 to 1,000 GPUs |
 //! | [`coldstart`] | from the start of a worker, or of a session, to its first words: cold, preloaded, prewarmed, warm |
+//! | [`dashboard`] | scrapes of a large fleet, and pages that stay open: time, bytes, CPU of the dispatcher |
 //! | [`detection`] | shorter and shorter heartbeats on a busy machine: where false verdicts begin |
 //! | [`diarize`] | who spoke when and who said which word, on recordings whose speakers are known |
 //! | [`engine`] | speed of the bare engine by model shape, threads, encoder context, flash attention and states |
@@ -31,6 +32,7 @@ mod accuracy;
 mod allocate;
 mod chaos;
 mod coldstart;
+mod dashboard;
 mod detection;
 mod diarize;
 mod engine;
@@ -73,6 +75,7 @@ Examples:
   voxfleet bench allocate
   voxfleet bench chaos --minutes 3 --seed 1
   voxfleet bench coldstart
+  voxfleet bench dashboard
   voxfleet bench detection
   voxfleet bench diarize
   voxfleet bench engine --models micro
@@ -106,6 +109,8 @@ enum Bench {
     Allocate(allocate::AllocateArgs),
     /// From process start, or from a session's first chunk, to its first words
     Coldstart(coldstart::ColdstartArgs),
+    /// Scrapes of a large fleet and pages that stay open: time, bytes, CPU of the dispatcher
+    Dashboard(dashboard::DashboardArgs),
     /// How soon a death can be known on a busy machine, and where false verdicts begin
     Detection(detection::DetectionArgs),
     /// Errors of speaker labels on recordings whose speakers are known, and what listening costs
@@ -158,6 +163,7 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Allocate(args) => tokio::task::spawn_blocking(move || allocate::run(&args)).await?,
             Bench::Coldstart(args) => coldstart::run(args).await,
             Bench::Longfile(args) => longfile::run(args).await,
+            Bench::Dashboard(args) => dashboard::run(args).await,
             Bench::Detection(args) => detection::run(args).await,
             Bench::Diarize(args) => diarize::run(args).await,
             Bench::Engine(args) => tokio::task::spawn_blocking(move || engine::run(&args)).await?,

@@ -14,11 +14,12 @@ use voxfleet_schema::{
 
 use super::{
     jobs::{age, fields, now_ms},
-    status::{plain, table},
+    status::table,
 };
 use crate::{
     args::{DeadArg, DeadArgs, DeadCommand, DeadListArgs, DropArgs, KindArgs, RetryArgs},
     exit::{Exit, OrExit as _, coded},
+    plain::plain,
     transcript::screen::{object, out},
 };
 

@@ -8,6 +8,7 @@ use voxfleet_http::probe::{Probe, ProbeError};
 use crate::{
     args::HealthArgs,
     exit::{Exit, OrExit as _},
+    plain::plain,
     transcript::screen::out,
 };
 
@@ -19,7 +20,8 @@ pub(crate) async fn run(args: &HealthArgs) -> anyhow::Result<Exit> {
         late @ Err(ProbeError::Silent(_)) => late.or_exit(Exit::Refused)?,
         other => other.or_exit(Exit::Failure)?,
     };
-    out(String::from_utf8_lossy(&answer.body).trim_end())?;
+    // Whoever answers there may be a stranger.
+    out(plain(String::from_utf8_lossy(&answer.body).trim_end()).as_str())?;
     Ok(if is_well(answer.status, &answer.body, args.ready) { Exit::Ok } else { Exit::Failure })
 }
 

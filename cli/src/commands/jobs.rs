@@ -9,10 +9,7 @@ use voxfleet_schema::{
     job::{AudioUrl, JobList, JobListRequest, JobRecord, JobState, JobStatus, JobSummary},
 };
 
-use super::{
-    close, dead, need_jetstream,
-    status::{plain, table},
-};
+use super::{close, dead, need_jetstream, status::table};
 use crate::{
     Context,
     args::{JobArg, JobsArgs, JobsCommand, ListArgs, ResultArgs, SubmitArgs},
@@ -24,6 +21,7 @@ use crate::{
         progress::{Known, percent},
     },
     formats::Document,
+    plain::plain,
     transcript::{
         line::clock,
         screen::{object, out},

@@ -53,6 +53,8 @@ struct Report {
     objects: Vec<ObjectInfo>,
     /// Something failed: what is told here is gone, and there is more.
     incomplete: bool,
+    /// Somebody sends to what was removed.
+    goes_on: bool,
 }
 
 #[derive(Debug)]
@@ -88,7 +90,12 @@ async fn one(args: &PurgeArgs, kind: Kind, id: &StreamId, nats: &Nats) -> anyhow
     let mut removed = Amounts::new();
     let mut done = purge.remove(&kept, cut_off, &mut removed).await;
     if args.force && done.is_ok() {
-        done = late(&purge, kind, id, cut_off, &mut removed).await;
+        let quiet = late(&purge, kind, id, cut_off, &mut removed).await;
+        if let Ok(false) = quiet {
+            report.open.push((kind, id.clone(), "somebody goes on sending to it; stop him and purge it again"));
+            report.goes_on = true;
+        }
+        done = quiet.map(drop);
     }
     report.note(&kept, removed, cut_off);
     report.end(args, done)
@@ -125,14 +132,14 @@ async fn ended(purge: &Purge, kind: Kind, id: &StreamId, nats: &Nats) -> anyhow:
     }
 }
 
-/// What an end leaves behind comes a moment after it: removed too, until nothing comes any more.
+/// What an end leaves behind comes a moment after it: removed too, until nothing comes any more. False: it goes on coming.
 async fn late(
     purge: &Purge,
     kind: Kind,
     id: &StreamId,
     cut_off: bool,
     removed: &mut Amounts,
-) -> Result<(), PurgeError> {
+) -> Result<bool, PurgeError> {
     let (begun, mut backoff, mut quiet) = (Instant::now(), Backoff::default(), 0);
     // The marker of a key stays where it tells a dispatcher.
     let only_marker = |kept: &Kept| cut_off && kept.amounts.values().all(|amount| amount.bytes == 0);
@@ -146,7 +153,7 @@ async fn late(
         quiet = 0;
         purge.remove(&kept, cut_off, removed).await?;
     }
-    Ok(())
+    Ok(quiet >= 3)
 }
 
 async fn older(args: &PurgeArgs, seconds: u32, nats: &Nats) -> anyhow::Result<Exit> {
@@ -223,7 +230,7 @@ impl Report {
         self.incomplete = done.is_err();
         let told = self.tell(args)?;
         done.or_exit(Exit::Unavailable)?;
-        Ok(told)
+        Ok(if self.goes_on { Exit::Failure } else { told })
     }
 
     fn tell(&self, args: &PurgeArgs) -> anyhow::Result<Exit> {
@@ -326,7 +333,7 @@ mod tests {
             ],
             open: vec![(Kind::Job, id("d"), "it has not ended")],
             objects: vec![upload],
-            incomplete: false,
+            ..Report::default()
         };
         let value = report.value();
         assert_eq!(value["total"], json!({"messages": 5, "bytes": 56}));

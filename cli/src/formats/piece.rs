@@ -12,6 +12,7 @@ use voxfleet_schema::{
 };
 
 use super::Document;
+use crate::plain::without_controls;
 
 /// Turns looked back over for the one that goes on: more people do not speak at once.
 const SPEAKERS_AT_ONCE: usize = 4;
@@ -63,7 +64,7 @@ impl Document {
 
 fn of_result(result: &JobResult) -> Vec<Piece> {
     let word = |w: &AlignedWord| Timed {
-        text: w.word.clone(),
+        text: without_controls(&w.word),
         start_ms: ms(w.start),
         end_ms: ms(w.end),
         score: w.score,
@@ -73,8 +74,8 @@ fn of_result(result: &JobResult) -> Vec<Piece> {
     let piece = |s: &AlignedSegment| Piece {
         start_ms: ms(s.start),
         end_ms: ms(s.end),
-        text: s.text.clone(),
-        speaker: s.speaker.clone(),
+        text: without_controls(&s.text),
+        speaker: s.speaker.as_deref().map(without_controls),
         channel: s.channel,
         words: s.words.iter().map(word).collect(),
     };
@@ -137,7 +138,7 @@ impl Chain {
 
     fn pieces(&self) -> Vec<Piece> {
         let word = |w: &Word| Timed {
-            text: w.text.clone(),
+            text: without_controls(&w.text),
             start_ms: w.start_ms,
             end_ms: w.end_ms,
             score: w.confidence,

@@ -5,6 +5,8 @@ use voxfleet_schema::{
     transcript::{Final, Partial, Revision, Segment, Word},
 };
 
+use crate::plain::plain;
+
 /// Colours where they are wanted: on a terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Paint {
@@ -61,9 +63,9 @@ fn spoken(segments: &[Segment], paint: Paint) -> String {
             text.push_str(if speaker == before { " " } else { "  " });
         }
         if let Some(name) = speaker.filter(|_| speaker != before) {
-            text.push_str(&paint.green(&format!("{name}: ")));
+            text.push_str(&paint.green(&format!("{}: ", plain(name))));
         }
-        text.push_str(&paint.bold(segment.text.trim()));
+        text.push_str(&paint.bold(plain(&segment.text).trim()));
         before = speaker;
     }
     text
@@ -84,7 +86,7 @@ pub(crate) fn of_revision(r: &Revision, paint: Paint) -> Option<String> {
     let mut line = format!("{}  {}", paint.dim(&format!("{}-{}", clock(from), clock(to))), spoken(&r.segments, paint));
     let nobody = r.segments.iter().all(|segment| segment.speaker.is_none());
     if let Some(why) = r.speakers.as_ref().and_then(|speakers| speakers.why.as_deref()).filter(|_| nobody) {
-        line.push_str(&paint.yellow(&format!("  [no speakers: {why}]")));
+        line.push_str(&paint.yellow(&format!("  [no speakers: {}]", plain(why))));
     }
     Some(line)
 }
@@ -97,7 +99,7 @@ pub(crate) fn of_final(f: &Final, paint: Paint, lag_ms: Option<u64>) -> Option<S
         notes.push(format!("audio {} to {} was gone before anyone could transcribe it", lost.from_seq, lost.to_seq));
     }
     if let Some(error) = &f.error {
-        notes.push(error.to_string());
+        notes.push(plain(&error.to_string()));
     }
     if f.end {
         notes.push("end".to_owned());
@@ -127,15 +129,16 @@ pub(crate) fn of_partial(p: &Partial, paint: Paint) -> String {
         "{} {}  {}{gap}{}{}",
         paint.dim(&format!("{}-{}", clock(samples_ms(p.from_sample)), clock(samples_ms(p.to_sample)))),
         paint.cyan(p.gpu_id.as_str()),
-        p.committed.trim(),
-        paint.dim(p.tentative.trim()),
+        plain(&p.committed).trim(),
+        paint.dim(plain(&p.tentative).trim()),
         paint.dim(&format!("  lag {:.1} s", p.lag_ms as f64 / 1000.0))
     )
 }
 
 /// Each word with its start in seconds: `good 0.53 morning 0.68`.
 pub(crate) fn of_words(segments: &[Segment], paint: Paint) -> Option<String> {
-    let one = |w: &Word| format!("{} {}", w.text.trim(), paint.dim(&format!("{:.2}", w.start_ms as f64 / 1000.0)));
+    let one =
+        |w: &Word| format!("{} {}", plain(&w.text).trim(), paint.dim(&format!("{:.2}", w.start_ms as f64 / 1000.0)));
     let words: Vec<String> = segments.iter().flat_map(|s| &s.words).map(one).collect();
     (!words.is_empty()).then(|| words.join("  "))
 }
@@ -150,9 +153,9 @@ pub(crate) fn of_event(e: &Event, paint: Paint) -> String {
         }
     }
     if let Some(error) = &e.error {
-        text.push_str(&format!(" {error}"));
+        text.push_str(&plain(&format!(" {error}")));
     } else if let Some(detail) = e.detail.as_str() {
-        text.push_str(&format!(" {detail}"));
+        text.push_str(&plain(&format!(" {detail}")));
     }
     paint.yellow(&text)
 }
@@ -170,6 +173,18 @@ mod tests {
         assert_eq!(of_final(&f, PLAIN, Some(640)).as_deref(), Some("00:03.0-00:03.9 cpu-h-0  good morning  +0.6 s"));
         assert_eq!(of_partial(&a_partial(None, 1, "g", 24_000), PLAIN), "00:00.0-00:01.5 g  good morning  lag 0.4 s");
         assert_eq!(of_words(&f.segments, PLAIN).as_deref(), Some("good morning 3.00"));
+    }
+
+    #[test]
+    fn what_was_heard_does_not_steer_the_terminal() {
+        let mut f = a_final(3, 1, "g", "good\u{1b}]0;pwn\u{7} mor\r\nning");
+        f.segments[0].speaker = Some("S\u{1b}[31m1".to_owned());
+        f.segments[0].words[0].text = "go\u{202e}od".to_owned();
+        let p = Partial { tentative: "x\u{9b}2J".to_owned(), ..a_partial(None, 1, "g", 24_000) };
+        let lines = [of_final(&f, PLAIN, None), Some(of_partial(&p, PLAIN)), of_words(&f.segments, PLAIN)];
+        for line in lines.into_iter().flatten() {
+            assert_eq!(line, crate::plain::plain(&line), "{line:?}");
+        }
     }
 
     #[test]

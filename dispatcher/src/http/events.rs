@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{Arc, RwLock},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use serde::Serialize;
@@ -12,15 +12,16 @@ use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
     Nats, ServerError,
     retry::Backoff,
-    transcript::{self, Filter, ReadError},
+    transcript::{self, Filter},
 };
 use voxfleet_schema::event::{Event, Scope};
+
+use super::interest::{self, Interest};
 
 /// Events kept of each kind, and read of the past in all.
 const KEPT: usize = 500;
 /// How long somebody waits for the past.
 const CATCH_UP: Duration = Duration::from_secs(2);
-const INTEREST: Duration = Duration::from_secs(40);
 /// Details longer than this are for the stream's own readers.
 const SHOWN: usize = 300;
 
@@ -73,7 +74,7 @@ fn words(event: &Event) -> String {
 pub(crate) struct Recent {
     rows: Arc<RwLock<VecDeque<Row>>>,
     news: broadcast::Sender<Row>,
-    wanted: Arc<watch::Sender<Option<Instant>>>,
+    interest: Interest,
     /// What there was has been read.
     caught_up: Arc<watch::Sender<bool>>,
 }
@@ -81,8 +82,7 @@ pub(crate) struct Recent {
 impl Recent {
     pub(crate) fn new(nats: Nats, stop: CancellationToken) -> (Self, impl Future<Output = ()>) {
         let (news, _) = broadcast::channel(KEPT);
-        let recent =
-            Self { rows: Arc::default(), news, wanted: Arc::new(watch::Sender::new(None)), caught_up: Arc::default() };
+        let recent = Self { rows: Arc::default(), news, interest: Interest::default(), caught_up: Arc::default() };
         let mine = recent.clone();
         (recent, async move {
             stop.run_until_cancelled(mine.read(nats)).await;
@@ -90,7 +90,7 @@ impl Recent {
     }
 
     pub(crate) fn want(&self) {
-        self.wanted.send_replace(Some(Instant::now() + INTEREST));
+        self.interest.want();
     }
 
     /// Newest first, of one kind or of all. Whoever asks first waits until the past has been read.
@@ -113,12 +113,13 @@ impl Recent {
     }
 
     async fn read(self, nats: Nats) {
-        let mut wanted = self.wanted.subscribe();
         loop {
-            if wanted.wait_for(|until| until.is_some_and(|until| Instant::now() < until)).await.is_err() {
-                return;
-            }
-            if self.read_while_wanted(&nats).await.is_err() {
+            self.interest.begins().await;
+            let read = tokio::select! {
+                read = self.read_on(&nats) => read,
+                () = self.interest.ends() => Ok(()),
+            };
+            if read.is_err() {
                 return;
             }
             self.caught_up.send_replace(false);
@@ -129,7 +130,7 @@ impl Recent {
     }
 
     /// An error: the connection is closed.
-    async fn read_while_wanted(&self, nats: &Nats) -> Result<(), ServerError> {
+    async fn read_on(&self, nats: &Nats) -> Result<(), ServerError> {
         let mut backoff = Backoff::default();
         let (start, any) = loop {
             match transcript::recent_events(nats, KEPT as u64).await {
@@ -144,27 +145,10 @@ impl Recent {
         self.caught_up.send_replace(!any);
         let mut events = transcript::events(nats, &Filter::All, start);
         loop {
-            let until = *self.wanted.borrow();
-            let Some(left) = until.and_then(|until| until.checked_duration_since(Instant::now())) else {
-                return Ok(());
-            };
-            let read = tokio::select! {
-                read = events.next() => read,
-                () = tokio::time::sleep(left) => continue,
-            };
-            match read {
-                Ok(read) => {
-                    backoff = Backoff::default();
-                    self.push(Row::of(&read.value));
-                    if read.pending == 0 {
-                        self.caught_up.send_replace(true);
-                    }
-                }
-                Err(ReadError::Server(ServerError::Closed)) => return Err(ServerError::Closed),
-                Err(ReadError::Malformed { seq, .. }) => tracing::debug!(seq, "not an event"),
-                Err(error) => {
-                    tracing::debug!(%error, "events not readable now");
-                    backoff.wait().await;
+            if let Some(read) = interest::after("events", events.next().await, &mut backoff).await? {
+                self.push(Row::of(&read.value));
+                if read.pending == 0 {
+                    self.caught_up.send_replace(true);
                 }
             }
         }

@@ -19,6 +19,7 @@ mod asr;
 mod board;
 mod events;
 mod health;
+mod interest;
 pub(crate) mod metrics;
 mod page;
 mod readers;

@@ -6,17 +6,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use voxfleet_nats::{
     Nats, ServerError,
     retry::Backoff,
-    transcript::{self, Filter, ReadError, Start},
+    transcript::{self, Filter, Start},
 };
 use voxfleet_schema::{
     id::{Kind, StreamId},
     transcript::{Final, Partial, join_text},
 };
+
+use super::interest::{self, Interest};
 
 /// Characters shown of a session.
 const SHOWN: usize = 160;
@@ -24,8 +25,6 @@ const SHOWN: usize = 160;
 const MOST: usize = 100_000;
 /// As long as the longest that a session may idle.
 const SILENT: Duration = Duration::from_secs(1_800);
-/// Nobody has looked for so long: reading ends.
-const INTEREST: Duration = Duration::from_secs(40);
 
 #[derive(Debug, Default)]
 struct Said {
@@ -107,13 +106,13 @@ fn ending(text: &str) -> String {
 #[derive(Debug, Clone)]
 pub(crate) struct Reading {
     texts: Arc<RwLock<Texts>>,
-    wanted: Arc<watch::Sender<Option<Instant>>>,
+    interest: Interest,
 }
 
 impl Reading {
     /// The texts, and the work of reading them.
     pub(crate) fn new(nats: Nats, stop: CancellationToken) -> (Self, impl Future<Output = ()>) {
-        let reading = Self { texts: Arc::default(), wanted: Arc::new(watch::Sender::new(None)) };
+        let reading = Self { texts: Arc::default(), interest: Interest::default() };
         let mine = reading.clone();
         (reading, async move {
             stop.run_until_cancelled(mine.read(nats)).await;
@@ -122,7 +121,7 @@ impl Reading {
 
     /// Somebody looks at a list now.
     pub(crate) fn want(&self) {
-        self.wanted.send_replace(Some(Instant::now() + INTEREST));
+        self.interest.want();
     }
 
     pub(crate) fn with<T>(&self, look: impl FnOnce(&Texts) -> T) -> T {
@@ -133,12 +132,13 @@ impl Reading {
     }
 
     async fn read(self, nats: Nats) {
-        let mut wanted = self.wanted.subscribe();
         loop {
-            if wanted.wait_for(|until| until.is_some_and(|until| Instant::now() < until)).await.is_err() {
-                return;
-            }
-            if self.read_while_wanted(&nats).await.is_err() {
+            self.interest.begins().await;
+            let read = tokio::select! {
+                read = self.read_on(&nats) => read,
+                () = self.interest.ends() => Ok(()),
+            };
+            if read.is_err() {
                 return;
             }
             if let Ok(mut texts) = self.texts.write() {
@@ -148,30 +148,17 @@ impl Reading {
     }
 
     /// An error: the connection is closed.
-    async fn read_while_wanted(&self, nats: &Nats) -> Result<(), ServerError> {
+    async fn read_on(&self, nats: &Nats) -> Result<(), ServerError> {
         let filter = Filter::Kind(Kind::Session);
         let mut finals = transcript::finals(nats, &filter, Start::LastPerSubject);
         let mut partials = transcript::partials(nats, &filter, Start::LastPerSubject);
         let mut backoff = Backoff::default();
         loop {
-            let until = *self.wanted.borrow();
-            let Some(left) = until.and_then(|until| until.checked_duration_since(Instant::now())) else {
-                return Ok(());
+            let read = tokio::select! {
+                read = finals.next() => read.map(|read| self.change(|texts| texts.on_final(&read.value))),
+                read = partials.next() => read.map(|read| self.change(|texts| texts.on_partial(&read.value))),
             };
-            let failed = tokio::select! {
-                read = finals.next() => read.map(|read| self.change(|texts| texts.on_final(&read.value))).err(),
-                read = partials.next() => read.map(|read| self.change(|texts| texts.on_partial(&read.value))).err(),
-                () = tokio::time::sleep(left) => continue,
-            };
-            match failed {
-                None => backoff = Backoff::default(),
-                Some(ReadError::Server(ServerError::Closed)) => return Err(ServerError::Closed),
-                Some(ReadError::Malformed { seq, .. }) => tracing::debug!(seq, "not a transcript"),
-                Some(error) => {
-                    tracing::debug!(%error, "transcripts not readable now");
-                    backoff.wait().await;
-                }
-            }
+            interest::after("transcripts", read, &mut backoff).await?;
         }
     }
 

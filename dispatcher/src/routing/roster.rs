@@ -253,7 +253,7 @@ impl Roster {
             rank: 0,
             free_mb,
             total_mb,
-            reserve_mb: total_mb * u64::from(seen.reserve_percent) / 100,
+            reserve_mb: total_mb.saturating_mul(seen.reserve_percent.into()) / 100,
             room_mb: 0,
             promised_mb: shelf.promised_mb(),
             shelf,

@@ -67,11 +67,16 @@ pub struct Account {
 
 /// Names an account may have: they are folders too.
 pub fn is_account_name(name: &str) -> bool {
-    voxfleet_schema::id::check(name).is_ok() && !name.starts_with('-') && !is_system(name)
+    voxfleet_schema::id::check(name).is_ok() && !name.starts_with('-') && !is_system(name) && !is_directive(name)
 }
 
 /// Of the account that sees all accounts' connections.
 pub const SYSTEM: &str = "SYS";
+
+/// A word that the server's configuration takes for one of its own.
+fn is_directive(name: &str) -> bool {
+    name.eq_ignore_ascii_case("include")
+}
 
 fn is_system(name: &str) -> bool {
     name.eq_ignore_ascii_case(SYSTEM)
@@ -162,7 +167,7 @@ mod tests {
         for good in ["VOXFLEET", "a", "tenant-7"] {
             assert!(is_account_name(good), "{good}");
         }
-        for bad in ["", "SYS", "sys", "a b", "../a", "a.b", "$G", "-a", "a\"", "a/b"] {
+        for bad in ["", "SYS", "sys", "include", "Include", "a b", "../a", "a.b", "$G", "-a", "a\"", "a/b"] {
             assert!(!is_account_name(bad), "{bad}");
         }
     }

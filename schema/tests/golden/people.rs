@@ -132,6 +132,27 @@ fn smallest_final() -> Final {
     }
 }
 
+#[test]
+fn figures_that_nothing_can_have_are_named() {
+    assert_eq!(heartbeat().impossible(), None);
+    let with = |path: &str, figure: u64| -> Heartbeat {
+        let mut value = serde_json::to_value(heartbeat()).expect("json");
+        *value.pointer_mut(path).unwrap_or_else(|| panic!("{path}")) = figure.into();
+        serde_json::from_value(value).expect("a heartbeat")
+    };
+    for (path, name) in [
+        ("/device/total_mb", "device.total_mb"),
+        ("/device/free_mb", "device.free_mb"),
+        ("/device/used_mb", "device.used_mb"),
+        ("/device/used_by_others_mb", "device.used_by_others_mb"),
+        ("/models/0/resident_mb", "models.resident_mb"),
+        ("/engine/ms_since_progress", "engine.ms_since_progress"),
+    ] {
+        assert_eq!(with(path, u64::MAX).impossible(), Some(name));
+    }
+    assert_eq!(with("/slots/total", u32::MAX.into()).impossible(), Some("slots.total"));
+}
+
 pub(crate) fn heartbeat() -> Heartbeat {
     Heartbeat {
         gpu_id: worker().gpu_id,

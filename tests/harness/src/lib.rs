@@ -21,6 +21,7 @@
 //! | [`producer`] | a stranger's producer: plain publishes |
 //! | [`load`] | many sessions at once, and JetStream by itself |
 //! | [`flood`] | one tenant that sends whatever the server takes, and what another one notices of it |
+//! | [`pretended`] | workers that only say that they are there, by the hundred |
 //! | [`probe_api`] | the service API and heartbeats, asked plainly |
 //! | [`checker`] | reads log and chain, says everything that does not fit |
 //! | [`words`] | which samples a simulated transcript stands for |
@@ -48,6 +49,7 @@ pub mod https;
 pub mod load;
 pub mod login;
 pub mod ports;
+pub mod pretended;
 pub mod probe_api;
 pub mod process;
 pub mod producer;

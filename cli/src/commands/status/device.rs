@@ -3,7 +3,8 @@
 use serde::Serialize;
 use voxfleet_schema::fleet::{EngineRunState, Heartbeat, Residency};
 
-use super::text::{plain, table, word};
+use super::text::{table, word};
+use crate::plain::plain;
 
 /// Fields of each worker in `status --json`, beside its heartbeat.
 #[derive(Debug, PartialEq, Serialize)]

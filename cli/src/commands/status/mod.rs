@@ -20,7 +20,7 @@ use voxfleet_schema::{
     session::{SessionRecord, SessionState},
 };
 
-pub(super) use text::{plain, table};
+pub(super) use text::table;
 
 use self::device::Facts;
 use super::close;

@@ -10,6 +10,7 @@ use voxfleet_schema::{
 };
 
 use super::{super::jobs::age, Fleet, device::devices};
+use crate::plain::plain;
 
 /// Held ids shown of one worker; the rest are counted.
 const HELD_SHOWN: usize = 8;
@@ -157,12 +158,6 @@ fn session_row(session: &SessionRecord, lag_ms: Option<u64>) -> Vec<String> {
 /// A wire word as it is written in JSON.
 pub(super) fn word(value: &impl serde::Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
-}
-
-/// What others have written, fit for a line of a terminal: nothing moves the cursor, colours, or turns the direction round.
-pub(in crate::commands) fn plain(text: &str) -> String {
-    let turns = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    text.chars().map(|c| if c.is_control() || turns(c) { ' ' } else { c }).collect()
 }
 
 /// Columns as wide as their widest cell, two spaces between. Cells are made plain.
