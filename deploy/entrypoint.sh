@@ -17,6 +17,7 @@
 #   VOXFLEET_NKEY_SEED          an nkey seed
 #   VOXFLEET_TLS_CA_BASE64      the certificate of a private authority; VOXFLEET_TLS_CA is the same as it is
 #   VOXFLEET_HEALTH_URL         where `health` asks, if it cannot be known from ...HTTP__LISTEN: https://localhost:9480
+#   VOXFLEET_HEALTH_CA          certificates to trust there in place of the system's
 #
 # Invariants: what it starts replaces it, so signals arrive and exit codes come back; no network is asked before. As root it
 # hands itself to the user voxfleet where there is one (VOXFLEET_KEEP_ROOT=1 keeps root). Secrets leave the environment before
@@ -127,7 +128,11 @@ case $1 in
     health)
         # Whether it is alive, not whether NATS is: starting a container again brings no server back. Either runs here, so
         # whichever answers is meant.
-        if [ -n "${VOXFLEET_HEALTH_URL:-}" ]; then exec voxfleet health --at "$VOXFLEET_HEALTH_URL" --timeout 8; fi
+        if [ -n "${VOXFLEET_HEALTH_URL:-}" ]; then
+            set -- --at "$VOXFLEET_HEALTH_URL" --timeout 8
+            [ -z "${VOXFLEET_HEALTH_CA:-}" ] || set -- "$@" --ca "$VOXFLEET_HEALTH_CA"
+            exec voxfleet health "$@"
+        fi
         voxfleet health --at "$(here "${VOXFLEET__WORKER__HTTP__LISTEN:-127.0.0.1:9481}")" --timeout 4 2>/dev/null && exit 0
         exec voxfleet health --at "$(here "${VOXFLEET__DISPATCHER__HTTP__LISTEN:-127.0.0.1:9480}")" --timeout 4
         ;;
@@ -136,6 +141,12 @@ case $1 in
         check_cache
         secrets
         models
+        ;;
+    dispatcher)
+        drop_root "$@"
+        secrets
+        # What many short sessions leave in one heap does not pile up in others, as in the unit.
+        export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-1}"
         ;;
     *)
         drop_root "$@"

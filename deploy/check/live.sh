@@ -147,6 +147,7 @@ as() {
 
 nats_hub() {
     start "$WORK/hub.log" nats-server -c "$WORK/nats/hub-single.conf"
+    HUB=$PID
     if ! until_ok 10 as OPERATOR stream ls; then
         fail "hub-single.conf: nobody comes in by TLS and nkey: $(tail -n 3 "$WORK/hub.log")"
         return 1
@@ -275,6 +276,7 @@ run_entry() {
     # Its seed has a folder of its own: here both share one root, and the worker's would be written over it.
     start "$WORK/dispatcher.log" in_root "VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/DISPATCHER.seed")" "$at_dispatcher" \
         XDG_RUNTIME_DIR=/tmp/dispatcher VOXFLEET__NATS__INBOX_PREFIX=_INBOX_dispatcher voxfleet-entry dispatcher --name check
+    DISPATCHER=$PID
     seed_="VOXFLEET_NKEY_SEED=$(cat "$WORK/nats/WORKER.seed")"
     start "$WORK/worker.log" in_root "$seed_" "$at_worker" VOXFLEET_MODELS=micro.en-q8_0 voxfleet-entry worker --gpu none --gpu-id entry-0
     WORKER=$PID
@@ -283,6 +285,7 @@ run_entry() {
         return
     fi
     ok "entrypoint.sh: dispatcher and worker, secrets from the environment"
+    expect "entrypoint.sh: a dispatcher has one heap" "$(tr '\0' '\n' <"/proc/$DISPATCHER/environ" | grep '^MALLOC_ARENA_MAX=')" MALLOC_ARENA_MAX=1
     expect "entrypoint.sh: root is dropped, by user id" "$(uid_of "$WORKER")" 10001
     if tr '\0' '\n' <"/proc/$WORKER/environ" | grep -q '^VOXFLEET_NKEY_SEED\|^VOXFLEET_TLS_CA_BASE64'; then
         fail "entrypoint.sh: a secret is left in the environment"
@@ -333,30 +336,70 @@ run_entry() {
 
 # What the units' timers start, with a systemctl and a voxfleet that only say what they were asked.
 run_health() {
-    mkdir -p "$WORK/health"
-    cat >"$WORK/health/systemctl" <<'STANDIN'
+    mkdir -p "$WORK/health/real"
+    cat >"$WORK/health/real/systemctl" <<'STANDIN'
 #!/bin/sh
 echo "systemctl $*" >>"$ASKED"
 [ "$1" != is-active ] || exit "$UNIT_IS"
 STANDIN
-    # Well from the try on that it is told.
+    # Its exit codes one after the other.
     cat >"$WORK/health/voxfleet" <<'STANDIN'
 #!/bin/sh
 echo "voxfleet $*" >>"$ASKED"
-[ "$(grep -c ^voxfleet "$ASKED")" -ge "$WELL_FROM" ]
+exit "$(echo "$CODES" | cut -d' ' -f"$(grep -c ^voxfleet "$ASKED")")"
 STANDIN
-    chmod 755 "$WORK/health/systemctl" "$WORK/health/voxfleet"
-    health_case() { # WHAT WELL_FROM UNIT_IS WANTED
+    cp "$WORK/health/real/systemctl" "$WORK/health/"
+    chmod 755 "$WORK/health/systemctl" "$WORK/health/voxfleet" "$WORK/health/real/systemctl"
+    health_case() { # WHAT CODES UNIT_IS WANTED
         : >"$WORK/health/asked"
-        PATH=$WORK/health:$PATH ASKED=$WORK/health/asked WELL_FROM=$2 UNIT_IS=$3 VOXFLEET_HEALTH_PAUSE_S=0 \
-            sh "$ROOT/deploy/systemd/voxfleet-health.sh" u.service 0.0.0.0:9480 >/dev/null 2>&1 || :
-        expect "voxfleet-health.sh: $1" "$(sed 's/^systemctl \([a-z-]*\).*/\1/; s/^voxfleet health --at http:..127.0.0.1:9480$/asked/' \
+        PATH=$WORK/health:$PATH ASKED=$WORK/health/asked CODES=$2 UNIT_IS=$3 VOXFLEET_HEALTH_PAUSE_S=0 \
+            VOXFLEET_HEALTH_URL=http://127.0.0.1:9480 \
+            sh "$ROOT/deploy/systemd/voxfleet-health.sh" u.service >/dev/null 2>&1 || :
+        expect "voxfleet-health.sh: $1" "$(sed 's/^systemctl \([a-z-]*\).*/\1/; s/^voxfleet health --at http:..127.0.0.1:9480 --timeout 10$/asked/' \
             "$WORK/health/asked" | tr '\n' ' ')" "$4"
     }
-    health_case "a unit that answers is left alone" 1 0 'is-active asked '
-    health_case "one that answers at the third try too" 3 0 'is-active asked asked asked '
-    health_case "one that never does is started again" 9 0 'is-active asked asked asked try-restart '
-    health_case "one that was stopped is not asked" 9 3 'is-active '
+    health_case "a unit that answers is left alone" 0 0 'is-active asked '
+    health_case "one that answers at the third try too" '75 75 0' 0 'is-active asked asked asked '
+    health_case "one that takes three questions and answers none is started again" '75 75 75' 0 'is-active asked asked asked try-restart '
+    health_case "one where nobody listens is not" 1 0 'is-active asked '
+    health_case "one that is gone at the second try is not either" '75 1' 0 'is-active asked asked '
+    health_case "one that was stopped is not asked" '75 75 75' 3 'is-active '
+}
+
+# The same with real ones: a dispatcher that serves HTTPS, and the NATS server.
+run_health_real() {
+    mkdir -p "$WORK/health/cache"
+    P_HTTPS=$(free_ports 1)
+    ln -sf "$BINARY" "$WORK/health/real/voxfleet"
+    start "$WORK/https.log" env VOXFLEET__NATS__URLS="tls://localhost:$P_HUB" VOXFLEET__NATS__TLS_CA="$WORK/nats/tls/ca.pem" \
+        VOXFLEET__NATS__NKEY_SEED_FILE="$WORK/nats/DISPATCHER.seed" VOXFLEET__NATS__INBOX_PREFIX=_INBOX_dispatcher \
+        VOXFLEET__DISPATCHER__HTTP__LISTEN="127.0.0.1:$P_HTTPS" VOXFLEET__DISPATCHER__HTTP__TLS_CERT="$WORK/nats/tls/server.pem" \
+        VOXFLEET__DISPATCHER__HTTP__TLS_KEY="$WORK/nats/tls/server-key.pem" VOXFLEET_CACHE="$WORK/health/cache" \
+        "$BINARY" dispatcher --name https
+    HTTPS=$PID
+    real_case() { # WHAT WANTED [URL] [CA]: what the unit's check does now
+        : >"$WORK/health/asked"
+        PATH=$WORK/health/real:$PATH ASKED=$WORK/health/asked UNIT_IS=0 VOXFLEET_HEALTH_PAUSE_S=0 VOXFLEET_HEALTH_WAIT_S=1 \
+            VOXFLEET_HEALTH_URL="${3:-https://localhost:$P_HTTPS}" VOXFLEET_HEALTH_CA="${4-$WORK/nats/tls/ca.pem}" \
+            sh "$ROOT/deploy/systemd/voxfleet-health.sh" u.service >"$WORK/health/said" 2>&1 && CODE=0 || CODE=$?
+        expect "voxfleet-health.sh, $1" "$CODE $(sed 's/^systemctl \([a-z-]*\).*/\1/' "$WORK/health/asked" | tr '\n' ' ')" "$2" \
+            "$(tail -n 2 "$WORK/health/said" | tr '\n' ' ') $(tail -n 1 "$WORK/https.log")"
+    }
+    until_ok 15 "$BINARY" health --at "https://localhost:$P_HTTPS" --ca "$WORK/nats/tls/ca.pem" || :
+    real_case "over TLS: a dispatcher that answers" '0 is-active '
+    real_case "over TLS: a certificate that nobody vouches for is told, and nothing is started again" '1 is-active ' '' ''
+    real_case "http where https is spoken is told too" '1 is-active ' "http://127.0.0.1:$P_HTTPS"
+    kill -STOP "$HTTPS"
+    real_case "over TLS: a dispatcher that hangs is started again" '0 is-active try-restart '
+    kill -CONT "$HTTPS"
+    kill -TERM "$HTTPS"
+    ended "$HTTPS" 12
+    real_case "over TLS: where nobody listens nothing is started again" '1 is-active '
+    monitor_="http://127.0.0.1:$P_MONITOR/healthz?js-enabled-only=true"
+    real_case "nats-server: one that answers" '0 is-active ' "$monitor_"
+    kill -STOP "$HUB"
+    real_case "nats-server: one that hangs is started again" '0 is-active try-restart ' "$monitor_"
+    kill -CONT "$HUB"
 }
 
 # The workers of the laptop on two cores, by what the worker itself makes of its settings there.
@@ -553,6 +596,7 @@ start "$WORK/parts.log" sh "$ROOT/deploy/docker/runtime-parts.sh" "$WORK/parts"
 PARTS_PID=$PID
 nats_syntax
 nats_hub || exit 0
+[ -z "$BINARY" ] || run_health_real
 if [ -z "$BINARY" ]; then
     skip "clean root: no voxfleet was built here (cargo build -p voxfleet, or VOXFLEET_BIN)"
 elif [ -z "${CHECK_PRIVATE:-}" ] || ! have setpriv || ! clean_root; then

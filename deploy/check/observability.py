@@ -128,13 +128,17 @@ def rules(names):
     if runbook.is_file():
         section = re.search(r"^## Alerts$(.*?)(?=^## |\Z)", runbook.read_text(), re.M | re.S)
         headings = {h.strip() for h in re.findall(r"^### (.*)$", section[1] if section else "", re.M)}
+        every = [h.strip().lower() for h in re.findall(r"^##+ (.*)$", runbook.read_text(), re.M)]
+        report("docs/runbook.md: one section a heading", [f"{h} stands there twice" for h in sorted(set(every)) if every.count(h) > 1])
     fires, silent, worded = set(), 0, set()
     for test in tests:
         for moment in test.get("promql_expr_test", []):
             silent += not moment["exp_samples"]
             for sample in moment["exp_samples"]:
                 labels = dict(re.findall(r'(\w+)="([^"]*)"', sample["labels"]))
-                fires.add((labels["alertname"], labels["severity"]))
+                # A count of alerts names none.
+                if "alertname" in labels:
+                    fires.add((labels["alertname"], labels["severity"]))
         for moment in test.get("alert_rule_test", []):
             worded |= {moment["alertname"] for alert in moment["exp_alerts"]}
     problems, seen = [], set()
@@ -214,7 +218,14 @@ def dashboard(names):
         problems.append("compose.yml mounts the dashboards elsewhere than where the provider looks")
     if f"--web.listen-address={source['url'].removeprefix('http://')}" not in services["prometheus"]["command"]:
         problems.append("compose.yml has Prometheus listen elsewhere than where the data source asks")
-    scrape = yaml.safe_load((HOME / "prometheus.yml").read_text())["global"]["scrape_interval"]
+    # A token that is replaced is another file, which a mount of the old one never sees.
+    settings = yaml.safe_load((HOME / "prometheus.yml").read_text())
+    for job in settings["scrape_configs"]:
+        if token := job.get("authorization", {}).get("credentials_file"):
+            folder = f":/etc/prometheus/{pathlib.PurePosixPath(token).parent}:ro"
+            if not any(mount.endswith(folder) for mount in services["prometheus"]["volumes"]):
+                problems.append(f"compose.yml mounts no folder where {job['job_name']} has {token}")
+    scrape = settings["global"]["scrape_interval"]
     if source["jsonData"]["timeInterval"] != scrape:
         problems.append("the data source believes in another scrape interval")
     report(f"dashboard: {len(found)} expressions over {len(used)} metrics, {len(panels)} panels side by side", problems)
@@ -329,7 +340,7 @@ def live(sections, found):
         report("prometheus: scrapes with prometheus.yml, on loopback, and elsewhere by TLS and a token from a file", eventually(not_up))
         report("prometheus: evaluates every rule", eventually(ill))
         report(f"prometheus: each of {len(found)} expressions of the dashboard finds what docs/metrics.md promises", eventually(empty))
-        (etc / "voxfleet.token").write_text("another-token\n")
+        (etc / "tokens/voxfleet.token").write_text("another-token\n")
         refused = eventually(lambda: [] if len(ask("query", query="up == 0")["result"]) == 2 else ["who has another token gets in"])
         report("prometheus: the token is read from its file each time, and another one gets nothing", refused)
     finally:
@@ -345,7 +356,8 @@ if TOOLS is None:
     print("skip promtool, prometheus: not here (apt-get install prometheus)")
 else:
     shutil.copytree(HOME, WORK / "etc")
-    (WORK / "etc/voxfleet.token").write_text(TOKEN + "\n")
+    (WORK / "etc/tokens").mkdir(exist_ok=True)
+    (WORK / "etc/tokens/voxfleet.token").write_text(TOKEN + "\n")
     promtool(sections, found)
     if shutil.which("openssl") and (TOOLS / "prometheus").exists():
         live(sections, found)

@@ -105,11 +105,15 @@ def build_context():
 # ------------------------------------------------------------------------------------------------ compose
 
 
-def health_problems(service):
-    """Of one of our services: whether it is asked where it listens, every 30 s, for 10 s at most, three times."""
-    check, settings = service.get("healthcheck", {}), service.get("environment", {})
+def how_often(service):
+    check = service.get("healthcheck", {})
     if [check.get(k) for k in ("interval", "timeout", "retries")] != ["30s", "10s", 3]:
         yield "no health check every 30 s, of 10 s at most, with 3 tries"
+
+
+def health_problems(service):
+    """Of one of our services: whether it is asked where it listens."""
+    check, settings = service.get("healthcheck", {}), service.get("environment", {})
     listens = settings.get(f"VOXFLEET__{str(service['command'][0]).upper()}__HTTP__LISTEN")
     if check.get("test") != ["CMD", "voxfleet", "health", "--at", f"http://{listens}"]:
         yield f"is asked for its health by {check.get('test')}, and listens on {listens}"
@@ -152,6 +156,8 @@ def compose(name):
             if service.get("cap_drop") != ["ALL"] or not service.get("read_only") or "stop_grace_period" not in service:
                 problems.append(f"{key}: not hardened, or no stop_grace_period")
             problems += [f"{key}: {p}" for p in health_problems(service)]
+        # Whoever plays a neighbour is nobody's to watch.
+        problems += [f"{key}: {p}" for p in ([] if "profiles" in service else how_often(service))]
         # For the check with the real binary: one line a setting.
         for setting, value in service.get("environment", {}).items():
             if setting.startswith("VOXFLEET__"):
@@ -171,14 +177,17 @@ def milliseconds(text):
 def health_unit(name):
     """A check that starts its unit again, and its timer."""
     text, timer, problems = read(name), read(name.replace(".service", ".timer")), []
-    watched = re.search(r"^ExecStart=/usr/local/bin/voxfleet-health (\S+)", text, re.M)
-    kind = re.search(r"voxfleet-(\w+)-health", name)[1]
-    if not watched or watched[1].replace("%i", "") != f"voxfleet-{kind}{'@' if '@' in name else ''}.service":
+    watched = re.search(r"^ExecStart=/usr/local/bin/voxfleet-health (\S+)$", text, re.M)
+    if not watched or watched[1].replace("%i", "") != pathlib.Path(name).name.replace("-health", ""):
         problems.append("watches another unit than its name says")
-    if f"${{VOXFLEET__{kind.upper()}__HTTP__LISTEN}}" not in text:
-        problems.append("does not ask where the unit listens")
+    # Its own variables: a setting of the unit's would be an address without a scheme, and stand above the unit's own file.
+    if "VOXFLEET_HEALTH_URL=http" not in text or re.search(r"^(Environment|ExecStart)=.*VOXFLEET__", text, re.M):
+        problems.append("does not say by VOXFLEET_HEALTH_URL where it asks")
+    if "IPAddress" in text:
+        problems.append("IPAddressDeny= or IPAddressAllow=: what it watches may listen on any address of this machine")
     values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith(("#", "Environment=")))
-    if milliseconds(values["TimeoutStartSec"]) < 3 * 10_000 + 2 * 30_000:
+    # A try that hangs itself is given twice its time.
+    if milliseconds(values["TimeoutStartSec"]) < 3 * 20_000 + 2 * 30_000:
         problems.append("TimeoutStartSec leaves no time for three tries")
     for must in ("OnActiveSec=30s", "OnUnitInactiveSec=30s", "WantedBy=timers.target"):
         if must not in timer:
@@ -204,6 +213,12 @@ def unit(name):
     for must in ("User", "NoNewPrivileges", "ProtectSystem", "CapabilityBoundingSet"):
         if must not in values:
             problems.append(f"no {must}")
+    # The environment stands above voxfleet.toml: whoever sets the same there would wonder. worker.shutdown_ms goes with TimeoutStopSec.
+    for setting in re.findall(r"^Environment=(VOXFLEET__\w+)", text, re.M):
+        if setting != "VOXFLEET__WORKER__SHUTDOWN_MS":
+            problems.append(f"{setting} beats what voxfleet.toml says")
+    if not (ROOT / re.sub(r"(@?\.service)$", r"-health\1", name)).is_file():
+        problems.append("nobody asks whether it is alive")
     report(name, problems)
 
 

@@ -39,4 +39,6 @@ pub mod sessions;
 mod testing;
 
 pub use config::DispatcherConfig;
+#[doc(hidden)]
+pub use http::strangers;
 pub use run::{DispatcherError, run};

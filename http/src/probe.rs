@@ -1,6 +1,10 @@
 //! One request, as health checks and tests ask: containers have no curl.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     body::{self, Body},
@@ -44,8 +48,9 @@ pub enum ProbeError {
     Unreachable { address: String, reason: String },
     #[error("certificates in {file}: {reason}")]
     Certificates { file: PathBuf, reason: String },
-    #[error("no answer within {0:?}")]
-    Late(Duration),
+    /// Somebody took the connection, and said nothing.
+    #[error("it took the connection, and gave no answer within {0:?}")]
+    Silent(Duration),
 }
 
 impl Probe {
@@ -68,11 +73,10 @@ impl Probe {
         if let Some(token) = &self.token {
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
-        let asking = self.ask(url, request, body);
-        timeout(within, asking).await.map_err(|_| ProbeError::Late(within))?
+        self.ask(url, request, body, within).await
     }
 
-    async fn ask(&self, url: &str, request: Builder, body: Vec<u8>) -> Result<Answer, ProbeError> {
+    async fn ask(&self, url: &str, request: Builder, body: Vec<u8>, within: Duration) -> Result<Answer, ProbeError> {
         let bad = || ProbeError::Address(url.to_owned());
         let uri: Uri = url.parse().map_err(|_| bad())?;
         let secure = match uri.scheme_str() {
@@ -91,14 +95,22 @@ impl Probe {
             request = request.header(header::HOST, uri.authority().map_or("", |authority| authority.as_str()));
         }
         let request = request.body(Body::from(body)).map_err(|e| failed(e.to_string()))?;
-        let stream = TcpStream::connect((host.as_str(), port)).await.map_err(|e| failed(e.to_string()))?;
-        if !secure {
-            return exchange(stream, request).await.map_err(failed);
-        }
-        let name = ServerName::try_from(host.clone()).map_err(|_| bad())?;
-        let connector = TlsConnector::from(Arc::new(self.trust()?));
-        let stream = connector.connect(name, stream).await.map_err(|e| failed(e.to_string()))?;
-        exchange(stream, request).await.map_err(failed)
+        let begun = Instant::now();
+        let stream = timeout(within, TcpStream::connect((host.as_str(), port)))
+            .await
+            .map_err(|_| failed(format!("no connection within {within:?}")))?
+            .map_err(|e| failed(e.to_string()))?;
+        let asking = async {
+            if !secure {
+                return exchange(stream, request).await.map_err(failed);
+            }
+            let name = ServerName::try_from(host.clone()).map_err(|_| bad())?;
+            let connector = TlsConnector::from(Arc::new(self.trust()?));
+            let stream = connector.connect(name, stream).await.map_err(|e| failed(e.to_string()))?;
+            exchange(stream, request).await.map_err(failed)
+        };
+        let left = within.saturating_sub(begun.elapsed());
+        timeout(left, asking).await.map_err(|_| ProbeError::Silent(within))?
     }
 
     fn trust(&self) -> Result<ClientConfig, ProbeError> {
@@ -141,5 +153,27 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(stream: S, request: Request
             Ok(()) => exchange.await,
             Err(error) => Err(error.to_string()),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// What somebody who starts processes again has to tell apart.
+    #[tokio::test]
+    async fn one_that_says_nothing_is_told_from_one_that_is_not_there() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("its address");
+        for scheme in ["http", "https"] {
+            let url = format!("{scheme}://{address}/health");
+            let asked = Probe::default().get(&url, Duration::from_millis(300)).await;
+            assert!(matches!(asked, Err(ProbeError::Silent(_))), "{scheme}: {asked:?}");
+        }
+        drop(listener);
+        let asked = Probe::default().get(&format!("http://{address}/health"), Duration::from_secs(5)).await;
+        assert!(matches!(asked, Err(ProbeError::Unreachable { .. })), "{asked:?}");
     }
 }

@@ -40,6 +40,10 @@ pub fn expose(out: &mut Exposition, started: SystemTime) {
     out.gauge("process_resident_memory_bytes", "resident memory of this process").value(now.resident_bytes as f64);
     out.gauge("process_open_fds", "open file descriptors of this process").value(now.open_fds as f64);
     out.gauge("process_threads", "threads of this process").value(now.threads as f64);
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        let tasks = runtime.metrics().num_alive_tasks();
+        out.gauge("voxfleet_tasks", "tasks of this process that have not ended").value(tasks as f64);
+    }
     out.gauge("process_start_time_seconds", "unix time at which this process began").value(since);
     out.counter("process_cpu_seconds_total", "user and system time of this process").value(now.cpu_seconds);
 }

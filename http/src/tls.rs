@@ -3,7 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, RwLock},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use rustls::{
@@ -12,6 +12,7 @@ use rustls::{
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
+use tokio_util::sync::CancellationToken;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
@@ -93,6 +94,41 @@ pub fn expiry_of(file: &Path) -> Result<Option<i64>, TlsError> {
     Ok(chain(file)?.first().and_then(expiry))
 }
 
+/// When the first of the certificates ends that others show us. They are looked at again now and then.
+#[derive(Debug, Clone, Default)]
+pub struct Shown(Arc<RwLock<Option<i64>>>);
+
+/// Servers rarely get another certificate, and each look is a connection that they see.
+const LOOK_EVERY: Duration = Duration::from_secs(60 * 60);
+/// Nobody was there to be asked.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+impl Shown {
+    /// Unix time in s; none before the first look, and where nobody shows one.
+    pub fn expires(&self) -> Option<i64> {
+        self.0.read().ok().and_then(|first| *first)
+    }
+
+    /// Looks until `shutdown`. `look` gives certificates in DER; what was seen stays where it gives none.
+    pub async fn watch<L: Future<Output = Vec<Vec<u8>>>>(&self, look: impl Fn() -> L, shutdown: CancellationToken) {
+        loop {
+            let seen = tokio::select! {
+                seen = look() => seen,
+                () = shutdown.cancelled() => return,
+            };
+            let first = seen.into_iter().filter_map(|der| expiry(&CertificateDer::from(der))).min();
+            if let (Some(_), Ok(mut known)) = (first, self.0.write()) {
+                *known = first;
+            }
+            let pause = if first.is_some() { LOOK_EVERY } else { LOOK_AGAIN };
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = shutdown.cancelled() => return,
+            }
+        }
+    }
+}
+
 fn expiry(certificate: &CertificateDer<'_>) -> Option<i64> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
     Some(parsed.validity().not_after.timestamp())
@@ -165,6 +201,31 @@ mod tests {
         assert!(certificate.refresh().expect("renewed"));
         assert_eq!(expiry_of(&c).expect("read"), certificate.expires());
         assert_eq!(certificate.expires(), Some(1_956_528_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_to_end_counts_and_one_that_is_away_is_asked_again() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let der = |year: i32| {
+            let (cert, _) = write(dir.path(), year);
+            chain(&cert).expect("a certificate").remove(0).to_vec()
+        };
+        let answers = [vec![], vec![der(2032), der(2031)], vec![b"none".to_vec()], vec![der(2033)]];
+        let (shown, asked, stop) = (Shown::default(), std::cell::Cell::new(0), CancellationToken::new());
+        let look = || {
+            let n = asked.replace(asked.get() + 1);
+            if n == answers.len() - 1 {
+                stop.cancel();
+            }
+            let known = shown.expires();
+            // What the looks before this one have left.
+            assert_eq!(known, [None, None, Some(1_924_992_000), Some(1_924_992_000)][n]);
+            std::future::ready(answers[n].clone())
+        };
+        let begun = tokio::time::Instant::now();
+        shown.watch(look, stop.clone()).await;
+        assert_eq!(begun.elapsed(), LOOK_AGAIN + LOOK_EVERY + LOOK_AGAIN);
+        assert_eq!(asked.get(), 4);
     }
 
     #[test]

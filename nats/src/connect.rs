@@ -206,6 +206,10 @@ impl Nats {
         tokio::time::timeout(deadline, closing).await.unwrap_or(false)
     }
 
+    pub(crate) fn config(&self) -> &NatsConfig {
+        &self.inner.config
+    }
+
     pub(crate) fn client(&self) -> &Client {
         &self.inner.client
     }

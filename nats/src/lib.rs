@@ -26,6 +26,7 @@
 //! | [`lease`] | which dispatcher is active |
 //! | [`roles`] | what each role may do, and server files that hold it to that |
 //! | [`retry`] | how long to wait before the next attempt |
+//! | `shown` | the certificates that servers show |
 //! | `denial` | what this login may not do, told to whoever asked |
 //! | `feed`, `pull`, `raw` | endless ordered reading; a durable consumer's pull; the JetStream API in its own words |
 //!
@@ -54,6 +55,7 @@ pub mod purge;
 mod raw;
 pub mod retry;
 pub mod roles;
+mod shown;
 pub mod subjects;
 pub mod topology;
 pub mod transcript;

@@ -1,11 +1,13 @@
 //! What workers tell the fleet, and what the fleet tells workers.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 pub use crate::device::Device;
 use crate::{
     device::{EngineEnd, Standby},
-    failure::Failure,
+    failure::{Failure, FailureClass},
     id::{GpuId, Incarnation, Kind, StreamId, WorkerName},
     job::JobProgress,
     nought,
@@ -174,6 +176,9 @@ pub struct EngineState {
     pub ms_since_activity: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_end: Option<EngineEnd>,
+    /// Such ends since its worker began, by class; a class that has not come is missing.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub ends: BTreeMap<FailureClass, u32>,
     /// What runs in place of what was asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub standbys: Vec<Standby>,

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Looks at the page with a headless Chromium, as an operator would, and says what is wrong.
 
-    python3 tests/page/check.py [--scenario NAME] [--screens DIR]                   against mock.py, started here
+    python3 tests/page/check.py [--scenario NAME,NAME] [--screens DIR]              against mock.py, started here
     python3 tests/page/check.py --base URL --scenario calm|load|dead|record|operator ...   against a dispatcher that runs
 
 One line for each check: `ok`, `FAILED` or `skipped`; exit status 1 when one failed. Without --scenario, all of the mock's.
-With --base, `dead` prints `kill a worker now` once it looks, and then waits for the first GPU that falls silent; `operator` needs
---token, and drains a GPU.
+With --base, `dead` prints `kill a worker now` once it looks, and then waits for the first GPU that falls silent. Where standard input is no
+terminal it reads {"killed_ms": unix time, "gpu_id": ...} from there first, and holds the page to that. `operator` needs --token, and drains a GPU.
 Chromium and axe-core come from `sh deploy/bootstrap.sh deps`; without a Chromium everything is skipped, with the reason.
 """
 
@@ -123,7 +123,7 @@ def play(scenario, arguments, program):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="the address of a dispatcher; without it the mock is played")
-    parser.add_argument("--scenario", choices=SCENARIOS, help="what to look at (default: everything the mock plays)")
+    parser.add_argument("--scenario", type=lambda names: names.split(","), help="what to look at, with commas (default: everything the mock plays)")
     parser.add_argument("--only", help="these checks of the scenario, with commas")
     parser.add_argument("--screens", help="a folder for screenshots")
     parser.add_argument("--token", default=os.environ.get("VOXFLEET_TOKEN"), help="signs in first (or VOXFLEET_TOKEN)")
@@ -133,11 +133,13 @@ def main():
     if not program:
         print("skipped: no Chromium here; install the package chromium, or run: sh deploy/bootstrap.sh deps")
         return 0
-    if arguments.base and (arguments.scenario or "calm") not in REAL:
+    if arguments.scenario and not set(arguments.scenario) <= set(SCENARIOS):
+        parser.error(f"--scenario is one of: {', '.join(SCENARIOS)}")
+    if arguments.base and not set(arguments.scenario or ["calm"]) <= set(REAL):
         parser.error(f"--base goes with one of: {', '.join(REAL)}")
     if arguments.screens:
         pathlib.Path(arguments.screens).mkdir(parents=True, exist_ok=True)
-    names = [arguments.scenario] if arguments.scenario else ["calm"] if arguments.base else [s for s in SCENARIOS if s not in ("record", "operator")]
+    names = arguments.scenario or ["calm"] if arguments.scenario or arguments.base else [s for s in SCENARIOS if s not in ("record", "operator")]
     failed = sum(play(name, arguments, program) for name in names)
     print(f"{failed} failed" if failed else "all passed")
     return 1 if failed else 0

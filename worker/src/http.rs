@@ -23,7 +23,7 @@ use voxfleet_http::{
     exposition::{CONTENT_TYPE, Exposition},
     guard::guard,
     process, recorder,
-    tls::Certificate,
+    tls::{self, Certificate},
 };
 use voxfleet_nats::Nats;
 use voxfleet_schema::fleet::{EngineRunState, Heartbeat, Residency};
@@ -42,6 +42,8 @@ struct Site {
     beat: LastBeat,
     started: SystemTime,
     certificate: Arc<OnceLock<Arc<Certificate>>>,
+    /// What the NATS servers show.
+    servers: tls::Shown,
 }
 
 /// Serves until `shutdown`; a worker works without it.
@@ -57,8 +59,10 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, beat: LastBeat, shutdown
         }
     };
     metrics::begin();
-    let site = Site { nats, beat, started: SystemTime::now(), certificate: Arc::default() };
+    let site =
+        Site { nats, beat, started: SystemTime::now(), certificate: Arc::default(), servers: tls::Shown::default() };
     let certificate = site.certificate.clone();
+    let (servers, asking) = (site.servers.clone(), site.nats.clone());
     let routes = Router::new()
         .route("/health", get(alive))
         .route("/ready", get(ready))
@@ -72,7 +76,9 @@ pub(crate) async fn run(nats: Nats, config: HttpConfig, beat: LastBeat, shutdown
         let _ = certificate.set(own);
     }
     tracing::info!(url = server.url(), "http");
-    if let Err(error) = server.serve(router, shutdown).await {
+    let watching = servers.watch(|| asking.server_certificates(), shutdown.clone());
+    let (served, ()) = tokio::join!(server.serve(router, shutdown.clone()), watching);
+    if let Err(error) = served {
         tracing::error!(%error, "no http any more");
     }
 }
@@ -168,11 +174,14 @@ async fn metrics_page(_: Viewer, State(site): State<Site>) -> Response {
     for (kind, seconds) in metrics::audio_seconds() {
         family.sample(&[("kind", kind)], seconds);
     }
-    let expires = site.certificate.get().and_then(|certificate| certificate.expires());
+    let own = site.certificate.get().and_then(|certificate| certificate.expires());
+    let client = site.nats.client_certificate().and_then(|file| tls::expiry_of(&file).ok().flatten());
     let mut family =
         out.gauge("voxfleet_certificate_expiry_timestamp_seconds", "unix time at which a certificate expires");
-    if let Some(expires) = expires {
-        family.sample(&[("use", "http")], expires as f64);
+    for (name, expires) in [("http", own), ("nats", client), ("nats_server", site.servers.expires())] {
+        if let Some(expires) = expires {
+            family.sample(&[("use", name)], expires as f64);
+        }
     }
     process::expose(&mut out, site.started);
     out.append(&recorder::render());
@@ -203,6 +212,10 @@ fn figures(out: &mut Exposition, beat: &Heartbeat) {
     out.gauge("voxfleet_engine_state", "1 for the present state of its engine").sample(&[("state", state)], 1.0);
     out.counter("voxfleet_engine_restarts_total", "starts of its engine after the first")
         .value(f64::from(beat.engine.restarts));
+    let mut family = out.counter("voxfleet_engine_ends_total", "ends of its engine that nobody wanted");
+    for (class, count) in metrics::engine_ends(beat) {
+        family.sample(&[("class", class)], count);
+    }
     out.gauge("voxfleet_engine_silence_seconds", "since its engine moved while it has work, else 0")
         .value(beat.engine.ms_since_progress as f64 / 1e3);
 }

@@ -49,6 +49,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use voxfleet_schema::{
     device::EngineEnd,
+    failure::FailureClass,
     fleet::{Device, EngineRunState, EngineState, ModelState, Residency},
     id::{Kind, StreamId},
     transcript::{SpeakersBy, VadKind},
@@ -165,6 +166,7 @@ struct Inner {
     suspects: Mutex<Suspects>,
     fallback: Mutex<Fallback>,
     last_end: Mutex<Option<EngineEnd>>,
+    ends: Mutex<BTreeMap<FailureClass, u32>>,
     device: watch::Receiver<Device>,
     files: Mutex<Files>,
     /// When each load began, and how long it took.
@@ -273,6 +275,7 @@ impl Engine {
             stepping: Mutex::default(),
             suspects: Mutex::default(),
             last_end: Mutex::default(),
+            ends: Mutex::default(),
             device,
             files: Mutex::default(),
             loads: Mutex::default(),
@@ -326,6 +329,7 @@ impl Engine {
                 .flatten()
                 .map(|rest| rest.as_millis() as u64),
             last_end: locked(&self.0.last_end).clone(),
+            ends: locked(&self.0.ends).clone(),
             standbys: self.standbys(),
         };
         (state, self.told_models(status.models, now))

@@ -6,6 +6,7 @@ use metrics::{counter, gauge};
 use voxfleet_schema::{
     device::Device,
     failure::{Failure, FailureClass},
+    fleet::Heartbeat,
     id::Kind,
     transcript::Final,
 };
@@ -53,6 +54,15 @@ pub(crate) fn failed(failure: &Failure) {
 /// By kind, in s.
 pub(crate) fn audio_seconds() -> impl Iterator<Item = (&'static str, f64)> {
     KINDS.iter().zip(&AUDIO_MS).map(|(kind, ms)| (kind.as_str(), ms.load(Ordering::Relaxed) as f64 / 1e3))
+}
+
+/// Ends that are told from the first on, with 0: an increase needs a value before it.
+const ENDS: [FailureClass; 3] = [FailureClass::Timeout, FailureClass::EngineCrash, FailureClass::OutOfMemory];
+
+/// Every class with what its heartbeat counts.
+pub(crate) fn engine_ends(beat: &Heartbeat) -> impl Iterator<Item = (&'static str, f64)> {
+    let none = ENDS.iter().filter(|class| !beat.engine.ends.contains_key(class)).map(|class| (class.as_str(), 0.0));
+    beat.engine.ends.iter().map(|(class, count)| (class.as_str(), f64::from(*count))).chain(none)
 }
 
 /// So that the first scrape finds them at 0.

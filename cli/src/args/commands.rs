@@ -248,7 +248,7 @@ pub(crate) struct StatusArgs {
 
 Ends with 0 where the process is alive (with --ready: where work progresses), else with 1. Needs no token.")]
 pub(crate) struct HealthArgs {
-    /// Where it serves HTTP
+    /// Where it serves HTTP; with a path, what to ask (nats-server: http://127.0.0.1:8222/healthz)
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:9480")]
     pub(crate) at: String,
     /// Ask whether work progresses

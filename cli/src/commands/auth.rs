@@ -55,13 +55,15 @@ fn init(args: &AuthInitArgs, settings: &Settings) -> anyhow::Result<Exit> {
         let why = anyhow::anyhow!("{}: there is something in it, and nothing is written over", dir.display());
         return Err(why).or_exit(Exit::Usage);
     }
-    let files = make(&names, &limits, &settings.nats, &dir).or_exit(Exit::Internal)?;
+    let read = |ca: &PathBuf| fs::read_to_string(ca).with_context(|| format!("nats.tls_ca: {}", ca.display()));
+    let authority = settings.nats.tls_ca.as_ref().map(read).transpose().or_exit(Exit::Config)?;
+    let files = make(&names, &limits, &settings.nats, authority.as_deref()).or_exit(Exit::Internal)?;
     write(&dir, &files).with_context(|| format!("writing {}", dir.display())).or_exit(Exit::Failure)?;
     if args.json {
         let files: Vec<_> = files.iter().map(|f| json!({"file": dir.join(&f.path), "secret": f.secret})).collect();
         object(&json!({"dir": dir, "accounts": names, "files": files}))?;
     } else {
-        out(&next_steps(&dir, &names, &limits))?;
+        out(&next_steps(&dir, &names, &limits, authority.is_some()))?;
     }
     Ok(Exit::Ok)
 }
@@ -136,19 +138,21 @@ impl File {
     }
 }
 
-fn make(names: &[String], limits: &Limits, nats: &NatsConfig, dir: &Path) -> anyhow::Result<Vec<File>> {
+/// `authority`: certificates that a server is known by, for those who come with these keys.
+fn make(names: &[String], limits: &Limits, nats: &NatsConfig, authority: Option<&str>) -> anyhow::Result<Vec<File>> {
     let mut files = Vec::new();
     for name in names {
         let mut users = Vec::new();
         for role in Role::ALL {
             let key = keys::make()?;
-            let seed = Path::new(name).join(format!("{role}.nk"));
-            files.push(File::new(
-                Path::new(name).join(format!("{role}.toml")),
-                settings_of(role, name, &dir.join(&seed), nats)?,
-            ));
-            files.push(File::secret(seed, &key.seed));
+            let seed = seed_name(role);
+            let settings = settings_of(role, name, nats, authority.is_some())?;
+            files.push(File::new(Path::new(name).join(format!("{role}.toml")), settings));
+            files.push(File::secret(Path::new(name).join(seed), &key.seed));
             users.push((role, key.public));
+        }
+        if let Some(text) = authority {
+            files.push(File::new(Path::new(name).join(AUTHORITY), text.to_owned()));
         }
         let account = Account { name: name.clone(), users, limits: limits.clone() };
         let head = format!("# Account {name}: written by `voxfleet auth init`, for accounts.conf. Holds no secret.\n");
@@ -162,22 +166,27 @@ fn make(names: &[String], limits: &Limits, nats: &NatsConfig, dir: &Path) -> any
     Ok(files)
 }
 
-/// What a process of that role sets.
-fn settings_of(role: Role, account: &str, seed: &Path, nats: &NatsConfig) -> anyhow::Result<String> {
-    let path = |path: &Path| -> anyhow::Result<String> {
-        let text = path.to_str().with_context(|| format!("{}: no name that a file can hold", path.display()))?;
-        Ok(serde_json::to_string(text)?)
-    };
+/// The copy of `nats.tls_ca` beside the settings.
+const AUTHORITY: &str = "ca.pem";
+
+fn seed_name(role: Role) -> String {
+    format!("{role}.nk")
+}
+
+/// What a process of that role sets. Files are named by what lies beside these settings: both go to another machine, wherever it
+/// keeps them.
+fn settings_of(role: Role, account: &str, nats: &NatsConfig, authority: bool) -> anyhow::Result<String> {
     let mut text = format!("# The {role} of account {account}: {}.\n[nats]\n", role.purpose());
-    text += &format!("nkey_seed_file = {}\n", path(seed)?);
+    text += "# Beside this file.\n";
+    text += &format!("nkey_seed_file = {}\n", serde_json::to_string(&seed_name(role))?);
     text += &format!("inbox_prefix = {}\n", serde_json::to_string(&role.inbox_prefix())?);
     text += &format!("prefix = {}\n", serde_json::to_string(&nats.prefix)?);
     // An address may hold a password, and this file may be given away.
     if nats.urls != NatsConfig::default().urls && !nats.urls.iter().any(|url| url.contains('@')) {
         text += &format!("urls = {}\n", serde_json::to_string(&nats.urls)?);
     }
-    if let Some(ca) = &nats.tls_ca {
-        text += &format!("tls_ca = {}\n", path(&std::path::absolute(ca)?)?);
+    if authority {
+        text += &format!("tls_ca = {}\n", serde_json::to_string(AUTHORITY)?);
     }
     Ok(text)
 }
@@ -213,7 +222,7 @@ fn write_all(dir: &Path, files: &[File]) -> io::Result<()> {
     Ok(())
 }
 
-fn next_steps(dir: &Path, names: &[String], limits: &Limits) -> String {
+fn next_steps(dir: &Path, names: &[String], limits: &Limits, authority: bool) -> String {
     let name = names.first().map_or(ACCOUNT, String::as_str);
     let shown = dir.display();
     let mut text = format!("{shown}: {} of five roles each, and admin.nk for the system's account\n", names.join(", "));
@@ -232,10 +241,11 @@ fn next_steps(dir: &Path, names: &[String], limits: &Limits) -> String {
         );
     }
     text += &format!(
-        "2. Each machine gets the two files of its role and no others: {name}/worker.nk and {name}/worker.toml.\n"
+        "2. Each machine gets the two files of its role and no others, into one folder: {name}/worker.nk and {name}/worker.toml{}.\n",
+        if authority { ", and ca.pem" } else { "" }
     );
     text += &format!("     voxfleet --config {shown}/{name}/worker.toml worker\n");
-    text += "   In a container: nats.nkey_seed_file and nats.inbox_prefix as they stand in the .toml.\n";
+    text += "   In a container: nats.nkey_seed_file (where it is mounted) and nats.inbox_prefix as it stands in the .toml.\n";
     text += &format!("3. See that they fit: voxfleet --config {shown}/{name}/operator.toml doctor\n");
     text += "4. Keep operator.nk and admin.nk where few get at them. Without TLS nobody needs a key to listen in.";
     text
@@ -250,7 +260,7 @@ mod tests {
     fn some(names: &[&str]) -> Vec<File> {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let limits = Limits::for_topology(&TopologyConfig::default());
-        make(&names, &limits, &NatsConfig::default(), Path::new("/k")).expect("files")
+        make(&names, &limits, &NatsConfig::default(), Some("a certificate")).expect("files")
     }
 
     fn text<'a>(files: &'a [File], path: &str) -> &'a str {
@@ -273,15 +283,16 @@ mod tests {
 
     #[test]
     fn a_role_reads_its_settings_as_they_are_written() {
-        let mut nats = NatsConfig { prefix: "calls".into(), tls_ca: Some("/ca.pem".into()), ..NatsConfig::default() };
-        let settings =
-            |nats: &NatsConfig| settings_of(Role::Worker, "a", Path::new("/k \"q\"/worker.nk"), nats).expect("text");
+        let mut nats = NatsConfig { prefix: "calls".into(), ..NatsConfig::default() };
+        let settings = |nats: &NatsConfig| settings_of(Role::Worker, "a", nats, true).expect("text");
         let read: toml::Table = settings(&nats).parse().expect("toml");
         let of = |key: &str| read["nats"][key].as_str().unwrap_or_default().to_owned();
-        assert_eq!(of("nkey_seed_file"), "/k \"q\"/worker.nk");
+        // Nothing in it is true on one machine only.
+        assert_eq!(of("nkey_seed_file"), "worker.nk");
+        assert_eq!(text(&some(&["a"]), "a/ca.pem"), "a certificate");
         assert_eq!(
             (of("inbox_prefix"), of("prefix"), of("tls_ca")),
-            ("_INBOX_worker".into(), "calls".into(), "/ca.pem".into())
+            ("_INBOX_worker".into(), "calls".into(), "ca.pem".into())
         );
         nats.urls = vec!["tls://u:hunter2@hub:4222".into()];
         assert!(!settings(&nats).contains("hunter2"));

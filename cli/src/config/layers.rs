@@ -83,6 +83,9 @@ impl Layers {
                         continue;
                     }
                     let readings = match kind {
+                        ValueKind::String(text) if is_named_beside(&path_in_file, &text) => {
+                            vec![ValueKind::String(beside(path, &text))]
+                        }
                         ValueKind::String(text) if self.is_list(&path_in_file) => readings(&text),
                         kind => vec![kind],
                     };
@@ -206,6 +209,28 @@ pub(crate) fn assemble<T: DeserializeOwned>(set: &[Setting]) -> Result<T, String
     }
     // Which value it is about is not known here, so none is repeated.
     root.try_deserialize().map_err(|e| format!("settings do not go together: {}", wanted(&e)))
+}
+
+/// Keys, tokens and certificates travel with the file that names them, so a relative name is one beside it.
+fn is_named_beside(setting: &[String], value: &str) -> bool {
+    const FILES: [&str; 9] = [
+        "ca_file",
+        "credentials_file",
+        "nkey_seed_file",
+        "operator_token_file",
+        "producer_token_file",
+        "tls_ca",
+        "tls_cert",
+        "tls_key",
+        "viewer_token_file",
+    ];
+    setting.last().is_some_and(|name| FILES.contains(&name.as_str())) && !value.is_empty()
+}
+
+fn beside(file: &Path, name: &str) -> String {
+    // An absolute name stays as it is.
+    let path = file.parent().map_or_else(|| PathBuf::from(name), |folder| folder.join(name));
+    path.to_string_lossy().into_owned()
 }
 
 fn split(key: &str) -> Vec<String> {

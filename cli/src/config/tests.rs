@@ -42,6 +42,24 @@ fn each_layer_wins_over_the_one_below() {
 }
 
 #[test]
+fn files_of_keys_are_looked_for_beside_the_file_that_names_them() {
+    let file = file(
+        "[nats]\nnkey_seed_file = \"worker.nk\"\ntls_ca = \"/etc/ca.pem\"\n[dispatcher.http]\ntls_key = \"tls/k.pem\"\n",
+    );
+    let folder = file.path().parent().expect("a folder").to_owned();
+    let named = Overrides { config: Some(file.path().to_owned()), ..Overrides::default() };
+    let loaded = load(&named, &env(&[]), &[], &[]).expect("valid");
+    let nats = &loaded.settings.nats;
+    assert_eq!(nats.nkey_seed_file, Some(folder.join("worker.nk")));
+    assert_eq!(nats.tls_ca.as_deref(), Some(Path::new("/etc/ca.pem")));
+    #[cfg(feature = "dispatcher")]
+    assert_eq!(loaded.settings.dispatcher.http.tls_key, Some(folder.join("tls/k.pem")));
+    // What somebody types is meant from where he is.
+    let typed = load(&set(&[("nats.nkey_seed_file", "worker.nk")]), &env(&[]), &[], &[]).expect("valid");
+    assert_eq!(typed.settings.nats.nkey_seed_file.as_deref(), Some(Path::new("worker.nk")));
+}
+
+#[test]
 fn a_list_can_come_as_text() {
     let loaded = load(&set(&[("nats.urls", "nats://a:1, nats://b:2")]), &env(&[]), &[], &[]).expect("valid");
     assert_eq!(loaded.settings.nats.urls, ["nats://a:1", "nats://b:2"]);

@@ -219,7 +219,7 @@ pub(crate) async fn stands(
 }
 
 #[derive(Deserialize)]
-struct JobsQuery {
+pub(super) struct JobsQuery {
     state: Option<JobState>,
     limit: Option<u32>,
 }
@@ -329,7 +329,7 @@ fn of_retry(error: RetryError) -> Refusal {
 }
 
 #[derive(Deserialize)]
-struct EventsQuery {
+pub(super) struct EventsQuery {
     kind: Option<String>,
     limit: Option<usize>,
 }

@@ -35,6 +35,8 @@ const FAILS: [FailureClass; 8] = [
     FailureClass::Timeout,
     FailureClass::Cancelled,
 ];
+/// Ends of engines that are told from the first on, with 0.
+const ENDS: [FailureClass; 3] = [FailureClass::Timeout, FailureClass::EngineCrash, FailureClass::OutOfMemory];
 /// Why something left a worker.
 const MOVED: [&str; 4] = ["dead", "gone", "drained", "room"];
 const REFUSALS: &str = "voxfleet_refusals_total";
@@ -160,6 +162,14 @@ pub(crate) fn fleet(out: &mut Exposition, board: Option<&Board>) {
     let mut family = out.counter("voxfleet_engine_restarts_total", "starts of its engine after the first");
     for tile in living(tiles) {
         family.sample(&[("gpu_id", tile.gpu_id.as_str())], f64::from(tile.engine.restarts));
+    }
+    let mut family = out.counter("voxfleet_engine_ends_total", "ends of its engine that nobody wanted");
+    for tile in living(tiles) {
+        let ends = &tile.engine.ends;
+        let none = ENDS.iter().filter(|class| !ends.contains_key(class)).map(|class| (class, &0));
+        for (class, count) in ends.iter().chain(none) {
+            family.sample(&[("gpu_id", tile.gpu_id.as_str()), ("class", class.as_str())], f64::from(*count));
+        }
     }
     work(out, board);
     streams(out, board);

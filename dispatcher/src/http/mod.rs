@@ -27,6 +27,7 @@ mod page;
 mod readers;
 mod reading;
 mod sessions;
+pub mod strangers;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -90,6 +91,8 @@ pub(crate) struct Site {
     encrypted: bool,
     /// Ours, once the socket is bound.
     certificate: Arc<OnceLock<Arc<Certificate>>>,
+    /// What the NATS servers show.
+    servers: tls::Shown,
     /// Work that belongs to a request that is being answered.
     tasks: TaskTracker,
     shutdown: CancellationToken,
@@ -101,7 +104,7 @@ impl Site {
         let client = self.nats.client_certificate().and_then(|file| tls::expiry_of(&file).ok().flatten());
         let mut family =
             out.gauge("voxfleet_certificate_expiry_timestamp_seconds", "unix time at which a certificate expires");
-        for (name, expires) in [("http", own), ("nats", client)] {
+        for (name, expires) in [("http", own), ("nats", client), ("nats_server", self.servers.expires())] {
             if let Some(expires) = expires {
                 family.sample(&[("use", name)], expires as f64);
             }
@@ -140,10 +143,13 @@ pub(crate) async fn run(nats: Nats, settings: Settings, name: Arc<str>, window: 
         started: SystemTime::now(),
         encrypted: config.tls_cert.is_some(),
         certificate: Arc::default(),
+        servers: tls::Shown::default(),
         tasks: tasks.clone(),
         shutdown: shutdown.clone(),
     };
     let certificate = site.certificate.clone();
+    let (servers, asking) = (site.servers.clone(), site.nats.clone());
+    let watching = servers.watch(|| asking.server_certificates(), shutdown.clone());
     let router = routes(site, access);
     let serving = async {
         let Some(server) = Server::bind_in_time(&config, &shutdown).await else { return };
@@ -156,7 +162,7 @@ pub(crate) async fn run(nats: Nats, settings: Settings, name: Arc<str>, window: 
             tracing::error!(%error, "no http any more");
         }
     };
-    tokio::join!(serving, making, reading, listening);
+    tokio::join!(serving, making, reading, listening, watching);
     tasks.close();
     tasks.wait().await;
 }

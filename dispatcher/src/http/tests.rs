@@ -153,6 +153,29 @@ fn every_series_stands_once_and_the_dead_have_no_figures() {
     assert_eq!(nobody.into_text(), "", "figures that nobody knows are missing, not 0");
 }
 
+/// An increase needs a value before the first event: what is looked at is told from the start on.
+#[test]
+fn ends_of_engines_are_told_by_class_and_gpu() {
+    use voxfleet_schema::failure::FailureClass::{DeviceLost, Timeout};
+    let mut one = beat("g0", "i");
+    one.engine.ends = [(Timeout, 2), (DeviceLost, 1)].into();
+    let mut out = Exposition::default();
+    let both = vec![(WorkerHealth::Alive, one), (WorkerHealth::Alive, beat("g1", "i"))];
+    metrics::fleet(&mut out, Some(&board(status(both, vec![]), &[], 0)));
+    let text = out.into_text();
+    for (gpu, class, count) in [
+        ("g0", "timeout", 2),
+        ("g0", "device_lost", 1),
+        ("g0", "engine_crash", 0),
+        ("g0", "out_of_memory", 0),
+        ("g1", "timeout", 0),
+    ] {
+        let line = format!("voxfleet_engine_ends_total{{gpu_id=\"{gpu}\",class=\"{class}\"}} {count}\n");
+        assert_eq!(text.matches(&line).count(), 1, "{line} in\n{text}");
+    }
+    assert!(!text.contains("gpu_id=\"g1\",class=\"device_lost\""), "{text}");
+}
+
 #[test]
 fn two_incarnations_on_one_gpu_are_one_series() {
     use WorkerHealth::*;

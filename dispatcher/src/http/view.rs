@@ -79,6 +79,8 @@ pub(crate) struct TileEngine {
     pub(crate) ms_since_activity: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) last_end: Option<EngineEnd>,
+    #[serde(skip)]
+    pub(crate) ends: std::collections::BTreeMap<voxfleet_schema::failure::FailureClass, u32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -143,6 +145,7 @@ impl Tile {
                 idle_timeout_s: engine.idle_timeout_s,
                 ms_since_activity: engine.ms_since_activity,
                 last_end: engine.last_end.clone(),
+                ends: engine.ends.clone(),
             },
             standbys: engine.standbys.iter().map(standby).collect(),
             services: services.to_vec(),

@@ -230,6 +230,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
                 message: "the device has no memory left".into(),
                 at_ms: 1_700_000_000_000,
             }),
+            ends: [(FailureClass::OutOfMemory, 1)].into(),
             standbys: vec![Standby {
                 asked: "medium".into(),
                 model: "small".into(),

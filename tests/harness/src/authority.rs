@@ -46,21 +46,26 @@ impl Authority {
 
     /// Good for servers and clients under these host names or addresses, in `NAME.pem` and `NAME-key.pem`.
     pub fn certify(&self, name: &str, hosts: &[&str]) -> Result<Certificate> {
-        self.signed(name, hosts, false)
+        self.signed(name, hosts, None)
+    }
+
+    /// The same, until the first day of this year.
+    pub fn certify_until(&self, name: &str, hosts: &[&str], year: i32) -> Result<Certificate> {
+        self.signed(name, hosts, Some((2020, year)))
     }
 
     /// The same, over since years.
     pub fn certify_expired(&self, name: &str, hosts: &[&str]) -> Result<Certificate> {
-        self.signed(name, hosts, true)
+        self.signed(name, hosts, Some((2020, 2021)))
     }
 
-    fn signed(&self, name: &str, hosts: &[&str], expired: bool) -> Result<Certificate> {
+    fn signed(&self, name: &str, hosts: &[&str], years: Option<(i32, i32)>) -> Result<Certificate> {
         let hosts: Vec<String> = hosts.iter().map(|host| (*host).to_owned()).collect();
         let mut params = CertificateParams::new(hosts).map_err(wrong)?;
         params.distinguished_name.push(DnType::CommonName, name);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        if expired {
-            (params.not_before, params.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
+        if let Some((from, until)) = years {
+            (params.not_before, params.not_after) = (date_time_ymd(from, 1, 1), date_time_ymd(until, 1, 1));
         }
         let key = KeyPair::generate().map_err(wrong)?;
         let signed = params.signed_by(&key, &self.issuer).map_err(wrong)?;

@@ -1,6 +1,7 @@
 //! The parsers, each with what must hold. A target answers whether the input was accepted, and panics where a promise is
 //! broken.
 
+mod browser;
 mod documents;
 mod sound;
 mod text;
@@ -41,5 +42,10 @@ pub const TARGETS: &[Target] = &[
     Target { name: "uem", max_len: 4_096, seeds: &[], run: text::uem },
     Target { name: "words", max_len: 1_024, seeds: &["tests/audio/call-01.txt"], run: text::words },
     Target { name: "config", max_len: 16_384, seeds: &["voxfleet.example.toml"], run: documents::config },
+    Target { name: "asr_query", max_len: 2_048, seeds: &[], run: browser::asr_query },
+    Target { name: "job_form", max_len: 4_096, seeds: &[], run: browser::job_form },
+    Target { name: "lists", max_len: 1_024, seeds: &[], run: browser::lists },
+    Target { name: "pcm", max_len: 4_096, seeds: &["audio/tests/fixtures"], run: browser::pcm },
+    Target { name: "door", max_len: 4_096, seeds: &[], run: browser::door },
     Target { name: "catalog", max_len: 16_384, seeds: &["store/models.toml"], run: documents::catalog },
 ];

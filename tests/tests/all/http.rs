@@ -249,6 +249,7 @@ fn as_documented(text: &str, section: &str) -> Result<()> {
     let listed: Vec<&str> = part.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
     let exported: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
     ensure!(listed.len() > 10, "{section} lists {listed:?}");
+    crate::metrics_page::labels_as_documented(text, section)?;
     for name in &exported {
         ensure!(listed.contains(name), "{name} is not in {section} of docs/metrics.md");
     }

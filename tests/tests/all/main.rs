@@ -34,6 +34,7 @@
 //! | [`faults_r1`], [`faults_r3`] | what may break at any moment, on one server and on three ([`faults`]) |
 //! | [`mutants`] | the checker sees a broken fence and a broken resume position |
 //! | [`device_sharing`] | a card with a foreign tenant: what it grows by, turns, nothing left behind |
+//! | [`metrics_page`] | labels in `/metrics` are those of the page that lists them |
 //! | [`roles`], [`tls`], [`tenants`] | who may do what, who is let in, and what one account sees of another |
 //! | [`at_rest`] | an encrypted store tells nothing, and is opened with its own key only |
 //! | [`purge`] | what a purge removes and what it leaves, read stream by stream |
@@ -82,6 +83,7 @@ mod logs;
 mod long_jobs;
 mod long_speakers;
 mod measured;
+mod metrics_page;
 mod models;
 mod mutants;
 mod nats_chain;

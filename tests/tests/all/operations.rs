@@ -19,8 +19,13 @@ use voxfleet_harness::{
     wait::eventually,
     words,
 };
+use voxfleet_schema::job::JobState;
 
-use crate::{pages::Shell, runbook, units};
+use crate::{
+    jobs_fleet::{aggregate, chain, connect, ended, request, submit},
+    pages::Shell,
+    runbook, units,
+};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -66,9 +71,23 @@ async fn spoken(fleet: &Fleet, session: &str, seed: u64) -> Result<String> {
 
 /// Saves a fleet while one session speaks, loses everything, and restores it by this block of the page onto `servers`.
 async fn saved_and_restored(servers: Servers, block: &str, replicas: usize) -> Result<()> {
-    let before = Fleet::builder().workers(2).slots(8).start().await?;
+    let mut before = Fleet::builder().workers(2).slots(8).start().await?;
     let shell = Shell::new(&before.url())?;
     let done = spoken(&before, "done", 31).await?;
+    let (recording, waiting) = (audio::blasts(34, 6.0), audio::blasts(35, 6.0));
+    let nats = connect(&before).await?;
+    submit(&nats, &request("rec-done", recording.wav())?).await?;
+    ensure!(ended(&nats, &before, "rec-done").await?.record.state == JobState::Done, "{}", before.logs());
+    let result = aggregate(&before, &chain(&before, "rec-done").await?).await?;
+    // Nobody has room for recordings from now on, so the second one waits.
+    before.set_later("worker.job_slots", 0);
+    for i in 0..before.workers.len() {
+        before.workers[i].terminate(SOON).await?;
+        before.restart_worker(i)?;
+    }
+    before.wait_ready().await?;
+    submit(&nats, &request("rec-waits", waiting.wav())?).await?;
+    nats.close(Duration::from_secs(1)).await;
     let open = audio::blasts(32, 30.0);
     let js = talk::impatient(before.client());
     let half = Pcm::mono_16k(open.samples[..15 * 16_000].to_vec());
@@ -82,7 +101,10 @@ async fn saved_and_restored(servers: Servers, block: &str, replicas: usize) -> R
             checker::finals(&before.js(), "open").await.ok().filter(|finals| !finals.is_empty()).map(drop)
         })
         .await?;
-        shell.run(&runbook::block("Backup")?).await
+        // What is saved first and what last lies apart, as with streams of gigabytes: their order is what this holds to.
+        let mut block = runbook::block("Backup")?;
+        block.commands = format!("nats() {{ command nats \"$@\"; sleep 0.25; }}\n{}", block.commands);
+        shell.run(&block).await
     };
     let (spoken_for, saved) = tokio::join!(speaking, saving);
     spoken_for?;
@@ -103,6 +125,18 @@ async fn saved_and_restored(servers: Servers, block: &str, replicas: usize) -> R
         let found = js.get_stream(stream).await?.cached_info().config.num_replicas;
         ensure!(found == replicas, "{stream} has {found} copies");
     }
+
+    // What was done is still there to be read, and what waited is done now.
+    let nats = connect(&after).await?;
+    let kept = aggregate(&after, &chain(&after, "rec-done").await?).await?;
+    ensure!(kept == result, "{kept}\nin place of\n{result}");
+    let record = ended(&nats, &after, "rec-done").await?.record;
+    ensure!(record.state == JobState::Done, "{record:?}");
+    let record = ended(&nats, &after, "rec-waits").await?.record;
+    ensure!(record.state == JobState::Done, "{record:?}\n{}", after.logs());
+    let (heard, end) = verdict::job(&js, "rec-waits", &waiting.samples).await?;
+    ensure!(matches!(end, verdict::JobEnd::Done) && heard.clean("rec-waits")?.finals > 0, "{end:?}");
+    nats.close(Duration::from_secs(1)).await;
 
     // The open session goes on from its last final, with what the log had at the backup and what comes now.
     let logged = words::samples_of(&checker::read(&js, "ASR_AUDIO", "asr.v1.audio.open").await?);

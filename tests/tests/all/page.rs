@@ -1,11 +1,17 @@
 //! The dashboard in a headless Chromium, as a dispatcher with a real fleet serves it. `tests/page/check.py` looks; what it needs to
-//! see is made here. The same checks against a mock, which plays what no small fleet shows, are `tests/page` alone.
+//! see is made here. The same checks run against a mock too, which plays what no small fleet shows: hundreds of GPUs, strangers' text,
+//! connections that break, a login.
 
-use std::{path::Path, process::Stdio, time::Duration};
+use std::{
+    path::Path,
+    process::Stdio,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
 use tokio::{
-    io::{AsyncBufReadExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     process::Command,
     time::timeout,
 };
@@ -18,30 +24,27 @@ use voxfleet_harness::{
 /// Chromium starts in seconds on an idle machine; here others compile and decode beside it.
 const LOOKED: Duration = Duration::from_secs(180);
 
-/// What the page's checks said, and whether all passed. `on_line` is told each line as it comes.
-async fn look(
-    url: &str,
-    scenario: &str,
-    microphone: Option<&Path>,
-    mut on_line: impl FnMut(&str) -> Result<()>,
-) -> Result<String> {
+/// What the page's checks said, and whether all passed. `on_line` is told each line as it comes, and may answer with one.
+async fn look(words: &[&str], mut on_line: impl FnMut(&str) -> Result<Option<String>>) -> Result<String> {
     let script = find::root().join("tests/page/check.py");
     let mut command = Command::new("python3");
-    command.arg("-u").arg(script).args(["--base", url, "--scenario", scenario]);
-    if let Some(wav) = microphone {
-        command.arg("--wav").arg(wav);
-    }
+    command.arg("-u").arg(script).args(words);
     if let Some(folder) = std::env::var_os("VOXFLEET_SCREENS") {
         command.arg("--screens").arg(Path::new(&folder));
     }
-    command.env("VOXFLEET_CACHE", find::cache()).stdout(Stdio::piped()).stderr(Stdio::inherit()).kill_on_drop(true);
+    command.env("VOXFLEET_CACHE", find::cache()).kill_on_drop(true);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
     let mut child = command.spawn().context("python3")?;
     let mut lines = BufReader::new(child.stdout.take().context("its output")?).lines();
+    let mut answers = child.stdin.take().context("its input")?;
     let mut said = String::new();
     let reading = async {
         while let Some(line) = lines.next_line().await? {
             println!("{line}");
-            on_line(&line)?;
+            if let Some(answer) = on_line(&line)? {
+                answers.write_all(answer.as_bytes()).await?;
+                answers.write_all(b"\n").await?;
+            }
             said.push_str(&line);
             said.push('\n');
         }
@@ -61,7 +64,7 @@ async fn a_real_fleet_is_shown_as_it_is() -> Result<()> {
         let mut producer = Producer::named(fleet.js(), session, "s");
         producer.stream(&audio::bursts(index as u64 + 3, 12.0), 200, Pace::AsFastAsPossible).await?;
     }
-    let looked = look(&url, "calm", None, |_| Ok(())).await;
+    let looked = look(&["--base", &url, "--scenario", "calm"], |_| Ok(None)).await;
     looked.with_context(|| fleet.logs())?;
     Ok(())
 }
@@ -72,16 +75,48 @@ async fn a_killed_worker_is_shown_dead() -> Result<()> {
     let mut fleet = Fleet::builder().workers(2).slots(4).set("dispatcher.http.listen", "127.0.0.1:0").start().await?;
     let url = fleet.dispatchers[0].http_url().await?;
     let (workers, mut killed) = (&mut fleet.workers, false);
-    let looked = look(&url, "dead", None, |line| {
-        if line.starts_with("kill a worker") {
-            workers[0].kill9()?;
-            killed = true;
+    let looked = look(&["--base", &url, "--scenario", "dead"], |line| {
+        if !line.starts_with("kill a worker") {
+            return Ok(None);
         }
-        Ok(())
+        // Its page is on the same machine, and reads the same clock.
+        let at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
+        workers[0].kill9()?;
+        killed = true;
+        Ok(Some(json!({"killed_ms": at, "gpu_id": workers[0].gpu_id()}).to_string()))
     })
     .await;
     let said = looked.with_context(|| fleet.logs())?;
-    ensure!(killed || said.contains("skipped"), "{said}");
+    ensure!(killed && said.contains("ms after the kill") || said.contains("skipped"), "{said}");
+    Ok(())
+}
+
+/// Everything that a made-up fleet shows: strangers' text that must stay text, connections that break, a fleet that is empty or
+/// full, hundreds of GPUs, a login, a drain and a retry.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_small_fleet_shows_is_shown_right() -> Result<()> {
+    let _turn = fleet::turn().await;
+    // Two browsers at once, which mostly wait. What a real fleet is asked too is left to that.
+    let halves: [&[&str]; 2] = [&["--scenario", "load,drops,login"], &["--scenario", "hostile,empty,full"]];
+    let only = ["--scenario", "calm", "--only", "grows,keeps_focus,stale"];
+    let (first, second) = tokio::join!(look(halves[0], |_| Ok(None)), async {
+        let said = look(halves[1], |_| Ok(None)).await?;
+        Ok::<_, anyhow::Error>(said + &look(&only, |_| Ok(None)).await?)
+    });
+    let said = first? + &second?;
+    for check in [
+        "load smooth",
+        "load searches",
+        "hostile inert",
+        "drops comes_back",
+        "empty says_empty",
+        "full refuses_recording",
+        "login drains",
+        "login retries",
+        "calm stale",
+    ] {
+        ensure!(said.contains(&format!("ok {check} ")) || said.starts_with("skipped"), "{check}: {said}");
+    }
     Ok(())
 }
 
@@ -95,7 +130,9 @@ async fn what_the_microphone_hears_becomes_text() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let wav = folder.path().join("call.wav");
     std::fs::write(&wav, audio::call(1)?.wav())?;
-    let said = look(&url, "record", Some(&wav), |_| Ok(())).await.with_context(|| fleet.logs())?;
+    let wav = wav.display().to_string();
+    let words = ["--base", &url, "--scenario", "record", "--wav", &wav];
+    let said = look(&words, |_| Ok(None)).await.with_context(|| fleet.logs())?;
     let Some(words) = said.lines().find_map(|line| line.strip_prefix("said: ")) else {
         ensure!(said.contains("skipped"), "{said}");
         return Ok(());

@@ -170,6 +170,38 @@ async fn parts(fleet: &mut Fleet, keys: &Keys) -> Result<()> {
     ensure!(checked.contains("all there, as wanted"), "{checked}");
     let left = fleet.workers.iter().map(|w| w.gpu_id().to_owned()).find(|gpu| *gpu != owner).context("a worker")?;
     operator.does(&["drain", &left, "--deadline", "20s", "--wait"]).await?;
+
+    // And removes all that is kept of a call.
+    let removed = operator.does(&["purge", "session", "talk"]).await?;
+    ensure!(removed.contains("ASR_TRANSCRIPT") && removed.contains("ASR_AUDIO"), "{removed}");
+    for subject in ["asr.v1.transcript.session.talk.final", "asr.v1.audio.talk"] {
+        let stream = if subject.contains("audio") { "ASR_AUDIO" } else { "ASR_TRANSCRIPT" };
+        ensure!(checker::read(&fleet.js(), stream, subject).await?.is_empty(), "{subject} is still there");
+    }
+    Ok(())
+}
+
+/// The two files of a role are copied to other machines, which keep them where they like.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_files_of_a_role_work_wherever_they_lie() -> Result<()> {
+    let keys = Keys::make(&[ACCOUNT], &[])?;
+    let server = server(&keys).await?;
+    let there = tempfile::tempdir()?;
+    let folder = there.path().join("of the operator");
+    std::fs::create_dir(&folder)?;
+    for name in ["operator.toml", "operator.nk"] {
+        std::fs::copy(keys.dir().join(ACCOUNT).join(name), folder.join(name))?;
+    }
+    let url = server.url();
+    // The place where they were made is gone, as it is on that machine.
+    drop(keys);
+    for (config, from) in [("of the operator/operator.toml", there.path()), ("operator.toml", folder.as_path())] {
+        let mut command = voxfleet(&Settings::new(), there.path())?;
+        command.current_dir(from).args(["--config", config, "--url", &url, "doctor"]);
+        let output = tokio::task::spawn_blocking(move || command.output()).await??;
+        let told = said(&output);
+        ensure!(told.lines().any(|line| line.starts_with("ok") && line.contains("round trip")), "{config}: {told}");
+    }
     Ok(())
 }
 
@@ -195,6 +227,10 @@ async fn who_lacks_a_permission_is_told_so() -> Result<()> {
         ("producer", &["jobs", "dead", "list"], "$JS.API.STREAM.INFO.ASR_DEAD"),
         ("worker", &["status"], "asr.v1.api.fleet.status"),
         ("viewer", &["status", "--why", "x"], "$JS.API.STREAM.MSG.GET.KV_asr_"),
+        ("viewer", &["purge", "session", "x"], "$JS.API."),
+        ("producer", &["purge", "session", "x"], "$JS.API."),
+        ("worker", &["purge", "session", "x"], "$JS.API."),
+        ("dispatcher", &["purge", "session", "x"], "$JS.API."),
     ];
     for (role, words, subject) in rows {
         let begun = std::time::Instant::now();

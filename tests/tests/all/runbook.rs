@@ -46,8 +46,12 @@ pub(crate) fn block(title: &str) -> Result<Block> {
 #[test]
 fn each_alert_has_its_heading_and_each_change_its_commands() -> Result<()> {
     let page = std::fs::read_to_string(find::root().join(PAGE))?;
-    let headings: BTreeSet<String> =
-        page.lines().filter_map(|line| line.strip_prefix("### ")).map(str::to_lowercase).collect();
+    let mut headings = BTreeSet::new();
+    for heading in page.lines().filter(|line| line.starts_with("##")) {
+        let title = heading.trim_start_matches('#').trim().to_lowercase();
+        // Whoever follows a link reads the first of two, and perhaps the second says something else.
+        ensure!(headings.insert(title), "{PAGE} has two sections: {heading}");
+    }
     let rules = std::fs::read_to_string(find::root().join(RULES))?;
     let link = format!("{PAGE}#");
     let end = |c: char| !c.is_ascii_alphanumeric();
@@ -99,6 +103,22 @@ async fn scene(fleet: &Fleet) -> Result<()> {
     Ok(())
 }
 
+/// The smallest fleet: nobody stands by while it is upgraded, and the block comes to an end all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dispatcher_that_is_alone_is_upgraded_too() -> Result<()> {
+    let _place = fleet::place().await;
+    let mut fleet = Fleet::builder().workers(1).start().await?;
+    let mut shell = Shell::new(&fleet.url())?;
+    units::install(&mut shell)?;
+    shell.set("DISPATCHERS", "d1");
+    let before = fleet.dispatchers[0].pid();
+    let upgraded = units::run(&shell, &mut fleet, &block("Upgrade the dispatchers")?).await;
+    upgraded.with_context(|| fleet.logs())?;
+    ensure!(fleet.dispatchers[0].pid() != before, "it was not started again");
+    ensure!(fleet.leader().await == Some(0), "it is not active when the block ends");
+    Ok(())
+}
+
 async fn try_out(shell: &Shell, fleet: &mut Fleet, block: &Block) -> Result<()> {
     // What the page promises to show. Nothing where a healthy fleet has nothing to show.
     let wanted: &[&str] = match block.title.as_str() {
@@ -109,7 +129,8 @@ async fn try_out(shell: &Shell, fleet: &mut Fleet, block: &Block) -> Result<()> 
         "GpuMemoryHigh" => &["used_by_others_mb"],
         "GpuHot" => &["HEAT"],
         "SessionsLag" => &["call-1", "lag_ms"],
-        "EngineStuck" => &["ms_since_progress", "restarts"],
+        "EngineStuck" => &["gpu-1", "ms_since_progress", "restarts"],
+        "EngineRestarts" => &["gpu-1"],
         "AudioStreamNearlyFull" if block.commands.contains("edit") => &["8.0 GiB"],
         "AudioStreamNearlyFull" => &["Maximum Bytes", "asr.v1.audio.call-1"],
         "DeadLettersGrow" => &["lost", "not_found"],
@@ -117,9 +138,20 @@ async fn try_out(shell: &Shell, fleet: &mut Fleet, block: &Block) -> Result<()> 
         "CertificateExpires" => &["nats"],
         "NoActiveDispatcher" => &["\"holder\"", "voxfleet"],
         "NatsLost" => &["jetstream", "on"],
+        "DispatcherAbsent" if block.commands.contains("doctor") => &["is active, 1 standing by"],
         "DispatcherAbsent" => {
+            // Only the way of whoever asks was broken: nobody is started again.
+            let pids = |fleet: &Fleet| fleet.dispatchers.iter().map(|one| one.pid()).collect::<Vec<_>>();
+            let before = pids(fleet);
+            units::run(shell, fleet, block).await?;
+            ensure!(pids(fleet) == before, "dispatchers that were well were started again");
+            for dispatcher in &mut fleet.dispatchers {
+                dispatcher.kill9()?;
+            }
             units::run(shell, fleet, block).await?;
             eventually("one of the new ones is active", SOON, || fleet.leader()).await?;
+            let after = pids(fleet);
+            ensure!(after[0] != before[0] && after[1] == before[1], "one is enough: {before:?}, then {after:?}");
             return Ok(());
         }
         "WorkerUnhealthy" => {

@@ -13,9 +13,10 @@ use voxfleet_harness::{
     server::{NatsServer, ServerOptions},
     wait::eventually,
 };
+use voxfleet_http::probe::Probe;
 use voxfleet_nats::{ConnectError, Nats, NatsConfig};
 
-use crate::{dead_letters::said, roles::violations};
+use crate::{dead_letters::said, metrics_page::labels_as_documented, roles::violations};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -83,6 +84,53 @@ async fn a_fleet_behind_tls_keys_and_another_prefix() -> Result<()> {
     ) {
         ensure!(!logs().contains(secret.trim()), "a secret is in a log");
     }
+    Ok(())
+}
+
+/// 1 January of these years, in s.
+const UNTIL_2041: u64 = 2_240_611_200;
+const UNTIL_2042: u64 = 2_272_147_200;
+const UNTIL_2043: u64 = 2_303_683_200;
+
+/// Who is to renew what: the process its own two, and the servers theirs, which only a handshake shows.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_each_certificate_is_told_with_whose_it_is() -> Result<()> {
+    let _place = fleet::place().await;
+    let folder = tempfile::tempdir()?;
+    let authority = Authority::new(folder.path())?;
+    let shown = authority.certify_until("server", &["localhost"], 2041)?;
+    let ours = authority.certify_until("client", &["client"], 2042)?;
+    let http = authority.certify_until("http", &["127.0.0.1"], 2043)?;
+    let server = server(tls(&shown, Some(&authority.ca_file()))).await?;
+    let settings = |role: &str| {
+        let all = Settings::new().with("nats.urls", format!("tls://localhost:{}", server.port()));
+        let all = all.with("nats.tls_ca", authority.ca_file().display());
+        let all = all.with("nats.tls_cert", ours.certificate.display()).with("nats.tls_key", ours.key.display());
+        let all = all.with(&format!("{role}.http.listen"), "127.0.0.1:0");
+        let all = all.with(&format!("{role}.http.tls_cert"), http.certificate.display());
+        all.with(&format!("{role}.http.tls_key"), http.key.display())
+    };
+    let dispatcher = Dispatcher::start("dispatcher", &settings("dispatcher"), folder.path())?;
+    let worker = settings("worker").with("worker.engine", "simulated").with("worker.gpu", "none");
+    let worker = Worker::start("gpu-1", &worker.with("worker.cache_dir", folder.path().display()), folder.path())?;
+    let probe = Probe { ca: Some(authority.ca_file()), token: None };
+    for (url, section) in [(dispatcher.http_url().await?, "## Dispatcher"), (worker.http_url().await?, "## Worker")] {
+        let told = || async {
+            let answer = probe.get(&format!("{url}/metrics"), Duration::from_secs(10)).await.ok()?;
+            let text = String::from_utf8(answer.body).ok()?;
+            text.contains("nats_server").then_some(text)
+        };
+        let text = eventually("what the server shows", SOON, told).await;
+        let text = text.with_context(|| format!("{}\n{}", dispatcher.log(), worker.log()))?;
+        for (whose, until) in [("http", UNTIL_2043), ("nats", UNTIL_2042), ("nats_server", UNTIL_2041)] {
+            let line = format!("voxfleet_certificate_expiry_timestamp_seconds{{use=\"{whose}\"}} {until}\n");
+            ensure!(text.contains(&line), "{section}: no {line}\n{text}");
+        }
+        labels_as_documented(&text, section)?;
+    }
+    // Looking left no trouble in its log.
+    let log = server.log();
+    ensure!(!log.contains("TLS handshake error"), "{log}");
     Ok(())
 }
 

@@ -108,7 +108,8 @@ async fn act(fleet: &mut Fleet, host: &str, verb: &str, unit: &str) -> Result<()
         }
     } else if unit == "voxfleet-dispatcher" {
         let i = number('d')?;
-        if stops {
+        // One that is dead already has nothing left to stop.
+        if stops && fleet.dispatchers[i].ended().is_none() {
             let ended = fleet.dispatchers[i].terminate(END).await?;
             ensure!(ended.success(), "the dispatcher ended with {ended}");
         }

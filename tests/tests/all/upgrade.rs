@@ -1,10 +1,11 @@
 //! A fleet is upgraded one process after the other by the blocks of `docs/runbook.md`, while sessions speak: no word is lost,
 //! whichever side is the newer meanwhile.
 //!
-//! `VOXFLEET_OLD_BIN` names a binary of an earlier version. Without one the same steps are taken with this version on both sides,
-//! and the test says so; that a version reads what earlier ones wrote is also held by fixtures (`schema/tests/golden`).
+//! `VOXFLEET_OLD_BIN` names a binary of an earlier version; `deploy/earlier.sh` builds one. Without it the same steps are taken
+//! with this version on both sides, and the test says so; that a version reads what earlier ones wrote is also held by fixtures
+//! (`schema/tests/golden`).
 
-use std::{path::PathBuf, time::Duration};
+use std::{io::Write as _, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use voxfleet_harness::{
@@ -25,11 +26,14 @@ const SPOKEN_S: f64 = 45.0;
 
 fn old() -> Result<PathBuf> {
     match std::env::var_os("VOXFLEET_OLD_BIN") {
+        Some(path) if std::fs::read(&path)? == std::fs::read(find::voxfleet()?)? => {
+            anyhow::bail!("VOXFLEET_OLD_BIN is the very binary that is new")
+        }
         Some(path) => Ok(PathBuf::from(path)),
         None => {
-            println!(
-                "skipped: two versions side by side, since VOXFLEET_OLD_BIN names no earlier binary; one by one all the same"
-            );
+            // Past the test runner, which keeps to itself what a test prints that passes.
+            let said = "skipped: two versions side by side: VOXFLEET_OLD_BIN names no earlier binary, this one is upgraded to itself";
+            writeln!(std::io::stderr(), "{said}")?;
             Ok(find::voxfleet()?)
         }
     }

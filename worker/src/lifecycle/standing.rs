@@ -155,6 +155,7 @@ impl Engine {
     }
 
     fn ended_by(&self, failure: Failure, at_ms: u64) {
+        *locked(&self.0.ends).entry(failure.class).or_default() += 1;
         *locked(&self.0.last_end) = Some(EngineEnd { class: failure.class, message: failure.message, at_ms });
     }
 

@@ -98,7 +98,7 @@ async fn an_engine_that_cannot_be_started_says_why_and_it_is_not_the_gpu() {
     }
     let (state, _) = engine.heartbeat_state(Instant::now());
     let end = state.last_end.expect("an end");
-    assert_eq!(end.class, FailureClass::EngineCrash);
+    assert_eq!((end.class, state.ends), (FailureClass::EngineCrash, [(FailureClass::EngineCrash, 4)].into()));
     assert!(end.message.contains("/nowhere/voxfleet") && end.message.contains("No such file"), "{}", end.message);
     assert!(!engine.wants_cpu());
 }

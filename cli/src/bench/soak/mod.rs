@@ -73,6 +73,8 @@ pub(super) async fn run(args: SoakArgs) -> Result<Value> {
     let builder = builder.set("dispatcher.topology.transcript_max_age_s", TRANSCRIPT_AGE_S);
     let builder = builder.set("dispatcher.topology.event_max_bytes", EVENT_BYTES);
     let builder = builder.set("dispatcher.keep_ended_s", KEEP_ENDED_S);
+    // They tell how many tasks they have.
+    let builder = builder.set("dispatcher.http.listen", "127.0.0.1:0").set("worker.http.listen", "127.0.0.1:0");
     let fleet = builder.start().await?;
     let plan = Plan {
         seed: args.seed,
@@ -136,6 +138,24 @@ fn of_processes(looks: &[&Look]) -> Vec<Figure> {
     figures.collect()
 }
 
+/// Tasks of each process that was the same in every look.
+fn of_tasks(looks: &[&Look]) -> Vec<Figure> {
+    let mut lives: BTreeMap<(&str, u32), Vec<(f64, f64)>> = BTreeMap::new();
+    for look in looks {
+        for seen in &look.tasks {
+            lives.entry((&seen.name, seen.pid)).or_default().push((look.at_s, seen.tasks as f64));
+        }
+    }
+    let whole = lives.into_iter().filter(|(_, points)| points.len() == looks.len());
+    let figures = whole.map(|((name, _), points)| {
+        let line = line(&points);
+        // What comes and goes with sessions is as often high as low.
+        let bound = NOISE_COUNT.max(2.0 * NOISE_SHARE * line.most);
+        Figure { of: name.to_owned(), what: "tasks", line, bound }
+    });
+    figures.collect()
+}
+
 /// Streams whose ages and sizes this run outlasts.
 const SETTLED: [&str; 9] = [
     "ASR_AUDIO",
@@ -173,6 +193,11 @@ fn of_streams(looks: &[&Look]) -> Vec<Figure> {
     figures
 }
 
+/// Recordings of this bench: 16 kHz, 16 bits.
+const WAV_BYTES_PER_S: f64 = 32_000.0;
+/// What a minute's words take with their times, and what the store adds to both objects.
+const RESULT_BYTES: f64 = 64.0 * 1_024.0;
+
 /// What is kept for each session, job and start, against how many there were.
 fn accounted(report: &Report) -> Vec<Value> {
     let last = report.looks.iter().rev().find(|look| !look.streams.is_empty());
@@ -186,9 +211,13 @@ fn accounted(report: &Report) -> Vec<Value> {
         let keys = stream(name).map(|s| s.subjects);
         json!({ "of": name, "keys": keys, "for_each_of": of, "count": begun, "explained": keys.is_some_and(|k| k <= begun) })
     });
-    let media = stream("OBJ_asr_media").map(|s| Memory::mb(s.bytes) * 1_024.0 / report.jobs.max(1) as f64);
-    let rest = json!({ "of": "OBJ_asr_media", "kb_a_job": media.map(rounded), "count": report.jobs, "for_each_of": "jobs",
-        "explained": true });
+    let media = stream("OBJ_asr_media").map(|s| s.bytes as f64);
+    // Each job's recording as it was sent, and its result.
+    let most = report.job_seconds * WAV_BYTES_PER_S * (1.0 + NOISE_SHARE) + report.jobs as f64 * RESULT_BYTES;
+    let rest = json!({ "of": "OBJ_asr_media", "for_each_of": "jobs", "count": report.jobs,
+        "kb_a_job": media.map(|bytes| rounded(bytes / 1_024.0 / report.jobs.max(1) as f64)),
+        "kb_a_job_at_most": rounded(most / 1_024.0 / report.jobs.max(1) as f64),
+        "explained": media.is_some_and(|bytes| bytes <= most) });
     rows.into_iter().chain([rest]).collect()
 }
 
@@ -198,6 +227,7 @@ fn shown(report: &Report, plan: &Plan) -> Value {
     let with_streams: Vec<&Look> = window.iter().copied().filter(|look| !look.streams.is_empty()).collect();
     let mut figures = of_processes(&window);
     figures.extend(of_streams(&with_streams));
+    figures.extend(of_tasks(&with_streams));
     let explained = accounted(report);
     let mut problems = report.problems.clone();
     // Whoever is watched must have been there, or a flat line says nothing.
@@ -205,6 +235,9 @@ fn shown(report: &Report, plan: &Plan) -> Value {
         if !figures.iter().any(|f| f.of == name) {
             problems.push(format!("{name} did not live through the second half"));
         }
+    }
+    if !figures.iter().any(|f| f.what == "tasks" && f.of.starts_with("dispatcher")) {
+        problems.push("no dispatcher told how many tasks it has".to_owned());
     }
     if report.restarted_at_s == 0.0 || report.kills == 0 || report.sessions == 0 {
         problems.push("this run shows nothing: no restart, no kill or no session".to_owned());
@@ -236,7 +269,7 @@ fn shown(report: &Report, plan: &Plan) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use voxfleet_harness::soak::ProcessLook;
+    use voxfleet_harness::soak::{ProcessLook, TaskLook};
 
     use super::*;
 
@@ -262,9 +295,11 @@ mod tests {
                     threads: 9,
                 }
             };
+            let task = |i: usize| TaskLook { name: names[i].to_owned(), pid: i as u32 + 1, tasks: 40 };
             let stream = |name| StreamLook { name, bytes: MB, messages: 5, consumers: 3, subjects: keys };
             let streams = if n.is_multiple_of(5) { soak_streams().map(stream).to_vec() } else { Vec::new() };
-            Look { at_s, processes: names.iter().enumerate().map(process).collect(), streams }
+            let tasks = if streams.is_empty() { Vec::new() } else { (1..4).map(task).collect() };
+            Look { at_s, processes: names.iter().enumerate().map(process).collect(), streams, tasks }
         };
         Report {
             looks: (0..600).map(look).collect(),
@@ -273,6 +308,7 @@ mod tests {
             kills: 80,
             sessions: 100,
             jobs: 100,
+            job_seconds: 3_500.0,
             incarnations: 100,
             ..Report::default()
         }
@@ -304,6 +340,19 @@ mod tests {
         let shown_gone = shown(&gone, &plan());
         assert_eq!(shown_gone["clean"], false);
         assert_eq!(shown_gone["problems"][0]["what"], "gpu-1 did not live through the second half");
+        // Recordings that nobody sent.
+        let strange = Report { job_seconds: 0.0, jobs: 1, ..report(0.0, 0.0, 1) };
+        let told = shown(&strange, &plan());
+        assert_eq!((&told["clean"], &told["kept_for_a_day"][3]["explained"]), (&json!(false), &json!(false)));
+        let mut silent = report(0.0, 0.0, 90);
+        silent.looks.iter_mut().for_each(|look| look.tasks.clear());
+        assert_eq!(shown(&silent, &plan())["problems"][0]["what"], "no dispatcher told how many tasks it has");
+        let mut busy = report(0.0, 0.0, 90);
+        for look in &mut busy.looks {
+            let more = (look.at_s / 10.0) as u64;
+            look.tasks.iter_mut().filter(|seen| seen.name == "dispatcher-1").for_each(|seen| seen.tasks += more);
+        }
+        assert_eq!(shown(&busy, &plan())["grown"], json!([{ "of": "dispatcher-1", "what": "tasks" }]));
         let idle = Report { kills: 0, ..report(0.0, 0.0, 90) };
         assert_eq!(shown(&idle, &plan())["clean"], false);
     }

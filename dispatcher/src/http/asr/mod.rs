@@ -20,10 +20,10 @@
 //! | [`speaker`] | who tells them |
 //! | [`goodbye`] | close codes; pure |
 
-mod frames;
+pub(super) mod frames;
 mod goodbye;
 mod intake;
-mod query;
+pub(super) mod query;
 mod speaker;
 mod uplink;
 mod view;

@@ -19,7 +19,7 @@ mod body;
 mod following;
 mod promise;
 mod upload;
-mod wish;
+pub(super) mod wish;
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 

@@ -2,6 +2,11 @@
 
 use std::time::Duration;
 
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+
 use crate::{
     chaos::{schedule::STREAMS, talk::Js},
     child::{children_of, resident_bytes},
@@ -18,6 +23,16 @@ pub struct Look {
     pub processes: Vec<ProcessLook>,
     /// Empty where they were not looked at.
     pub streams: Vec<StreamLook>,
+    /// The same, of those that serve HTTP.
+    pub tasks: Vec<TaskLook>,
+}
+
+/// What runs at once inside a process, as it says itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskLook {
+    pub name: String,
+    pub pid: u32,
+    pub tasks: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +69,7 @@ pub(super) fn of(fleet: &Fleet, at: Duration) -> Look {
     }
     // One that has just been killed has nothing.
     let processes = processes.into_iter().flatten().collect();
-    Look { at_s: at.as_secs_f64(), processes, streams: Vec::new() }
+    Look { at_s: at.as_secs_f64(), processes, ..Look::default() }
 }
 
 fn process(name: String, pid: u32) -> Option<ProcessLook> {
@@ -92,9 +107,49 @@ pub(super) async fn streams(js: &Js) -> Vec<StreamLook> {
     found
 }
 
+pub(super) async fn tasks(fleet: &Fleet) -> Vec<TaskLook> {
+    let children = fleet.dispatchers.iter().map(|d| (d.name(), d.pid(), d.log()));
+    let children = children.chain(fleet.workers.iter().map(|w| (w.name(), w.pid(), w.log())));
+    let mut found = Vec::new();
+    for (name, pid, log) in children {
+        let Some(address) = address(&log) else { continue };
+        let Ok(Some(tasks)) = tokio::time::timeout(PATIENCE, ask(&address)).await else { continue };
+        found.push(TaskLook { name: name.to_owned(), pid, tasks });
+    }
+    found
+}
+
+/// Where it serves HTTP, if it does: a log is of all runs under one name, and the last one counts.
+fn address(log: &str) -> Option<String> {
+    let (_, rest) = log.rsplit_once("http url=\"http://")?;
+    rest.split('"').next().map(str::to_owned)
+}
+
+async fn ask(address: &str) -> Option<u64> {
+    let mut stream = TcpStream::connect(address).await.ok()?;
+    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.ok()?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.ok()?;
+    tasks_in(&String::from_utf8_lossy(&answer))
+}
+
+fn tasks_in(answer: &str) -> Option<u64> {
+    answer.lines().find_map(|line| line.strip_prefix("voxfleet_tasks "))?.trim().parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tasks_are_read_from_what_a_process_serves() {
+        let log = "INFO http url=\"http://127.0.0.1:1\"\nINFO http url=\"http://127.0.0.1:2\"\nINFO more\n";
+        assert_eq!(address(log).as_deref(), Some("127.0.0.1:2"));
+        assert_eq!(address("INFO no http\n"), None);
+        assert_eq!(tasks_in("HTTP/1.1 200 OK\r\n\r\n# TYPE voxfleet_tasks gauge\nvoxfleet_tasks 41\n"), Some(41));
+        assert_eq!(tasks_in("HTTP/1.1 401 Unauthorized\r\n\r\n"), None);
+    }
 
     #[test]
     fn a_process_shows_what_it_holds() {

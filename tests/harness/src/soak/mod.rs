@@ -12,7 +12,7 @@ use std::{collections::BTreeSet, time::Duration};
 use futures_util::StreamExt as _;
 use tokio::{task::JoinSet, time::Instant};
 
-pub use self::look::{Look, ProcessLook, StreamLook};
+pub use self::look::{Look, ProcessLook, StreamLook, TaskLook};
 use crate::{
     Error, Result, audio,
     chaos::{
@@ -63,6 +63,8 @@ pub struct Report {
     pub sessions: u64,
     pub jobs: u64,
     pub audio_seconds: f64,
+    /// Of it that of jobs, whose recordings are kept.
+    pub job_seconds: f64,
     /// Names of workers that were heard, each with its incarnation.
     pub incarnations: u64,
     pub samples_lost: u64,
@@ -95,6 +97,7 @@ pub async fn run(fleet: Fleet, plan: &Plan, say: &mut dyn FnMut(&str)) -> Result
                 let mut look = look::of(&hands.fleet, begun.elapsed());
                 if looks.is_multiple_of(STREAMS_EACH) {
                     look.streams = look::streams(&js).await;
+                    look.tasks = look::tasks(&hands.fleet).await;
                 }
                 looks += 1;
                 report.looks.push(look);
@@ -190,6 +193,7 @@ fn take(report: &mut Report, over: std::result::Result<Over, tokio::task::JoinEr
     let counted = if over.job { &mut report.jobs } else { &mut report.sessions };
     *counted += 1;
     report.audio_seconds += over.audio_seconds;
+    report.job_seconds += if over.job { over.audio_seconds } else { 0.0 };
     match over.verdict {
         Ok(verdict) => {
             report.samples_lost += verdict.samples_lost;

@@ -154,12 +154,23 @@ async fn clients_part(one: &Intruder) -> Result<()> {
     one.asks("CONSUMER.CREATE.ASR_AUDIO.c.asr.v1.audio.>", json!({})).await?;
     one.asks("STREAM.MSG.GET.ASR_CHECKPOINT", json!({"seq": 1})).await?;
     one.asks("CONSUMER.CREATE.ASR_CHECKPOINT.c.asr.v1.checkpoint.>", json!({})).await?;
+    // What failed, with where its recording lies.
+    one.asks("STREAM.MSG.GET.ASR_DEAD", json!({"seq": 1})).await?;
+    one.asks("CONSUMER.CREATE.ASR_DEAD.c.asr.v1.dead.>", json!({})).await?;
     one.asks("CONSUMER.MSG.NEXT.ASR_JOBS.dispatcher", json!({"batch": 1})).await?;
     one.asks("CONSUMER.MSG.NEXT.ASR_WORK.gpu-1=i", json!({"batch": 1})).await?;
     one.publishes("asr.v1.control.gpu-1.i", &json!({"cmd": "drain"})).await?;
     one.publishes("asr.v1.api.fleet.drain", &json!({"gpu_id": "gpu-1"})).await?;
     one.publishes("$JS.ACK.ASR_WORK.gpu-1=i.1.1.1.1.1", &json!({})).await?;
-    for subject in ["asr.v1.api.>", "asr.v1.control.>", "_INBOX_worker.>", "_INBOX_dispatcher.>"] {
+    for subject in [
+        "asr.v1.api.>",
+        "asr.v1.control.>",
+        "asr.v1.jobs.>",
+        "asr.v1.dead.>",
+        "asr.v1.gpu.>",
+        "_INBOX_worker.>",
+        "_INBOX_dispatcher.>",
+    ] {
         one.listens(subject).await?;
     }
     // A filter outside of what may be read is refused even where its subject says otherwise.
@@ -194,12 +205,28 @@ async fn as_worker(one: &Intruder) -> Result<()> {
     {
         one.publishes(subject, &json!({})).await?;
     }
-    for request in ["session.open", "session.close", "job.submit", "job.cancel", "fleet.status", "fleet.drain"] {
+    for request in [
+        "session.open",
+        "session.close",
+        "session.status",
+        "session.list",
+        "job.submit",
+        "job.status",
+        "job.list",
+        "job.cancel",
+        "fleet.status",
+        "fleet.drain",
+        "plan",
+    ] {
         one.publishes(&format!("asr.v1.api.{request}"), &json!({})).await?;
     }
     for bucket in BUCKETS {
         one.publishes(&format!("$KV.{bucket}.talk"), &json!({})).await?;
+        // Records say who speaks where, and with which options.
+        one.asks(&format!("STREAM.MSG.GET.KV_{bucket}"), json!({"last_by_subj": format!("$KV.{bucket}.talk")})).await?;
+        one.asks(&format!("CONSUMER.CREATE.KV_{bucket}.c.$KV.{bucket}.>"), json!({})).await?;
     }
+    one.asks("STREAM.MSG.GET.ASR_DEAD", json!({"seq": 1})).await?;
     one.asks("CONSUMER.CREATE.ASR_LIVE.c.asr.v1.gpu.*.*.live.*", json!({})).await?;
     one.asks("CONSUMER.DELETE.ASR_WORK.gpu-1=i", json!({})).await?;
     one.asks("STREAM.PURGE.ASR_WORK", json!({})).await?;
