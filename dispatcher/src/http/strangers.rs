@@ -3,7 +3,12 @@
 
 use bytes::Bytes;
 use voxfleet_http::axum::{extract::Query, http::Uri};
-use voxfleet_schema::{audio::AudioFormat, id::StreamId, job::JobRequest, session::SessionOptions};
+use voxfleet_schema::{
+    audio::AudioFormat,
+    id::StreamId,
+    job::{AudioUrl, JobRequest, upload_key},
+    session::SessionOptions,
+};
 
 use super::{
     api,
@@ -38,7 +43,7 @@ pub fn job(pairs: &[(String, String)], form: &[(String, String)]) -> Option<JobR
     let mut wish = Wish::of_query(pairs).ok()?;
     form.iter().try_for_each(|(name, value)| wish.set(name, value, false)).ok()?;
     let id = wish.id().ok()?;
-    wish.request(&id).ok()
+    wish.request(&id, &AudioUrl::object(&upload_key(&id, "upload"))).ok()
 }
 
 /// Whether one of the lists that pages ask for can be meant.

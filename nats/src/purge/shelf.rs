@@ -107,3 +107,74 @@ fn object_of(audio: &str) -> Option<String> {
         Ok(_) | Err(_) => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(text: &str) -> StreamId {
+        StreamId::new(text).expect("id")
+    }
+
+    fn job(name: &str, audio: &str, parent: Option<&str>) -> JobRecord {
+        let part = parent
+            .map(|parent| serde_json::json!({"parent": parent, "number": 0, "vad": "energy", "recording_bytes": 1}));
+        serde_json::from_value(serde_json::json!({
+            "id": name, "state": "done", "audio": audio, "options": {}, "result_ttl_s": 60, "epoch": 1, "attempts": 1,
+            "submitted_ms": 1, "changed_ms": 1, "part": part,
+        }))
+        .expect("a record")
+    }
+
+    fn shelf(jobs: Vec<JobRecord>, keys: &[&str]) -> Shelf {
+        let object = |key: &&str| ObjectInfo { key: (*key).to_owned(), bytes: 1, modified_ms: 1, digest: None };
+        let jobs = jobs.into_iter().map(|job| (job.id.clone(), job)).collect();
+        Shelf { jobs, objects: keys.iter().map(object).collect(), promised: HashMap::new() }
+    }
+
+    fn keys_of(shelf: &Shelf, name: &str) -> Vec<String> {
+        shelf.objects_of(&id(name)).into_iter().map(|object| object.key).collect()
+    }
+
+    #[test]
+    fn objects_go_with_their_job_and_not_with_a_neighbour() {
+        let part = "call-0001-0123456789abcdef01234567";
+        let mut shelf = shelf(
+            vec![
+                job("call", "object://asr_media/talk.mp3", None),
+                job(part, "object://asr_media/talk.mp3", Some("call")),
+                job("call-2", "object://asr_media/shared.wav", None),
+                job("other", "object://asr_media/shared.wav", None),
+                job("web", "https://h/talk.mp3", None),
+            ],
+            &[
+                "audio/call",
+                "audio/call-2",
+                "result/call/f.json",
+                "result/call-2/f.json",
+                "talk.mp3",
+                "shared.wav",
+                "lost.wav",
+            ],
+        );
+        assert_eq!(keys_of(&shelf, "call"), ["audio/call", "result/call/f.json", "talk.mp3"]);
+        assert_eq!(
+            keys_of(&shelf, "call-2"),
+            ["audio/call-2", "result/call-2/f.json"],
+            "another job needs the recording"
+        );
+        assert_eq!(keys_of(&shelf, "web"), [""; 0]);
+        assert_eq!(keys_of(&shelf, "cal"), [""; 0]);
+        let nobodys: Vec<String> = shelf.nobodys().into_iter().map(|object| object.key).collect();
+        assert_eq!(nobodys, ["lost.wav"]);
+        assert_eq!(shelf.parts_of(&id("call")).map(StreamId::as_str).collect::<Vec<_>>(), [part]);
+        assert_eq!(shelf.parts_of(&id("call-2")).count(), 0);
+        // A request that waits, or a letter, names what somebody else's key names, or nobody's.
+        shelf.promised.insert("talk.mp3".to_owned(), HashSet::from([id("later")]));
+        shelf.promised.insert("lost.wav".to_owned(), HashSet::from([id("later")]));
+        assert_eq!(keys_of(&shelf, "call"), ["audio/call", "result/call/f.json"]);
+        assert!(shelf.nobodys().is_empty());
+        shelf.promised.insert("talk.mp3".to_owned(), HashSet::from([id("call")]));
+        assert_eq!(keys_of(&shelf, "call").len(), 3, "its own letter keeps nothing from it");
+    }
+}
