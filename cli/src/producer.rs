@@ -112,11 +112,8 @@ impl Producer {
         let number = self.next;
         let (seq, msg_id) = (number.to_string(), format!("{}:{}:{number}", self.id, self.source));
         let format = self.format.to_string();
-        let mut headers = vec![
-            (ASR_SEQ, seq.as_str()),
-            (ASR_SOURCE, self.source.as_str()),
-            (ASR_FORMAT, format.as_str()),
-        ];
+        let mut headers =
+            vec![(ASR_SEQ, seq.as_str()), (ASR_SOURCE, self.source.as_str()), (ASR_FORMAT, format.as_str())];
         headers.extend(self.trace.as_deref().map(|trace| (TRACEPARENT, trace)));
         if end {
             headers.push((ASR_END, "1"));

@@ -53,12 +53,26 @@ impl Events {
 
     /// Says it, and never waits. What several say under one `msg_id` is stored once.
     pub fn tell(&self, event: Event, msg_id: Option<String>) {
-        tracing::debug!(session = event.session(), job = event.job(), gpu = event.gpu_id, what = event.what.as_str(), seq = event.seq, "event");
+        tracing::debug!(
+            session = event.session(),
+            job = event.job(),
+            gpu = event.gpu_id,
+            what = event.what.as_str(),
+            seq = event.seq,
+            "event"
+        );
         let msg_id = msg_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
         if let Err(error) = self.handed.try_send(Told { event, msg_id }) {
             let why = error.to_string();
             let event = error.into_inner().event;
-            tracing::warn!(session = event.session(), job = event.job(), gpu = event.gpu_id, what = event.what.as_str(), why, "event lost");
+            tracing::warn!(
+                session = event.session(),
+                job = event.job(),
+                gpu = event.gpu_id,
+                what = event.what.as_str(),
+                why,
+                "event lost"
+            );
         }
     }
 }
@@ -92,7 +106,14 @@ impl EventQueue {
                 Err(PublishError::Server(ServerError::Closed)) => return,
                 Err(error) => {
                     let error = &error as &dyn std::error::Error;
-                    tracing::error!(session = event.session(), job = event.job(), gpu = event.gpu_id, what = event.what.as_str(), error, "event not stored");
+                    tracing::error!(
+                        session = event.session(),
+                        job = event.job(),
+                        gpu = event.gpu_id,
+                        what = event.what.as_str(),
+                        error,
+                        "event not stored"
+                    );
                 }
             }
             self.waiting.under_way = false;

@@ -224,8 +224,11 @@ mod tests {
 
     #[test]
     fn a_hint_carries_its_place_in_the_log() {
-        let entry =
-            RawEntry { seq: 42, headers: vec![("Asr-Seq".into(), "7".into()), ("Traceparent".into(), "00".into())], payload: Bytes::from_static(b"ab") };
+        let entry = RawEntry {
+            seq: 42,
+            headers: vec![("Asr-Seq".into(), "7".into()), ("Traceparent".into(), "00".into())],
+            payload: Bytes::from_static(b"ab"),
+        };
         let headers = hint_headers(&entry, Some(40)).expect("headers");
         let value = |name: &str| headers.get(name).map(|v| v.as_str().to_owned());
         assert_eq!(value(ASR_LOG_SEQ).as_deref(), Some("42"));

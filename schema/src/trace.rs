@@ -75,9 +75,12 @@ impl TraceContext {
     /// told it: neither a dispatcher that takes over nor a worker that is asked twice.
     pub fn below(&self, name: &str, number: u64) -> Self {
         // FNV-1a, and splitmix64's last step, which spreads what differs in a bit only.
-        let parts = [&self.trace_id.to_be_bytes()[..], &self.span_id.to_be_bytes(), &number.to_be_bytes(), name.as_bytes()];
-        let mut hash =
-            parts.into_iter().flatten().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3));
+        let parts =
+            [&self.trace_id.to_be_bytes()[..], &self.span_id.to_be_bytes(), &number.to_be_bytes(), name.as_bytes()];
+        let mut hash = parts
+            .into_iter()
+            .flatten()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3));
         hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         self.with_span(hash ^ (hash >> 31))

@@ -146,7 +146,9 @@ mod tests {
     #[test]
     fn every_mistake_is_named_and_no_secret_with_it() {
         assert_eq!(TracingConfig::default().problems(), Vec::<String>::new());
-        for wrong in ["here", "ftp://h", "http://", "http://u:hunter2@h", "http://h/?token=hunter2", "http://h/#hunter2"] {
+        for wrong in
+            ["here", "ftp://h", "http://", "http://u:hunter2@h", "http://h/?token=hunter2", "http://h/#hunter2"]
+        {
             let problems = at(wrong).problems();
             assert_eq!(problems.len(), 1, "{wrong}");
             assert!(!problems[0].contains("hunter2"), "{}", problems[0]);
@@ -167,9 +169,13 @@ mod tests {
 
     #[test]
     fn headers_are_read_as_others_write_them() {
-        let config = TracingConfig { headers: Secret::new(" authorization=Bearer%20a=b , x-tenant=7,"), ..at("http://h") };
+        let config =
+            TracingConfig { headers: Secret::new(" authorization=Bearer%20a=b , x-tenant=7,"), ..at("http://h") };
         let map = config.header_map().expect("headers");
-        assert_eq!(map.get("authorization").map(|v| (v.to_str().ok(), v.is_sensitive())), Some((Some("Bearer a=b"), true)));
+        assert_eq!(
+            map.get("authorization").map(|v| (v.to_str().ok(), v.is_sensitive())),
+            Some((Some("Bearer a=b"), true))
+        );
         assert_eq!((map.len(), map["x-tenant"].to_str().ok()), (2, Some("7")));
         for wrong in ["a=%4", "a=%zz", "a=%0a", "a b=c", "a"] {
             let config = TracingConfig { headers: Secret::new(wrong), ..at("http://h") };

@@ -219,7 +219,11 @@ impl Sender {
     fn say(&mut self) {
         let lost = self.dropped.load(Ordering::Relaxed);
         if lost > self.told && self.said.is_none_or(|at| at.elapsed() >= SAY_EVERY) {
-            tracing::warn!(spans = lost - self.told, in_all = lost, "spans were lost, the collector does not take them");
+            tracing::warn!(
+                spans = lost - self.told,
+                in_all = lost,
+                "spans were lost, the collector does not take them"
+            );
             (self.told, self.said) = (lost, Some(Instant::now()));
         }
     }

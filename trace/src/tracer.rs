@@ -131,7 +131,9 @@ mod tests {
         let opened = on.open(Some(given(true))).expect("a trace");
         assert!(opened.trace_id() == 7 && opened.span_id() != 9 && opened.is_sampled());
         assert_eq!(on.open(Some(given(false))), Some(given(false)), "nothing of ours stands in between");
-        assert!(on.tells(Some(&opened)) && !on.tells(Some(&given(false))) && !on.tells(None) && !off.tells(Some(&opened)));
+        assert!(
+            on.tells(Some(&opened)) && !on.tells(Some(&given(false))) && !on.tells(None) && !off.tells(Some(&opened))
+        );
         assert_eq!((on.part_of(Some(&given(false))), on.part_of(None), off.part_of(Some(&opened))), (None, None, None));
         let part = on.part_of(Some(&opened)).expect("told");
         assert!(part.trace_id() == 7 && part.span_id() != opened.span_id());
@@ -145,7 +147,12 @@ mod tests {
             let sampled = begun.filter(TraceContext::is_sampled).count();
             assert!((least..=most).contains(&sampled), "{sampled} of 2000 at {ratio}");
         }
-        assert!(!samples(u128::MAX, 0.999_999) && samples(u128::MAX, 1.0) && samples(1 << 64, 0.1) && !samples(1 << 64, 0.0));
+        assert!(
+            !samples(u128::MAX, 0.999_999)
+                && samples(u128::MAX, 1.0)
+                && samples(1 << 64, 0.1)
+                && !samples(1 << 64, 0.0)
+        );
     }
 
     #[test]

@@ -82,7 +82,10 @@ mod tests {
         assert_eq!(all.resource.as_ref().map(|r| r.attributes[0].key.as_str()), Some("service.name"));
         let [span, early] = &all.scope_spans[0].spans[..] else { panic!("two spans") };
         assert_eq!((span.trace_id.len(), span.trace_id[15], span.trace_id[14]), (16, 0xbc, 0x0a));
-        assert_eq!((span.span_id.as_slice(), span.parent_span_id.as_slice()), (&[0, 0, 0, 0, 0, 0, 0, 0xf0][..], &[0, 0, 0, 0, 0, 0, 0, 0xde][..]));
+        assert_eq!(
+            (span.span_id.as_slice(), span.parent_span_id.as_slice()),
+            (&[0, 0, 0, 0, 0, 0, 0, 0xf0][..], &[0, 0, 0, 0, 0, 0, 0, 0xde][..])
+        );
         assert_eq!((span.start_time_unix_nano, span.end_time_unix_nano, span.flags), (1_000, 3_000, 1));
         let names: Vec<&str> = span.attributes.iter().map(|a| a.key.as_str()).collect();
         assert_eq!(names, ["session", "epoch", "end"]);

@@ -63,7 +63,12 @@ pub(super) async fn run(args: TracingArgs) -> Result<Value> {
     let mut on = Side::start(args.sessions, &collector.url()).await?;
     let warm = collector.spans();
     for round in 0..args.rounds {
-        progress(&format!("round {} of {}: {} sessions without traces, and with them", round + 1, args.rounds, args.sessions));
+        progress(&format!(
+            "round {} of {}: {} sessions without traces, and with them",
+            round + 1,
+            args.rounds,
+            args.sessions
+        ));
         // Who comes second may find the machine warmer.
         if round % 2 == 0 {
             off.turn(round, &recordings).await?;

@@ -8,11 +8,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{
-    EnvFilter, Layer as _,
-    filter::FilterExt as _,
-    fmt,
-    layer::SubscriberExt as _,
-    util::SubscriberInitExt as _,
+    EnvFilter, Layer as _, filter::FilterExt as _, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _,
 };
 
 use volume::{EVERY, Limits, Volume};

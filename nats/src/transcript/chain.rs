@@ -149,7 +149,13 @@ impl Chain {
                         last = found;
                         storing.heard(Heard::Found(last.as_ref().map(link)));
                         if last.is_none() && predecessor.is_some() {
-                            tracing::warn!(session = value.kind.session(&value.id), job = value.kind.job(&value.id), epoch = value.epoch, index = value.index, "the chain is gone, starting it anew");
+                            tracing::warn!(
+                                session = value.kind.session(&value.id),
+                                job = value.kind.job(&value.id),
+                                epoch = value.epoch,
+                                index = value.index,
+                                "the chain is gone, starting it anew"
+                            );
                         }
                     }
                     Err(ChainError::Server(error)) if !matches!(error, ServerError::Closed) => {

@@ -23,10 +23,7 @@ const EDGES: [(&str, &[&str]); 14] = [
     ("voxfleet-http", &[]),
     ("voxfleet-trace", &["voxfleet-schema", "voxfleet-nats"]),
     ("voxfleet-store", &["voxfleet-schema", "voxfleet-nats"]),
-    (
-        "voxfleet-dispatcher",
-        &["voxfleet-schema", "voxfleet-audio", "voxfleet-nats", "voxfleet-http", "voxfleet-trace"],
-    ),
+    ("voxfleet-dispatcher", &["voxfleet-schema", "voxfleet-audio", "voxfleet-nats", "voxfleet-http", "voxfleet-trace"]),
     (
         "voxfleet-worker",
         &[

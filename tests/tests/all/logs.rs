@@ -114,9 +114,11 @@ async fn lines_name_session_job_gpu_and_epoch_alike_in_every_process() -> Result
     jobs_fleet::submit(&nats, &jobs_fleet::request("named-job", audio::bursts(6, 5.0).wav())?).await?;
     jobs_fleet::ended(&nats, &fleet, "named-job").await?;
     let gpu = fleet.workers[0].gpu_id().to_owned();
-    let lines = |log: String| log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).collect::<Vec<_>>();
+    let lines =
+        |log: String| log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).collect::<Vec<_>>();
     let (dispatcher, worker) = (lines(fleet.dispatchers[0].log()), lines(fleet.workers[0].log()));
-    let whose = [("session", "named", "session assigned", "session opened"), ("job", "named-job", "job assigned", "job taken")];
+    let whose =
+        [("session", "named", "session assigned", "session opened"), ("job", "named-job", "job assigned", "job taken")];
     for (kind, id, assigned, begun) in whose {
         for (process, lines, message) in [("dispatcher", &dispatcher, assigned), ("worker", &worker, begun)] {
             let line = lines.iter().find(|line| line["message"] == message && line[kind] == id);

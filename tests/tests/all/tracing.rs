@@ -85,11 +85,16 @@ async fn a_session_goes_on_with_its_producers_trace_and_hands_it_on() -> Result<
     let spans = collector.seen();
     hangs_together(&spans, TRACE, PRODUCERS)?;
     ensure!(spans.iter().all(|span| span.trace == TRACE), "another trace: {spans:#?}");
-    let one = |name: &str| spans.iter().find(|span| span.name == name).with_context(|| format!("no {name}: {spans:#?}"));
+    let one =
+        |name: &str| spans.iter().find(|span| span.name == name).with_context(|| format!("no {name}: {spans:#?}"));
     let (open, assign, take) = (one("session.open")?, one("session.assign")?, one("session.take")?);
     ensure!(open.parent == PRODUCERS && open.service == "voxfleet-dispatcher" && open.attribute("session") == "call-1");
     ensure!(assign.parent == open.span && take.parent == assign.span, "{assign:?} {take:?}");
-    ensure!(take.service == "voxfleet-worker" && take.attribute("gpu") == assign.attribute("gpu") && take.attribute("epoch") == "1");
+    ensure!(
+        take.service == "voxfleet-worker"
+            && take.attribute("gpu") == assign.attribute("gpu")
+            && take.attribute("epoch") == "1"
+    );
     for (n, header) in finals.iter().enumerate() {
         let (trace, span) = header.as_ref().context("a final without a trace")?;
         let told = told.iter().find(|told| told.span == *span).with_context(|| format!("final {n}: {told:#?}"))?;
@@ -181,7 +186,8 @@ async fn a_job_is_one_trace_from_its_submit_to_its_aggregate() -> Result<()> {
     let spans = collector.seen();
     hangs_together(&spans, TRACE, PRODUCERS)?;
     ensure!(spans.iter().all(|span| span.trace == TRACE), "another trace: {spans:#?}");
-    let one = |name: &str| spans.iter().find(|span| span.name == name).with_context(|| format!("no {name}: {spans:#?}"));
+    let one =
+        |name: &str| spans.iter().find(|span| span.name == name).with_context(|| format!("no {name}: {spans:#?}"));
     let (submit, assign) = (one("job.submit")?, one("job.assign")?);
     ensure!(submit.parent == PRODUCERS && assign.parent == submit.span, "{submit:?} {assign:?}");
     for name in ["job.run", "job.fetch", "job.decode_audio", "job.transcribe", "job.publish"] {

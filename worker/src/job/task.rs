@@ -214,7 +214,14 @@ impl Job {
                 let bytes = spooled.as_ref().ok().map(|spooled| spooled.bytes);
                 self.told("job.fetch", begun_ns, |span| span.with_some("bytes", bytes).failed(class));
                 let spooled = spooled?;
-                say!(info, self.handle.names, epoch = item.epoch, bytes = spooled.bytes, fetch_ms = begun.elapsed().as_millis() as u64, "recording fetched");
+                say!(
+                    info,
+                    self.handle.names,
+                    epoch = item.epoch,
+                    bytes = spooled.bytes,
+                    fetch_ms = begun.elapsed().as_millis() as u64,
+                    "recording fetched"
+                );
                 let name = item.name.clone().or(spooled.name);
                 (Recording::new(spooled.file, name, limits.clone(), exe.clone()), spooled.bytes)
             }

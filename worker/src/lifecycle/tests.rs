@@ -33,7 +33,8 @@ pub(crate) fn engine(models: &[&str], use_gpu: bool) -> (Engine, watch::Sender<D
     };
     let exe = Some("/nowhere/voxfleet".into());
     let cores = Cores::new(&WorkerConfig::default(), None);
-    let program = Program { exe, args: vec!["engine".to_owned()], visible_device: "0".to_owned(), cores, gpu: "g".into() };
+    let program =
+        Program { exe, args: vec!["engine".to_owned()], visible_device: "0".to_owned(), cores, gpu: "g".into() };
     let terms = EngineTerms {
         slots: 2,
         stuck_after: Duration::from_secs(5),

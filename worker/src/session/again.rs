@@ -317,12 +317,7 @@ async fn listen(session: &Session, stream: &EngineSession, mut from: u64, stands
                 return Looked::Heard(Err(NotHeard::Engine(failure.message)));
             }
             Err(ReadFailed::Log(error)) => {
-                say!(
-warn,
-                    session.names,
-                    error = &error as &dyn std::error::Error,
-                    "log not read, trying again"
-                );
+                say!(warn, session.names, error = &error as &dyn std::error::Error, "log not read, trying again");
                 tokio::time::sleep(LOOK_EVERY).await;
             }
         }

@@ -402,12 +402,7 @@ impl<'a> Life<'a> {
                 }
             }
             Err(ReadFailed::Log(error)) => {
-                say!(
-warn,
-                    self.session.names,
-                    error = &error as &dyn std::error::Error,
-                    "log not read, trying again"
-                );
+                say!(warn, self.session.names, error = &error as &dyn std::error::Error, "log not read, trying again");
                 self.feed.log_failed(now);
             }
             Err(ReadFailed::Recording(failure)) => return Some(End::Failed(failure)),
@@ -466,7 +461,15 @@ warn,
                         lag_ms: 0,
                     });
                 }
-                say!(debug, session.names, index = value.index, epoch = self.epoch, seq, end = value.end, "final stored");
+                say!(
+                    debug,
+                    session.names,
+                    index = value.index,
+                    epoch = self.epoch,
+                    seq,
+                    end = value.end,
+                    "final stored"
+                );
                 let end = value.end;
                 if parked && !end {
                     // The engine was told to treat it differently, which is over.
@@ -486,7 +489,13 @@ warn,
                 Some(Next::Stop(End::LetGo { epoch: found.value.epoch }))
             }
             Ok(Kept { outcome: Outcome::Rebuild(found), .. }) => {
-                say!(warn, session.names, epoch = self.epoch, found = found.value.index, "another final stands there, rebuilding");
+                say!(
+                    warn,
+                    session.names,
+                    epoch = self.epoch,
+                    found = found.value.index,
+                    "another final stands there, rebuilding"
+                );
                 Some(Next::Reopen(Some(found)))
             }
         }

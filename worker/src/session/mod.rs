@@ -469,7 +469,12 @@ impl Session {
         let treatment = match self.shared.engine.treat(&self.names, goes_on_at) {
             Treatment::GiveUp(failure) => return Err(self.failed(epoch, failure)),
             Treatment::Wait { until } => {
-                say!(warn, self.names, epoch, "its last try is better made by another worker, waiting for it to be moved");
+                say!(
+                    warn,
+                    self.names,
+                    epoch,
+                    "its last try is better made by another worker, waiting for it to be moved"
+                );
                 sleep_until(until).await;
                 // Whatever has happened meanwhile, from the beginning.
                 return Ok(Opened::EngineGone);
@@ -518,9 +523,7 @@ impl Session {
         let Some(given) = &desired.trace else { return };
         let whose = (&self.names, desired.epoch);
         part(&self.shared.tracer, given, "session.take", desired.given_ns, whose, |span| {
-            span.with("from_seq", start.first_seq())
-                .with("taken_over", start.taken_over)
-                .with("expired", start.expired)
+            span.with("from_seq", start.first_seq()).with("taken_over", start.taken_over).with("expired", start.expired)
         });
     }
 

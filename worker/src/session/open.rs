@@ -52,7 +52,12 @@ pub(crate) async fn last_final(chain: &Chain, kind: Kind, id: &StreamId) -> Resu
             // It will not become readable.
             Err(error @ (ChainError::Foreign { .. } | ChainError::Encode(_))) => return Err(error),
             Err(error) => {
-                tracing::warn!(session = kind.session(id), job = kind.job(id), error = &error as &dyn std::error::Error, "last final not read, trying again");
+                tracing::warn!(
+                    session = kind.session(id),
+                    job = kind.job(id),
+                    error = &error as &dyn std::error::Error,
+                    "last final not read, trying again"
+                );
                 backoff.wait().await;
             }
         }
@@ -87,11 +92,23 @@ async fn checkpoint(chain: &Chain, kind: Kind, id: &StreamId, seq: u64) -> Resul
         match chain.checkpoint_get(kind, id, seq).await {
             Ok(found) => return Ok(found),
             Err(error @ (ChainError::Foreign { .. } | ChainError::Encode(_))) => {
-                tracing::error!(session = kind.session(id), job = kind.job(id), seq, error = &error as &dyn std::error::Error, "checkpoint unreadable");
+                tracing::error!(
+                    session = kind.session(id),
+                    job = kind.job(id),
+                    seq,
+                    error = &error as &dyn std::error::Error,
+                    "checkpoint unreadable"
+                );
                 return Ok(None);
             }
             Err(error) => {
-                tracing::warn!(session = kind.session(id), job = kind.job(id), seq, error = &error as &dyn std::error::Error, "checkpoint not read, trying again");
+                tracing::warn!(
+                    session = kind.session(id),
+                    job = kind.job(id),
+                    seq,
+                    error = &error as &dyn std::error::Error,
+                    "checkpoint not read, trying again"
+                );
                 backoff.wait().await;
             }
         }

@@ -42,7 +42,7 @@ pub(super) async fn write_letter(session: &Session, value: &Final) {
             Err(error) => {
                 // The final says it too; the session is worth more than the letter.
                 say!(
-error,
+                    error,
                     names,
                     from_seq = value.audio.from_seq,
                     to_seq = value.audio.to_seq,

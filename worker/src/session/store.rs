@@ -161,12 +161,7 @@ pub(crate) async fn checkpointed(chain: &Chain, names: &Names, checkpoint: &Chec
             Ok(seq) => return Ok(seq),
             Err(error @ ChainError::Encode(_)) => return Err(error),
             Err(error) => {
-                say!(
-warn,
-                    names,
-                    error = &error as &dyn std::error::Error,
-                    "checkpoint not written, trying again"
-                );
+                say!(warn, names, error = &error as &dyn std::error::Error, "checkpoint not written, trying again");
                 backoff.wait().await;
             }
         }

@@ -175,7 +175,13 @@ impl Core {
         if done && let Some(load) = self.fleet.job_load_mut(worker) {
             load.let_go(id);
             self.jobs.place_due = true;
-            self.log_job_slot("job released", id, epoch, worker, self.jobs.record(id).and_then(|r| r.traceparent.as_ref()));
+            self.log_job_slot(
+                "job released",
+                id,
+                epoch,
+                worker,
+                self.jobs.record(id).and_then(|r| r.traceparent.as_ref()),
+            );
         }
     }
 

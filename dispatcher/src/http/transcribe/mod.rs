@@ -215,12 +215,7 @@ async fn is_known(nats: &Nats, id: &StreamId) -> Result<bool, Refusal> {
     }
 }
 
-async fn submit(
-    nats: &Nats,
-    wish: &Wish,
-    id: &StreamId,
-    trace: Option<&TraceContext>,
-) -> Result<Submitted, Refusal> {
+async fn submit(nats: &Nats, wish: &Wish, id: &StreamId, trace: Option<&TraceContext>) -> Result<Submitted, Refusal> {
     let error = match wish.request(id) {
         Ok(request) => match api::request_traced(nats, Endpoint::JobSubmit, &request, trace, SUBMIT).await {
             Ok(submitted) => return Ok(submitted),
