@@ -272,6 +272,7 @@ impl Heartbeat {
 /// Requests on `asr.v1.control.<gpu_id>.<incarnation>`. JSON, `{"do":"assign",...}`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
+#[expect(clippy::large_enum_variant, reason = "made to be sent and dropped, never kept in numbers")]
 pub enum ControlRequest {
     /// Take this session or job. Idempotent by (id, epoch).
     Assign(Assignment),

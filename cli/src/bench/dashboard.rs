@@ -64,7 +64,8 @@ pub(super) async fn run(args: DashboardArgs) -> Result<Value> {
     let url = fleet.dispatchers.first().context("no dispatcher")?.http_url().await?;
     let pretended = Pretended::new(fleet.client(), args.gpus, slots);
     let stop = CancellationToken::new();
-    let acting = tokio::spawn({
+    let mut acting = JoinSet::new();
+    acting.spawn({
         let (pretended, stop) = (pretended.clone(), stop.clone());
         async move { pretended.run(args.partials, stop).await }
     });
@@ -88,9 +89,14 @@ pub(super) async fn run(args: DashboardArgs) -> Result<Value> {
         }
         false => measure(&args, &fleet, &url).await?,
     };
-    ensure!(!acting.is_finished(), "the workers have stopped pretending: {:?}", acting.await);
+    // Nobody has ended before he was told to, or what was measured is nothing.
+    if let Some(ended) = acting.try_join_next() {
+        anyhow::bail!("the workers have stopped pretending: {ended:?}");
+    }
     stop.cancel();
-    acting.await??;
+    while let Some(ended) = acting.join_next().await {
+        ended??;
+    }
     Ok(found)
 }
 
