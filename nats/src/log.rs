@@ -179,7 +179,22 @@ impl AudioLog {
         payload: Bytes,
         msg_id: Option<&str>,
     ) -> Result<PendingAppend, LogError> {
+        self.offer(id, headers, payload, msg_id, None).await
+    }
+
+    /// The same, taken only if the session's last entry has the sequence `expect_last`; else [`LogError::Conflict`].
+    pub async fn offer(
+        &self,
+        id: &StreamId,
+        headers: &[(&str, &str)],
+        payload: Bytes,
+        msg_id: Option<&str>,
+        expect_last: Option<u64>,
+    ) -> Result<PendingAppend, LogError> {
         let mut message = message(headers, payload)?;
+        if let Some(seq) = expect_last {
+            message = message.expected_last_subject_sequence(seq);
+        }
         if let Some(msg_id) = msg_id {
             message = message.message_id(msg_id);
         }

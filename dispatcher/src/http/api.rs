@@ -302,6 +302,7 @@ fn letter(stored: &StoredLetter) -> Value {
 /// By its number: an id has many letters where it is a session's.
 async fn retry(_: Operator, State(site): State<Site>, Path(seq): Path<u64>) -> Result<Json<Value>, Refusal> {
     let unavailable = |error: ServerError| Refusal::unavailable(error.to_string());
+    let _turn = site.retrying.lock().await;
     let letter = DeadLetters::new(&site.nats).at(seq).await.map_err(unavailable)?;
     let letter = letter.ok_or_else(|| Refusal::not_found(format!("there is no dead letter {seq}")))?;
     if letter.kind != Kind::Job {

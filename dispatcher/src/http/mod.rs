@@ -84,6 +84,8 @@ pub(crate) struct Site {
     texts: texts::Reading,
     recent: events::Recent,
     readers: readers::Readers,
+    /// One dead letter is sent again at a time: whoever asks for the same at once finds it gone.
+    retrying: Arc<tokio::sync::Mutex<()>>,
     asr: asr::Places,
     uploads: transcribe::Uploads,
     started: SystemTime,
@@ -138,6 +140,7 @@ pub(crate) async fn run(nats: Nats, settings: Settings, name: Arc<str>, window: 
         texts,
         recent,
         readers: readers::Readers::default(),
+        retrying: Arc::default(),
         asr: asr::Places::new(sockets),
         uploads: transcribe::Uploads::new(uploads),
         started: SystemTime::now(),
@@ -158,6 +161,9 @@ pub(crate) async fn run(nats: Nats, settings: Settings, name: Arc<str>, window: 
             let _ = certificate.set(own);
         }
         tracing::info!(url = server.url(), "http");
+        if !server.address().ip().is_loopback() && config.tls_cert.is_none() {
+            tracing::warn!("tokens and transcripts travel unencrypted: no dispatcher.http.tls_cert");
+        }
         if let Err(error) = server.serve(router, shutdown.clone()).await {
             tracing::error!(%error, "no http any more");
         }

@@ -491,3 +491,59 @@ async fn the_example_client_is_served() -> Result<()> {
     ensure!(said.join(" ") == direct::simulated_text(&pcm)?, "{out}");
     Ok(())
 }
+
+/// Two connections under one id: the newer one speaks, and the other learns it at its next word.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_replaced_in_a_session_is_told() -> Result<()> {
+    let _place = fleet::place().await;
+    let fleet = fleet().workers(1).slots(2).start().await?;
+    let url = format!("{}?session=shared", socket_url(&fleet).await?);
+    let said = audio::blasts(5, 6.0).bytes();
+    let second = 32_000;
+    let mut first = Client::connect(&url).await?;
+    first.stream(&said[..2 * second], &[3_200]).await?;
+    eventually("the first one's audio is logged", SOON, || async {
+        let log = checker::read(&fleet.js(), "ASR_AUDIO", "asr.v1.audio.shared").await.ok()?;
+        (log.iter().map(|m| m.payload.len()).sum::<usize>() == 2 * second).then_some(())
+    })
+    .await?;
+    let mut other = Client::connect(&url).await?;
+    other.stream(&said[2 * second..4 * second], &[3_200]).await?;
+    eventually("the other one's audio is logged", SOON, || async {
+        let log = checker::read(&fleet.js(), "ASR_AUDIO", "asr.v1.audio.shared").await.ok()?;
+        (log.iter().map(|m| m.payload.len()).sum::<usize>() == 4 * second).then_some(())
+    })
+    .await?;
+    first.send(&said[..3_200]).await?;
+    let (code, reason) = first.closed().await?;
+    ensure!(code == 1008 && reason.contains("somebody else speaks"), "{code} {reason}");
+    ensure!(first.error.as_ref().is_some_and(|error| error["class"] == "stale_source"), "{:?}", first.error);
+    // It has put neither audio nor an end behind the other's.
+    other.stream(&said[4 * second..], &[3_200]).await?;
+    other.end().await.with_context(|| fleet.logs())?;
+    let log = checker::read(&fleet.js(), "ASR_AUDIO", "asr.v1.audio.shared").await?;
+    let logged: Vec<u8> = log.iter().flat_map(|m| m.payload.to_vec()).collect();
+    ensure!(logged == said, "{} of {} bytes", logged.len(), said.len());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clients_close_is_answered() -> Result<()> {
+    let _place = fleet::place().await;
+    let fleet = fleet().workers(1).slots(1).start().await?;
+    let mut client = Client::connect(&socket_url(&fleet).await?).await?;
+    client.send(&audio::bursts(3, 1.0).bytes()).await?;
+    client.socket.close(None).await?;
+    let answered = timeout(SOON, async {
+        while let Some(message) = client.socket.next().await {
+            match message {
+                Ok(Message::Close(_)) => return true,
+                Ok(_) => {}
+                Err(_) => return false,
+            }
+        }
+        false
+    });
+    ensure!(answered.await?, "the socket was cut");
+    Ok(())
+}

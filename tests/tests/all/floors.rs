@@ -45,6 +45,7 @@ const EDGES: [(&str, &[&str]); 14] = [
             "voxfleet-schema",
             "voxfleet-audio",
             "voxfleet-nats",
+            "voxfleet-http",
             "voxfleet-store",
             "voxfleet-dispatcher",
             "voxfleet-worker",

@@ -28,6 +28,7 @@ use super::{
     super::limits::SocketLimits,
     Places,
     frames::{Content, Frames, Head, Pace},
+    pieces::Inlet,
     uplink::Audio,
 };
 
@@ -135,7 +136,7 @@ pub(crate) struct Intake {
     format: AudioFormat,
     pace: Pace,
     /// Given away to the decoder where there is one.
-    audio: Option<mpsc::Sender<Audio>>,
+    audio: Option<Inlet>,
     failed: mpsc::Sender<Failure>,
     failures: mpsc::Receiver<Failure>,
     places: Places,
@@ -143,7 +144,7 @@ pub(crate) struct Intake {
 }
 
 impl Intake {
-    pub(crate) fn new(format: AudioFormat, audio: mpsc::Sender<Audio>, places: Places, tasks: TaskTracker) -> Self {
+    pub(crate) fn new(format: AudioFormat, audio: Inlet, places: Places, tasks: TaskTracker) -> Self {
         let (failed, failures) = mpsc::channel(1);
         let pace = Pace::new(format, &places.limits, Instant::now());
         Self { way: Way::Unknown(Head::default()), format, pace, audio: Some(audio), failed, failures, places, tasks }
@@ -167,7 +168,7 @@ impl Intake {
                 let audio = Audio { format: self.format, bytes: whole };
                 match (&self.audio, audio.bytes.is_empty()) {
                     (_, true) => Ok(()),
-                    (Some(sender), false) => sender.send(audio).await.map_err(|_| Trouble::Log),
+                    (Some(sender), false) => sender.send(audio).await.map_err(|()| Trouble::Log),
                     (None, false) => Err(Trouble::Log),
                 }
             }
@@ -285,7 +286,7 @@ fn not_started(error: &SpawnError) -> Failure {
 /// What a decoder needs; its place is free with it.
 struct Work {
     from: File,
-    audio: mpsc::Sender<Audio>,
+    audio: Inlet,
     listening: watch::Sender<Option<Instant>>,
     limits: Arc<SocketLimits>,
     _permit: OwnedSemaphorePermit,
@@ -354,10 +355,13 @@ fn narrowed(format: AudioFormat, pcm: Bytes) -> Bytes {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::pieces::{Outlet, channel},
+        *,
+    };
 
-    fn intake(format: AudioFormat) -> (Intake, mpsc::Receiver<Audio>) {
-        let (send, audio) = mpsc::channel(64);
+    fn intake(format: AudioFormat) -> (Intake, Outlet) {
+        let (send, audio) = channel();
         let places = Places::new(SocketLimits { max_recorders: 0, ..SocketLimits::default() });
         (Intake::new(format, send, places, TaskTracker::new()), audio)
     }
@@ -370,7 +374,7 @@ mod tests {
             let mut said = Vec::new();
             for part in bytes.chunks(size) {
                 intake.take(Bytes::copy_from_slice(part)).await.expect("taken");
-                while let Ok(piece) = audio.try_recv() {
+                while let Some(piece) = audio.try_recv() {
                     said.extend_from_slice(&piece.bytes);
                 }
             }

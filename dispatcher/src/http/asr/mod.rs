@@ -15,6 +15,7 @@
 //! | [`query`] | the URL; pure |
 //! | [`frames`] | messages as whole frames, what they hold, how fast they may come; pure |
 //! | [`intake`] | messages to audio, through a decoder's process where a recorder sends |
+//! | [`pieces`] | what waits between the two |
 //! | [`uplink`] | audio to the log, then the end |
 //! | [`view`] | the transcript in the shape that clients read; pure |
 //! | [`speaker`] | who tells them |
@@ -23,6 +24,7 @@
 pub(super) mod frames;
 mod goodbye;
 mod intake;
+mod pieces;
 pub(super) mod query;
 mod speaker;
 mod uplink;
@@ -33,7 +35,7 @@ use std::{sync::Arc, time::Duration};
 use futures_util::{StreamExt as _, stream::SplitStream};
 use serde_json::json;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
     time::{Instant, timeout, timeout_at},
 };
 use voxfleet_http::{
@@ -153,7 +155,7 @@ async fn serve(site: Site, socket: WebSocket, wish: Wish, trace: Option<TraceCon
         Err(goodbye) => Some(goodbye),
         Ok(opened) => session(&site, &mut speaker, &mut stream, &wish, &opened, trace, logged).await,
     };
-    let Some(goodbye) = goodbye else { return };
+    let Some(goodbye) = goodbye else { return speaker.leave().await };
     tracing::debug!(session = %wish.session, code = goodbye.code, reason = goodbye.reason(), "socket closed");
     speaker.close(&goodbye).await;
     // What the client still sends must be read: a socket closed over unread bytes takes the goodbye with it.
@@ -174,7 +176,7 @@ async fn open(site: &Site, wish: &Wish, trace: Option<&TraceContext>) -> Result<
     // It may have been opened with nobody here to hear it, and a session that nobody speaks in holds a slot: it gets its end.
     let uplink = Uplink::new(&site.nats, wish.session.clone(), trace.cloned(), site.shutdown.clone());
     if let Ok(uplink) = uplink {
-        let (_, nothing) = mpsc::channel(1);
+        let (_, nothing) = pieces::channel();
         site.tasks.spawn(uplink.run(nothing, Arc::new(watch::Sender::new(Logged::default()))));
     }
     Err(goodbye)
@@ -199,7 +201,7 @@ async fn session(
     trace: Option<TraceContext>,
     logged: Arc<watch::Sender<Logged>>,
 ) -> Option<Goodbye> {
-    let (audio, pieces) = mpsc::channel(uplink::WAITING);
+    let (audio, pieces) = pieces::channel();
     match Uplink::new(&site.nats, wish.session.clone(), trace, site.shutdown.clone()) {
         Ok(uplink) => {
             let logged = logged.clone();

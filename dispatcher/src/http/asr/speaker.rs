@@ -27,6 +27,8 @@ use super::{goodbye::Goodbye, uplink::Logged, view::View};
 const EVERY: Duration = Duration::from_millis(250);
 /// States grow with the transcript: a client is sent this many bytes a ms at most, finals or not.
 const BYTES_PER_MS: u64 = 256;
+/// For a close to be answered.
+const LEAVE: Duration = Duration::from_secs(2);
 const PING: Duration = Duration::from_secs(20);
 /// A client that takes nothing for so long is gone.
 const SEND: Duration = Duration::from_secs(10);
@@ -196,6 +198,12 @@ impl Speaker {
         let frame = CloseFrame { code: goodbye.code, reason: goodbye.reason().into() };
         // Whoever is gone needs no goodbye.
         let _ = self.send(Message::Close(Some(frame))).await;
+    }
+
+    /// Answers a client's own close, where there was one.
+    pub(crate) async fn leave(&mut self) {
+        // Whoever is gone needs no answer.
+        let _ = timeout(LEAVE, self.sink.close()).await;
     }
 
     async fn send(&mut self, message: Message) -> Result<(), ()> {

@@ -7,10 +7,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use tokio::{
-    sync::{mpsc, watch},
-    time::Instant,
-};
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use voxfleet_nats::{
@@ -19,16 +16,18 @@ use voxfleet_nats::{
     retry::Backoff,
 };
 use voxfleet_schema::{
-    audio::{ASR_END, ASR_FORMAT, ASR_SEQ, ASR_SOURCE, AudioFormat},
+    audio::{ASR_END, ASR_FORMAT, ASR_SEQ, ASR_SOURCE, AudioFormat, ChunkHeaders, RawEntry},
     failure::{Failure, FailureClass},
     id::{IdError, SourceId, StreamId},
     trace::{TRACEPARENT, TraceContext},
 };
 
+use super::pieces::Outlet;
+
 /// Longest entry: two seconds of what most send, a third of one of the widest common format.
 pub(crate) const ENTRY_BYTES: usize = 64 * 1024;
-/// Pieces that wait for an entry before the socket does.
-pub(crate) const WAITING: usize = 4;
+const TAKEN_OVER: &str =
+    "somebody else speaks in this session now: another connection, or another producer, under the same id";
 /// How long an entry is tried. A full log empties as its audio expires; nobody speaks on for longer than this unheard.
 const GIVE_UP: Duration = Duration::from_secs(30);
 /// The same while this process stops.
@@ -61,6 +60,8 @@ pub(crate) struct Uplink {
     /// Its client's, as it is written.
     trace: Option<String>,
     next: u64,
+    /// The session's last entry that was ours, or nobody's; none before our first, which takes the session over.
+    behind: Option<u64>,
     stop: CancellationToken,
 }
 
@@ -73,11 +74,19 @@ impl Uplink {
     ) -> Result<Self, IdError> {
         // New for each socket, so that somebody who comes back is not taken for a repetition of himself.
         let source = SourceId::new(Uuid::new_v4().simple().to_string())?;
-        Ok(Self { log: AudioLog::new(nats), id, source, trace: trace.map(|trace| trace.to_string()), next: 0, stop })
+        Ok(Self {
+            log: AudioLog::new(nats),
+            id,
+            source,
+            trace: trace.map(|trace| trace.to_string()),
+            next: 0,
+            behind: None,
+            stop,
+        })
     }
 
     /// Logs what comes until nobody sends any more, then the end.
-    pub(crate) async fn run(mut self, mut audio: mpsc::Receiver<Audio>, logged: Arc<watch::Sender<Logged>>) {
+    pub(crate) async fn run(mut self, mut audio: Outlet, logged: Arc<watch::Sender<Logged>>) {
         let mut gathering = Gathering::default();
         let mut format = AudioFormat::default();
         while let Some(entry) = gathering.next(&mut audio).await {
@@ -122,10 +131,20 @@ impl Uplink {
         let begun = Instant::now();
         let mut backoff = Backoff::default();
         loop {
-            let error = match self.attempt(&headers, &payload, &msg_id).await {
-                Ok(seq) => {
+            let attempted = match self.attempt(&headers, &payload, &msg_id).await {
+                Err(LogError::Conflict) => self.after_conflict(number).await,
+                attempted => attempted.map(Found::Stored),
+            };
+            let error = match attempted {
+                Ok(Found::Stored(seq)) => {
                     self.next += 1;
+                    self.behind = Some(seq);
                     return Ok(seq);
+                }
+                Ok(Found::TakenOver) => return Err(Failure::new(FailureClass::StaleSource, TAKEN_OVER)),
+                Ok(Found::MovedOn { behind }) => {
+                    self.behind = behind;
+                    LogError::Conflict
                 }
                 Err(error) => error,
             };
@@ -142,17 +161,71 @@ impl Uplink {
     }
 
     async fn attempt(&self, headers: &[(&str, &str)], payload: &Bytes, msg_id: &str) -> Result<u64, LogError> {
-        let pending = self.log.publish(&self.id, headers, payload.clone(), Some(msg_id)).await?;
+        let pending = self.log.offer(&self.id, headers, payload.clone(), Some(msg_id), self.behind).await?;
         Ok(pending.stored().await?.seq)
+    }
+
+    /// Something stands behind our last entry that we did not know of. Ours: where it stands. Nobody's, such as a dispatcher's
+    /// flush: we go on behind it. Another source's: the session is its now, and what we would add would be dropped.
+    async fn after_conflict(&self, number: u64) -> Result<Found, LogError> {
+        let mut from = self.behind.map_or(1, |seq| seq + 1);
+        let mut behind = None;
+        while let Some(entry) = self.log.next(&self.id, from).await? {
+            match between(&entry, &self.source, number) {
+                Between::Ours => return Ok(Found::Stored(entry.seq)),
+                Between::Somebodys => return Ok(Found::TakenOver),
+                Between::Nobodys => behind = Some(entry.seq),
+            }
+            from = entry.seq + 1;
+        }
+        if behind.is_none() && self.log.last(&self.id).await?.is_none() {
+            // All of it has expired, or was purged.
+            behind = Some(0);
+        }
+        Ok(Found::MovedOn { behind: behind.or(self.behind) })
+    }
+}
+
+/// What an attempt came to.
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    Stored(u64),
+    /// There is another last entry, behind which the same goes again; as before where a replica does not know of it yet.
+    MovedOn {
+        behind: Option<u64>,
+    },
+    TakenOver,
+}
+
+/// Whose an entry is that stands behind our last one.
+#[derive(Debug, PartialEq, Eq)]
+enum Between {
+    /// The one that we are writing: it had been stored.
+    Ours,
+    Nobodys,
+    Somebodys,
+}
+
+fn between(entry: &RawEntry, own: &SourceId, number: u64) -> Between {
+    match ChunkHeaders::of(entry) {
+        Ok(ChunkHeaders { source: Some(source), seq, .. }) if source == *own => match seq == Some(number) {
+            true => Between::Ours,
+            // An earlier one, whose answer was lost.
+            false => Between::Nobodys,
+        },
+        Ok(ChunkHeaders { source: Some(_), .. }) => Between::Somebodys,
+        // What breaks its syntax changes nothing.
+        Ok(_) | Err(_) => Between::Nobodys,
     }
 }
 
 /// Whether the same entry may be taken later.
 fn may_pass(error: &LogError) -> bool {
     match error {
-        LogError::Full => true,
+        // The fence has been moved.
+        LogError::Full | LogError::Conflict => true,
         LogError::Server(error) => error.is_transient(),
-        LogError::Conflict | LogError::TooLarge | LogError::BadHeader { .. } => false,
+        LogError::TooLarge | LogError::BadHeader { .. } => false,
     }
 }
 
@@ -173,7 +246,7 @@ struct Gathering {
 
 impl Gathering {
     /// None: nobody sends any more, and everything has been given.
-    async fn next(&mut self, audio: &mut mpsc::Receiver<Audio>) -> Option<Audio> {
+    async fn next(&mut self, audio: &mut Outlet) -> Option<Audio> {
         let first = match self.held.take() {
             Some(held) => held,
             None => audio.recv().await?,
@@ -185,7 +258,7 @@ impl Gathering {
             return Some(Audio { format, bytes });
         }
         let mut more: Option<BytesMut> = None;
-        while let Ok(next) = audio.try_recv() {
+        while let Some(next) = audio.try_recv() {
             let len = more.as_ref().map_or(bytes.len(), BytesMut::len);
             if next.format != format || len + next.bytes.len() > most {
                 self.held = Some(next);
@@ -199,7 +272,7 @@ impl Gathering {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::pieces::channel, *};
 
     fn piece(rate_hz: u32, len: usize, byte: u8) -> Audio {
         Audio { format: AudioFormat { rate_hz, ..AudioFormat::default() }, bytes: Bytes::from(vec![byte; len]) }
@@ -207,7 +280,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_waits_becomes_one_entry_and_nothing_changes_its_place() {
-        let (send, mut audio) = mpsc::channel(16);
+        let (send, mut audio) = channel();
         let pieces = [
             piece(16_000, 640, 1),
             piece(16_000, 640, 2),
@@ -233,13 +306,35 @@ mod tests {
 
     #[tokio::test]
     async fn entries_of_odd_frames_are_cut_at_whole_ones() {
-        let (send, mut audio) = mpsc::channel(1);
+        let (send, mut audio) = channel();
         let format = AudioFormat { channels: 3, ..AudioFormat::default() };
         send.send(Audio { format, bytes: Bytes::from(vec![0; 6 * ENTRY_BYTES]) }).await.expect("room");
         drop(send);
         let mut gathering = Gathering::default();
         while let Some(entry) = gathering.next(&mut audio).await {
             assert_eq!(entry.bytes.len() % 6, 0);
+        }
+    }
+
+    #[test]
+    fn only_another_source_takes_a_session_over() {
+        let own = SourceId::new("own").expect("id");
+        let entry = |headers: &[(&str, &str)], payload: &'static [u8]| RawEntry {
+            seq: 9,
+            headers: headers.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
+            payload: Bytes::from_static(payload),
+        };
+        for (headers, payload, expected) in [
+            (&[(ASR_SOURCE, "own"), (ASR_SEQ, "7")][..], &[0u8, 0][..], Between::Ours),
+            (&[(ASR_SOURCE, "own"), (ASR_SEQ, "6")], &[0, 0], Between::Nobodys),
+            (&[(ASR_SOURCE, "other"), (ASR_SEQ, "0")], &[0, 0], Between::Somebodys),
+            (&[(ASR_SOURCE, "other"), (ASR_SEQ, "1"), (ASR_END, "1")], &[], Between::Somebodys),
+            (&[(ASR_END, "1")], &[], Between::Nobodys),
+            (&[("Asr-Flush", "1")], &[], Between::Nobodys),
+            (&[], &[0, 0], Between::Nobodys),
+            (&[], &[], Between::Nobodys),
+        ] {
+            assert_eq!(between(&entry(headers, payload), &own, 7), expected, "{headers:?}");
         }
     }
 
