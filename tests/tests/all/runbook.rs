@@ -138,7 +138,7 @@ async fn try_out(shell: &Shell, fleet: &mut Fleet, block: &Block) -> Result<()> 
         "CertificateExpires" => &["nats"],
         "NoActiveDispatcher" => &["\"holder\"", "voxfleet"],
         "NatsLost" => &["jetstream", "on"],
-        "DispatcherAbsent" if block.commands.contains("doctor") => &["is active, 1 standing by"],
+        "DispatcherAbsent" if block.commands.contains("health") => &["is active, 1 standing by"],
         "DispatcherAbsent" => {
             // Only the way of whoever asks was broken: nobody is started again.
             let pids = |fleet: &Fleet| fleet.dispatchers.iter().map(|one| one.pid()).collect::<Vec<_>>();
