@@ -78,7 +78,8 @@ pub(crate) fn call() -> Vec<u8> {
 
 /// A wav file of one data chunk; `tag` 1 = integer, 3 = float, 6 = A-law, 7 = mu-law.
 pub(crate) fn wav(tag: u16, bits: u16, rate_hz: u32, channels: u16, data: &[u8]) -> Vec<u8> {
-    let block = channels * bits / 8;
+    // A header may claim what does not fit.
+    let block = channels.wrapping_mul(bits / 8);
     let mut file = b"RIFF".to_vec();
     // The telephone codings have room for an extension, which is empty.
     let extension = if matches!(tag, 6 | 7) { &[0u8; 2][..] } else { &[] };
@@ -86,7 +87,7 @@ pub(crate) fn wav(tag: u16, bits: u16, rate_hz: u32, channels: u16, data: &[u8])
     file.extend(b"WAVEfmt ");
     file.extend((16 + extension.len() as u32).to_le_bytes());
     file.extend([tag, channels].into_iter().flat_map(u16::to_le_bytes));
-    file.extend([rate_hz, rate_hz * u32::from(block)].into_iter().flat_map(u32::to_le_bytes));
+    file.extend([rate_hz, rate_hz.wrapping_mul(u32::from(block))].into_iter().flat_map(u32::to_le_bytes));
     file.extend([block, bits].into_iter().flat_map(u16::to_le_bytes));
     file.extend(extension);
     file.extend(b"data");

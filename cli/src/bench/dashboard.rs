@@ -25,7 +25,7 @@ use super::{
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "Examples:
   voxfleet bench dashboard
-  voxfleet bench dashboard --gpus 400 --sessions 5000 --hold     # and look at it with a browser")]
+  voxfleet bench dashboard --gpus 400 --sessions 5000 --hold")]
 pub(crate) struct DashboardArgs {
     /// Workers that only say that they are there
     #[arg(long, default_value_t = 1_000, value_name = "N")]
