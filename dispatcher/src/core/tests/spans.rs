@@ -91,11 +91,11 @@ fn a_successor_names_the_same_span_when_it_asks_again() {
 #[test]
 fn what_is_not_told_is_handed_on_as_it_came() {
     let unsampled = GIVEN.replace("-01", "-00");
-    let off: fn(u32) -> World = World::new;
+    let (off, on): (fn(u32) -> World, fn(u32) -> World) = (World::new, traced);
     for (name, world, header) in [
-        ("off", off as fn(u32) -> World, Some(GIVEN)),
+        ("off", off, Some(GIVEN)),
         ("off, and nothing given", off, None),
-        ("not sampled", traced, Some(unsampled.as_str())),
+        ("not sampled", on, Some(unsampled.as_str())),
     ] {
         let mut world = world(1);
         let headers: Vec<_> = header.into_iter().map(|header| ("traceparent", header)).collect();
