@@ -401,7 +401,7 @@ async fn who_does_not_send_loses_his_place_and_nobody_gets_more_than_there_is() 
     let _turn = fleet::turn().await;
     let fleet = fleet()
         .set("dispatcher.uploads.max_at_once", 2)
-        .set("dispatcher.uploads.total_timeout_s", 8)
+        .set("dispatcher.uploads.total_timeout_s", 10)
         .set("dispatcher.uploads.max_bytes", 3 << 20)
         .set("dispatcher.topology.media_max_bytes", 4 << 20)
         .start()
@@ -410,6 +410,9 @@ async fn who_does_not_send_loses_his_place_and_nobody_gets_more_than_there_is() 
     let (pcm, expected) = recording(750, 3.0)?;
     let wav = pcm.wav();
     let wav_type = ("content-type", "audio/wav");
+    // Everything is up, so that time runs only where nothing is sent.
+    let answer = post(&url, "?format=text", &[wav_type], &wav).await?;
+    ensure!(answer.status == 200 && answer.text() == expected, "{} {}", answer.status, answer.text());
     // Half of a form's own words, and half of a field that is no recording.
     let head = form(&[], Some(("x.wav", b"")), &[])[..40].to_vec();
     let field = form(&[("prompt", &"x".repeat(4_000))], None, &[]);
@@ -441,6 +444,8 @@ async fn who_does_not_send_loses_his_place_and_nobody_gets_more_than_there_is() 
     let answer = post(&url, "", &[("content-type", FORM)], &form(&[], Some(("x.wav", &large)), &[])).await?;
     ensure!(answer.status == 413 && answer.text().contains("largest recording"), "{}", answer.text());
 
+    // What was refused is gone.
+    eventually("room", SOON, || async { stored_bytes(&fleet).await.ok().filter(|n| *n < 600_000) }).await?;
     // Each of them fits, both do not: the second is told to come again, and what is kept for results stays free.
     let most = vec![1u8; 2 << 20];
     let first = Halves::begin(&url, "?wait=false", "audio/wav", &most).await?;
