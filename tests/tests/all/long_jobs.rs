@@ -124,7 +124,7 @@ async fn a_long_recording_is_done_by_all_and_says_what_one_would() -> Result<()>
     let who = is_whole(&nats, &fleet, "long", &pcm).await?;
     assert_eq!(who, ["gpu-1", "gpu-2", "gpu-3"], "finals say who decoded them");
     // Its chain has one author at a time: what is copied is not decoded there too.
-    let opened: usize = fleet.workers.iter().map(|w| w.log().matches("session opened job=long gpu=").count()).sum();
+    let opened: usize = fleet.workers.iter().map(|w| w.log().matches("session opened job=\"long\" gpu=").count()).sum();
     ensure!((1..=3).contains(&opened), "its own chain was opened {opened} times\n{}", fleet.logs());
     let parts = no_part_is_open(&nats, &fleet, "long").await?;
     ensure!(parts.len() >= 5 && parts.iter().all(|part| part.state == JobState::Done), "{parts:#?}");
