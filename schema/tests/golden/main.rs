@@ -78,8 +78,9 @@ fn add_fields(value: &mut serde_json::Value, top: bool) {
     match value {
         serde_json::Value::Object(map) => {
             let is_enum = map.len() == 1 && ["ok", "error", "refused"].iter().any(|k| map.contains_key(*k)) && top;
-            for (_, inner) in
-                map.iter_mut().filter(|(k, _)| !["options", "detail", "stages", "candidates", "ends"].contains(&k.as_str()))
+            for (_, inner) in map
+                .iter_mut()
+                .filter(|(k, _)| !["options", "detail", "stages", "candidates", "ends"].contains(&k.as_str()))
             {
                 add_fields(inner, false);
             }

@@ -90,8 +90,9 @@ fn a_successor_names_the_same_span_when_it_asks_again() {
 
 #[test]
 fn what_is_not_told_is_handed_on_as_it_came() {
+    type Made = fn(u32) -> World;
     let unsampled = GIVEN.replace("-01", "-00");
-    let (off, on): (fn(u32) -> World, fn(u32) -> World) = (World::new, traced);
+    let (off, on): (Made, Made) = (World::new, traced);
     for (name, world, header) in [
         ("off", off, Some(GIVEN)),
         ("off, and nothing given", off, None),
