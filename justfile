@@ -12,6 +12,10 @@ demo *args:
 test *args:
     sh deploy/bootstrap.sh test {{args}}
 
+# build with the batched engine, and run what that adds to the tests
+test-ct2:
+    sh deploy/bootstrap.sh test-ct2
+
 # format check and clippy, warnings as errors
 lint:
     sh deploy/bootstrap.sh lint

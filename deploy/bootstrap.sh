@@ -3,6 +3,7 @@
 #
 #   sh deploy/bootstrap.sh demo     stream a call through two workers and watch it being transcribed
 #   sh deploy/bootstrap.sh test     build and run every test
+#   sh deploy/bootstrap.sh test-ct2 the tests of the batched engine, which a plain build does not have
 #
 # Fetches what cargo cannot (nats-server, the nats CLI, cmake, ONNX Runtime, the Silero VAD model; for the tests also the
 # Python client nats-py, an S3 server, libfaketime and Chromium with axe-core) into a user cache, never system-wide, then builds and runs. Safe to repeat and to run twice at once. POSIX sh; see `help` below.
@@ -30,6 +31,10 @@ AXE_VERSION=4.12.1          # what AXE_WHEEL_VERSION of axe-playwright-python br
 AXE_WHEEL_VERSION=0.1.8
 AXE_WHEEL_SHA256=fdd263c998388f1a8e67cad02677e612d946248bd44d163be5e8650ea31f95f8
 
+# The batched engine, for `cargo --workspace`, and its library: the version whose headers come with the crate ct2rs 0.10.3.
+CT2_FEATURES=voxfleet-worker/ct2,voxfleet/ct2
+CT2_VERSION=4.8.4
+
 ROOT=$(cd -- "$(dirname -- "$0")/.." && pwd -P)
 
 usage() {
@@ -38,14 +43,16 @@ usage: sh deploy/bootstrap.sh <verb> [arguments]
 
   demo [args]    build, then transcribe a test call live with two workers   (voxfleet demo --help)
   test [args]    build and run every test; arguments go to `cargo test`
+  test-ct2       build voxfleet with the batched engine (cargo feature ct2) as voxfleet-ct2, and run what that adds to the
+                 tests
   bench [args]   release build, then `voxfleet bench [args]`
-  lint           cargo fmt --check and cargo clippy with warnings as errors
-  deps           only fetch what cargo cannot: nats-server, nats, cmake, ONNX Runtime, Silero VAD, nats-py,
-                 an S3 server, libfaketime, Chromium and axe-core for tests
+  lint           cargo fmt --check and cargo clippy with warnings as errors, without the feature ct2 and with it
+  deps           only fetch what cargo cannot: nats-server, nats, cmake, ONNX Runtime, Silero VAD, CTranslate2,
+                 nats-py, an S3 server, libfaketime, Chromium and axe-core for tests
   env            print `export` lines for a shell: eval "$(sh deploy/bootstrap.sh env)"
   help           this text
 
-Needed beforehand: Linux, a C/C++ compiler with make, cargo, POSIX tools, and Python 3 (with pip), Go or curl.
+Needed beforehand: Linux, a C/C++ compiler (C++17 for test-ct2 and lint) with make, cargo, POSIX tools, and Python 3 (with pip), Go or curl.
 
 environment:
   XDG_CACHE_HOME      the cache is $XDG_CACHE_HOME/voxfleet, else ~/.cache/voxfleet
@@ -644,6 +651,66 @@ install_onnxruntime() {
 
 silero_ok() { [ -f "$1" ] && [ "$(sha256_of "$1")" = "$SILERO_SHA256" ]; }
 
+# CTranslate2's library, for the cargo feature ct2. The crate also asks for static libraries by names that the shared one
+# holds already: empty archives answer for them.
+ctranslate2() {
+    step_begin
+    CT2_LIB=$CACHE/lib/ctranslate2-$CT2_VERSION
+    if [ -f "$CT2_LIB/libctranslate2.so" ]; then
+        step "CTranslate2 $CT2_VERSION: in the cache"
+    else
+        lock
+        new_stage
+        if install_ctranslate2; then
+            step "CTranslate2 $CT2_VERSION: $SOURCE"
+        else
+            step "CTranslate2: not to be had here; the batched engine (cargo feature ct2) cannot be built"
+            CT2_LIB=
+            return 0
+        fi
+    fi
+    use_ctranslate2
+}
+
+# For the linker, and for test programs when they start; voxfleet itself is told where it is when it is linked.
+use_ctranslate2() {
+    case :${LIBRARY_PATH:-}: in *":$CT2_LIB:"*) ;; *) LIBRARY_PATH=$CT2_LIB${LIBRARY_PATH:+:$LIBRARY_PATH} ;; esac
+    case :${LD_LIBRARY_PATH:-}: in *":$CT2_LIB:"*) ;; *) LD_LIBRARY_PATH=$CT2_LIB${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} ;; esac
+    export LIBRARY_PATH LD_LIBRARY_PATH
+}
+
+install_ctranslate2() {
+    if [ -f "$CT2_LIB/libctranslate2.so" ]; then
+        SOURCE="in the cache" # another bootstrap was here
+        return 0
+    fi
+    if offline; then
+        note "CTranslate2: VOXFLEET_OFFLINE=1, so no download"
+        return 1
+    fi
+    case $ARCH in
+        x86_64) sum_=0d1830d12c84b2240bf51893ee6bfe24a671dccfd232b05a74ef197d27fb164a ;;
+        aarch64) sum_=a102683e7dc5d0cd0c31de5771ce4c27fffa837721470e7aae64ebffa64f3206 ;;
+        *) sum_= ;;
+    esac
+    note "CTranslate2: taking its library from the PyPI wheel ctranslate2 $CT2_VERSION"
+    if ! wheel ctranslate2 "$CT2_VERSION" "$sum_" || ! unpack "$WHEEL" "$STAGE" 'ctranslate2.libs/*'; then
+        note "CTranslate2: $PIP_WHY:"
+        show_log 4
+        return 1
+    fi
+    tree_=$STAGE/ctranslate2.libs
+    library_=$(find "$tree_" -name 'libctranslate2-*.so*' | head -n 1)
+    [ -n "$library_" ] || return 1
+    chmod 755 "$tree_"/*
+    ln -s "${library_##*/}" "$tree_/libctranslate2.so"
+    for name_ in cpu_features cublas_static cublasLt_static culibos; do printf '!<arch>\n' >"$tree_/lib$name_.a"; done
+    mkdir -p "$CACHE/lib"
+    rm -rf "$CT2_LIB"
+    mv "$tree_" "$CT2_LIB"
+    SOURCE="from the PyPI wheel ctranslate2 ($PINNED)"
+}
+
 silero() {
     step_begin
     model_=$CACHE/models/silero_vad.onnx
@@ -982,6 +1049,14 @@ install_axe() {
 
 # ---------------------------------------------------------------------------------------------- verbs
 
+# CTranslate2 is written in C++17, a newer C++ than the rest asks for.
+needs_cxx17() {
+    echo '#include <filesystem>
+int main() { if constexpr (sizeof(std::filesystem::path) > 0) return 0; }' |
+        logged "${CXX:-c++}" -std=c++17 -fsyntax-only -x c++ - ||
+        die "${CXX:-c++} does not take C++17, which the batched engine is written in: g++ 8 or clang 7, or newer"
+}
+
 # Everything that cargo cannot bring; leaves the environment ready for it.
 prepare() {
     ARCH=$(uname -m)
@@ -999,7 +1074,12 @@ prepare() {
     tool cmake install_cmake
     onnxruntime
     silero
-    case $VERB in test | deps) nats_py; s3_server; faketime; browser; axe_core ;; esac
+    case $VERB in
+        test-ct2 | lint | deps) ctranslate2 ;;
+        # It is not fetched for these, and used where it is.
+        *) CT2_LIB=$CACHE/lib/ctranslate2-$CT2_VERSION; [ ! -f "$CT2_LIB/libctranslate2.so" ] || use_ctranslate2 ;;
+    esac
+    case $VERB in test | test-ct2 | deps) nats_py; s3_server; faketime; browser; axe_core ;; esac
     clean_up
     if [ -n "$ABSENT" ]; then
         die "these parts are needed and could not be had:$ABSENT
@@ -1043,6 +1123,10 @@ print_env() {
     quote PATH "$PATH"
     quote VOXFLEET_CACHE "$VOXFLEET_CACHE"
     [ -z "${ORT_DYLIB_PATH:-}" ] || quote ORT_DYLIB_PATH "$ORT_DYLIB_PATH"
+    [ -z "${CT2_LIB:-}" ] || [ ! -d "$CT2_LIB" ] || {
+        quote LIBRARY_PATH "$LIBRARY_PATH"
+        quote LD_LIBRARY_PATH "$LD_LIBRARY_PATH"
+    }
     quote WHISPER_DONT_GENERATE_BINDINGS 1
     if offline; then quote CARGO_NET_OFFLINE true; fi
 }
@@ -1051,7 +1135,7 @@ VERB=${1:-help}
 [ $# -eq 0 ] || shift
 
 case $VERB in
-    demo | test | bench | lint) check_machine build ;;
+    demo | test | test-ct2 | bench | lint) check_machine build ;;
     deps | env) check_machine fetch ;;
     help | -h | --help)
         usage
@@ -1094,8 +1178,32 @@ case $VERB in
             exit 1
         fi
         ;;
+    test-ct2)
+        cd "$ROOT"
+        needs_cxx17
+        [ -n "$CT2_LIB" ] || die "the batched engine needs CTranslate2's library, which could not be had"
+        # Always the whole workspace: by package, cargo would choose other features of crates that all of it shares, and build
+        # those again. The tests of the command line bring the program with them.
+        build "building voxfleet and its tests with the batched engine" \
+            cargo test --workspace --features "$CT2_FEATURES" --no-run --lib --bins --test engine --test usage
+        # Under a name of its own: the next build without the feature takes the other one.
+        program=$(binary debug)
+        ln -f "$program" "$program-ct2" 2>/dev/null || cp -f "$program" "$program-ct2"
+        step_begin
+        failed_=
+        cargo test --workspace --features "$CT2_FEATURES" --no-fail-fast --lib --bins ct2 || failed_=" unit"
+        cargo test --workspace --features "$CT2_FEATURES" --no-fail-fast --test engine --test usage || failed_="$failed_ engine"
+        # The same program of tests as `test` has; only what it starts is another.
+        VOXFLEET_BIN=$program-ct2 cargo test --workspace --no-fail-fast --test all ct2 || failed_="$failed_ end-to-end"
+        if [ -n "$failed_" ]; then
+            step "the tests of the batched engine failed:$failed_"
+            exit 1
+        fi
+        step "the tests of the batched engine passed; $program-ct2 has it"
+        ;;
     lint)
         cd "$ROOT"
+        needs_cxx17
         for part in fmt clippy; do
             cargo "$part" --version >/dev/null 2>&1 ||
                 die "cargo $part is not installed: rustup component add rustfmt clippy"
@@ -1104,6 +1212,8 @@ case $VERB in
         cargo fmt --all --check || die "cargo fmt --check: run cargo fmt"
         step "cargo fmt --check"
         build "cargo clippy" cargo clippy --workspace --all-targets -- -D warnings
+        build "cargo clippy, with the batched engine" \
+            cargo clippy --workspace --all-targets --features "$CT2_FEATURES" -- -D warnings
         # What images and the CUDA build are made of.
         for features_ in '' worker dispatcher worker,dispatcher; do
             build "cargo clippy, slim: ${features_:-nothing}" \

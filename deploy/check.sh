@@ -219,9 +219,24 @@ if ! have cargo; then
 else
     mkdir "$WORK/supply"
     if told=$(python3 deploy/supply.py check 2>&1); then say "ok supply.py check: $told"; else say "FAIL supply.py check: $told"; fi
+    # What bootstrap.sh test-ct2 builds beyond test: where ct2rs asks a shared crate for more, all that stands on it is built twice.
+    features() {
+        cargo tree --locked --workspace -e normal,build,dev --prefix none -f '{p} {f}' "$@" 2>>"$WORK/supply/tree" |
+            sed 's/ (\*)$//; s/ (proc-macro)//; /^voxfleet/d' | sort -u
+    }
+    features >"$WORK/supply/plain"
+    features --features voxfleet-worker/ct2,voxfleet/ct2 >"$WORK/supply/batched"
+    changed=$(comm -23 "$WORK/supply/plain" "$WORK/supply/batched" | tr '\n' ';')
+    if ! grep -q '^ct2rs ' "$WORK/supply/batched"; then
+        say "FAIL features with ct2: cargo tree: $(tail -n 1 "$WORK/supply/tree")"
+    elif [ -n "$changed" ]; then
+        say "FAIL the feature ct2 changes features of shared crates (tests/Cargo.toml is where to ask for them always): $changed"
+    else
+        say "ok the feature ct2 changes no other crate: $(comm -13 "$WORK/supply/plain" "$WORK/supply/batched" | wc -l) more are built with it"
+    fi
     if [ ! -x "$LINT/bin/cargo-deny" ]; then
         say "skip cargo deny: there is none here; supply.py has read the same deny.toml"
-    elif cargo metadata --locked --format-version 1 --filter-platform x86_64-unknown-linux-gnu \
+    elif cargo metadata --locked --all-features --format-version 1 --filter-platform x86_64-unknown-linux-gnu \
         --filter-platform aarch64-unknown-linux-gnu >"$WORK/supply/metadata.json" 2>"$WORK/supply/log" &&
         "$LINT/bin/cargo-deny" --offline -L error --metadata-path "$WORK/supply/metadata.json" check -A duplicate -A license-not-encountered \
             licenses bans sources >"$WORK/supply/log" 2>&1; then

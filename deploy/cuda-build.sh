@@ -11,7 +11,8 @@
 # looks there first). Only the driver (libcuda.so.1) must be on the machine that runs it.
 #
 # Architectures: machine code for compute capability 7.5 (T4, RTX 20), 8.0 (A100), 8.6 (A10, RTX 30), 8.9 (L4, RTX 40) and
-# 9.0 (H100), and PTX of 9.0 that the driver of any later card compiles at its first start.
+# 9.0 (H100), and PTX of 9.0 that the driver of any later card compiles at its first start. Both engines, whisper.cpp and
+# CTranslate2 (feature ct2-source), are compiled for all of them.
 #
 # Reproducible in its inputs: wheels by checksum, crates by Cargo.lock, no tuning to this machine, no paths of this machine in
 # the binary. nvcc names temporary files at random, so two builds need not be equal byte for byte.
@@ -33,7 +34,7 @@ usage() {
 options:
   --toolkit [DIR]   use an installed CUDA toolkit instead of the wheels
   --check           stop before cargo
-  --features LIST   cargo features besides none (default: cuda,dispatcher)
+  --features LIST   cargo features besides none (default: cuda,ct2-source,dispatcher)
   --out DIR         where the result goes (default: dist/cuda)
   --binary-only     without the libraries, for images that have them already
 
@@ -54,7 +55,7 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 TOOLKIT=
 CHECK=
-FEATURES=cuda,dispatcher
+FEATURES=cuda,ct2-source,dispatcher
 OUT=$ROOT/dist/cuda
 LIBRARIES=1
 while [ $# -gt 0 ]; do
@@ -108,7 +109,7 @@ fetch_toolkit() {
     fi
     mkdir -p "$CACHE/cuda"
     STAGE=$(mktemp -d "$CACHE/cuda/.stage.XXXXXX")
-    note "toolkit: fetching the wheels of deploy/tools/cuda-wheels.txt (530 MB, unpacked 840 MB)"
+    note "toolkit: fetching the wheels of deploy/tools/cuda-wheels.txt (590 MB, unpacked 850 MB)"
     PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 python3 -m pip download --quiet --no-deps --only-binary=:all: --require-hashes \
         --python-version 3.12 --implementation cp --abi cp312 --abi none \
         --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
@@ -139,6 +140,8 @@ with zipfile.ZipFile(sys.argv[1]) as z:
 lay_out() {
     [ -x "$1/bin/nvcc" ] || die "the wheels hold no nvcc where it is expected"
     ln -s lib "$1/lib64"
+    # Of cuRAND headers are all that is needed.
+    rm -f "$1"/lib/libcurand.so*
     for name_ in cublas cublasLt cudart; do
         for real_ in "$1/lib/lib$name_".so.*; do ln -s "${real_##*/}" "$1/lib/lib$name_.so"; done
     done
@@ -173,6 +176,27 @@ export CFLAGS="${CFLAGS:-} $MAP" CXXFLAGS="${CXXFLAGS:-} $MAP"
 CMAKE_CUDA_FLAGS="-Xcompiler=-fPIC"
 for flag in $MAP; do CMAKE_CUDA_FLAGS="$CMAKE_CUDA_FLAGS -Xcompiler=$flag"; done
 export CMAKE_CUDA_FLAGS
+
+# CTranslate2 compiles through an older CMake module, which takes architectures in words of its own: 9.0 is machine code. PTX
+# cannot be said in them (the crate cuts "9.0+PTX" down to 9.0), so nvcc adds it itself, from its environment. Without one below
+# 10.0 the crate would ask for "Common", of which CUDA 13 has dropped half.
+for_ctranslate2() {
+    machine_='' ptx_='' old_=''
+    for arch in $(printf '%s' "$ARCHITECTURES" | tr ';' ' '); do
+        number=${arch%%-*}
+        case $arch in *-real) ;; *) ptx_="$ptx_ -gencode=arch=compute_$number,code=compute_$number" ;; esac
+        number=${number%[a-z]}
+        case $arch in *-virtual) continue ;; esac
+        machine_="$machine_,${number%?}.${number#"${number%?}"}"
+        [ "$number" -ge 100 ] || old_=1
+    done
+    [ -n "$old_" ] || machine_="$machine_,8.0"
+    export CUDA_TOOLKIT_ROOT_DIR="$TOOLKIT" CUDA_PATH="$TOOLKIT" CUDA_ARCH_LIST="${machine_#,}"
+    export NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-}$ptx_"
+}
+CT2=
+case ,$FEATURES, in *,ct2-source,*) CT2=1 ;; esac
+[ -z "$CT2" ] || for_ctranslate2
 # For machines that are not this one; every rented x86 host has AVX2.
 export GGML_NATIVE=OFF GGML_SSE42=ON GGML_AVX=ON GGML_AVX2=ON GGML_FMA=ON GGML_F16C=ON GGML_BMI2=ON
 export WHISPER_DONT_GENERATE_BINDINGS=1 CARGO_PROFILE_RELEASE_STRIP=symbols
@@ -220,12 +244,105 @@ CUDA
     STAGE=
 }
 
+# What CTranslate2 needs besides: the older module finds the toolkit and knows the architectures, the thrust and cub that come
+# with the crate and cuRAND's headers go through this nvcc, and one program holds both engines' ways to the CUDA runtime and to
+# cuBLAS. It is run as well, without touching a card: CTranslate2 has to find cuBLAS by its name.
+probe_ctranslate2() {
+    STAGE=$(mktemp -d)
+    sources=$(cd "$ROOT" && "$CARGO" metadata --locked --all-features --format-version 1 2>"$STAGE/log" | python3 -c '
+import json, os, sys
+print(next(os.path.dirname(p["manifest_path"]) for p in json.load(sys.stdin)["packages"] if p["name"] == "ct2rs"))' 2>>"$STAGE/log") || {
+        tail -n 3 "$STAGE/log" >&2
+        die "cargo cannot say where the sources of ct2rs are"
+    }
+    cat >"$STAGE/CMakeLists.txt" <<'CMAKE'
+cmake_minimum_required(VERSION 3.7)
+project(probe)
+find_package(CUDA 11.0 REQUIRED)
+list(APPEND CUDA_NVCC_FLAGS -std=c++17)
+string(REPLACE "," ";" CUDA_ARCH_LIST "$ENV{CUDA_ARCH_LIST}")
+foreach(arch ${CUDA_ARCH_LIST}) # as the crate does it
+  if(arch VERSION_LESS 10)
+    list(APPEND archs ${arch})
+  else()
+    string(REPLACE "." "" number ${arch})
+    list(APPEND CUDA_NVCC_FLAGS -gencode=arch=compute_${number},code=sm_${number})
+  endif()
+endforeach()
+cuda_select_nvcc_arch_flags(flags ${archs})
+list(APPEND CUDA_NVCC_FLAGS ${flags})
+message(STATUS "flags: ${CUDA_NVCC_FLAGS}")
+set(third_party ${SOURCES}/CTranslate2/third_party)
+set(CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
+set(CMAKE_CXX_STANDARD 17)
+include_directories(${SOURCES}/CTranslate2/include ${SOURCES}/CTranslate2/src ${third_party}/spdlog/include)
+include_directories(${CUDA_TOOLKIT_ROOT_DIR}/include)
+cuda_include_directories(${third_party}/thrust/cub ${third_party}/thrust/thrust ${third_party}/thrust/libcudacxx/include
+  ${third_party}/cutlass/include)
+cuda_add_library(batched STATIC batched.cu ${SOURCES}/CTranslate2/src/cuda/cublas_stub.cc)
+cuda_add_library(single STATIC single.cu)
+add_executable(probe main.cc)
+target_link_libraries(probe batched ${LIB}/libcudart_static.a single ${LIB}/libcudart.so ${LIB}/libcublas.so dl rt pthread)
+CMAKE
+    cat >"$STAGE/batched.cu" <<'CUDA'
+#include <cublas_v2.h>
+#include <cub/block/block_reduce.cuh>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <curand_kernel.h>
+#include <thrust/device_ptr.h>
+#include <thrust/execution_policy.h>
+#include <thrust/reduce.h>
+static_assert(CUB_VERSION / 100000 == 2, "these are not the headers that come with CTranslate2");
+__global__ void draw(curandStatePhilox4_32_10_t* state, float* out) {
+    using Reduce = cub::BlockReduce<float, 32>;
+    __shared__ typename Reduce::TempStorage storage;
+    curand_init(1, threadIdx.x, 0, state);
+    *out = Reduce(storage).Sum(curand_uniform(state));
+}
+int batched(bool on_card) {
+    cublasHandle_t handle = nullptr;
+    if (!on_card) return cublasCreate(&handle); // throws where the library is not found
+    draw<<<1, 32>>>(nullptr, nullptr);
+    return thrust::reduce(thrust::device, thrust::device_ptr<int>(), thrust::device_ptr<int>());
+}
+CUDA
+    cat >"$STAGE/single.cu" <<'CUDA'
+#include <cublas_v2.h>
+__global__ void nothing() {}
+int single(bool on_card) {
+    int count = 0;
+    cublasHandle_t handle = nullptr;
+    if (on_card) nothing<<<1, 1>>>();
+    return cudaGetDeviceCount(&count) + cublasCreate(&handle);
+}
+CUDA
+    cat >"$STAGE/main.cc" <<'CXX'
+int batched(bool on_card);
+int single(bool on_card);
+int main(int argc, char**) {
+    batched(argc > 1);
+    single(argc > 1);
+}
+CXX
+    if ! cmake -S "$STAGE" -B "$STAGE/build" -DCMAKE_POLICY_VERSION_MINIMUM=3.5 -DCUDA_TOOLKIT_ROOT_DIR="$TOOLKIT" -DLIB="$LIB" \
+        -DSOURCES="$sources" >"$STAGE/log" 2>&1 || ! cmake --build "$STAGE/build" >>"$STAGE/log" 2>&1; then
+        tail -n 40 "$STAGE/log" >&2
+        die "what CTranslate2 needs cannot be built with this toolkit"
+    fi
+    "$STAGE/build/probe" >"$STAGE/log.run" 2>&1 || die "the probe for CTranslate2 does not run: $(tail -n 2 "$STAGE/log.run")"
+    note "probe for CTranslate2: compiled, linked and run ($(sed -n 's/^-- flags: -std=c++17;//p' "$STAGE/log" | tr ';' ' ')$NVCC_APPEND_FLAGS)"
+    rm -rf "$STAGE"
+    STAGE=
+}
+
 needs() { readelf -d "$1" 2>/dev/null | sed -n 's/.*(NEEDED).*\[\(lib\(cu\|nv\)[^]]*\)\].*/\1/p' | tr '\n' ' '; }
 
 probe
+[ -z "$CT2" ] || probe_ctranslate2
 if [ -n "$CHECK" ]; then
     note "would run: $CARGO build --release --locked -p voxfleet --no-default-features --features $FEATURES"
-    note "in $ROOT, into $CARGO_TARGET_DIR; about 22 minutes for one architecture on 2 cores, several times that for all"
+    note "in $ROOT, into $CARGO_TARGET_DIR; about 22 minutes for one architecture on 2 cores${CT2:+ and up to 20 more for CTranslate2}, several times that for all"
     exit 0
 fi
 

@@ -4,7 +4,7 @@
 #   sh deploy/gpu-measure.sh target/cuda/release/voxfleet
 #   sh deploy/gpu-measure.sh --smoke target/debug/voxfleet     what a machine without a GPU can do, in minutes
 #
-# Needs: a binary (built with the feature cuda), the CUDA libraries it asks for on LD_LIBRARY_PATH, the source tree for test
+# Needs: a binary (built with the features cuda and ct2-source; without ct2 the phases of the batched engine say so), the CUDA libraries it asks for on LD_LIBRARY_PATH, the source tree for test
 # audio and the micro model, nats-server in the cache or on PATH (`sh deploy/bootstrap.sh deps`), python3, nvidia-smi.
 #
 # Each phase runs in a process group of its own, with a limit; a phase that fails or takes too long is written down as such,
@@ -27,7 +27,7 @@ usage: sh deploy/gpu-measure.sh [--smoke] [--out DIR] [--gpu INDEX] [--shapes LI
   --out DIR       folder of the JSON file      [default: $OUT, else docs/measurements]
   --gpu INDEX     card, as nvidia-smi counts   [default: 0]
   --shapes LIST   shapes of random models      [default: base,small,medium,large-v3-turbo]
-  --only PHASES   some of them: machine,stubs,readings,release,oom,memory,streams,engine,kernels,coldstart,plan
+  --only PHASES   some of them: machine,stubs,readings,release,oom,memory,streams,engine,batched,density,kernels,coldstart,plan
 
 environment:
   VOXFLEET_ROOT   source tree                  [default: where this script is]
@@ -60,9 +60,11 @@ export VOXFLEET_BIN
 if [ "$smoke" = 1 ]; then
     shapes=${shapes:-tiny}
     format=q8_0 device=none use_gpu='' sessions=1,2 streams=2 states=1 rounds=1
+    batches=1,2 numbers=int8_float32 density='--first 1 --most 2 --seconds 5'
 else
     shapes=${shapes:-base,small,medium,large-v3-turbo}
     format=f16 device=$gpu use_gpu=--use-gpu sessions=1,2,4,8,16 streams=16,32,64,128 states=1,2,4,8 rounds=5
+    batches=1,4,16,64 numbers=float16,int8_float16 density=''
 fi
 list() { printf '%s' "$1" | tr , ' '; }
 COMMIT=${COMMIT:-$(git -C "$VOXFLEET_ROOT" describe --always --dirty --abbrev=7 --exclude '*' 2>/dev/null || echo unknown)}
@@ -359,10 +361,43 @@ phase_streams() {
     done
 }
 
+# takes BENCH OPTION: whether this binary's bench has it; it may be an earlier one.
+takes() { "$VOXFLEET_BIN" bench "$1" --help 2>/dev/null | grep -q -e "$2"; }
+
+# needs_ct2 BENCH OPTION: ends the phase where the binary cannot compare engines.
+needs_ct2() {
+    if ! "$VOXFLEET_BIN" --version 2>/dev/null | grep -q '^engines:.*ct2'; then
+        echo '{"skipped": "this binary was built without the feature ct2"}'
+    elif ! takes "$1" "$2"; then
+        echo "{\"skipped\": \"this binary has no bench $1 with $2\"}"
+    else
+        return 0
+    fi
+    exit 0
+}
+
 phase_engine() {
-    # shellcheck disable=SC2086 # empty without a GPU
-    "$VOXFLEET_BIN" bench engine --models "micro,$shapes" --format "$format" --stubs-dir "$stubs" $use_gpu --threads 1 \
+    one=''
+    ! takes engine --engines || one='--engines whisper_cpp'
+    # shellcheck disable=SC2086 # empty without a GPU; an option with its value
+    "$VOXFLEET_BIN" bench engine $one --models "micro,$shapes" --format "$format" --stubs-dir "$stubs" $use_gpu --threads 1 \
         --states "$states" --rounds "$rounds" --json
+}
+
+# The batched engine, by batch, beside whisper.cpp alone.
+phase_batched() {
+    needs_ct2 engine --batches
+    # shellcheck disable=SC2086 # empty without a GPU
+    "$VOXFLEET_BIN" bench engine --engines whisper_cpp,ct2 --batches "$batches" --compute-types "$numbers" \
+        --models "micro,$shapes" --format "$format" --stubs-dir "$stubs" $use_gpu --threads 1 --states 1 --rounds "$rounds" \
+        --speed-only --json
+}
+
+# How many live sessions the CPU of this machine holds, by engine.
+phase_density() {
+    needs_ct2 density --engines
+    # shellcheck disable=SC2086 # options with their values
+    "$VOXFLEET_BIN" bench density --engines whisper_cpp,ct2 $density --json
 }
 
 # The share of time in which a kernel ran, as the driver samples it, while one state decodes without pause.
@@ -493,7 +528,7 @@ PY
 }
 
 failed=0 result=''
-for name in $(list "${only:-machine,stubs,readings,release,oom,memory,streams,engine,kernels,coldstart,plan}"); do
+for name in $(list "${only:-machine,stubs,readings,release,oom,memory,streams,engine,batched,density,kernels,coldstart,plan}"); do
     seconds=$(($(limit "$name") * ${LIMIT_SCALE:-1}))
     echo "gpu-measure: $name, at most $seconds s" >&2
     begin=$(date +%s)

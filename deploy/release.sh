@@ -21,7 +21,7 @@ usage() {
     cat <<'USAGE'
 options:
   --out DIR         where the result goes (default: dist/release)
-  --features LIST   cargo features besides none (default: worker,dispatcher)
+  --features LIST   cargo features besides none (default: worker,dispatcher,ct2-source)
 
 environment:
   SOURCE_DATE_EPOCH   another time (seconds since 1970)
@@ -38,7 +38,7 @@ die() {
 
 BINARY=
 VERIFY=
-FEATURES=worker,dispatcher
+FEATURES=worker,dispatcher,ct2-source
 OUT=$ROOT/dist/release
 while [ $# -gt 0 ]; do
     case $1 in

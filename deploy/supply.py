@@ -7,7 +7,7 @@
 
 Needs cargo and Python 3.11, or 3.10 with pip. The same tree gives the same bytes: nothing of the machine, of the time or
 of the order in which files are found is in what it writes (SOURCE_DATE_EPOCH is the one time). FEATURES in the environment names
-the cargo features that count (default: worker,dispatcher, as images and releases have).
+the cargo features that count (default: worker,dispatcher,ct2-source, as images and releases have).
 
 `check` is what stands in where cargo-deny cannot be had; both read deny.toml, and a licence must pass both.
 """
@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+import typing
 import uuid
 
 try:
@@ -28,14 +29,68 @@ except ImportError:
     from pip._vendor import tomli as tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FEATURES = os.environ.get("FEATURES", "worker,dispatcher")
+FEATURES = os.environ.get("FEATURES", "worker,dispatcher,ct2-source")
 TARGETS = ("x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu")
 REGISTRY = "registry+https://github.com/rust-lang/crates.io-index"
-# C and C++ sources that crates carry and compile: where their version stands, and their texts.
+
+
+class Carried(typing.NamedTuple):
+    """C or C++ sources that a crate brings and compiles."""
+
+    name: str
+    licence: str
+    # Files with the terms. Of source code only its first comment counts. "FILE + TERMS" is for one that names a licence without
+    # its text: the text is that of TERMS, from where the licence begins, without the copyright of others.
+    texts: tuple
+    # Where its version stands.
+    file: str = ""
+    pattern: str = ""
+    # The crate's feature without which it is not compiled.
+    feature: str = ""
+
+
+# Of CTranslate2's third_party the rest is not compiled: googletest and cxxopts are for its tests and its own program, cutlass for
+# flash attention, which is not turned on.
+CT2 = "CTranslate2"
+PARTY = f"{CT2}/third_party"
 CARRIED = {
-    "whisper-rs-sys": ("whisper.cpp", "MIT", "whisper.cpp/CMakeLists.txt", r'project\("whisper.cpp" VERSION ([\d.]+)\)', "whisper.cpp/LICENSE"),
-    "opusic-sys": ("opus", "BSD-3-Clause", None, None, "opus/COPYING"),
+    "whisper-rs-sys": [
+        Carried("whisper.cpp", "MIT", ("whisper.cpp/LICENSE",), "whisper.cpp/CMakeLists.txt", r'project\("whisper.cpp" VERSION ([\d.]+)\)'),
+    ],
+    "opusic-sys": [Carried("opus", "BSD-3-Clause", ("opus/COPYING",))],
+    "ct2rs": [
+        Carried("CTranslate2", "MIT", (f"{CT2}/LICENSE",), f"{CT2}/python/ctranslate2/version.py", r'__version__ = "([\d.]+)"'),
+        Carried("spdlog", "MIT", (f"{PARTY}/spdlog/LICENSE",)),
+        Carried("fmt", "MIT", (f"{PARTY}/spdlog/include/spdlog/fmt/bundled/fmt.license.rst",)),
+        Carried("ruy", "Apache-2.0", (f"{PARTY}/ruy/LICENSE",)),
+        Carried(
+            "cpuinfo",
+            "BSD-2-Clause",
+            (f"{PARTY}/ruy/third_party/cpuinfo/LICENSE", f"{PARTY}/ruy/third_party/cpuinfo/deps/clog/LICENSE"),
+        ),
+        Carried("cpu_features", "Apache-2.0", (f"{PARTY}/cpu_features/LICENSE",), f"{PARTY}/cpu_features/CMakeLists.txt", r"VERSION ([\d.]+) L"),
+        Carried("BS::thread_pool", "MIT", (f"{PARTY}/BS_thread_pool.hpp + {CT2}/LICENSE",), f"{PARTY}/BS_thread_pool.hpp", r"@version ([\d.]+)"),
+        Carried(
+            "JSON for Modern C++",
+            "MIT",
+            (f"{CT2}/include/nlohmann/json.hpp + {CT2}/LICENSE",),
+            f"{CT2}/include/nlohmann/json.hpp",
+            r"version ([\d.]+)",
+        ),
+        Carried("half", "MIT", (f"{CT2}/include/half_float/half.hpp",), f"{CT2}/include/half_float/half.hpp", r"// Version ([\d.]+)"),
+        Carried("avx_mathfun", "MIT AND Zlib", (f"{PARTY}/avx_mathfun.h",)),
+        Carried("avx512_mathfun", "BSD-2-Clause", (f"{PARTY}/avx512_mathfun.h + {PARTY}/ruy/third_party/cpuinfo/LICENSE",)),
+        Carried("neon_mathfun", "Zlib", (f"{PARTY}/neon_mathfun.h",)),
+        Carried(
+            "CCCL (Thrust, CUB, libcu++)",
+            "Apache-2.0 AND Apache-2.0 WITH LLVM-exception AND BSD-3-Clause AND BSL-1.0",
+            (f"{PARTY}/thrust/LICENSE", f"{PARTY}/thrust/thrust/LICENSE", f"{PARTY}/thrust/cub/LICENSE.TXT"),
+            feature="cuda",
+        ),
+    ],
 }
+# Crates without a file of their terms, which their sources name.
+UNFILED = {"ct2rs": f"build.rs + {CT2}/LICENSE"}
 # Wheels: what ships, and what only builds or tests. Their licences, which no pin names.
 WHEELS = {"runtime-wheels.txt": "required", "cuda-wheels.txt": "optional", "s3-server.txt": "excluded", "linters.txt": "excluded"}
 WHEEL_LICENCES = {"onnxruntime": "MIT", "silero-vad": "MIT"}
@@ -86,6 +141,7 @@ def linked():
     for found in kinds:
         if any("proc-macro" in t["kind"] for t in packages[found]["targets"]):
             kinds[found] = "build"
+        packages[found]["enabled"] = nodes[found]["features"]
     edges = {i: sorted({d["pkg"] for d in nodes[i]["deps"] if d["pkg"] in kinds and {k["kind"] for k in d["dep_kinds"]} - {"dev"}}) for i in kinds}
     return root, {i: (packages[i], kind) for i, kind in kinds.items()}, edges
 
@@ -131,7 +187,7 @@ def allowed(expression, allow):
 
 
 def check():
-    rules, packages = tomllib.loads((ROOT / "deny.toml").read_text()), metadata()["packages"]
+    rules, packages = tomllib.loads((ROOT / "deny.toml").read_text()), metadata("--all-features")["packages"]
     allow, banned = set(rules["licenses"]["allow"]), {d["crate"]: d["reason"] for d in rules["bans"]["deny"]}
     problems, ours, entries = [], 0, locked()
     for package in packages:
@@ -148,6 +204,9 @@ def check():
             problems.append(f"{name}: names no licence")
         elif not allowed(package["license"], allow):
             problems.append(f"{name}: {package['license']} is not allowed by deny.toml")
+        for inner in CARRIED.get(package["name"], ()):
+            if not allowed(inner.licence, allow):
+                problems.append(f"{inner.name} in {name}: {inner.licence} is not allowed by deny.toml")
     for (name, version), entry in entries.items():
         source = entry.get("source")
         if name in banned:
@@ -186,17 +245,26 @@ def go_modules():
 
 
 def carried(package):
-    """The component that a crate carries in C or C++, or nothing."""
-    if package["name"] not in CARRIED:
-        return None
-    name, licence, file, pattern, _ = CARRIED[package["name"]]
-    component = {"type": "library", "bom-ref": f"carried:{package['name']}:{name}", "name": name, "licenses": [{"expression": licence}]}
-    if file:
-        text = (pathlib.Path(package["manifest_path"]).parent / file).read_text()
-        if not (found := re.search(pattern, text)):
-            stop([f"{package['name']}: no version of {name} in {file}"])
-        component["version"] = found[1]
-    return component
+    """What a crate of the program brings in C or C++ and compiles: [(Carried, version or "")]."""
+    found = []
+    for inner in CARRIED.get(package["name"], ()):
+        if inner.feature and inner.feature not in package["enabled"]:
+            continue
+        version = ""
+        if inner.file:
+            text = (pathlib.Path(package["manifest_path"]).parent / inner.file).read_text()
+            if not (match := re.search(inner.pattern, text)):
+                stop([f"{package['name']}: no version of {inner.name} in {inner.file}"])
+            version = match[1]
+        found.append((inner, version))
+    return found
+
+
+def carried_components(package):
+    for inner, version in carried(package):
+        reference = f"carried:{package['name']}:{inner.name}"
+        component = {"type": "library", "bom-ref": reference, "name": inner.name, "licenses": [{"expression": inner.licence}]}
+        yield {**component, "version": version} if version else component
 
 
 def sbom():
@@ -224,8 +292,8 @@ def sbom():
         if package["source"]:
             component["hashes"] = [{"alg": "SHA-256", "content": entries[package["name"], package["version"]]["checksum"]}]
         depends[component["bom-ref"]] = {reference(packages[d][0]) for d in edges[found]}
-        if inner := carried(package):
-            component["components"] = [inner]
+        if inner := list(carried_components(package)):
+            component["components"] = inner
         if found == root:
             del component["scope"]
             program = component
@@ -312,15 +380,29 @@ def validate(file, folder):
 # ------------------------------------------------------------------------------------------------ licence texts
 
 
+def terms(folder, source):
+    """The terms that a file states, or that it names and another has; see Carried.texts."""
+    path, _, other = source.partition(" + ")
+    text = (folder / path).read_text(errors="replace")
+    if pathlib.PurePosixPath(path).suffix in (".h", ".hpp", ".rs"):
+        text = re.match(r"(\s*(/\*.*?\*/|//[^\n]*\n))+", text, re.S)[0]
+    if other:
+        whole = (folder / other).read_text()
+        text = f"{text.strip()}\n\n{whole[re.search('Permission is hereby|Redistribution and use', whole).start() :]}"
+    return text
+
+
 def texts(package):
-    """Licence files of a crate, and of what it carries: [(name, text)]."""
-    folder = pathlib.Path(package["manifest_path"]).parent
+    """Licence texts of a crate, and of what it carries: [(whose, text)]."""
+    folder, name = pathlib.Path(package["manifest_path"]).parent, f"{package['name']} {package['version']}"
     names = [f.name for f in folder.iterdir() if f.is_file() and re.match(r"(?i)(licen[cs]e|copying|unlicense|notice)", f.name)]
     if package["license_file"] and package["license_file"] not in names:
         names.append(package["license_file"])
-    if package["name"] in CARRIED:
-        names.append(CARRIED[package["name"]][4])
-    return [(name, (folder / name).read_text(errors="replace").strip().replace("\r\n", "\n")) for name in sorted(names)]
+    if package["name"] in UNFILED:
+        names.append(UNFILED[package["name"]])
+    found = [(name, source) for source in sorted(names)]
+    found += [(f"{inner.name} in {name}", source) for inner, _ in carried(package) for source in inner.texts]
+    return [(whose, terms(folder, source).strip().replace("\r\n", "\n")) for whose, source in found]
 
 
 def licences():
@@ -333,14 +415,16 @@ def licences():
     for package in chosen:
         name = f"{package['name']} {package['version']}"
         lines.append(f"{name}: {spdx(package['license'])}" + (f" ({package['repository']})" if package["repository"] else ""))
+        lines += [f"  with {inner.name}{version and ' '}{version}: {inner.licence}" for inner, version in carried(package)]
         found = texts(package)
         # Some crates leave their text out. Those that may be had under Apache-2.0 are; its text is in LICENSE.
         if not found and allowed(package["license"], {"Apache-2.0"}):
-            found = [("LICENSE", apache)]
-        if not found:
+            found = [(name, apache)]
+        # These ask for no text to go with them.
+        if not any(whose == name for whose, _ in found) and not allowed(package["license"], {"Unlicense", "CC0-1.0", "0BSD", "MIT-0"}):
             problems.append(f"{name}: {package['license']}, and no text is with it")
-        for _, text in found:
-            shared.setdefault(text, []).append(name)
+        for whose, text in found:
+            shared.setdefault(text, []).append(whose)
     stop(problems)
     parts = ["Licences of what is linked into voxfleet. Crates, each with the expression that it names:", "", *lines]
     for text, owners in sorted(shared.items(), key=lambda item: item[1]):

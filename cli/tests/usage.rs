@@ -56,6 +56,14 @@ fn exit_codes_are_the_documented_ones() {
         (&["bench", "failover", "--workers", "1"], 2),
         (&["bench", "failover", "--keep", "/proc/nope"], 2),
         (&["bench", "detection", "--heartbeats", "0"], 2),
+        (&["bench", "engine", "--engines", "ears"], 2),
+        (&["bench", "engine", "--batches", "1,0"], 2),
+        (&["bench", "engine", "--compute-types", "int7"], 2),
+        (&["bench", "density", "--engines", "ears"], 2),
+        (&["bench", "density", "--seconds", "4"], 2),
+        (&["bench", "density", "--most", "0"], 2),
+        (&["bench", "density", "--first", "9", "--most", "8"], 2),
+        (&["bench", "density", "--compute-type", "auto"], 2),
         (&["stream", "-", "--chunk-ms", "0"], 2),
         (&["stream", "-", "-o", "colour=red"], 2),
         (&["stream", "-", "--format", "mp3"], 2),
@@ -311,4 +319,33 @@ fn payloads_become_readable() {
     assert!(decode(&[0x81, 0xa1, b'n', 7], &[]).contains("\"n\": 7"));
     assert!(decode(&[0; 1600], &["--format", "pcm_s16le;rate=8000"]).contains("\"ms\": 100"));
     assert_eq!(decode(b"", &[]), "(empty)\n");
+}
+
+#[test]
+fn a_ggml_file_becomes_a_folder_once() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let micro = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/micro.en-q8_0.bin");
+    let micro = micro.to_str().expect("path");
+    let convert = |arguments: &[&str]| {
+        let all = [&["models", "convert"], arguments].concat();
+        let output = voxfleet(dir.path(), &all).output().expect("voxfleet runs");
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let (code, said, errors) = convert(&[micro, "--out", "micro", "--precision", "int8_float32", "--json"]);
+    assert_eq!(code, Some(0), "{errors}");
+    let said: serde_json::Value = serde_json::from_str(&said).expect("one object");
+    assert_eq!((said["path"].as_str(), said["precision"].as_str()), (Some("micro"), Some("int8_float32")));
+    assert_eq!(said["multilingual"], false);
+    for file in ["model.bin", "config.json", "vocabulary.json", "preprocessor_config.json"] {
+        assert!(dir.path().join("micro").join(file).is_file(), "{file}");
+    }
+    let (code, _, errors) = convert(&[micro, "--out", "micro"]);
+    assert!(code == Some(1) && errors.contains("exists already"), "{errors}");
+
+    std::fs::write(dir.path().join("broken.bin"), "lmgg and no more").expect("write");
+    let (code, _, errors) = convert(&["broken.bin"]);
+    assert!(code == Some(65) && errors.contains("cut off"), "{errors}");
+    assert!(!dir.path().join("broken-ct2").exists());
+    assert_eq!(convert(&["absent.bin"]).0, Some(65));
+    assert_eq!(convert(&[micro, "--precision", "int3"]).0, Some(2));
 }

@@ -54,7 +54,7 @@ library=$(ls "$OUT"/lib/libonnxruntime.so.*)
 ln -sf "${library##*/}" "$OUT/lib/libonnxruntime.so"
 
 if [ -n "$CUDA_WHEELS" ]; then
-    # Of all of the toolkit only what the binary is linked to.
+    # Of all of the toolkit only what the binary is linked to. The batched engine opens the same libcublas.so.13 by its name.
     grep -A 1 -e '^nvidia-cuda-runtime==' -e '^nvidia-cublas==' "$CUDA_WHEELS" | grep -v '^--$' >"$STAGE/cuda.txt"
     fetch "$STAGE/cuda.txt"
     take "$STAGE"/nvidia_cuda_runtime-*.whl "$OUT/lib" '*/lib/libcudart.so.13'

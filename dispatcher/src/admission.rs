@@ -7,6 +7,7 @@ use std::{
 };
 
 use voxfleet_schema::{
+    fleet::EngineName,
     id::StreamId,
     session::{Policy, Priority},
     transcript::VadKind,
@@ -145,6 +146,7 @@ pub struct Needs {
     pub model: Model,
     pub policy: PolicyKey,
     pub vad: Option<VadKind>,
+    pub engine: Option<EngineName>,
 }
 
 /// [`Policy`] as a key.

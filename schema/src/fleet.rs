@@ -98,9 +98,37 @@ pub enum Residency {
     Unknown,
 }
 
+/// An engine, as finals and heartbeats name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum EngineName {
+    WhisperCpp,
+    Ct2,
+    Simulated,
+}
+
+impl EngineName {
+    pub const ALL: [Self; 3] = [Self::WhisperCpp, Self::Ct2, Self::Simulated];
+
+    /// None: nobody's, or one of a newer version.
+    pub fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|engine| engine.as_str() == name)
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::WhisperCpp => "whisper_cpp",
+            Self::Ct2 => "ct2",
+            Self::Simulated => "simulated",
+        }
+    }
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelState {
     pub name: String,
+    /// The engine that runs it; none: that of its worker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<String>,
     pub state: Residency,
     /// Measured after load; 0 when not loaded.
     pub resident_mb: u64,
@@ -140,7 +168,7 @@ pub enum EngineRunState {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct EngineState {
     pub state: EngineRunState,
-    /// `whisper_cpp`, `simulated`.
+    /// `whisper_cpp`, `ct2`, `simulated`, or `auto`: each model says which runs it.
     pub kind: String,
     /// The device it really runs on: `cpu` or `cuda:<name>`.
     pub effective_device: String,
@@ -238,6 +266,11 @@ const MOST_MS: u64 = 1 << 40;
 const MOST_SLOTS: u32 = 1 << 16;
 
 impl Heartbeat {
+    /// The engine that runs a model of it.
+    pub fn engine_of(&self, model: &ModelState) -> Option<EngineName> {
+        EngineName::of(model.engine.as_deref().unwrap_or(&self.engine.kind))
+    }
+
     /// A figure that nothing can have, by its name: who sends it is broken or hostile, and must not be reckoned with.
     pub fn impossible(&self) -> Option<&'static str> {
         let (device, engine) = (&self.device, &self.engine);

@@ -90,6 +90,9 @@ pub struct ModelPlan {
     pub option: PlanOption,
     /// How it stands there: `loaded`, `promised`, `fits`, or why it cannot be used.
     pub standing: String,
+    /// The engine that runs it there, as finals name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<String>,
     pub expected_mb: u64,
     /// That figure was measured there, not taken from the catalog.
     #[serde(default)]

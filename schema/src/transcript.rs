@@ -200,7 +200,7 @@ pub struct Final {
     pub model: String,
     /// The device it really ran on: `cuda:<name>` or `cpu`.
     pub device: String,
-    /// `whisper_cpp`, `simulated`, ...
+    /// `whisper_cpp`, `ct2` or `simulated`; `none` where nothing was heard.
     pub engine: String,
     pub vad: VadKind,
     pub from_sample: u64,

@@ -15,7 +15,8 @@ use voxfleet_store::{
 };
 
 use crate::{
-    ipc::{DiarizeConfig, EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
+    engine::ct2,
+    ipc::{Ct2Config, DiarizeConfig, EngineKind, ModelFile, SimulatedConfig, TurnsConfig},
     job::Split,
     preempt::PreemptionConfig,
     provider::{ProviderChoice, Rent},
@@ -125,7 +126,9 @@ pub struct WorkerConfig {
     pub decoder_memory_mb: u64,
     /// A decoder that says nothing for so long is ended, in ms.
     pub decoder_stall_ms: u64,
+    /// What hears: `whisper_cpp`, `ct2` (with the cargo feature of that name), `auto` or `simulated`.
     pub engine: EngineKind,
+    pub ct2: Ct2Config,
     /// Folder whose `*.bin` files are models, named by their stem.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub models_dir: Option<PathBuf>,
@@ -232,6 +235,7 @@ impl Default for WorkerConfig {
             // A decoder works thousands of times faster than this; a silent one hangs.
             decoder_stall_ms: 30_000,
             engine: EngineKind::WhisperCpp,
+            ct2: Ct2Config::default(),
             models_dir: None,
             models: BTreeMap::new(),
             default_model: None,
@@ -432,7 +436,12 @@ impl WorkerConfig {
         }
         let models = self.model_files();
         let known = |name: &str| models.iter().any(|m| m.name == name);
-        if self.engine == EngineKind::WhisperCpp {
+        check(
+            self.engine != EngineKind::Ct2 || ct2::BUILT_IN,
+            "worker.engine: ct2 is not in this build (cargo feature ct2)".to_owned(),
+        );
+        check((1..=64).contains(&self.ct2.batch), format!("worker.ct2.batch: {}, allowed are 1 to 64", self.ct2.batch));
+        if self.engine.is_real() {
             check(
                 !models.is_empty(),
                 "worker.models: no model found; `voxfleet models pull base.en` brings one, or name a file here, or a folder of *.bin \
@@ -499,11 +508,14 @@ impl WorkerConfig {
         // A folder that can not be read holds no models; `problems` says so when it was named.
         for entry in folder.as_ref().and_then(|f| std::fs::read_dir(f).ok()).into_iter().flatten().flatten() {
             let path = entry.path();
-            if path.extension().is_some_and(|e| e == "bin")
+            if let Some(name) = self.folder_model(&path) {
+                files.insert(name, path);
+            } else if path.extension().is_some_and(|e| e == "bin")
                 && let Some(stem) = path.file_stem().and_then(|s| s.to_str())
                 && is_model_name(stem)
             {
-                files.insert(stem.to_owned(), path.clone());
+                // A folder made of it stands for it.
+                files.entry(stem.to_owned()).or_insert_with(|| path.clone());
             }
         }
         for name in &self.prefetch {
@@ -516,6 +528,22 @@ impl WorkerConfig {
             files.insert(SIMULATED_MODEL.to_owned(), PathBuf::new());
         }
         files.into_iter().map(|(name, path)| ModelFile { name, path }).collect()
+    }
+
+    /// As it was set, with the place of model folders.
+    pub fn ct2(&self) -> Ct2Config {
+        let folders = || Some(self.cache_dir.as_ref()?.join("ct2"));
+        Ct2Config { folders: self.ct2.folders.clone().or_else(folders), ..self.ct2.clone() }
+    }
+
+    /// The name of a CTranslate2 model folder, where this engine takes such: `base.en-ct2`, as `voxfleet models convert` calls
+    /// it, is `base.en`.
+    fn folder_model(&self, path: &Path) -> Option<String> {
+        let takes = ct2::BUILT_IN && matches!(self.engine, EngineKind::Ct2 | EngineKind::Auto);
+        let name =
+            path.file_name().and_then(|n| n.to_str()).filter(|_| takes && path.join(ct2::folder::MODEL).is_file())?;
+        let name = name.strip_suffix("-ct2").unwrap_or(name);
+        is_model_name(name).then(|| name.to_owned())
     }
 
     /// The file under which the store keeps a Whisper model of the catalog.

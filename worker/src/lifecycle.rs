@@ -76,7 +76,7 @@ use self::{
 use crate::{
     capacity::{Account, Budget, locked},
     engine::diarize,
-    ipc::{EngineConfig, EngineKind, ToEngine},
+    ipc::{EngineConfig, ToEngine},
     session::Names,
 };
 
@@ -245,10 +245,7 @@ impl Engine {
         news: Arc<Notify>,
     ) -> Self {
         let vad = if config.silero_model.is_some() { VadKind::Silero } else { VadKind::Energy };
-        let engine = match config.engine {
-            EngineKind::WhisperCpp => "whisper_cpp",
-            EngineKind::Simulated => "simulated",
-        };
+        let engine = config.engine.as_str();
         let status = EngineStatus {
             state: EngineRunState::Down,
             engine: engine.to_owned(),

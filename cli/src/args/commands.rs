@@ -103,6 +103,9 @@ pub(crate) struct DemoArgs {
     /// Only start the server and the fleet, and print lines to try on them; Ctrl-C stops all of it
     #[arg(long, conflicts_with_all = ["keep", "json", "call", "speed"])]
     pub(crate) serve: bool,
+    /// What hears: whisper_cpp, or ct2 in builds that have it
+    #[arg(long, value_enum, default_value_t, value_name = "ENGINE")]
+    pub(crate) engine: DemoEngine,
     /// Without the second act, in which the worker that has the call is killed
     #[arg(long)]
     pub(crate) no_kill: bool,
@@ -112,6 +115,16 @@ pub(crate) struct DemoArgs {
     /// Folder of the test models [default: tests/models of the source tree]
     #[arg(long, value_name = "DIR")]
     pub(crate) models_dir: Option<PathBuf>,
+}
+
+/// The engine of a demo.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub(crate) enum DemoEngine {
+    #[default]
+    #[value(name = "whisper_cpp")]
+    WhisperCpp,
+    #[value(name = "ct2")]
+    Ct2,
 }
 
 #[derive(Debug, Clone, Args)]

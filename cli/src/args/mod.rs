@@ -28,9 +28,16 @@ pub(crate) use purge::*;
 
 use crate::{exit::Exit, logging::LogFormat};
 
+/// The version, and what this build can hear with.
+const VERSION: &str = match (cfg!(feature = "worker"), cfg!(feature = "ct2-engine")) {
+    (true, true) => concat!(env!("CARGO_PKG_VERSION"), "\nengines: whisper_cpp, ct2, simulated"),
+    (true, false) => concat!(env!("CARGO_PKG_VERSION"), "\nengines: whisper_cpp, simulated"),
+    (false, _) => concat!(env!("CARGO_PKG_VERSION"), "\nengines: none"),
+};
+
 /// Speech inference for fleets of GPUs over NATS.
 #[derive(Debug, Parser)]
-#[command(name = "voxfleet", version, propagate_version = true, after_help = Exit::help(), max_term_width = 110)]
+#[command(name = "voxfleet", version, long_version = VERSION, propagate_version = true, after_help = Exit::help(), max_term_width = 110)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,

@@ -1,6 +1,8 @@
 //! Arguments of `models`.
 
-use clap::{Args, Subcommand};
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::commands::OutputArgs;
 
@@ -36,6 +38,14 @@ Where nobody published a checksum, the first one seen is kept beside the model a
     #[command(after_help = "Examples:
   voxfleet models rm base.en")]
     Rm(RemoveArgs),
+    /// Make a CTranslate2 folder of a ggml Whisper file, so that one download serves both engines
+    #[command(after_help = "Examples:
+  voxfleet models convert ~/.cache/voxfleet/models/base.en.bin
+  voxfleet models convert ggml-small.bin --out /models/small-ct2 --precision int8_float32
+
+Any precision runs on any device: the engine turns the numbers into what it computes with when it loads them. float16 keeps
+what f16 and quantized files hold; int8 halves it again and changes a word now and then.")]
+    Convert(ConvertArgs),
 }
 
 #[derive(Debug, Clone, Args)]
@@ -72,4 +82,32 @@ pub(crate) struct VerifyArgs {
 pub(crate) struct RemoveArgs {
     #[arg(value_name = "NAME")]
     pub(crate) name: String,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ConvertArgs {
+    /// A Whisper model as whisper.cpp has it: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// The folder to make; it must not exist [default: beside the file, by its name]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// How numbers are kept
+    #[arg(long, value_name = "TYPE", default_value = "float16")]
+    pub(crate) precision: ConvertedPrecision,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+/// CTranslate2's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ConvertedPrecision {
+    #[value(name = "float32")]
+    Float32,
+    #[value(name = "float16")]
+    Float16,
+    #[value(name = "int8_float32")]
+    Int8Float32,
+    #[value(name = "int8_float16")]
+    Int8Float16,
 }

@@ -7,9 +7,10 @@
 //! | [`allocate`] | one routing decision, on fleets of 4 to 1,000 GPUs |
 //! | [`coldstart`] | from the start of a worker, or of a session, to its first words: cold, preloaded, prewarmed, warm |
 //! | [`dashboard`] | scrapes of a large fleet, and pages that stay open: time, bytes, CPU of the dispatcher |
+//! | [`density`] | the most live sessions this CPU holds with partials in time, by engine |
 //! | [`detection`] | shorter and shorter heartbeats on a busy machine: where false verdicts begin |
 //! | [`diarize`] | who spoke when and who said which word, on recordings whose speakers are known |
-//! | [`engine`] | speed of the bare engine by model shape, threads, encoder context, flash attention and states |
+//! | [`engine`] | speed of the bare engines by model shape, threads, encoder context, flash attention, states and batch |
 //! | [`failover`] | workers killed in mid-word: time to the verdict and to the next words, nothing lost, nothing twice |
 //! | [`latency`] | from the end of a word to its first partial and to its final, and how many sessions this CPU carries |
 //! | [`longfile`] | one long recording on 1, 2, 4 and 8 workers: how much sooner it is done |
@@ -25,6 +26,7 @@
 //! | [`tracing`] | the same load with and without a collector of traces, in turns |
 //! | [`probe`] | the engine's door: where latency is measured |
 //! | [`models`] | model files with random weights in the official shapes |
+//! | [`engines`] | which speech engines are compared |
 //! | [`recording`], [`sampled`], [`processes`] | long recordings; memory and CPU of every process |
 //!
 //! Each prints a table, or with `--json` one object with fixed field names.
@@ -34,9 +36,11 @@ mod allocate;
 mod chaos;
 mod coldstart;
 mod dashboard;
+mod density;
 mod detection;
 mod diarize;
 mod engine;
+mod engines;
 mod failover;
 mod jobs;
 mod latency;
@@ -78,6 +82,7 @@ Examples:
   voxfleet bench chaos --minutes 3 --seed 1
   voxfleet bench coldstart
   voxfleet bench dashboard
+  voxfleet bench density
   voxfleet bench detection
   voxfleet bench diarize
   voxfleet bench engine --models micro
@@ -114,11 +119,13 @@ enum Bench {
     Coldstart(coldstart::ColdstartArgs),
     /// Scrapes of a large fleet and pages that stay open: time, bytes, CPU of the dispatcher
     Dashboard(dashboard::DashboardArgs),
+    /// The most live sessions this CPU holds with partials at most two seconds behind, by engine
+    Density(density::DensityArgs),
     /// How soon a death can be known on a busy machine, and where false verdicts begin
     Detection(detection::DetectionArgs),
     /// Errors of speaker labels on recordings whose speakers are known, and what listening costs
     Diarize(diarize::DiarizeArgs),
-    /// Speed of the bare engine by model shape, threads, context, flash attention and decode states
+    /// Speed of the bare engines by model shape, threads, context, flash attention, decode states and batch
     Engine(engine::EngineArgs),
     /// Workers killed in mid-word: time to the verdict and to the next words
     Failover(failover::FailoverArgs),
@@ -169,6 +176,7 @@ pub(crate) async fn run(args: BenchArgs, shutdown: CancellationToken) -> anyhow:
             Bench::Coldstart(args) => coldstart::run(args).await,
             Bench::Longfile(args) => longfile::run(args).await,
             Bench::Dashboard(args) => dashboard::run(args).await,
+            Bench::Density(args) => density::run(args).await,
             Bench::Detection(args) => detection::run(args).await,
             Bench::Diarize(args) => diarize::run(args).await,
             Bench::Engine(args) => tokio::task::spawn_blocking(move || engine::run(&args)).await?,

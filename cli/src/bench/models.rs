@@ -1,7 +1,11 @@
 //! Models for measurements: the small one of the tests, and random weights in the shapes of the official ones, which are
 //! written when they are first wanted and kept in the cache.
 
-use std::{fs, path::PathBuf, str::FromStr};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -23,6 +27,19 @@ use super::{progress, rounded};
 const MICRO: &str = "micro.en-q8_0";
 /// Words that a random model says in each window: eight seconds of speech.
 const WORDS: u32 = 24;
+
+/// The small model of the tests.
+pub(super) fn micro_file() -> ModelFile {
+    ModelFile { name: MICRO.to_owned(), path: fleet::models_dir().join(format!("{MICRO}.bin")) }
+}
+
+/// The same as a file of its own in `dir`: an engine that wants a folder makes one beside it.
+pub(super) fn micro_copied(dir: &Path) -> Result<ModelFile> {
+    let file = micro_file();
+    let path = dir.join(format!("{MICRO}.bin"));
+    fs::copy(&file.path, &path).with_context(|| path.display().to_string())?;
+    Ok(ModelFile { path, ..file })
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Model {
@@ -56,12 +73,7 @@ impl Stubs {
     /// Its file, which is made if it is not there; named like the official one of its shape, in a folder of its format.
     pub(super) fn file(&self, model: Model) -> Result<ModelFile> {
         let shape = match model {
-            Model::Micro => {
-                return Ok(ModelFile {
-                    name: MICRO.to_owned(),
-                    path: fleet::models_dir().join(format!("{MICRO}.bin")),
-                });
-            }
+            Model::Micro => return Ok(micro_file()),
             Model::Random(shape) => shape,
         };
         let dir = self.stubs_dir.clone().unwrap_or_else(|| find::cache().join("bench-models"));
@@ -75,12 +87,18 @@ impl Stubs {
         Ok(ModelFile { name: shape.as_str().to_owned(), path })
     }
 
+    /// What its matrices are stored as.
+    pub(super) fn stored_as(&self, model: Model) -> &'static str {
+        match model {
+            Model::Micro => "q8_0",
+            Model::Random(_) => self.format.as_str(),
+        }
+    }
+
     /// What a row says of where its weights come from.
     pub(super) fn weights(&self, model: Model) -> String {
-        match model {
-            Model::Micro => "q8_0".to_owned(),
-            Model::Random(_) => format!("random {}", self.format.as_str()),
-        }
+        let stored_as = self.stored_as(model);
+        if model == Model::Micro { stored_as.to_owned() } else { format!("random {stored_as}") }
     }
 }
 
@@ -135,6 +153,7 @@ pub(super) fn weigh(args: &WeighArgs) -> Result<Value> {
         language: Some("en".to_owned()),
         task: voxfleet_schema::session::Task::Transcribe,
         hearing: None,
+        background: false,
         cancel: Cancel::default(),
     };
     let mut states = Vec::new();

@@ -11,8 +11,8 @@ use voxfleet_schema::{
 };
 use voxfleet_worker::{
     WorkerConfig,
-    engine::{EngineError, direct::transcribe_log, vad::best_available, whisper::WhisperModel},
-    ipc::StartPoint,
+    engine::{EngineError, direct::transcribe_log, pool::Model, vad::best_available},
+    ipc::{EngineConfig, StartPoint},
 };
 
 use crate::sound;
@@ -106,12 +106,25 @@ pub(crate) fn offline(call: &Call, worker: &WorkerConfig) -> Result<Offline, Off
         let dir = worker.models_dir.clone().unwrap_or_default();
         return Err(OfflineError::NoModel(dir.display().to_string()));
     };
-    let mut state = WhisperModel::load(&model.name, &model.path, false, 1)?.state()?;
+    let engine = EngineConfig {
+        engine: worker.engine,
+        ct2: worker.ct2(),
+        decode_states: 1,
+        decode_threads: 1,
+        ..EngineConfig::default()
+    };
+    let mut state = Model::load(&engine, model)?.state()?;
     let detector = best_available(worker.resolved_silero().as_deref(), worker.resolved_onnxruntime().as_deref()).0;
     let log = call.log();
     let begun = Instant::now();
-    let finals =
-        transcribe_log(&log, &SessionOptions::default(), StartPoint::beginning(), &mut state, detector.as_ref(), None)?;
+    let finals = transcribe_log(
+        &log,
+        &SessionOptions::default(),
+        StartPoint::beginning(),
+        &mut *state,
+        detector.as_ref(),
+        None,
+    )?;
     let seconds = begun.elapsed().as_secs_f64();
     let text = join_text(finals.iter().flat_map(|f| f.segments.iter().map(|s| s.text.as_str())));
     Ok(Offline { errors: compare(&call.reference(), &text), seconds, text })

@@ -34,11 +34,11 @@ use voxfleet_schema::{
     id::{Kind, StreamId},
     job::JobResult,
 };
-use voxfleet_worker::WorkerConfig;
+use voxfleet_worker::{WorkerConfig, engine::ct2, ipc::EngineKind};
 
 use crate::{
     Context,
-    args::{DemoArgs, JobArgs, OptionArgs},
+    args::{DemoArgs, DemoEngine, JobArgs, OptionArgs},
     exit::{Exit, OrExit as _},
     file_job::{Step, Wish, outcome, progress::Show, wait},
     transcript::{
@@ -101,6 +101,14 @@ pub(crate) async fn run(args: &DemoArgs, context: &Context) -> anyhow::Result<Ex
     // Of the settings only what a worker needs counts here: the demo brings its own server.
     let mut worker = context.configure(&[], "error")?.settings.worker;
     worker.models_dir = Some(args.models_dir.clone().unwrap_or_else(models_dir));
+    worker.engine = match args.engine {
+        DemoEngine::WhisperCpp => EngineKind::WhisperCpp,
+        DemoEngine::Ct2 if ct2::BUILT_IN => EngineKind::Ct2,
+        DemoEngine::Ct2 => {
+            return Err(anyhow::anyhow!("--engine ct2: this build has no CTranslate2 (cargo feature ct2)"))
+                .or_exit(Exit::Usage);
+        }
+    };
     tokio::select! {
         biased;
         () = context.shutdown.cancelled() => {
@@ -248,7 +256,8 @@ async fn dashboard(fleet: &Fleet) -> Option<String> {
 
 async fn start(args: &DemoArgs) -> anyhow::Result<Fleet> {
     let spinner = spinner(args, "starting nats-server, one dispatcher, two workers");
-    let mut fleet = Fleet::builder().workers(2).slots(4).engine(Engine::Micro).set("worker.decode_threads", 1);
+    let engine = if args.engine == DemoEngine::Ct2 { Engine::Ct2 } else { Engine::Micro };
+    let mut fleet = Fleet::builder().workers(2).slots(4).engine(engine).set("worker.decode_threads", 1);
     // Any free port: several demos may run here, and a fleet.
     fleet = fleet.set("dispatcher.http.listen", "127.0.0.1:0");
     if let Some(dir) = &args.models_dir {

@@ -92,6 +92,7 @@ impl Core {
         let left_out = self.left_out(&session.refused);
         let request = Request {
             vad: session.vad(),
+            engine: session.engine(),
             leaves: session.charged.as_ref(),
             left_out: &left_out,
             ..self.request_for(&session.record.options, true)
@@ -251,7 +252,8 @@ impl Core {
     /// What decides whether there is room for it.
     pub(super) fn needs(&self, session: &Session) -> Needs {
         let options = &session.record.options;
-        Needs { model: self.model_of(options), policy: options.policy.into(), vad: session.vad() }
+        let (vad, engine) = (session.vad(), session.engine());
+        Needs { model: self.model_of(options), policy: options.policy.into(), vad, engine }
     }
 
     pub(super) fn model_of(&self, options: &SessionOptions) -> Model {

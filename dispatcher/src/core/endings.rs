@@ -34,7 +34,7 @@ impl Core {
         // A chain that was purged starts again from 0, with the same or a higher epoch.
         let newer = session.chain.is_none_or(|c| chain.index > c.index || chain.to_seq > c.to_seq);
         if newer {
-            session.chain = Some(chain);
+            session.saw(chain);
             self.check_end(id, now);
         }
     }

@@ -405,7 +405,7 @@ impl Core {
         if let Some(chain) = loaded.chain
             && session.chain.is_none_or(|c| c.index < chain.index)
         {
-            session.chain = Some(chain);
+            session.saw(chain);
         }
         match loaded.record {
             Some((record, revision)) if record == next => self.written(id, record, revision, now),

@@ -391,6 +391,7 @@ mod tests {
             index: 0,
             epoch: 1,
             vad: VadKind::Silero,
+            engine: None,
             end: Some(JobEnd {
                 error: error.map(|class| Failure::new(class, "x")),
                 result: Some("object://asr_media/result/j/1.json".to_owned()),

@@ -15,6 +15,7 @@ use std::{
 use voxfleet_schema::{
     device::Instead,
     failure::Failure,
+    fleet::EngineName,
     id::{StreamId, WorkerName},
     job::{JobRecord, JobState},
     session::{Diarize, SessionOptions},
@@ -30,6 +31,7 @@ pub struct JobMark {
     pub index: u64,
     pub epoch: u64,
     pub vad: VadKind,
+    pub engine: Option<EngineName>,
     pub end: Option<JobEnd>,
 }
 
@@ -54,7 +56,7 @@ impl From<&Final> for JobMark {
             result: f.result.clone(),
             duration_ms: f.to_sample / SAMPLES_PER_MS,
         });
-        Self { index: f.index, epoch: f.epoch, vad: f.vad, end }
+        Self { index: f.index, epoch: f.epoch, vad: f.vad, engine: EngineName::of(&f.engine), end }
     }
 }
 
@@ -203,7 +205,9 @@ impl Job {
     pub fn saw(&mut self, mark: JobMark) -> bool {
         let newer = self.chain.as_ref().is_none_or(|c| mark.index > c.index || mark.epoch > c.epoch);
         if newer {
-            self.chain = Some(mark);
+            // One that heard nothing names no engine: what is known stays.
+            let engine = mark.engine.or(self.chain.as_ref().and_then(|c| c.engine));
+            self.chain = Some(JobMark { engine, ..mark });
         }
         newer
     }

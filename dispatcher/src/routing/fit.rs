@@ -4,12 +4,12 @@ use std::collections::HashMap;
 
 use voxfleet_schema::{
     failure::FailureClass,
-    fleet::{Heartbeat, Residency},
+    fleet::{EngineName, Heartbeat, Residency},
     ladder,
-    session::{Policy, SessionOptions},
+    session::Policy,
 };
 
-use super::Refusal;
+use super::{Refusal, Request};
 
 /// Whether decoding runs on a CPU: pinned to none, or fallen back from its GPU.
 pub(crate) fn is_cpu(beat: &Heartbeat) -> bool {
@@ -83,17 +83,20 @@ pub(super) struct Wanted {
     size: Option<Size>,
     /// Smaller ones may stand in.
     smaller: bool,
+    /// The only engine that may run it.
+    engine: Option<EngineName>,
 }
 
 impl Wanted {
-    pub(super) fn of(options: &SessionOptions, names: &Names) -> Self {
+    pub(super) fn of(request: &Request<'_>, names: &Names) -> Self {
+        let options = request.options;
         let smaller = matches!(options.policy, Policy::AllowSmaller | Policy::AllowCpu | Policy::Unknown);
         let model = options.model.as_deref().map(|name| names.known(name));
         let size = options.model.as_deref().and_then(|name| match model.flatten() {
             Some(number) => names.size(number),
             None => Some(Size::of(name)),
         });
-        Self { model, size, smaller }
+        Self { model, size, smaller, engine: request.engine }
     }
 
     /// How many sizes smaller a model is that may stand in for `asked`.
@@ -148,6 +151,7 @@ pub(super) struct Model {
     pub(super) number: u32,
     size: Size,
     pub(super) standing: Standing,
+    pub(super) engine: Option<EngineName>,
     pub(super) expected_mb: u64,
     /// That figure was measured there.
     pub(super) measured: bool,
@@ -188,6 +192,7 @@ impl Shelf {
                 number,
                 size: names.size(number).unwrap_or_else(|| Size::of(&m.name)),
                 standing,
+                engine: beat.engine_of(m),
                 expected_mb: m.expected_mb,
                 measured: m.measured,
                 spoken_for: standing == Standing::Promised || (standing == Standing::Fetching && wanted()),
@@ -235,6 +240,9 @@ impl Shelf {
     /// Which model the request allows can be run: the one asked for, else the largest that may stand in.
     pub(super) fn fit(&self, wanted: Wanted) -> Result<Fit, Refusal> {
         let asked = self.asked(wanted);
+        if wanted.engine.is_some() && asked.is_some_and(|model| model.engine != wanted.engine) {
+            return Err(Refusal::OtherEngine);
+        }
         let refusal = match asked.map(|model| model.standing.refusal()) {
             Some(None) => {
                 let warm = asked.is_some_and(|model| model.standing == Standing::Loaded);

@@ -14,7 +14,7 @@ use std::{cmp::Ordering, time::Duration};
 use voxfleet_schema::{
     device::Instead,
     failure::{Failure, FailureClass},
-    fleet::WorkerHealth,
+    fleet::{EngineName, WorkerHealth},
     id::WorkerName,
     session::{Diarize, Policy, SessionOptions},
     transcript::VadKind,
@@ -41,6 +41,8 @@ pub struct Request<'a> {
     pub options: &'a SessionOptions,
     /// A session that has finals keeps their VAD kind.
     pub vad: Option<VadKind>,
+    /// One that may not change keeps the engine of its finals.
+    pub engine: Option<EngineName>,
     /// Somebody listens: it must keep up with speech. A file job need not.
     pub live: bool,
     /// The service it belongs to, with a map of the fleet; none: no service of the map takes it.
@@ -54,7 +56,7 @@ pub struct Request<'a> {
 impl<'a> Request<'a> {
     /// A new one on a fleet without a map.
     pub fn new(options: &'a SessionOptions, live: bool) -> Self {
-        Self { options, vad: None, live, service: None, leaves: None, left_out: &[] }
+        Self { options, vad: None, engine: None, live, service: None, leaves: None, left_out: &[] }
     }
 }
 
@@ -186,7 +188,7 @@ impl Roster {
     /// How it differs on this worker from what was asked for, whatever else speaks against it there.
     pub fn instead(&self, request: &Request<'_>, worker: &WorkerName, now: Duration) -> Option<Instead> {
         let slot = self.slot(worker)?;
-        let fit = self.rows[slot].shelf.fit(Wanted::of(request.options, &self.names)).ok();
+        let fit = self.rows[slot].shelf.fit(Wanted::of(request, &self.names)).ok();
         self.instead_there(request, slot, fit.and_then(|fit| fit.stand_in), now)
     }
 
@@ -228,7 +230,7 @@ impl Roster {
             return false;
         };
         let row = &self.rows[slot];
-        let fits = || row.shelf.fit(Wanted::of(request.options, &self.names)).is_ok_and(|fit| fit.stand_in.is_none());
+        let fits = || row.shelf.fit(Wanted::of(request, &self.names)).is_ok_and(|fit| fit.stand_in.is_none());
         let hindered = row.pressed || row.hot || (request.live && row.slow);
         let able = row.health(now) == WorkerHealth::Alive && !hindered;
         able && !(row.cpu && self.misses_gpu(request)) && fits()
@@ -243,7 +245,7 @@ impl Roster {
         let strict = matches!(request.options.policy, Policy::ExactModel | Policy::AllowSmaller);
         Terms {
             request,
-            wanted: Wanted::of(request.options, &self.names),
+            wanted: Wanted::of(request, &self.names),
             any_gpu: strict && request.service.map_or(self.any_gpu, |service| service.gpus),
             now,
         }

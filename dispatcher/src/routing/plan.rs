@@ -156,7 +156,9 @@ fn planned(row: &Row, model: &Model, name: &str, sessions: u64) -> ModelPlan {
         utilization: share(filled_mb, row.total_mb),
         risk,
     };
-    ModelPlan { option, standing: standing.to_owned(), expected_mb: model.expected_mb, measured: model.measured }
+    let engine = model.engine.map(|engine| engine.as_str().to_owned());
+    let (expected_mb, measured) = (model.expected_mb, model.measured);
+    ModelPlan { option, standing: standing.to_owned(), engine, expected_mb, measured }
 }
 
 /// Nought of a device that reports no memory.

@@ -17,6 +17,8 @@ pub enum Refusal {
     Reserved,
     /// The session keeps the VAD kind of its finals.
     OtherVad,
+    /// It may not change the engine that its finals came from.
+    OtherEngine,
     NoSpeakers,
     /// The policy keeps it off CPUs, or on them.
     WrongDevice,
@@ -42,7 +44,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [Refusal; 24] = [
+    const ALL: [Refusal; 25] = [
         Refusal::Joining,
         Refusal::Suspect,
         Refusal::Dead,
@@ -52,6 +54,7 @@ impl Refusal {
         Refusal::OtherService,
         Refusal::Reserved,
         Refusal::OtherVad,
+        Refusal::OtherEngine,
         Refusal::NoSpeakers,
         Refusal::WrongDevice,
         Refusal::ModelNotHere,
@@ -91,6 +94,7 @@ impl Refusal {
             Refusal::OtherService => "serves another service",
             Refusal::Reserved => "held in reserve",
             Refusal::OtherVad => "other vad kind",
+            Refusal::OtherEngine => "other engine, which its policy excludes",
             Refusal::NoSpeakers => "cannot tell speakers apart",
             Refusal::WrongDevice => "policy excludes this device",
             Refusal::ModelNotHere => "model not here",

@@ -3,7 +3,7 @@ mod random;
 
 use voxfleet_schema::{
     device::Pressure,
-    fleet::{Heartbeat, Residency},
+    fleet::{EngineName, Heartbeat, Residency},
     transcript::SpeakersBy,
 };
 
@@ -106,6 +106,7 @@ fn each_filter_names_its_reason() {
     };
     let full = |g: &mut Gpu| g.used = 4;
     let other_vad = |g: &mut Gpu| g.beat.engine.vad = VadKind::Energy;
+    let other_engine = |g: &mut Gpu| g.beat.models[0].engine = Some("ct2".to_owned());
     let deaf = |g: &mut Gpu| g.beat.engine.speakers = SpeakersBy::None;
     let no_model = |g: &mut Gpu| g.beat.models.clear();
     let failed = |g: &mut Gpu| g.beat.models[0].state = Residency::Failed;
@@ -116,11 +117,12 @@ fn each_filter_names_its_reason() {
     let tight = |g: &mut Gpu| g.beat.device.free_mb = 2_400 + 851;
     let tiny = |g: &mut Gpu| g.beat.device.total_mb = 900;
     type Change = fn(&mut Gpu);
-    let cases: [(Change, Refusal); 13] = [
+    let cases: [(Change, Refusal); 14] = [
         (hot, Refusal::TooHot),
         (slow, Refusal::TooSlow),
         (full, Refusal::NoSlot),
         (other_vad, Refusal::OtherVad),
+        (other_engine, Refusal::OtherEngine),
         (deaf, Refusal::NoSpeakers),
         (no_model, Refusal::ModelNotHere),
         (failed, Refusal::ModelFailed),
@@ -132,7 +134,8 @@ fn each_filter_names_its_reason() {
         (tiny, Refusal::ModelTooLarge),
     ];
     let options = SessionOptions { diarize: Diarize::On, ..SessionOptions::default() };
-    let request = Request { vad: Some(VadKind::Silero), ..Request::new(&options, true) };
+    let (vad, engine) = (Some(VadKind::Silero), EngineName::of(&gpus(1)[0].beat.engine.kind));
+    let request = Request { vad, engine, ..Request::new(&options, true) };
     for (change, refusal) in cases {
         let mut fleet = gpus(2);
         change(&mut fleet[0]);

@@ -9,8 +9,9 @@ use std::{collections::HashMap, time::Duration};
 use voxfleet_schema::{
     device::Instead,
     failure::Failure,
+    fleet::EngineName,
     id::{StreamId, WorkerName},
-    session::{SessionOptions, SessionRecord, SessionState},
+    session::{Policy, SessionOptions, SessionRecord, SessionState},
     trace::TraceContext,
     transcript::{Final, VadKind},
 };
@@ -35,11 +36,13 @@ pub struct ChainMark {
     pub to_seq: u64,
     pub end: bool,
     pub vad: VadKind,
+    pub engine: Option<EngineName>,
 }
 
 impl From<&Final> for ChainMark {
     fn from(f: &Final) -> Self {
-        Self { index: f.index, epoch: f.epoch, to_seq: f.audio.to_seq, end: f.end, vad: f.vad }
+        let engine = EngineName::of(&f.engine);
+        Self { index: f.index, epoch: f.epoch, to_seq: f.audio.to_seq, end: f.end, vad: f.vad, engine }
     }
 }
 
@@ -220,6 +223,18 @@ impl Session {
     /// The VAD kind it keeps: that of its finals, unless none of them heard anything.
     pub fn vad(&self) -> Option<VadKind> {
         self.chain.map(|c| c.vad).filter(|vad| *vad != VadKind::Unknown)
+    }
+
+    /// A later final of it. One that heard nothing names no engine: what is known stays.
+    pub fn saw(&mut self, mark: ChainMark) {
+        let engine = mark.engine.or(self.chain.and_then(|c| c.engine));
+        self.chain = Some(ChainMark { engine, ..mark });
+    }
+
+    /// The engine it keeps: that of its finals, where it said that nothing may differ.
+    pub fn engine(&self) -> Option<EngineName> {
+        let exact = self.record.options.policy == Policy::ExactModel;
+        self.chain.and_then(|c| c.engine).filter(|_| exact)
     }
 
     /// The model its worker needs for it; none: the worker's default.

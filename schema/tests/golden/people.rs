@@ -200,6 +200,7 @@ pub(crate) fn heartbeat() -> Heartbeat {
         }],
         given_up: Vec::new(),
         models: vec![ModelState {
+            engine: Some("ct2".to_owned()),
             name: "micro.en".into(),
             state: Residency::Loaded,
             resident_mb: 12,

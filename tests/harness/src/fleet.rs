@@ -53,6 +53,8 @@ pub enum Engine {
     Micro,
     /// The same with the energy-based detector.
     MicroEnergy,
+    /// The same model in CTranslate2, as [`Engine::Micro`] otherwise; [`has_ct2`] says whether the binary has it.
+    Ct2,
 }
 
 /// Which servers carry it.
@@ -250,7 +252,18 @@ fn engine_settings(engine: &Engine, dir: &Path) -> Settings {
         }
         Engine::Micro => micro(),
         Engine::MicroEnergy => energy(micro()),
+        Engine::Ct2 => micro().with("worker.engine", "ct2"),
     }
+}
+
+/// Whether the binary under test was built with the batched engine.
+pub fn has_ct2() -> Result<bool> {
+    let said = std::process::Command::new(find::voxfleet()?).arg("--version").output();
+    let said = said.map_err(|e| Error::Wrong(format!("voxfleet --version: {e}")))?;
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    let engines = said.lines().find_map(|line| line.strip_prefix("engines: "));
+    let engines = engines.ok_or_else(|| Error::Wrong(format!("voxfleet --version names no engines: {said}")))?;
+    Ok(engines.split(", ").any(|engine| engine == "ct2"))
 }
 
 /// Folder of the small test models.

@@ -11,13 +11,15 @@ use serde_json::Value;
 use voxfleet_harness::find;
 
 /// Crates of ours that each crate may name; dispatcher and worker never meet.
-const EDGES: [(&str, &[&str]); 14] = [
+const EDGES: [(&str, &[&str]); 15] = [
     ("voxfleet-schema", &[]),
     // What measures the product knows nothing of it.
     ("voxfleet-eval", &[]),
     ("voxfleet-audio", &["voxfleet-schema"]),
     // Who spoke when is signal and decision code that knows neither wire nor models.
     ("voxfleet-diarize", &[]),
+    // Files of models in, files of models out.
+    ("voxfleet-ggml", &[]),
     ("voxfleet-nats", &["voxfleet-schema"]),
     // It serves what others bring and knows neither NATS nor our types.
     ("voxfleet-http", &[]),
@@ -30,6 +32,7 @@ const EDGES: [(&str, &[&str]); 14] = [
             "voxfleet-schema",
             "voxfleet-audio",
             "voxfleet-diarize",
+            "voxfleet-ggml",
             "voxfleet-nats",
             "voxfleet-http",
             "voxfleet-trace",
@@ -58,6 +61,7 @@ const EDGES: [(&str, &[&str]); 14] = [
             "voxfleet-schema",
             "voxfleet-audio",
             "voxfleet-diarize",
+            "voxfleet-ggml",
             "voxfleet-nats",
             "voxfleet-http",
             "voxfleet-trace",
@@ -86,10 +90,11 @@ const EDGES: [(&str, &[&str]); 14] = [
 ];
 
 /// Libraries that only these crates may name.
-const CONFINED: [(&str, &[&str]); 10] = [
+const CONFINED: [(&str, &[&str]); 11] = [
     ("async-nats", &["voxfleet-nats", "voxfleet-harness", "voxfleet-tests"]),
     ("nkeys", &["voxfleet-nats"]),
     ("whisper-rs", &["voxfleet-worker"]),
+    ("ct2rs", &["voxfleet-worker"]),
     ("ort", &["voxfleet-worker"]),
     ("nvml-wrapper", &["voxfleet-worker"]),
     ("symphonia-adapter-libopus", &["voxfleet-audio"]),

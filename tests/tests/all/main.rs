@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`floors`] | who may depend on whom |
 //! | [`live_simulated`], [`live_micro`] | many sessions at once; text as the engine gives it when called directly |
+//! | [`ct2`] | the batched engine in a fleet, and beside the other one |
 //! | [`third_party`] | what somebody sees who has only the `nats` command |
 //! | [`doctor_fleet`] | what `voxfleet doctor` says of a fleet that is broken |
 //! | [`operator`], [`dead_letters`] | why something is where it is, a drain, what failed found and tried again |
@@ -51,6 +52,7 @@ mod cli;
 mod cli_jobs;
 mod cli_speakers;
 mod cluster_r3;
+mod ct2;
 mod dead_letters;
 mod device_faults;
 mod device_idle;

@@ -53,6 +53,8 @@ pub(crate) struct Cores {
     engine: EngineKind,
     states: usize,
     threads: usize,
+    /// Most windows in a batch, of an engine that has such.
+    batch: usize,
     /// Workers at least, where more are on their way than are seen.
     at_least: usize,
     presence: Option<Arc<Presence>>,
@@ -64,6 +66,7 @@ impl Cores {
             engine: config.engine,
             states: config.decode_states,
             threads: config.decode_threads,
+            batch: config.ct2.batch,
             at_least: config.host_workers as usize,
             presence,
         }
@@ -80,11 +83,16 @@ impl Cores {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let sharers = Sharers { cores, workers: self.workers(), states: self.states, on_gpu };
         let share = match self.engine {
-            EngineKind::WhisperCpp => sharers.share(self.threads),
+            EngineKind::WhisperCpp | EngineKind::Auto => sharers.share(self.threads),
+            // One batch at a time has all threads; another is made ready meanwhile.
+            EngineKind::Ct2 => {
+                let Share { threads, .. } = Sharers { states: 1, ..sharers }.share(self.threads);
+                Share { states: self.states.max(2 * self.batch), threads }
+            }
             // Its decodes wait and do not compute.
             EngineKind::Simulated => Share { states: self.states, threads: 1 },
         };
-        if share.states < self.states || share.threads < self.threads && self.engine == EngineKind::WhisperCpp {
+        if share.states < self.states || share.threads < self.threads && self.engine.is_real() {
             tracing::warn!(
                 asked_states = self.states,
                 asked_threads = self.threads,

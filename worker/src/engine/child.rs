@@ -146,7 +146,7 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
     let (events, inbox) = sync_channel(FRAMES);
     let pool = Pool::start(&config, &events).map_err(ChildError::Thread)?;
     let neighbour = config.turns.as_ref().map(|turns| Neighbour::start(turns, &events)).transpose()?;
-    if config.engine == EngineKind::WhisperCpp {
+    if config.engine.is_real() {
         last_words::listen();
         if config.use_gpu {
             claim_gpu();
@@ -160,10 +160,10 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
         vad: vads.kind(),
         speakers,
         device: match config.engine {
-            EngineKind::WhisperCpp => whisper::device(config.use_gpu),
+            EngineKind::WhisperCpp | EngineKind::Ct2 | EngineKind::Auto => whisper::device(config.use_gpu),
             EngineKind::Simulated => simulated::device(config.use_gpu).to_owned(),
         },
-        engine: engine_name(config.engine).to_owned(),
+        engine: config.engine.as_str().to_owned(),
         notes,
     };
     std::thread::Builder::new()
@@ -181,13 +181,6 @@ pub fn serve(socket: UnixStream) -> Result<(), ChildError> {
         // The supervisor may close while we write: that is its way of saying goodbye.
         Err(ChildError::Transport(TransportError::Closed)) => Ok(()),
         ended => ended,
-    }
-}
-
-fn engine_name(kind: EngineKind) -> &'static str {
-    match kind {
-        EngineKind::WhisperCpp => "whisper_cpp",
-        EngineKind::Simulated => "simulated",
     }
 }
 

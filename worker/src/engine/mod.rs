@@ -7,7 +7,7 @@
 //! | [`diarize`] | who speaks: the networks beside each decode thread |
 //! | [`onnx`] | how ONNX models are opened |
 //! | [`stream`] | log entries -> samples -> VAD -> windows -> finals; pure, boundaries depend on the log alone |
-//! | [`whisper`], [`simulated`] | recognizers: whisper.cpp, and text made from the samples themselves |
+//! | [`whisper`], [`ct2`], [`simulated`] | recognizers: whisper.cpp, CTranslate2, and text made from the samples themselves |
 //! | [`models`] | a model file is checked here before the C++ code sees it |
 //! | [`guards`] | holds back text that is not speech; pure |
 //! | [`pool`], [`child`] | decode-state threads, and the child process around streams and pool |
@@ -19,6 +19,7 @@
 
 pub mod checksum;
 pub mod child;
+pub mod ct2;
 pub mod diarize;
 pub mod direct;
 pub mod guards;
@@ -129,6 +130,8 @@ pub struct Window {
     pub task: Task,
     /// Who speaks is to be heard as well.
     pub hearing: Option<Box<diarize::Hearing>>,
+    /// Of a recording: live windows go first. Decides when it is decoded, never what is heard.
+    pub background: bool,
     pub cancel: Cancel,
 }
 
@@ -166,7 +169,7 @@ pub struct HeardWord {
 /// What a recognizer really is, for finals and heartbeats.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecognizerInfo {
-    /// `whisper_cpp` or `simulated`.
+    /// `whisper_cpp`, `ct2` or `simulated`.
     pub engine: String,
     pub model: String,
     /// `cpu` or `cuda:<name>`.
@@ -181,7 +184,8 @@ impl RecognizerInfo {
     }
 }
 
-/// A decode state: decodes windows, possibly of different sessions, as one batch. whisper.cpp takes them one by one.
+/// A decode state: decodes windows, possibly of different sessions, as one batch. whisper.cpp takes them one by one,
+/// CTranslate2 together.
 pub trait Recognizer: Send {
     fn info(&self) -> &RecognizerInfo;
 

@@ -14,6 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+#[cfg(feature = "ct2-engine")]
+use super::ct2::{self, Ct2Model};
 use super::{
     Cancel, EngineError, Hypothesis, Recognizer, RecognizerInfo, Window,
     diarize::{DiarizeConfig, Ears, HeardLate, Hearing, Listened, Listening},
@@ -31,13 +33,24 @@ const ATTEMPTS: u32 = 3;
 #[derive(Clone)]
 pub enum Model {
     Whisper(WhisperModel),
+    #[cfg(feature = "ct2-engine")]
+    Ct2(Ct2Model),
     Simulated(SimulatedModel),
 }
 
 impl Model {
     pub fn load(config: &EngineConfig, file: &ModelFile) -> Result<Self, EngineError> {
-        match config.engine {
-            EngineKind::WhisperCpp => {
+        match config.engine.of_model(file) {
+            #[cfg(feature = "ct2-engine")]
+            EngineKind::Ct2 => {
+                // One batch is at work at a time. Where whisper.cpp's states may be at work as well, it has the threads of all.
+                let states = if config.engine == EngineKind::Auto { config.decode_states } else { 1 };
+                let threads = config.decode_threads * states;
+                Ct2Model::load(&file.name, &file.path, &config.ct2, threads, config.use_gpu).map(Self::Ct2)
+            }
+            #[cfg(not(feature = "ct2-engine"))]
+            EngineKind::Ct2 => Err(no_ct2(file)),
+            EngineKind::WhisperCpp | EngineKind::Auto => {
                 WhisperModel::load(&file.name, &file.path, config.use_gpu, config.decode_threads).map(Self::Whisper)
             }
             EngineKind::Simulated => {
@@ -49,6 +62,8 @@ impl Model {
     pub fn info(&self) -> &RecognizerInfo {
         match self {
             Self::Whisper(model) => model.info(),
+            #[cfg(feature = "ct2-engine")]
+            Self::Ct2(model) => model.info(),
             Self::Simulated(model) => model.info(),
         }
     }
@@ -61,14 +76,16 @@ impl Model {
     /// MB that its weights take on a simulated card, and each of its states.
     fn on_card_mb(&self) -> Option<(u64, u64)> {
         match self {
-            Self::Whisper(_) => None,
             Self::Simulated(model) => model.on_card_mb(),
+            _ => None,
         }
     }
 
     pub fn state(&self) -> Result<Box<dyn Recognizer>, EngineError> {
         Ok(match self {
             Self::Whisper(model) => Box::new(model.state()?),
+            #[cfg(feature = "ct2-engine")]
+            Self::Ct2(model) => Box::new(model.state()),
             Self::Simulated(model) => Box::new(model.state()?),
         })
     }
@@ -77,13 +94,23 @@ impl Model {
 /// What loading a model will take in MB, all decode states included; an error says why it cannot be loaded at all.
 pub fn expected_mb(config: &EngineConfig, file: &ModelFile) -> Result<u64, EngineError> {
     let states = config.decode_states as u64;
-    match config.engine {
+    match config.engine.of_model(file) {
         EngineKind::Simulated => {
             Ok(simulated::weights_mb(&config.simulated, &file.name) + states * config.simulated.state_mb)
         }
-        EngineKind::WhisperCpp => models::check(&file.name, &file.path)
+        #[cfg(not(feature = "ct2-engine"))]
+        EngineKind::Ct2 => Err(no_ct2(file)),
+        #[cfg(feature = "ct2-engine")]
+        EngineKind::Ct2 if file.path.is_dir() => ct2::folder::expected_mb(&file.name, &file.path, &config.ct2),
+        _ => models::check(&file.name, &file.path)
             .map(|facts| facts.expected_mb - facts.state_mb + states * facts.state_mb),
     }
+}
+
+#[cfg(not(feature = "ct2-engine"))]
+fn no_ct2(file: &ModelFile) -> EngineError {
+    let why = "this build has no CTranslate2 (cargo feature ct2)".to_owned();
+    EngineError::Model { name: file.name.clone(), why }
 }
 
 /// Whether a session cannot go on here after such an error; any other makes one final without text. A language or task the
@@ -357,7 +384,7 @@ fn load_loop<E: From<Loaded>>(config: &EngineConfig, loads: &Receiver<Load>, eve
             // Dropped or too late: either way the load shows whether there is room.
             let _ = dropped.recv_timeout(patience.saturating_duration_since(Instant::now()));
         }
-        let on_gpu = config.engine == EngineKind::WhisperCpp && config.use_gpu;
+        let on_gpu = config.engine.is_real() && config.use_gpu;
         let (begin, before) = (Instant::now(), Taken::from_now(on_gpu));
         let model = Model::load(config, &file);
         let on_card = model.as_ref().ok().and_then(Model::on_card_mb);

@@ -33,7 +33,7 @@ use super::{
 };
 
 /// Prompt tokens that Whisper takes: half its text context, less the token in front.
-const MAX_PROMPT_TOKENS: usize = 223;
+pub(super) const MAX_PROMPT_TOKENS: usize = 223;
 /// whisper.cpp's times are in units of 10 ms.
 const MS_PER_TICK: i64 = 10;
 
@@ -129,13 +129,23 @@ pub fn leave_free(reserve_mb: u64) {
 
 /// Refuses what cannot fit, before an allocation fails: on a device that aborts the process, on the host the kernel picks a
 /// victim. Where the free memory is not known, everything fits.
-fn enough_memory(on_gpu: bool, needed_mb: u64, what: impl Fn() -> String) -> Result<(), EngineError> {
-    let (free_mb, reserve_mb) =
-        if on_gpu { (free_device_mb(), RESERVE_MB.load(Ordering::Relaxed)) } else { (free_memory_mb(), 0) };
-    match free_mb {
+pub(super) fn enough_memory(on_gpu: bool, needed_mb: u64, what: impl Fn() -> String) -> Result<(), EngineError> {
+    let reserve_mb = reserve_mb(on_gpu);
+    match if on_gpu { free_device_mb() } else { free_memory_mb() } {
         Some(free_mb) => fits(needed_mb, free_mb, reserve_mb, what),
         None => Ok(()),
     }
+}
+
+fn reserve_mb(on_gpu: bool) -> u64 {
+    if on_gpu { RESERVE_MB.load(Ordering::Relaxed) } else { 0 }
+}
+
+/// MB that may still be taken, what others are left not counted; none where the system does not tell.
+#[cfg(feature = "ct2-engine")]
+pub(super) fn free_mb(on_gpu: bool) -> Option<u64> {
+    let free_mb = if on_gpu { free_device_mb() } else { free_memory_mb() };
+    free_mb.map(|free_mb| free_mb.saturating_sub(reserve_mb(on_gpu)))
 }
 
 fn fits(needed_mb: u64, free_mb: u64, reserve_mb: u64, what: impl Fn() -> String) -> Result<(), EngineError> {
@@ -330,16 +340,16 @@ impl WhisperRecognizer {
 }
 
 /// Languages written without spaces: each token that ends on a whole character is a word there.
-const UNSPACED: [&str; 6] = ["zh", "ja", "th", "lo", "my", "yue"];
+pub(super) const UNSPACED: [&str; 6] = ["zh", "ja", "th", "lo", "my", "yue"];
 
 /// One text token.
-struct Token {
-    bytes: Vec<u8>,
-    probability: f32,
-    log_probability: f32,
+pub(super) struct Token {
+    pub(super) bytes: Vec<u8>,
+    pub(super) probability: f32,
+    pub(super) log_probability: f32,
     /// In ms, not yet clamped; none before whisper.cpp has worked it out.
-    start_ms: i64,
-    end_ms: i64,
+    pub(super) start_ms: i64,
+    pub(super) end_ms: i64,
 }
 
 /// A segment's text tokens; timestamps and other specials are left out.
@@ -377,7 +387,7 @@ impl Scores {
 }
 
 /// Joins tokens to words: a leading space begins a new one. Times stay in order and within the segment.
-fn words_of(tokens: &[Token], spaced: bool, segment_ms: std::ops::Range<u64>) -> Vec<HeardWord> {
+pub(super) fn words_of(tokens: &[Token], spaced: bool, segment_ms: std::ops::Range<u64>) -> Vec<HeardWord> {
     let mut groups: Vec<Vec<&Token>> = Vec::new();
     let mut bytes_so_far: Vec<u8> = Vec::new();
     for token in tokens {

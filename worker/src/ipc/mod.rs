@@ -10,7 +10,10 @@ pub mod transport;
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::engine::diarize::{DiarizeConfig, Heard};
+pub use crate::engine::{
+    ct2::Ct2Config,
+    diarize::{DiarizeConfig, Heard},
+};
 use voxfleet_schema::{
     audio::RawEntry,
     event::What,
@@ -99,7 +102,7 @@ impl StartPoint {
 }
 
 /// First frame to the child: everything it needs to know. It reads no configuration and no environment of its own.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct EngineConfig {
     pub engine: EngineKind,
     /// Model file of each model name that may be asked for.
@@ -121,6 +124,8 @@ pub struct EngineConfig {
     pub turns: Option<TurnsConfig>,
     #[serde(default)]
     pub diarize: DiarizeConfig,
+    #[serde(default)]
+    pub ct2: Ct2Config,
     pub simulated: SimulatedConfig,
 }
 
@@ -137,7 +142,42 @@ pub struct TurnsConfig {
 pub enum EngineKind {
     #[default]
     WhisperCpp,
+    /// CTranslate2: windows of different sessions as one batch.
+    Ct2,
+    /// By the model: CTranslate2 for its folders where this build has it, whisper.cpp for ggml files.
+    Auto,
     Simulated,
+}
+
+impl EngineKind {
+    /// As finals and heartbeats name it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            EngineKind::WhisperCpp => "whisper_cpp",
+            EngineKind::Ct2 => "ct2",
+            EngineKind::Auto => "auto",
+            EngineKind::Simulated => "simulated",
+        }
+    }
+
+    /// It computes: it needs model files, cores and memory.
+    pub fn is_real(self) -> bool {
+        self != EngineKind::Simulated
+    }
+
+    /// What a heartbeat says of a model beside the worker's engine: which it is where that differs by model.
+    pub fn told_of(self, file: &ModelFile) -> Option<String> {
+        (self == EngineKind::Auto).then(|| self.of_model(file).as_str().to_owned())
+    }
+
+    /// Which engine takes a model; never `Auto`.
+    pub fn of_model(self, file: &ModelFile) -> EngineKind {
+        match self {
+            EngineKind::Auto if file.path.is_dir() => EngineKind::Ct2,
+            EngineKind::Auto => EngineKind::WhisperCpp,
+            named => named,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

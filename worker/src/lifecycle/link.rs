@@ -131,6 +131,7 @@ pub(super) fn models_of(config: &EngineConfig) -> Vec<ModelState> {
         .iter()
         .map(|model| ModelState {
             name: model.name.clone(),
+            engine: config.engine.told_of(model),
             state: Residency::Available,
             // Weights are most of what a model takes.
             expected_mb: std::fs::metadata(&model.path).map_or(0, |m| m.len().div_ceil(1 << 20)),

@@ -11,7 +11,7 @@ use super::*;
 use crate::{
     config::WorkerConfig,
     device::Cores,
-    ipc::{FromEngine, ModelFile, SimulatedConfig},
+    ipc::{EngineKind, FromEngine, ModelFile, SimulatedConfig},
 };
 
 /// An engine with models of these names and what it is told of its device.
@@ -29,6 +29,7 @@ pub(crate) fn engine(models: &[&str], use_gpu: bool) -> (Engine, watch::Sender<D
         use_gpu,
         reserve_mb: 0,
         turns: None,
+        ct2: Default::default(),
         simulated: SimulatedConfig::default(),
     };
     let exe = Some("/nowhere/voxfleet".into());

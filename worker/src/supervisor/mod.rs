@@ -390,6 +390,7 @@ fn engine_config(config: &WorkerConfig, probe: &Probe, total_mb: u64) -> EngineC
         reserve_mb: config.reserve_mb(total_mb),
         turns: config.turns(),
         diarize: config.diarize(),
+        ct2: config.ct2(),
         simulated: config.simulated.clone(),
     }
 }

@@ -129,6 +129,7 @@ fn models_of_the_official_shapes_load_and_decode() {
         language: None,
         task: Task::Transcribe,
         hearing: None,
+        background: false,
         cancel: Cancel::default(),
     };
     let heard = state.decode(std::slice::from_ref(&window));

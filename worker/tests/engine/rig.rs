@@ -40,6 +40,7 @@ pub(crate) fn simulated_config(simulated: SimulatedConfig) -> EngineConfig {
         reserve_mb: 0,
         turns: None,
         diarize: Default::default(),
+        ct2: Default::default(),
         simulated,
     }
 }

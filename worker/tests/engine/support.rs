@@ -13,7 +13,11 @@ use symphonia::core::{
     io::MediaSourceStream,
     meta::MetadataOptions,
 };
+#[cfg(feature = "ct2-engine")]
+use voxfleet_ggml::folder::{Precision, convert};
 use voxfleet_schema::{audio::RawEntry, session::SessionOptions, transcript::join_text};
+#[cfg(feature = "ct2-engine")]
+use voxfleet_worker::{engine::ct2::Ct2Model, ipc::Ct2Config};
 use voxfleet_worker::{
     engine::{
         EngineError, Hypothesis, Purpose, Recognizer, RecognizerInfo, Window,
@@ -152,6 +156,19 @@ pub(crate) fn whisper() -> Model {
     Model::Whisper(MODEL.get_or_init(load).clone())
 }
 
+/// The micro model in CTranslate2, in float32 unless told otherwise.
+#[cfg(feature = "ct2-engine")]
+pub(crate) fn ct2(config: &Ct2Config) -> Model {
+    static FOLDER: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
+    let (_, dir) = FOLDER.get_or_init(|| {
+        let folder = tempfile::tempdir().expect("folder");
+        let dir = folder.path().join("micro.en");
+        convert(&micro_model(), &dir, Precision::Float32, &mut |_, _| true).expect("converted");
+        (folder, dir)
+    });
+    Model::Ct2(Ct2Model::load("micro.en", dir, config, 1, false).expect("micro model"))
+}
+
 /// By energy always, and Silero where it is installed.
 pub(crate) fn detectors() -> Vec<Arc<dyn VadFactory>> {
     let mut all: Vec<Arc<dyn VadFactory>> = vec![Arc::new(Energy)];
@@ -185,7 +202,7 @@ pub(crate) fn silero() -> Result<Arc<dyn VadFactory>, String> {
     note.map_or(Ok(factory), Err)
 }
 
-/// Everything that decides what is heard: model, samples, place, prompt, language, and whether it is a final.
+/// Everything that decides what is heard: engine and model, samples, place, prompt, language, and whether it is a final.
 type Key = (String, Vec<u32>, u64, String, Option<String>, bool);
 
 /// Remembers what was heard in which window, for all tests of a binary. Running a log again then costs only windows that
@@ -205,7 +222,7 @@ impl Remembering {
         static HEARD: Mutex<Option<HashMap<Key, Hypothesis>>> = Mutex::new(None);
         let bits = window.samples.iter().map(|s| s.to_bits()).collect();
         let finals = window.purpose == Purpose::Final;
-        let model = self.inner.info().model.clone();
+        let model = format!("{} {}", self.inner.info().engine, self.inner.info().model);
         let key = (model, bits, window.from_sample, window.prompt.clone(), window.language.clone(), finals);
         if let Some(heard) = HEARD.lock().expect("lock").get_or_insert_default().get(&key) {
             return Ok(heard.clone());

@@ -12,7 +12,11 @@ use anyhow::{Context as _, Result, ensure};
 use futures_util::{StreamExt as _, future::try_join_all};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
-use voxfleet_eval::latency::{Arrival, Said, What, seen};
+use voxfleet_eval::{
+    Edits,
+    latency::{Arrival, Said, What, seen},
+    text::compare,
+};
 use voxfleet_harness::{
     audio::{self, Pcm},
     find,
@@ -20,13 +24,14 @@ use voxfleet_harness::{
     load,
     producer::Producer,
 };
+use voxfleet_schema::transcript::join_text;
 
 use self::search::Tails;
 use super::{progress, rounded};
 use crate::demo::report::quantile;
 
 const CALLS: [u32; 4] = [1, 2, 4, 5];
-const MICRO: &str = "micro.en-q8_0";
+pub(super) const MICRO: &str = "micro.en-q8_0";
 /// Sessions of one round begin within this time, so that their turns do not coincide.
 const SPREAD: Duration = Duration::from_secs(4);
 /// For the last final, on a machine that is behind.
@@ -58,12 +63,17 @@ pub(crate) struct LatencyArgs {
 }
 
 /// A call and what is said in it.
-struct Call {
-    pcm: Pcm,
+pub(super) struct Call {
+    pub(super) pcm: Pcm,
     truth: Vec<Said>,
 }
 
 impl Call {
+    /// Those that are streamed, each cut after so many ms where nobody speaks.
+    pub(super) fn all(most_ms: Option<u64>) -> Result<Vec<Self>> {
+        CALLS.iter().map(|n| Self::load(*n, most_ms)).collect()
+    }
+
     fn load(number: u32, most_ms: Option<u64>) -> Result<Self> {
         let path = find::root().join(format!("tests/audio/call-{number:02}.json"));
         let mut call = Self { pcm: audio::call(number)?, truth: truth(&path)? };
@@ -104,7 +114,7 @@ fn pause_after(truth: &[Said], from_ms: u64) -> u64 {
 pub(super) async fn run(args: LatencyArgs) -> Result<Value> {
     let started = Instant::now();
     let most_ms = args.quick.then_some(QUICK_MS);
-    let calls = CALLS.iter().map(|n| Call::load(*n, most_ms)).collect::<Result<Vec<_>>>()?;
+    let calls = Call::all(most_ms)?;
     let budget = if args.quick { QUICK_BUDGET } else { BUDGET };
     let longest = calls.iter().map(|c| c.pcm.seconds()).fold(0.0, f64::max);
     let round_takes = Duration::from_secs_f64(longest) + SPREAD + ROUND_EXTRA;
@@ -117,7 +127,7 @@ pub(super) async fn run(args: LatencyArgs) -> Result<Value> {
             break;
         }
         progress(&format!("{sessions} live sessions for {longest:.0} s"));
-        let round = measure(&calls, sessions, args.chunk_ms).await?;
+        let round = measure(&calls, sessions, args.chunk_ms, &[]).await?;
         if sessions == 1 {
             single = round.tails.clone();
         }
@@ -149,20 +159,23 @@ fn next(tried: &[(usize, bool)], most: usize, quick: bool) -> Option<usize> {
 }
 
 /// One decode state a core, of one thread each: more threads than cores would only spin.
-fn cores() -> usize {
+pub(super) fn cores() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from).min(8)
 }
 
 /// What all sessions of one round gave.
 #[derive(Default)]
-struct Round {
-    partial_ms: Vec<u64>,
-    final_ms: Vec<u64>,
+pub(super) struct Round {
+    /// From when a word was published to the first message that shows it, a partial or a final.
+    pub(super) partial_ms: Vec<u64>,
+    pub(super) final_ms: Vec<u64>,
     tails: Tails,
-    words: usize,
+    /// Of all finals, over all sessions.
+    pub(super) edits: Edits,
+    pub(super) words: usize,
     missed: usize,
-    without_partial: usize,
-    trouble: Option<String>,
+    pub(super) without_partial: usize,
+    pub(super) trouble: Option<String>,
 }
 
 impl Round {
@@ -184,7 +197,13 @@ impl Round {
     }
 }
 
-async fn measure(calls: &[Call], sessions: usize, chunk_ms: u64) -> Result<Round> {
+/// One worker under so many sessions, told this beside what every such worker is told.
+pub(super) async fn measure(
+    calls: &[Call],
+    sessions: usize,
+    chunk_ms: u64,
+    settings: &[(&str, String)],
+) -> Result<Round> {
     let fleet = Fleet::builder()
         .workers(1)
         .slots(u32::try_from(sessions)? + 1)
@@ -193,6 +212,7 @@ async fn measure(calls: &[Call], sessions: usize, chunk_ms: u64) -> Result<Round
         .set("worker.decode_threads", 1)
         // How many are too many is what is being measured: the dispatcher must not decide it from a slow warm-up.
         .set("dispatcher.min_decode_rate", 0);
+    let fleet = settings.iter().fold(fleet, |fleet, (key, value)| fleet.set(key, value));
     let mut fleet = fleet.start().await?;
     warm_up(&fleet, &calls[0].pcm, chunk_ms).await?;
     let listened = (0..sessions).map(|n| {
@@ -210,6 +230,9 @@ async fn measure(calls: &[Call], sessions: usize, chunk_ms: u64) -> Result<Round
             progress(&format!("session {n} has not ended\n{}", fleet.logs()));
             round.trouble = Some(format!("no end final within {} s", LAST_WORDS.as_secs()));
         }
+        let finals = session.arrivals.iter().filter(|arrival| arrival.what == What::Final);
+        let text = join_text(finals.map(|arrival| arrival.text.as_str()));
+        round.edits += compare(&join_text(call.truth.iter().map(|said| said.word.as_str())), &text);
         let offset = SPREAD.mul_f64(n as f64 / sessions as f64).as_millis() as u64;
         let mut last_words: Vec<(u64, u64)> = Vec::new();
         for (said, seen) in call.truth.iter().zip(seen(&call.truth, &session.arrivals)) {

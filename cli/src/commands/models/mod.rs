@@ -1,5 +1,6 @@
-//! `voxfleet models list|pull|verify|rm`: the folder of models of this machine. Needs no NATS.
+//! `voxfleet models list|pull|verify|rm|convert`: the models of this machine. Needs no NATS.
 
+mod convert;
 mod progress;
 
 use std::time::{Duration, SystemTime};
@@ -32,6 +33,7 @@ pub(crate) async fn run(args: &ModelsArgs, context: &Context) -> anyhow::Result<
             out(&format!("{} removed, {} free again", args.name, megabytes(bytes)))?;
             Ok(Exit::Ok)
         }
+        ModelsCommand::Convert(args) => convert::run(args, context).await,
     }
 }
 

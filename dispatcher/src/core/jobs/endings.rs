@@ -59,7 +59,10 @@ impl Core {
         };
         let tried = decide::Tried { progressed: job.progressed(), others };
         let verdict = decide::judge(&job.record, failure, tried, self.config.max_attempts);
-        tracing::info!(job = %id, epoch = job.record.epoch, attempts = job.record.attempts, error = %failure, ?verdict, "a try failed");
+        let gpu = job.record.worker.as_ref().map(|worker| tracing::field::display(&worker.gpu_id));
+        tracing::info!(
+            job = %id, gpu, epoch = job.record.epoch, attempts = job.record.attempts, error = %failure, ?verdict, "a try failed"
+        );
         match verdict {
             Verdict::Close => self.close_job(id, failure.clone(), now),
             Verdict::Elsewhere { attempts, pause_ms } => {
@@ -175,7 +178,8 @@ impl Core {
         let realtime =
             record.duration_ms.zip(took_ms.filter(|ms| *ms > 0)).map(|(long, took)| long as f64 / took as f64);
         tracing::info!(
-            job = %id, state = record.state.as_str(), attempts = record.attempts, duration_ms = record.duration_ms,
+            job = %id, gpu = record.worker.as_ref().map(|worker| tracing::field::display(&worker.gpu_id)), epoch = record.epoch,
+            state = record.state.as_str(), attempts = record.attempts, duration_ms = record.duration_ms,
             took_ms, error = record.error.as_ref().map(tracing::field::display), "job ended"
         );
         let what = match record.state {

@@ -4,9 +4,10 @@ use std::{collections::HashSet, time::Duration};
 
 use voxfleet_schema::{
     failure::{Failure, FailureClass},
-    fleet::WorkerHealth,
+    fleet::{EngineName, WorkerHealth},
     id::{StreamId, WorkerName},
     job::{JobRecord, JobState, WorkItem},
+    session::Policy,
     transcript::VadKind,
 };
 
@@ -45,6 +46,23 @@ impl Core {
         begun_with.or(job.record.part.as_ref().map(|part| part.vad)).filter(|vad| *vad != VadKind::Unknown)
     }
 
+    /// The engine it keeps, where it said that nothing may differ: that of its finals; of a part also that of the whole.
+    fn engine_of(&self, job: &Job) -> Option<EngineName> {
+        if job.record.options.policy != Policy::ExactModel {
+            return None;
+        }
+        let of_finals = |job: &Job| job.chain.as_ref().and_then(|c| c.engine);
+        let of_whole = || {
+            let whole = self.jobs.book.job(&job.record.part.as_ref()?.parent)?;
+            of_finals(whole).or_else(|| {
+                let beat = &self.fleet.get(whole.record.worker.as_ref()?)?.heartbeat;
+                let asked = job.record.options.model.as_ref().or(beat.default_model.as_ref())?;
+                beat.engine_of(beat.models.iter().find(|model| model.name == *asked)?)
+            })
+        };
+        of_finals(job).or_else(of_whole)
+    }
+
     /// Routes a job, with every worker's reasons if `rows` asks for them. Workers where it failed come last: while another
     /// could take it once a slot is free, they are left out. One that crashed the engines of two goes to these alone.
     pub(super) fn decide_job(
@@ -56,6 +74,7 @@ impl Core {
         let refused = self.left_out(&job.refused);
         let request = Request {
             vad: Self::vad_of(job),
+            engine: self.engine_of(job),
             leaves: job.charged.as_ref(),
             left_out: &refused,
             ..self.request_for(&job.record.options, false)
@@ -91,7 +110,8 @@ impl Core {
         let Some(job) = self.jobs.book.job(id) else {
             return false;
         };
-        let request = Request { vad: Self::vad_of(job), ..self.request_for(&job.record.options, false) };
+        let (vad, engine) = (Self::vad_of(job), self.engine_of(job));
+        let request = Request { vad, engine, ..self.request_for(&job.record.options, false) };
         self.roster.any_could(&request, now.mono, |name| {
             job.record.worker.as_ref() != Some(name) && !job.failed.iter().any(|(who, _)| who == name)
         })
@@ -320,7 +340,8 @@ impl Core {
     /// What decides whether there is room for it.
     fn job_needs(&self, job: &Job) -> Needs {
         let options = &job.record.options;
-        Needs { model: self.model_of(options), policy: options.policy.into(), vad: Self::vad_of(job) }
+        let (vad, engine) = (Self::vad_of(job), self.engine_of(job));
+        Needs { model: self.model_of(options), policy: options.policy.into(), vad, engine }
     }
 }
 

@@ -11,6 +11,7 @@ use voxfleet_schema::{
     event::Event,
     fleet::{GivenUp, Heartbeat},
     job::JobQuery,
+    session::Policy,
     transcript::{Final, VadKind},
 };
 
@@ -206,7 +207,7 @@ impl World {
             return false;
         }
         let index = chain.len() as u64;
-        chain.push(JobMark { index, epoch, vad: VadKind::Silero, end });
+        chain.push(JobMark { index, epoch, vad: VadKind::Silero, engine: None, end });
         true
     }
 

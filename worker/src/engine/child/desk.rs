@@ -32,7 +32,7 @@ use crate::{
         vad::VadFactory,
     },
     ipc::{
-        EngineConfig, EntryFor, FinalDraft, FromEngine, StartPoint, StreamNote, Suspect, ToEngine,
+        EngineConfig, EngineKind, EntryFor, FinalDraft, FromEngine, StartPoint, StreamNote, Suspect, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
@@ -443,9 +443,15 @@ impl Desk {
         self.pool.freed(done.thread);
         self.alone.take_if(|handle| *handle == done.handle);
         self.totals.decodes += 1;
+        let of_final = (done.window.purpose == Purpose::Final).then_some(done.part);
+        let batched = done.info.engine == EngineKind::Ct2.as_str();
+        // Windows that share batches are in each other's way, as decodes on a GPU are.
+        let apart = done.info.device == "cpu" && !batched;
+        let pool_ms = self.pace.over((done.handle, of_final), Instant::now(), done.took, apart);
         // Both or neither: time of a decode that was cancelled or failed would read as a slow device.
         if done.heard.is_ok() {
-            self.totals.busy_ms += done.took.as_millis() as u64;
+            // What a window waits for those that go before it on the device is no work of its own.
+            self.totals.busy_ms += if batched { pool_ms as u64 } else { done.took.as_millis() as u64 };
             self.totals.audio_ms += done.window.samples.len() as u64 / 16;
         }
         if done.state_mb > 0
@@ -454,7 +460,7 @@ impl Desk {
             shelved.resident_mb += done.state_mb;
             self.say_models()?;
         }
-        self.say_what_it_cost(&done)?;
+        self.say_what_it_cost(&done, pool_ms)?;
         let handle = done.handle;
         let late = matches!(done.listened, Listened::Late(_));
         match done.window.purpose {
@@ -470,18 +476,15 @@ impl Desk {
     }
 
     /// Of live sessions alone: recordings have no partials.
-    fn say_what_it_cost(&mut self, done: &Done) -> Said {
-        let of_final = (done.window.purpose == Purpose::Final).then_some(done.part);
-        let on_cpu = done.info.device == "cpu";
-        let pool_ms = self.pace.over((done.handle, of_final), Instant::now(), done.took, on_cpu);
+    fn say_what_it_cost(&mut self, done: &Done, pool_ms: f64) -> Said {
         let audio_ms = done.window.samples.len() as u64 / 16;
         let Some(session) = self.sessions.get_mut(&done.handle).filter(|session| !session.background) else {
             return Ok(());
         };
-        let role = match of_final {
-            None => Role::Partial,
-            Some(_) if session.ready.is_empty() && session.decoding.len() <= 1 => Role::Last,
-            Some(_) => Role::Part,
+        let role = match done.window.purpose {
+            Purpose::Partial => Role::Partial,
+            Purpose::Final if session.ready.is_empty() && session.decoding.len() <= 1 => Role::Last,
+            Purpose::Final => Role::Part,
         };
         match session.spent.add(role, done.heard.is_ok(), audio_ms, pool_ms) {
             Some(Stretch { audio_ms, pool_ms }) => {

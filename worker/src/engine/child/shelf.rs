@@ -13,7 +13,7 @@ use crate::{
         EngineError,
         pool::{Loaded, Model, expected_mb},
     },
-    ipc::{EngineConfig, EngineKind, FromEngine, ModelFile},
+    ipc::{EngineConfig, FromEngine, ModelFile},
 };
 
 /// A load that takes longer than this is no longer a sign of life.
@@ -34,7 +34,7 @@ pub(super) struct Shelved {
 pub(super) fn shelve(config: &EngineConfig, file: &ModelFile) -> Shelved {
     let (state, expected_mb, failure) = match expected_mb(config, file) {
         // It may still come: it is looked at again when somebody wants it.
-        Err(error) if config.engine == EngineKind::WhisperCpp && !file.path.exists() => {
+        Err(error) if config.engine.is_real() && !file.path.exists() => {
             (Residency::Missing, 0, Some(failure_of(&error)))
         }
         Ok(mb) => (Residency::Available, mb, None),
@@ -64,6 +64,7 @@ impl Desk {
     pub(super) fn say_models(&mut self) -> Said {
         let states = self.models.values().map(|m| ModelState {
             name: m.file.name.clone(),
+            engine: self.config.engine.told_of(&m.file),
             state: m.state,
             resident_mb: m.resident_mb,
             expected_mb: m.expected_mb,

@@ -13,7 +13,7 @@ use crate::{
         Cancel, Purpose, Window,
         pool::{Job, Model},
     },
-    ipc::FromEngine,
+    ipc::{EngineKind, FromEngine},
 };
 
 /// How long a recording's window waits behind partials.
@@ -138,7 +138,9 @@ impl Desk {
         let live = self.sessions.values().any(|s| !s.background);
         let recordings: usize = self.sessions.values().filter(|s| s.background).map(|s| s.decoding.len()).sum();
         // Beside live sessions recordings leave one thread free, where there is more than one.
-        let most = if live { self.config.decode_states.saturating_sub(1).max(1) } else { usize::MAX };
+        // A batch is made of the windows that threads have brought: as many threads are left to live ones.
+        let left = if self.config.engine == EngineKind::Ct2 { self.config.ct2.batch } else { 1 };
+        let most = if live { self.config.decode_states.saturating_sub(left).max(1) } else { usize::MAX };
         if turn != Turn::Live && recordings >= most {
             return None;
         }
@@ -156,7 +158,8 @@ impl Desk {
     fn job_of(&mut self, handle: u64) -> Option<Job> {
         let session = self.sessions.get_mut(&handle)?;
         let model = self.models.get(&session.model)?.model.clone()?;
-        let (part, window) = session.ready.pop_front()?;
+        let (part, mut window) = session.ready.pop_front()?;
+        window.background = session.background;
         session.decoding.insert(part, window.cancel.clone());
         Some(Job { handle, part, model, window, ready_at: session.ready_at })
     }

@@ -294,6 +294,7 @@ mod tests {
             reserve_mb: 0,
             turns: None,
             diarize,
+            ct2: Default::default(),
             simulated: simulated.clone(),
         };
         let (events, inbox) = sync_channel::<Came>(4);
@@ -316,6 +317,7 @@ mod tests {
             language: None,
             task: Default::default(),
             hearing: Some(Box::new(hearing)),
+            background: false,
             cancel: Cancel::default(),
         };
         let job = Job { handle: 1, part: 0, model: Model::Simulated(model), window, ready_at: Instant::now() };

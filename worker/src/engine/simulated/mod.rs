@@ -325,6 +325,7 @@ mod tests {
             language: None,
             task: Task::Transcribe,
             hearing: None,
+            background: false,
             cancel: Cancel::default(),
         }
     }

@@ -270,6 +270,7 @@ impl SessionStream {
             language: self.language.clone(),
             task: self.options.task,
             hearing: None,
+            background: false,
             cancel: self.cancel.clone(),
         }
     }

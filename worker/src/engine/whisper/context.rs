@@ -9,7 +9,7 @@ const MIN_POSITIONS: usize = 512;
 const STEP_POSITIONS: usize = 64;
 const MAX_POSITIONS: usize = 1_500;
 /// Shorter windows are padded with silence: whisper.cpp ignores less than 100 ms and is unsure below a second.
-pub(super) const MIN_SAMPLES: usize = 16_000;
+pub(in crate::engine) const MIN_SAMPLES: usize = 16_000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Context {

@@ -443,6 +443,7 @@ mod tests {
                     language: Some("en".to_owned()),
                     task: Task::Transcribe,
                     hearing: None,
+                    background: false,
                     cancel: Cancel::default(),
                 };
                 let heard = state.decode(&[window]).remove(0).expect("decoded");

@@ -16,7 +16,7 @@ use crate::engine::{EngineError, models};
 pub struct Settings {
     pub threads: usize,
     pub context: Context,
-    /// Text tokens of a window; 0 = as many as there are.
+    /// Text tokens of a window, heard in one pass; 0 = as many as there are, in as many passes as they take.
     pub max_tokens: usize,
 }
 
@@ -65,6 +65,8 @@ impl TrialState {
         parameters.set_temperature_inc(0.0);
         parameters.set_no_speech_thold(2.0);
         parameters.set_max_tokens(i32::try_from(settings.max_tokens).unwrap_or(0));
+        // A text that is cut is not gone on with in another pass over the window.
+        parameters.set_single_segment(settings.max_tokens > 0);
         parameters.set_audio_ctx(settings.context.positions(samples.len()) as i32);
         parameters.set_print_progress(false);
         parameters.set_print_realtime(false);

@@ -59,6 +59,41 @@ fn parts_go_when_their_whole_has_ended() {
     assert!(world.stored.dead.is_empty(), "that is no failure");
 }
 
+/// The whole runs on one engine, and the only other worker has another.
+#[test]
+fn a_part_of_a_job_that_may_not_differ_waits_for_the_engine_of_its_whole() {
+    for (policy, state) in [(Policy::ExactModel, JobState::Queued), (Policy::AllowCpu, JobState::Assigned)] {
+        let mut world = World::new(2);
+        let of_policy = |submission: Result<Box<Submission>, Failure>| {
+            submission.map(|mut submission| {
+                submission.options.policy = policy;
+                submission
+            })
+        };
+        world.core.job(JobInput::Submit { call: CallId(1), submission: of_policy(Ok(submission("whole"))) }, world.now);
+        world.run();
+        let owner = world.key("whole").worker.clone().expect("assigned").gpu_id;
+        let beats = |w: &mut World| {
+            for n in 0..2 {
+                w.beat(n, |b| {
+                    if b.gpu_id == owner {
+                        b.held = vec![holds_job("whole", 1)];
+                    } else {
+                        b.engine.kind = "ct2".to_owned();
+                    }
+                });
+            }
+        };
+        world.seconds(2, beats);
+        let mut part = part("part", "whole").expect("a part");
+        part.part.as_mut().expect("of a whole").vad = VadKind::Silero;
+        let submission = of_policy(Ok(part));
+        world.core.job(JobInput::Submit { call: CallId(2), submission }, world.now);
+        world.seconds(2, beats);
+        assert_eq!(world.state("part"), state, "{policy:?}");
+    }
+}
+
 #[test]
 fn nobody_gets_his_own_recording_into_anothers_parts() {
     let mut world = World::new(2);

@@ -1,14 +1,27 @@
-//! Speed of the bare engine: one window of speech again and again, no server, no detector, no second looks.
+//! Speed of the bare engines: one window of speech again and again, no server, no detector, no second looks.
 //!
-//! x real time is the audio of all states together by the time that passed; the fastest of the rounds counts. The text has a
-//! fixed length where weights are random, and the micro model's is cut at the same length, so that every row of a model does
-//! the same work but for the setting that differs.
+//! | module | holds |
+//! |---|---|
+//! | [`rows`] | what is timed, and what each row says; pure |
+//! | `batched` | in builds that have it: CTranslate2 on batches of the window |
+//! | [`same_windows`] | both engines as they are on every utterance of the test calls: speed, word errors, equal texts |
+//! | [`halves`] | the micro model as half floats, for whisper.cpp |
+//!
+//! x real time is the audio of all states or windows together by the time that passed, their spectrograms included; the fastest
+//! of the rounds counts. The text has a fixed length where weights are random, and the micro model's is cut at the same
+//! length, so that every row of a model does the same work but for the setting that differs.
 //!
 //! For the micro model the test calls are decoded as well, with the full context and with fitted ones of different least
 //! sizes: `accuracy` shows what a smaller context costs in words. There nothing is decoded twice, as the engine would
 //! where a guard strikes. A tiny model that was trained for this says little of official ones.
 
-use std::time::{Duration, Instant};
+#[cfg(feature = "ct2-engine")]
+mod batched;
+mod halves;
+mod rows;
+mod same_windows;
+
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::{Value, json};
@@ -21,6 +34,7 @@ use voxfleet_schema::{
 use voxfleet_worker::{
     engine::{
         EngineError, HeardSegment, Hypothesis, Recognizer, RecognizerInfo, Window,
+        ct2::ComputeType,
         direct::transcribe_log,
         whisper::{
             context::Context as Encoder,
@@ -30,7 +44,9 @@ use voxfleet_worker::{
     ipc::{ModelFile, StartPoint},
 };
 
+use self::rows::{Case, Row, Timed, best_of, cases};
 use super::{
+    engines::{self, Engine, compute_type},
     models::{Model, Stubs},
     pipeline::{Kind, log},
     progress, rounded, usage,
@@ -39,8 +55,6 @@ use super::{
 /// With speech from its first second on.
 const CALL: u32 = 1;
 const CALLS: std::ops::RangeInclusive<u32> = 1..=5;
-/// A row that takes longer is not timed again: on a busy machine threads that spin wait for each other for seconds.
-const ROW_BUDGET: Duration = Duration::from_secs(20);
 /// Least positions that are tried beside the engine's own; 50 are a second.
 const LEAST: [usize; 4] = [128, 256, 384, 512];
 
@@ -48,6 +62,7 @@ const LEAST: [usize; 4] = [128, 256, 384, 512];
 #[command(after_help = "Examples:
   voxfleet bench engine
   voxfleet bench engine --models micro,base,small --format q8_0 --threads 1,2 --json
+  voxfleet bench engine --engines whisper_cpp,ct2 --batches 1,4 --compute-types int8_float32
   voxfleet bench engine --models large-v3-turbo --use-gpu --states 1,2,4,8 --rounds 5")]
 pub(crate) struct EngineArgs {
     /// micro (the small model of the tests), or random weights: tiny, base, small, medium, large-v3-turbo
@@ -55,10 +70,19 @@ pub(crate) struct EngineArgs {
     models: Vec<Model>,
     #[command(flatten)]
     stubs: Stubs,
+    /// Engines: whisper_cpp, ct2 [default: those of this build]
+    #[arg(long, value_delimiter = ',', value_name = "NAMES", hide_possible_values = true)]
+    engines: Vec<Engine>,
+    /// Windows that CTranslate2 decodes together
+    #[arg(long, value_delimiter = ',', default_value = "1,4,8,16", value_name = "N,...", value_parser = clap::value_parser!(u32).range(1..=64))]
+    batches: Vec<u32>,
+    /// What CTranslate2 computes with: float32, float16, int8_float32, int8_float16
+    #[arg(long, value_delimiter = ',', default_value = "float32,int8_float32", value_name = "TYPES", value_parser = compute_type)]
+    compute_types: Vec<ComputeType>,
     /// Threads of a decode
     #[arg(long, value_delimiter = ',', default_value = "1,2", value_name = "N,...", value_parser = clap::value_parser!(u32).range(1..=64))]
     threads: Vec<u32>,
-    /// Decode states at work at once
+    /// Decode states of whisper.cpp at work at once
     #[arg(long, value_delimiter = ',', default_value = "1,2", value_name = "N,...", value_parser = clap::value_parser!(u32).range(1..=8))]
     states: Vec<u32>,
     /// Length of the window
@@ -73,7 +97,7 @@ pub(crate) struct EngineArgs {
     /// On the first GPU that is visible
     #[arg(long)]
     use_gpu: bool,
-    /// Leave out the word error rate of the micro model
+    /// Leave out what the micro model hears in the test calls
     #[arg(long)]
     speed_only: bool,
 }
@@ -82,41 +106,64 @@ pub(super) fn run(args: &EngineArgs) -> Result<Value> {
     usage((1.0..=30.0).contains(&args.seconds), "--seconds: 1 to 30, what Whisper hears at once")?;
     let mut samples = floats(&audio::call(CALL)?.samples);
     samples.truncate((args.seconds * 16_000.0) as usize);
+    let engines = engines::chosen(&args.engines)?;
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let (mut rows, mut devices) = (Vec::new(), Vec::new());
+    // A card's work is not shared out among cores.
+    let most = if args.use_gpu { usize::MAX } else { cores };
+    let (mut rows, mut devices): (Vec<Row>, Vec<String>) = (Vec::new(), Vec::new());
     for model in &args.models {
         let file = args.stubs.file(*model)?;
-        for flash in [false, true] {
+        for flash in [false, true].into_iter().filter(|_| engines.contains(&Engine::WhisperCpp)) {
             let loaded = TrialModel::load(&file.name, &file.path, args.use_gpu, flash)?;
             ensure!(!args.use_gpu || loaded.device() != "cpu", "--use-gpu: this build or this machine has none");
-            if !devices.contains(&loaded.device().to_owned()) {
-                devices.push(loaded.device().to_owned());
-            }
-            for case in cases(&args.threads, &args.states, if args.use_gpu { usize::MAX } else { cores }) {
+            devices.push(loaded.device().to_owned());
+            for case in cases(&args.threads, &args.states, most) {
                 progress(&format!("{}{}, {case}", file.name, if flash { ", flash attention" } else { "" }));
-                let (factor, rounds) =
-                    speed(&loaded, &samples, case, args).with_context(|| format!("{}, {case}", file.name))?;
-                rows.push(json!({
-                    "model": file.name,
-                    "weights": args.stubs.weights(*model),
-                    "threads": case.threads,
-                    "audio_ctx": case.context.positions(samples.len()),
-                    "context": if case.context == Encoder::Full { "full" } else { "fitted" },
-                    "flash_attention": flash,
-                    "states": case.states,
-                    "realtime_factor": rounded(factor),
-                    "rounds": rounds,
-                }));
+                let timed = speed(&loaded, &samples, case, args).with_context(|| format!("{}, {case}", file.name))?;
+                rows.push(Row {
+                    model: file.name.clone(),
+                    weights: args.stubs.weights(*model),
+                    engine: Engine::WhisperCpp,
+                    compute_type: args.stubs.stored_as(*model).to_owned(),
+                    case,
+                    positions: case.context.positions(samples.len()),
+                    flash_attention: flash,
+                    timed,
+                });
             }
         }
+        #[cfg(feature = "ct2-engine")]
+        if engines.contains(&Engine::Ct2) {
+            let threads: Vec<u32> = args.threads.iter().copied().filter(|n| *n as usize <= most).collect();
+            let used = batched::speed(args, (*model, &file), &samples, &threads, &mut rows)?;
+            devices.extend(used.into_iter().map(str::to_owned));
+        }
     }
-    let accuracy = if args.models.contains(&Model::Micro) && !args.speed_only {
+    devices.sort();
+    devices.dedup();
+    let hears_calls = args.models.contains(&Model::Micro) && !args.speed_only;
+    let accuracy = if hears_calls && engines.contains(&Engine::WhisperCpp) {
         Value::Array(accuracy(&args.stubs.file(Model::Micro)?, args.use_gpu)?)
     } else {
         Value::Null
     };
+    // Loaded by the engines themselves: a card's work is measured by the fleet's benches.
+    let same_windows = if hears_calls && !args.use_gpu {
+        let compared = same_windows::Compared {
+            engines: &engines,
+            threads: &args.threads,
+            batches: &args.batches,
+            compute_types: &args.compute_types,
+            cores,
+            rounds: args.rounds,
+        };
+        same_windows::run(&compared)?
+    } else {
+        Value::Null
+    };
     Ok(json!({
-        "rows": rows,
+        "rows": rows::printed(&rows),
+        "same_windows": same_windows,
         "accuracy": accuracy,
         "window_s": args.seconds,
         "max_tokens": args.max_tokens,
@@ -125,57 +172,21 @@ pub(super) fn run(args: &EngineArgs) -> Result<Value> {
     }))
 }
 
-/// One row's settings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Case {
-    threads: usize,
-    states: usize,
-    context: Encoder,
-}
-
-/// Both contexts for every number of threads and states that the cores carry: ggml's threads spin, and more of them than
-/// cores measure nothing but that.
-fn cases(threads: &[u32], states: &[u32], cores: usize) -> Vec<Case> {
-    let mut cases = Vec::new();
-    for states in states.iter().map(|n| *n as usize) {
-        for threads in threads.iter().map(|n| *n as usize).filter(|threads| threads.saturating_mul(states) <= cores) {
-            cases.extend([Encoder::PARTIAL, Encoder::Full].map(|context| Case { threads, states, context }));
-        }
-    }
-    cases
-}
-
-impl std::fmt::Display for Case {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let context = if self.context == Encoder::Full { "full" } else { "fitted" };
-        write!(f, "{context} context, {} states of {} threads", self.states, self.threads)
-    }
-}
-
-/// Seconds of audio per second, and how often it was timed.
-fn speed(model: &TrialModel, samples: &[f32], case: Case, args: &EngineArgs) -> Result<(f64, u32)> {
+fn speed(model: &TrialModel, samples: &[f32], case: Case, args: &EngineArgs) -> Result<Timed> {
     let settings = Settings { threads: case.threads, context: case.context, max_tokens: args.max_tokens as usize };
     let mut states = (0..case.states).map(|_| model.state()).collect::<Result<Vec<TrialState>, _>>()?;
-    let started = Instant::now();
-    let (mut times, mut first) = (Vec::new(), None);
-    while times.len() < args.rounds as usize && started.elapsed() < ROW_BUDGET {
-        let begin = Instant::now();
-        std::thread::scope(|scope| {
+    best_of(args.rounds, samples.len() as f64 / 16_000.0 * case.states as f64, || {
+        let texts = std::thread::scope(|scope| {
             let decodes: Vec<_> =
                 states.iter_mut().map(|state| scope.spawn(move || state.decode(samples, settings))).collect();
-            decodes.into_iter().try_for_each(|decode| {
-                decode.join().map_err(|_| anyhow!("a decode panicked"))??;
-                anyhow::Ok(())
-            })
+            let texts = decodes.into_iter().map(|decode| {
+                let text = decode.join().map_err(|_| anyhow!("a decode panicked"))??;
+                anyhow::Ok(text)
+            });
+            texts.collect::<Result<Vec<String>>>()
         })?;
-        // The first makes what the library keeps and brings weights into the caches: it counts only where it is the only one.
-        match first {
-            None => first = Some(begin.elapsed().as_secs_f64()),
-            Some(_) => times.push(begin.elapsed().as_secs_f64()),
-        }
-    }
-    let best = times.iter().copied().reduce(f64::min).or(first).context("no round")?;
-    Ok((samples.len() as f64 / 16_000.0 * case.states as f64 / best.max(1e-6), times.len() as u32))
+        texts.first().map(|text| text.split_whitespace().count()).context("no text")
+    })
 }
 
 fn floats(samples: &[i16]) -> Vec<f32> {
@@ -278,18 +289,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_more_threads_than_cores_are_tried() {
-        let tried = |cores| cases(&[1, 2], &[1, 2], cores).iter().map(|c| (c.threads, c.states)).collect::<Vec<_>>();
-        assert_eq!(tried(1), [(1, 1), (1, 1)]);
-        assert_eq!(tried(2), [(1, 1), (1, 1), (2, 1), (2, 1), (1, 2), (1, 2)]);
-        assert_eq!(tried(4).len(), 8);
-    }
-
-    #[test]
     fn rows_have_their_fixed_names() {
         let args = EngineArgs {
             models: vec![Model::Micro],
             stubs: Stubs { format: "f16".parse().expect("a format"), stubs_dir: None },
+            engines: vec![Engine::WhisperCpp],
+            batches: vec![1],
+            compute_types: Vec::new(),
             threads: vec![1],
             states: vec![1],
             seconds: 1.0,
@@ -307,6 +313,8 @@ mod tests {
         assert_eq!(looks, [(512, false), (1_500, false), (512, true), (1_500, true)]);
         for row in rows {
             assert_eq!((row["model"].as_str(), row["threads"].as_u64()), (Some("micro.en-q8_0"), Some(1)));
+            assert_eq!((row["engine"].as_str(), row["compute_type"].as_str()), (Some("whisper_cpp"), Some("q8_0")));
+            assert_eq!(row["batch"], 1);
             assert!(row["realtime_factor"].as_f64().is_some_and(|factor| factor > 0.0), "{row}");
         }
     }

@@ -1,0 +1,193 @@
+//! The model folder that belongs to a model's file: the folder itself, or one made of a ggml file.
+
+use std::{
+    fs,
+    hash::{DefaultHasher, Hash, Hasher as _},
+    io,
+    path::{Path, PathBuf},
+};
+
+use voxfleet_ggml::{
+    Error,
+    blocks::Kind,
+    folder::{Precision, convert},
+    layout,
+};
+
+use super::{ComputeType, Ct2Config};
+use crate::engine::EngineError;
+
+/// The file with the weights.
+pub const MODEL: &str = "model.bin";
+
+/// Up to this a folder of a quantized file is written in float32: small, not medium.
+const WHOLE_BYTES: u64 = 1 << 30;
+
+/// What a folder says about its model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FolderFacts {
+    pub dir: PathBuf,
+    /// Of its weights on disk.
+    pub weight_bytes: u64,
+}
+
+/// Where `voxfleet models convert` puts the folder of a ggml file.
+pub fn beside(file: &Path) -> PathBuf {
+    let mut name = file.file_stem().unwrap_or_default().to_owned();
+    name.push("-ct2");
+    file.with_file_name(name)
+}
+
+/// A folder as it is; a ggml file is made into one, once: that beside it is taken, else one in `folders` (none: beside it).
+pub fn of(name: &str, path: &Path, folders: Option<&Path>) -> Result<FolderFacts, EngineError> {
+    let dir = if path.is_dir() { path.to_owned() } else { converted(name, path, folders)? };
+    let model = dir.join(MODEL);
+    let failed = |why: String| EngineError::Model { name: name.to_owned(), why };
+    let metadata = fs::metadata(&model).map_err(|e| failed(format!("{}: {e}", model.display())))?;
+    Ok(FolderFacts { dir, weight_bytes: metadata.len() })
+}
+
+/// What loading a folder will take, in MB: its numbers as they are computed with, and what a batch is worked on with. An
+/// estimate until measured.
+pub fn expected_mb(name: &str, dir: &Path, config: &Ct2Config) -> Result<u64, EngineError> {
+    let facts = of(name, dir, None)?;
+    // Converters write float16 as a rule; of float32 this is twice too much.
+    let per_byte = match config.compute_type {
+        ComputeType::Float32 => 2.0,
+        ComputeType::Float16 => 1.0,
+        ComputeType::Auto | ComputeType::Int8Float32 | ComputeType::Int8Float16 => 0.6,
+    };
+    Ok(((facts.weight_bytes >> 20) as f64 * per_byte) as u64 + 32 * (1 + config.batch as u64))
+}
+
+fn converted(name: &str, file: &Path, folders: Option<&Path>) -> Result<PathBuf, EngineError> {
+    let failed = |why: String| EngineError::Model { name: name.to_owned(), why };
+    let unread = |e: io::Error| failed(format!("{}: {e}", file.display()));
+    let metadata = fs::metadata(file).map_err(unread)?;
+    let beside = beside(file);
+    if beside.join(MODEL).is_file() {
+        let age = |metadata: fs::Metadata| metadata.modified().ok();
+        if fs::metadata(beside.join(MODEL)).map_err(unread).map(age)? < age(metadata) {
+            return Err(failed(format!("{} is older than {}; remove it", beside.display(), file.display())));
+        }
+        return Ok(beside);
+    }
+    let Some(folders) = folders else { return make(name, file, &beside) };
+    let file = fs::canonicalize(file).map_err(unread)?;
+    let stem = file.file_stem().and_then(|s| s.to_str()).unwrap_or("model");
+    let of_file = format!("{stem}-{:08x}-", mark(&file));
+    let dir = folders.join(format!("{of_file}{:08x}", mark(&(metadata.len(), metadata.modified().ok()))));
+    if dir.join(MODEL).is_file() {
+        return Ok(dir);
+    }
+    fs::create_dir_all(folders).map_err(|e| failed(format!("{}: {e}", folders.display())))?;
+    let made = make(name, &file, &dir)?;
+    forget_earlier(folders, &of_file, &made);
+    Ok(made)
+}
+
+fn make(name: &str, file: &Path, dir: &Path) -> Result<PathBuf, EngineError> {
+    tracing::info!(model = name, dir = %dir.display(), "made into a CTranslate2 folder, once");
+    let failed = |error: Error| EngineError::Model { name: name.to_owned(), why: error.to_string() };
+    let layout = layout::read(file).map_err(failed)?;
+    let numbers: u64 = layout.tensors.iter().map(|tensor| tensor.shape.iter().product::<u64>()).sum();
+    let plain = layout.tensors.iter().all(|tensor| matches!(tensor.kind, Kind::F32 | Kind::F16));
+    match convert(file, dir, precision(numbers, plain), &mut |_, _| true) {
+        Ok(_) => Ok(dir.to_owned()),
+        // Another worker was faster.
+        Err(Error::Exists(_)) if dir.join(MODEL).is_file() => Ok(dir.to_owned()),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// What a folder is written in. A quantized number has more digits than float16 holds, and the engine rounds once more: small
+/// models are kept whole, of large ones the folder and what loading it takes would be too much.
+fn precision(numbers: u64, plain: bool) -> Precision {
+    if !plain && numbers * 4 <= WHOLE_BYTES { Precision::Float32 } else { Precision::Float16 }
+}
+
+/// Removes what was made of the same file before it changed.
+fn forget_earlier(folders: &Path, of_file: &str, made: &Path) {
+    let earlier = fs::read_dir(folders).into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| {
+        let name = path.file_name().and_then(|n| n.to_str());
+        path != made && path.join(MODEL).is_file() && name.is_some_and(|name| name.starts_with(of_file))
+    });
+    for path in earlier {
+        if let Err(error) = fs::remove_dir_all(&path) {
+            tracing::warn!(dir = %path.display(), %error, "an earlier model folder stays");
+        }
+    }
+}
+
+/// The same in every process of a build.
+fn mark(what: &impl Hash) -> u32 {
+    let mut hasher = DefaultHasher::new();
+    what.hash(&mut hasher);
+    hasher.finish() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_converted_once_and_a_folder_is_taken_as_it_is() {
+        let folder = tempfile::tempdir().expect("folder");
+        let micro = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/micro.en-q8_0.bin");
+        let file = folder.path().join("micro.en.bin");
+        fs::copy(&micro, &file).expect("copied");
+        let facts = of("micro.en", &file, None).expect("converted");
+        assert_eq!(facts.dir, folder.path().join("micro.en-ct2"));
+        assert!(facts.weight_bytes > 20 << 20);
+        let made = fs::metadata(facts.dir.join("model.bin")).expect("model").modified().expect("time");
+        assert_eq!(of("micro.en", &file, None).expect("there"), facts);
+        assert_eq!(of("micro.en", &facts.dir, None).expect("a folder"), facts);
+        let same = fs::metadata(facts.dir.join("model.bin")).expect("model").modified().expect("time");
+        assert_eq!(made, same, "made once");
+        // A newer file under the same name is not passed over in silence.
+        let later = made + std::time::Duration::from_secs(5);
+        fs::File::options().append(true).open(&file).and_then(|f| f.set_modified(later)).expect("touched");
+        match of("micro.en", &file, None) {
+            Err(EngineError::Model { why, .. }) => assert!(why.contains("older"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+        for nothing in [folder.path().join("absent.bin"), folder.path().to_owned()] {
+            assert!(matches!(of("m", &nothing, None), Err(EngineError::Model { .. })), "{}", nothing.display());
+        }
+    }
+
+    #[test]
+    fn small_quantized_models_are_kept_whole() {
+        // Numbers, whether they are plain.
+        for (numbers, plain, expected) in [
+            (8_000_000, false, Precision::Float32),
+            (242_000_000, false, Precision::Float32),
+            (769_000_000, false, Precision::Float16),
+            (8_000_000, true, Precision::Float16),
+        ] {
+            assert_eq!(precision(numbers, plain), expected, "{numbers}, {plain}");
+        }
+    }
+
+    #[test]
+    fn folders_stand_in_the_cache_and_follow_their_file() {
+        let (models, cache) = (tempfile::tempdir().expect("folder"), tempfile::tempdir().expect("folder"));
+        let folders = cache.path().join("ct2");
+        let micro = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/micro.en-q8_0.bin");
+        let file = models.path().join("micro.en.bin");
+        fs::copy(&micro, &file).expect("copied");
+        let made = of("micro.en", &file, Some(&folders)).expect("converted");
+        assert!(made.dir.starts_with(&folders) && fs::read_dir(models.path()).expect("folder").count() == 1);
+        assert_eq!(of("micro.en", &file, Some(&folders)), Ok(made.clone()));
+        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+        fs::File::options().append(true).open(&file).and_then(|f| f.set_modified(later)).expect("touched");
+        let again = of("micro.en", &file, Some(&folders)).expect("converted again");
+        assert!(again.dir != made.dir && !made.dir.exists() && again.dir.join(MODEL).is_file());
+        // One that somebody made beside the file comes first.
+        convert(&file, &beside(&file), Precision::Float32, &mut |_, _| true).expect("converted");
+        let beside = beside(&file);
+        let touched = fs::File::options().append(true).open(beside.join(MODEL)).and_then(|f| f.set_modified(later));
+        touched.expect("touched");
+        assert_eq!(of("micro.en", &file, Some(&folders)).map(|facts| facts.dir), Ok(beside));
+    }
+}

@@ -1,0 +1,296 @@
+//! The engine on the micro model.
+
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Resource, Rlimit, setrlimit};
+use symphonia::core::{
+    codecs::audio::AudioDecoderOptions,
+    formats::{FormatOptions, TrackType, probe::Hint},
+    io::MediaSourceStream,
+    meta::MetadataOptions,
+};
+use voxfleet_ggml::folder::{Precision, convert};
+use voxfleet_schema::session::Task;
+
+use super::{ComputeType, Ct2Config, Ct2Model};
+use crate::engine::{
+    Cancel, EngineError, Hypothesis, Purpose, Recognizer, Window,
+    whisper::{WhisperModel, WhisperRecognizer},
+};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn micro() -> PathBuf {
+    root().join("tests/models/micro.en-q8_0.bin")
+}
+
+/// A folder of the micro model that lives as long as the test.
+fn folder() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("folder");
+    let dir = folder.path().join("micro.en");
+    convert(&micro(), &dir, Precision::Float32, &mut |_, _| true).expect("converted");
+    (folder, dir)
+}
+
+fn model(compute_type: ComputeType, batch: usize) -> Ct2Model {
+    let (_folder, dir) = folder();
+    Ct2Model::load("micro.en", &dir, &Ct2Config { compute_type, batch, folders: None }, 1, false).expect("loaded")
+}
+
+fn whisper() -> WhisperRecognizer {
+    WhisperModel::load("micro.en", &micro(), false, 1).expect("loaded").state().expect("state")
+}
+
+fn audio(name: &str) -> Vec<f32> {
+    let file = std::fs::File::open(root().join("tests/audio").join(name)).expect(name);
+    let stream = MediaSourceStream::new(Box::new(file), Default::default());
+    let mut reader = symphonia::default::get_probe()
+        .probe(&Hint::new(), stream, FormatOptions::default(), MetadataOptions::default())
+        .expect("probe");
+    let codec = reader.default_track(TrackType::Audio).and_then(|t| t.codec_params.as_ref()?.audio().cloned());
+    let mut decoder = symphonia::default::get_codecs()
+        .make_audio_decoder(&codec.expect("audio track"), &AudioDecoderOptions::default())
+        .expect("decoder");
+    let (mut samples, mut piece) = (Vec::new(), Vec::new());
+    while let Some(packet) = reader.next_packet().expect("packet") {
+        decoder.decode(&packet).expect("decode").copy_to_vec_interleaved::<f32>(&mut piece);
+        samples.extend_from_slice(&piece);
+    }
+    samples
+}
+
+/// Beginning and end in seconds, and those of its words.
+type Turn = (f64, f64, Vec<(f64, f64)>);
+
+/// The turns of a call.
+fn turns(call: u32) -> Vec<Turn> {
+    let text = std::fs::read_to_string(root().join(format!("tests/audio/call-{call:02}.json"))).expect("description");
+    let call: serde_json::Value = serde_json::from_str(&text).expect("json");
+    let time = |value: &serde_json::Value, key: &str| value[key].as_f64().expect("time");
+    let list = |value: &serde_json::Value, key: &str| value[key].as_array().expect("list").clone();
+    list(&call, "turns")
+        .iter()
+        .map(|turn| {
+            let words = list(turn, "words").iter().map(|w| (time(w, "start"), time(w, "end"))).collect();
+            (time(turn, "start"), time(turn, "end"), words)
+        })
+        .collect()
+}
+
+/// Each turn of the five calls with 150 ms around it.
+fn utterances(purpose: Purpose) -> Vec<Window> {
+    (1..=5)
+        .flat_map(|call| {
+            let samples = audio(&format!("call-{call:02}.flac"));
+            turns(call).into_iter().map(move |(begin, end, _)| {
+                let place = |seconds: f64| (seconds.max(0.0) * 16_000.0) as usize;
+                let range = place(begin - 0.15)..place(end + 0.15).min(samples.len());
+                window(samples[range].to_vec(), purpose)
+            })
+        })
+        .collect()
+}
+
+fn window(samples: Vec<f32>, purpose: Purpose) -> Window {
+    Window {
+        samples,
+        from_sample: 0,
+        purpose,
+        prompt: String::new(),
+        language: None,
+        task: Task::Transcribe,
+        hearing: None,
+        background: false,
+        cancel: Cancel::default(),
+    }
+}
+
+fn text(heard: &Result<Hypothesis, EngineError>) -> String {
+    let heard = heard.as_ref().expect("heard");
+    heard.segments.iter().map(|s| s.text.as_str()).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn both_engines_hear_the_same_words() {
+    let (mut ours, mut theirs) = (model(ComputeType::Float32, 4).state(), whisper());
+    // The full context of finals takes its time: one in five says enough.
+    for (purpose, step) in [(Purpose::Partial, 1), (Purpose::Final, 5)] {
+        let windows: Vec<Window> = utterances(purpose).into_iter().step_by(step).collect();
+        let (ours, theirs) = (ours.decode(&windows), theirs.decode(&windows));
+        let differ: Vec<(String, String)> =
+            ours.iter().zip(&theirs).map(|(a, b)| (text(a), text(b))).filter(|(a, b)| a != b).collect();
+        println!("{purpose:?}: {} of {} windows differ: {differ:?}", differ.len(), windows.len());
+        assert!(windows.len() > 10 && differ.len() * 50 <= windows.len(), "{purpose:?}: {differ:?}");
+        for (ours, theirs) in ours.iter().zip(&theirs) {
+            let (ours, theirs) = (ours.as_ref().expect("heard"), theirs.as_ref().expect("heard"));
+            assert_eq!(ours.language.as_deref(), Some("en"));
+            assert_eq!(ours.word_timing.is_some(), theirs.word_timing.is_some());
+            for segment in &ours.segments {
+                assert!(segment.confidence > 0.3 && segment.mean_log_probability > -1.0, "{segment:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn company_changes_no_token() {
+    let alone = model(ComputeType::Float32, 1);
+    let company = model(ComputeType::Float32, 7);
+    let mut windows: Vec<Window> = utterances(Purpose::Final).into_iter().step_by(10).collect();
+    windows.extend(utterances(Purpose::Partial).into_iter().take(24));
+    for (n, window) in windows.iter_mut().enumerate() {
+        window.prompt = ["", "this is anna", "the order number is seven"][n % 3].to_owned();
+    }
+    let expected: Vec<String> =
+        windows.iter().map(|w| text(&alone.state().decode(std::slice::from_ref(w))[0])).collect();
+    let mut recognizer = company.state();
+    // The same every time: a fixed shuffle.
+    let mut order: Vec<usize> = (0..windows.len()).collect();
+    let mut seed = 7u64;
+    for _ in 0..2 {
+        for place in (1..order.len()).rev() {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            order.swap(place, (seed >> 33) as usize % (place + 1));
+        }
+        let shuffled: Vec<Window> = order.iter().map(|n| windows[*n].clone()).collect();
+        for (heard, place) in recognizer.decode(&shuffled).iter().zip(&order) {
+            assert_eq!(text(heard), expected[*place], "window {place}");
+        }
+    }
+}
+
+#[test]
+fn words_come_when_they_are_said() {
+    let mut recognizer = model(ComputeType::Float32, 4).state();
+    let (mut apart, mut words) = (Vec::new(), 0);
+    for call in [2, 4] {
+        let samples = audio(&format!("call-{call:02}.flac"));
+        for (begin, end, said) in turns(call).into_iter().step_by(2) {
+            let from = ((begin - 0.15).max(0.0) * 16_000.0) as usize;
+            let to = (((end + 0.15) * 16_000.0) as usize).min(samples.len());
+            let heard = recognizer.decode(&[window(samples[from..to].to_vec(), Purpose::Final)]).remove(0);
+            let heard: Vec<_> = heard.expect("heard").segments.into_iter().flat_map(|s| s.words).collect();
+            if heard.len() != said.len() {
+                continue;
+            }
+            words += heard.len();
+            for (heard, (begin, _)) in heard.iter().zip(said) {
+                assert!(heard.start_ms <= heard.end_ms && heard.confidence > 0.0, "{heard:?}");
+                apart.push((heard.start_ms as f64 - (begin * 1_000.0 - from as f64 / 16.0)).abs());
+            }
+        }
+    }
+    apart.sort_by(f64::total_cmp);
+    let (median, most) = (apart[apart.len() / 2], apart[apart.len() * 9 / 10]);
+    println!("{words} words begin {median:.0} ms from where they are said (median), nine of ten within {most:.0} ms");
+    assert!(words > 50 && median < 150.0, "{words} words, median {median} ms, nine of ten within {most} ms");
+}
+
+#[test]
+fn a_recording_of_several_sentences_is_passed_over_again_where_one_is_unfinished() {
+    let samples = audio("call-02.flac");
+    let (mut ours, mut theirs) = (model(ComputeType::Float32, 4).state(), whisper());
+    let windows = [window(samples[..29 * 16_000].to_vec(), Purpose::Final)];
+    let (ours, theirs) = (ours.decode(&windows), theirs.decode(&windows));
+    assert_eq!(text(&ours[0]), text(&theirs[0]));
+    let segments = &ours[0].as_ref().expect("heard").segments;
+    assert!(segments.len() > 3, "{segments:?}");
+    assert!(segments.is_sorted_by_key(|s| s.start_ms) && segments.iter().all(|s| s.end_ms <= 29_000), "{segments:?}");
+}
+
+#[test]
+fn what_cannot_be_done_is_typed() {
+    let model = model(ComputeType::Int8Float32, 4);
+    let mut recognizer = model.state();
+    let samples = utterances(Purpose::Partial).remove(0).samples;
+    let with = |change: fn(&mut Window)| {
+        let mut window = window(samples.clone(), Purpose::Partial);
+        change(&mut window);
+        window
+    };
+    let windows = [
+        with(|w| w.language = Some("de".to_owned())),
+        with(|w| w.task = Task::Translate),
+        with(|w| w.cancel.cancel()),
+        with(|w| w.samples.clear()),
+        with(|_| {}),
+    ];
+    let heard = recognizer.decode(&windows);
+    assert!(matches!(heard[0], Err(EngineError::Unsupported(_))), "{:?}", heard[0]);
+    assert!(matches!(heard[1], Err(EngineError::Unsupported(_))), "{:?}", heard[1]);
+    assert_eq!(heard[2], Err(EngineError::Cancelled));
+    assert_eq!((text(&heard[3]).as_str(), text(&heard[4]).is_empty()), ("", false));
+    assert_eq!(model.info().engine, "ct2");
+
+    let load = |dir: &Path| Ct2Model::load("m", dir, &Ct2Config::default(), 1, false).map(|_| ());
+    let (_folder, dir) = folder();
+    for (file, bytes) in [("model.bin", &b"nonsense"[..]), ("config.json", b"{"), ("vocabulary.json", b"[]")] {
+        let whole = std::fs::read(dir.join(file)).expect("file");
+        std::fs::write(dir.join(file), bytes).expect("write");
+        assert!(matches!(load(&dir), Err(EngineError::Model { .. })), "{file}: {:?}", load(&dir));
+        std::fs::write(dir.join(file), whole).expect("write");
+    }
+    load(&dir).expect("whole again");
+}
+
+#[test]
+fn silence_has_no_words() {
+    let mut recognizer = model(ComputeType::Float32, 4).state();
+    for purpose in [Purpose::Partial, Purpose::Final] {
+        let windows = [window(vec![0.0; 48_000], purpose), window(audio("holdout/silence-noise.flac"), purpose)];
+        for heard in recognizer.decode(&windows) {
+            assert_eq!(text(&heard).trim(), "");
+        }
+    }
+}
+
+/// Not a test of speed: the figures are for whoever runs it with `--nocapture`, on a machine with nothing else to do.
+#[test]
+fn int8_changes_few_words() {
+    let windows = utterances(Purpose::Partial);
+    let mut exact = model(ComputeType::Float32, 4).state();
+    let mut small = model(ComputeType::Int8Float32, 4).state();
+    let (exact, small) = (exact.decode(&windows), small.decode(&windows));
+    let differ = exact.iter().zip(&small).filter(|(a, b)| text(a) != text(b)).count();
+    println!("int8: {differ} of {} windows differ from float32", windows.len());
+    assert!(differ * 20 <= windows.len(), "{differ} of {}", windows.len());
+}
+
+/// In a process of its own, whose address space ends 64 MB beyond what the loaded model has: sixteen windows at once do not
+/// fit, one does.
+#[test]
+fn short_memory_makes_batches_smaller_and_ends_nobody() {
+    const INSIDE: &str = "VOXFLEET_TEST_SHORT_MEMORY";
+    if std::env::var_os(INSIDE).is_none() {
+        let itself = std::env::current_exe().expect("path");
+        let name = "engine::ct2::tests::short_memory_makes_batches_smaller_and_ends_nobody";
+        let inside =
+            std::process::Command::new(itself).args(["--exact", name, "--nocapture"]).env(INSIDE, "1").output();
+        let inside = inside.expect("started");
+        let said = String::from_utf8_lossy(&inside.stdout);
+        assert!(
+            inside.status.success() && said.contains("batches of"),
+            "{said}{}",
+            String::from_utf8_lossy(&inside.stderr)
+        );
+        return;
+    }
+    let model = model(ComputeType::Float32, 16);
+    let mut recognizer = model.state();
+    let windows: Vec<Window> = utterances(Purpose::Final).into_iter().take(16).collect();
+    let alone = recognizer.decode(&windows[..1]);
+    assert_eq!(model.batch(), 16);
+    let status = std::fs::read_to_string("/proc/self/status").expect("status");
+    let kb = status.lines().find_map(|l| l.strip_prefix("VmSize:")?.split_whitespace().next()?.parse::<u64>().ok());
+    let most = Some((kb.expect("VmSize") << 10) + (64 << 20));
+    setrlimit(Resource::As, Rlimit { current: most, maximum: most }).expect("limit");
+    let heard = recognizer.decode(&windows);
+    println!("batches of {}", model.batch());
+    assert!((1..16).contains(&model.batch()), "{}", model.batch());
+    assert_eq!(text(&heard[0]), text(&alone[0]));
+    for heard in &heard {
+        assert!(!text(heard).is_empty());
+    }
+}
