@@ -14,6 +14,7 @@
 //! | [`idle`] | when a flush and when an end is due |
 //! | [`open`] | which entry opens or reopens a session |
 //! | [`reconcile`] | desired against actual -> actions |
+//! | [`kept`] | the engine that may not change |
 //! | [`sessions`] | the book of sessions in memory |
 //! | [`jobs`] | the book of file jobs, and what is to be done about each |
 //! | [`core`] | all of these as one state machine: inputs -> effects, without IO |
@@ -28,6 +29,7 @@ pub mod fleet;
 mod http;
 pub mod idle;
 pub mod jobs;
+pub mod kept;
 pub mod map;
 pub mod moment;
 pub mod open;

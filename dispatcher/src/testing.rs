@@ -5,7 +5,7 @@ use voxfleet_schema::{
     fleet::{Device, EngineRunState, EngineState, Heartbeat, Held, ModelState, Provider, Residency, Slots},
     id::{GpuId, Incarnation, Kind, StreamId, WorkerName},
     job::{JobPart, JobRecord, JobState},
-    session::SessionOptions,
+    session::{SessionOptions, SessionRecord, SessionState},
     source::SourceState,
     transcript::{AudioRange, Final, Resume, Timings, VadKind},
 };
@@ -137,6 +137,29 @@ pub(crate) fn end_final(id_text: &str, index: u64, epoch: u64, to_seq: u64) -> F
     }
 }
 
+/// A session that audio has opened and nobody has.
+pub(crate) fn session(id_text: &str) -> SessionRecord {
+    SessionRecord {
+        kind: Kind::Session,
+        id: id(id_text),
+        state: SessionState::Waiting,
+        options: SessionOptions::default(),
+        epoch: 0,
+        worker: None,
+        implicit: true,
+        opened_ms: 0,
+        changed_ms: 0,
+        ended_seq: None,
+        suspect: false,
+        crashes: 0,
+        suspect_from: None,
+        displaced_from: None,
+        instead: None,
+        engine: None,
+        traceparent: None,
+    }
+}
+
 /// A job that waits, with its recording elsewhere.
 pub(crate) fn job(id_text: &str) -> JobRecord {
     JobRecord {
@@ -162,6 +185,7 @@ pub(crate) fn job(id_text: &str) -> JobRecord {
         suspect: false,
         deaths: 0,
         instead: None,
+        engine: None,
         part: None,
         traceparent: None,
     }

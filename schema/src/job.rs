@@ -305,6 +305,10 @@ pub struct JobRecord {
     /// What its worker was given to run in place of what was asked for; told once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instead: Option<Instead>,
+    /// The engine that its finals have named last, or its parts were given to, under a policy by which it keeps that: its last
+    /// final may name none. To write that down is no change that `changed_ms` tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<String>,
     /// It is a stretch of another job's recording.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part: Option<JobPart>,

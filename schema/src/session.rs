@@ -543,6 +543,10 @@ pub struct SessionRecord {
     /// What its worker was given to run in place of what was asked for; told once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instead: Option<Instead>,
+    /// The engine that its finals have named last, under a policy by which it keeps that: its last final may name none. To write
+    /// that down is no change that `changed_ms` tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<String>,
     /// The trace it is part of.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::trace::lenient")]
     pub traceparent: Option<TraceContext>,

@@ -8,6 +8,7 @@ use voxfleet_schema::{
     audio::{AudioFormat, ChunkHeaders, Encoding, RATES_HZ, RawEntry},
     codec,
     id::*,
+    job::{JobRecord, JobState},
     session::*,
     source::{Source, SourceState, Verdict},
     transcript::*,
@@ -144,6 +145,58 @@ fn session_options() -> impl Strategy<Value = SessionOptions> {
     })
 }
 
+fn session_record(id: &str, options: SessionOptions, engine: Option<String>) -> SessionRecord {
+    SessionRecord {
+        kind: Kind::Session,
+        id: stream(id),
+        state: SessionState::Waiting,
+        options,
+        epoch: 0,
+        worker: None,
+        implicit: false,
+        opened_ms: 0,
+        changed_ms: 0,
+        ended_seq: None,
+        suspect: false,
+        crashes: 0,
+        suspect_from: None,
+        displaced_from: None,
+        instead: None,
+        engine,
+        traceparent: None,
+    }
+}
+
+fn job_record(id: &str, options: SessionOptions, engine: Option<String>) -> JobRecord {
+    JobRecord {
+        id: stream(id),
+        state: JobState::Queued,
+        audio: String::new(),
+        data_sha256: None,
+        name: None,
+        options,
+        result_ttl_s: 0,
+        epoch: 0,
+        attempts: 0,
+        worker: None,
+        submitted_ms: 0,
+        changed_ms: 0,
+        started_ms: None,
+        ended_ms: None,
+        not_before_ms: None,
+        error: None,
+        result: None,
+        duration_ms: None,
+        expired: false,
+        suspect: false,
+        deaths: 0,
+        instead: None,
+        engine,
+        part: None,
+        traceparent: None,
+    }
+}
+
 fn both_codecs<T: Serialize + DeserializeOwned + PartialEq + Debug>(value: &T) -> Result<(), TestCaseError> {
     let json = codec::to_json(value).expect("JSON");
     prop_assert_eq!(&codec::from_json::<T>(&json).expect("JSON reads"), value);
@@ -174,6 +227,22 @@ proptest! {
     fn options_round_trip(value in session_options(), id in ids()) {
         both_codecs(&value)?;
         both_codecs(&OpenRequest { session: stream(&id), options: value })?;
+    }
+
+    /// Keys without an engine look as those of versions that did not know of one.
+    #[test]
+    fn records_round_trip_with_an_engine_and_without(
+        options in session_options(), id in ids(), engine in any::<Option<String>>(),
+    ) {
+        let session = session_record(&id, options.clone(), engine.clone());
+        let job = job_record(&id, options, engine.clone());
+        both_codecs(&session)?;
+        both_codecs(&job)?;
+        for written in [serde_json::to_value(&session), serde_json::to_value(&job)] {
+            let written = written.expect("JSON");
+            prop_assert_eq!(written.get("engine").and_then(|name| name.as_str()), engine.as_deref());
+            prop_assert_eq!(written.get("engine").is_some(), engine.is_some());
+        }
     }
 
     #[test]

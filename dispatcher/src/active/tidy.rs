@@ -160,7 +160,7 @@ mod tests {
     use super::*;
     use crate::{
         active::fleet_record::Verdict,
-        testing::{beat, id},
+        testing::{beat, session},
     };
 
     const HOUR_MS: u64 = 3_600_000;
@@ -168,22 +168,11 @@ mod tests {
     #[test]
     fn keys_of_ended_sessions_outlive_their_finals_and_open_ones_everything() {
         let record = SessionRecord {
-            kind: voxfleet_schema::id::Kind::Session,
-            id: id("s"),
             state: SessionState::Ended,
-            options: Default::default(),
             epoch: 1,
-            worker: None,
-            implicit: true,
-            opened_ms: 0,
             changed_ms: 1_000,
             ended_seq: Some(1),
-            suspect: false,
-            crashes: 0,
-            suspect_from: None,
-            displaced_from: None,
-            instead: None,
-            traceparent: None,
+            ..session("s")
         };
         assert!(!session_is_over(&record, 2 * HOUR_MS + 1_000, 3_600));
         assert!(session_is_over(&record, 2 * HOUR_MS + 1_001, 3_600));

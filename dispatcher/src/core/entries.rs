@@ -361,6 +361,7 @@ fn blank_record(id: &StreamId, options: SessionOptions, implicit: bool, now: Mom
         suspect_from: None,
         displaced_from: None,
         instead: None,
+        engine: None,
         traceparent: None,
     }
 }

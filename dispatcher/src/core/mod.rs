@@ -421,7 +421,9 @@ impl Core {
         // A predecessor has let it wait: it keeps its place.
         let waited_ms = now.unix_ms.saturating_sub(session.record.changed_ms);
         session.waiting_since_ms = now.mono.as_millis() as i64 - waited_ms as i64;
-        session.chain = chain;
+        if let Some(chain) = chain {
+            session.saw(chain);
+        }
         session.displaced_from = session.record.displaced_from.clone();
         session.instead = session.record.instead.clone();
         session.told_instead = session.record.instead.clone();

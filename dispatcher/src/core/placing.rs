@@ -13,6 +13,7 @@ use voxfleet_schema::{
 
 use super::{Answer, AskReply, Core, Effect, Loaded, SaveError, instead};
 use crate::{
+    kept::KeptEngine,
     moment::Moment,
     routing::Rows,
     sessions::{Session, Stage},
@@ -49,6 +50,16 @@ impl Core {
         if let Some(session) = self.book.session_mut(id) {
             session.instead = instead;
         }
+        self.save(id, next, now);
+    }
+
+    /// Writes down which engine it keeps.
+    pub(super) fn note_engine(&mut self, id: &StreamId, now: Moment) {
+        let Some(session) = self.book.session_mut(id) else {
+            return;
+        };
+        session.kept.tries(now.mono);
+        let next = session.record.clone();
         self.save(id, next, now);
     }
 
@@ -123,6 +134,7 @@ impl Core {
             // Should it be opened again, nothing has been told of that.
             (next.instead, session.told_instead, session.left) = (None, None, None);
         }
+        next.engine = session.kept.for_key(next.options.policy, next.engine.as_deref()).map(str::to_owned);
         session.better_since = None;
         session.enter(Stage::Saving(Box::new(next.clone())), now.mono);
         let revision = session.revision;
@@ -195,7 +207,9 @@ impl Core {
             return;
         };
         let was_new = session.revision.is_none();
+        let noted = is_note(&session.record, &next);
         session.record = next;
+        session.kept.learn(KeptEngine::of_key(session.record.engine.as_deref()).known());
         session.revision = Some(revision);
         session.enter(Stage::Settled, now.mono);
         if session.state() != SessionState::Ended {
@@ -216,6 +230,7 @@ impl Core {
             self.session_event(id, What::Opened, now, |e| e.detail = serde_json::json!({ "implicit": implicit }));
         }
         match state {
+            SessionState::Assigned if noted => self.stays(id, now),
             SessionState::Assigned => self.ask_worker(id, now),
             SessionState::Waiting => {
                 let Some(session) = self.book.session_mut(id) else {
@@ -236,6 +251,15 @@ impl Core {
             }
             SessionState::Ended | SessionState::Unknown => self.ended(id, now),
         }
+    }
+
+    /// Its worker has it as before.
+    fn stays(&mut self, id: &StreamId, now: Moment) {
+        let opens = self.book.session_mut(id).map(|s| std::mem::take(&mut s.opens)).unwrap_or_default();
+        for call in opens {
+            self.answer_opened(id, call);
+        }
+        self.check_end(id, now);
     }
 
     pub(super) fn ask_worker(&mut self, id: &StreamId, now: Moment) {
@@ -438,6 +462,12 @@ impl Core {
         self.book.remove(id);
         self.asks(id, later, now);
     }
+}
+
+/// The key says more than before, and nothing that its worker would have to hear. Whom it was taken from is told by then.
+fn is_note(before: &SessionRecord, next: &SessionRecord) -> bool {
+    let (engine, displaced_from) = (next.engine.clone(), next.displaced_from.clone());
+    before.engine != engine && SessionRecord { engine, displaced_from, ..before.clone() } == *next
 }
 
 /// The record of a session that `worker` is to have.

@@ -2,6 +2,7 @@ mod crash_points;
 mod crowds;
 mod device;
 mod drains;
+mod engines;
 mod interleavings;
 mod links;
 mod servers;
@@ -17,7 +18,7 @@ use voxfleet_schema::{
 };
 
 use super::*;
-use crate::testing::{self, beat, end_final, held, id, worker};
+use crate::testing::{self, beat, end_final, held, id, session as world_record, worker};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -171,28 +172,6 @@ impl World {
 
     fn kept(&self, kind: fn(&Effect) -> bool) -> usize {
         self.kept.iter().filter(|e| kind(e)).count()
-    }
-}
-
-/// A key of a session that is open.
-fn world_record(session: &str) -> SessionRecord {
-    SessionRecord {
-        kind: Kind::Session,
-        id: id(session),
-        state: SessionState::Waiting,
-        options: SessionOptions::default(),
-        epoch: 0,
-        worker: None,
-        implicit: true,
-        opened_ms: 0,
-        changed_ms: 0,
-        ended_seq: None,
-        suspect: false,
-        crashes: 0,
-        suspect_from: None,
-        displaced_from: None,
-        instead: None,
-        traceparent: None,
     }
 }
 

@@ -57,6 +57,7 @@ impl Core {
         let keep = if crowded { Duration::ZERO } else { requests::keep_ended(&self.config) };
         let mut due = Vec::new();
         let mut ends = Vec::new();
+        let mut notes = Vec::new();
         let mut walks = Vec::new();
         let mut loads = Vec::new();
         let mut unanswered = Vec::new();
@@ -107,6 +108,9 @@ impl Core {
                 ends.push(id.clone());
                 continue;
             }
+            if session.engine_is_due(now.mono) {
+                notes.push(id.clone());
+            }
             let timeout = Duration::from_secs(u64::from(session.record.options.idle_timeout_s));
             let placed = session.state() == SessionState::Assigned;
             match session.idle.due(idle_now, flush_after, timeout, !session.end_stands(), placed) {
@@ -148,6 +152,9 @@ impl Core {
         }
         for id in ends {
             self.check_end(&id, now);
+        }
+        for id in notes {
+            self.note_engine(&id, now);
         }
         for id in walks {
             self.look_behind_end(&id, now);

@@ -22,7 +22,7 @@ use voxfleet_schema::{
     transcript::{Final, VadKind},
 };
 
-use crate::{admission::rank, core::spans::Opening, sessions::CallId};
+use crate::{admission::rank, core::spans::Opening, kept::KeptEngine, sessions::CallId};
 pub use request::{Recording, Submission};
 
 /// What of a job's last final decides about it.
@@ -93,6 +93,8 @@ pub struct Job {
     /// Monotonic time at which the stage began.
     pub since: Duration,
     pub chain: Option<JobMark>,
+    /// Of its finals, and of a whole also that of its parts.
+    pub kept: KeptEngine,
     /// Monotonic time at which its chain was last seen to grow.
     pub grown: Duration,
     /// Whose slot it is counted against.
@@ -132,12 +134,15 @@ pub struct Job {
 impl Job {
     pub fn new(record: JobRecord, revision: Option<u64>, chain: Option<JobMark>, now: Duration) -> Self {
         let told_instead = record.instead.clone();
+        let mut kept = KeptEngine::of_key(record.engine.as_deref());
+        kept.named(chain.as_ref().and_then(|c| c.engine));
         Self {
             record,
             revision,
             stage: Stage::Settled,
             since: now,
             chain,
+            kept,
             grown: now,
             charged: None,
             refused: Vec::new(),
@@ -205,11 +210,21 @@ impl Job {
     pub fn saw(&mut self, mark: JobMark) -> bool {
         let newer = self.chain.as_ref().is_none_or(|c| mark.index > c.index || mark.epoch > c.epoch);
         if newer {
-            // One that heard nothing names no engine: what is known stays.
-            let engine = mark.engine.or(self.chain.as_ref().and_then(|c| c.engine));
-            self.chain = Some(JobMark { engine, ..mark });
+            self.kept.named(mark.engine);
+            self.chain = Some(mark);
         }
         newer
+    }
+
+    /// The engine it keeps: that of its finals, where it said that nothing may differ.
+    pub fn engine(&self) -> Option<EngineName> {
+        self.kept.under(self.record.options.policy)
+    }
+
+    /// Its key is to say which engine it keeps. One that waits has that written with its next assignment.
+    pub fn engine_is_due(&self, now: Duration) -> bool {
+        let settled = self.settled() && self.record.state == JobState::Assigned;
+        settled && self.kept.is_due(self.record.options.policy, self.record.engine.as_deref(), now)
     }
 }
 
@@ -304,6 +319,25 @@ impl Book {
         }
         self.known.insert(id.clone(), known);
         self.file(&id);
+        self.whole_keeps(&id);
+    }
+
+    /// What is known of the engine of a part is known of its whole, whose finals will be those of its parts. Call it after that
+    /// has changed; `id` is either of the two.
+    pub fn whole_keeps(&mut self, id: &StreamId) {
+        let Some(job) = self.job(id) else {
+            return;
+        };
+        let whole = job.record.parent().unwrap_or(id).clone();
+        if self.job(&whole).is_none_or(|whole| whole.kept.known().is_some()) {
+            return;
+        }
+        let parts = self.parts.get(&whole).into_iter().flatten().filter_map(|part| self.job(part));
+        let mut known = parts.filter_map(|part| part.kept.known().map(|engine| (part, engine)));
+        let engine = known.find(|(part, _)| self.is_wanted(&part.record)).map(|(_, engine)| engine);
+        if let Some(whole) = self.job_mut(&whole) {
+            whole.kept.learn(engine);
+        }
     }
 
     pub fn remove(&mut self, id: &StreamId) -> Option<Known> {
@@ -427,7 +461,7 @@ mod tests {
     use super::*;
     use crate::testing::{id, job, part_of};
     use proptest::prelude::*;
-    use voxfleet_schema::session::Priority;
+    use voxfleet_schema::session::{Policy, Priority};
 
     const AGE: Duration = Duration::from_secs(600);
 
@@ -463,6 +497,62 @@ mod tests {
         book.file(&id("early"));
         book.remove(&id("high"));
         assert_eq!((order(&book), book.busy().count()), (vec!["early".into(), "late".into(), "low".into()], 0));
+    }
+
+    fn mark(index: u64, engine: Option<EngineName>) -> JobMark {
+        JobMark { index, epoch: 1, vad: VadKind::Silero, engine, end: None }
+    }
+
+    #[test]
+    fn a_final_that_names_no_engine_leaves_the_one_that_a_job_keeps() {
+        let mut record = job("a");
+        record.options.policy = Policy::ExactModel;
+        let mut job = Job::new(record.clone(), Some(1), Some(mark(0, None)), Duration::ZERO);
+        assert_eq!(job.engine(), None);
+        let (first, other) = (Some(EngineName::WhisperCpp), Some(EngineName::Ct2));
+        for (index, named, kept) in [(1, first, first), (2, None, first), (3, other, other), (4, None, other)] {
+            assert!(job.saw(mark(index, named)));
+            assert_eq!((job.engine(), job.chain.clone()), (kept, Some(mark(index, named))), "{index}");
+        }
+        assert!(!job.saw(mark(1, first)), "it is known");
+        assert_eq!(job.engine(), other);
+        record.engine = Some("whisper_cpp".to_owned());
+        for (last, kept) in [(None, first), (Some(mark(9, None)), first), (Some(mark(9, other)), other)] {
+            assert_eq!(Job::new(record.clone(), Some(1), last.clone(), Duration::ZERO).engine(), kept, "{last:?}");
+        }
+        record.options.policy = Policy::AllowCpu;
+        assert_eq!(Job::new(record, Some(1), None, Duration::ZERO).engine(), None);
+    }
+
+    #[test]
+    fn a_whole_keeps_the_engine_of_its_parts() {
+        let ct2 = Some(EngineName::Ct2);
+        let part = |name: &str, change: &dyn Fn(&mut JobRecord)| {
+            let mut record = job(name);
+            (record.part, record.options.model) = (Some(part_of("whole")), Some("small".to_owned()));
+            change(&mut record);
+            Known::Job(Box::new(Job::new(record, Some(1), Some(mark(0, ct2)), Duration::ZERO)))
+        };
+        let known = |book: &Book| book.job(&id("whole")).expect("known").kept.known();
+        for part_first in [false, true] {
+            let mut book = Book::new(AGE);
+            if part_first {
+                book.insert(id("part"), part("part", &|_| ()));
+            }
+            book.insert(id("whole"), queued("whole", Priority::Normal, 0));
+            book.insert(id("stray"), part("stray", &|record| record.name = Some("another".to_owned())));
+            assert_eq!(known(&book), ct2.filter(|_| part_first), "a stranger's part says nothing");
+            book.insert(id("part"), part("part", &|_| ()));
+            assert_eq!(known(&book), ct2);
+            book.remove(&id("part"));
+            assert_eq!(known(&book), ct2, "it has ended");
+        }
+        let mut book = Book::new(AGE);
+        book.insert(id("whole"), queued("whole", Priority::Normal, 0));
+        let whole = book.job_mut(&id("whole")).expect("known");
+        whole.saw(mark(0, Some(EngineName::WhisperCpp)));
+        book.insert(id("part"), part("part", &|_| ()));
+        assert_eq!(known(&book), Some(EngineName::WhisperCpp), "its own finals come first");
     }
 
     proptest! {

@@ -130,6 +130,7 @@ impl Submission {
             suspect: false,
             deaths: 0,
             instead: None,
+            engine: None,
             part: self.part.clone(),
             traceparent: None,
         }

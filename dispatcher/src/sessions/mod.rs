@@ -11,7 +11,7 @@ use voxfleet_schema::{
     failure::Failure,
     fleet::EngineName,
     id::{StreamId, WorkerName},
-    session::{Policy, SessionOptions, SessionRecord, SessionState},
+    session::{SessionOptions, SessionRecord, SessionState},
     trace::TraceContext,
     transcript::{Final, VadKind},
 };
@@ -21,6 +21,7 @@ pub use entry::EntryNote;
 use crate::{
     core::spans::Opening,
     idle::Idle,
+    kept::KeptEngine,
     open::{ContainerSeen, Opener, Walker},
 };
 
@@ -96,6 +97,8 @@ pub struct Session {
     /// Last entry this process's own tail has read: the next hint names it.
     pub prev: Option<u64>,
     pub chain: Option<ChainMark>,
+    /// Of its finals, the earlier ones too.
+    pub kept: KeptEngine,
     pub idle: Idle,
     /// Where the dispatcher's own end stands, while no audio follows it.
     pub own_end: Option<u64>,
@@ -145,6 +148,7 @@ pub struct Session {
 impl Session {
     pub fn new(record: SessionRecord, revision: Option<u64>, now: Duration, idle_now: Duration) -> Self {
         Self {
+            kept: KeptEngine::of_key(record.engine.as_deref()),
             record,
             revision,
             stage: Stage::Settled,
@@ -225,16 +229,21 @@ impl Session {
         self.chain.map(|c| c.vad).filter(|vad| *vad != VadKind::Unknown)
     }
 
-    /// A later final of it. One that heard nothing names no engine: what is known stays.
+    /// A later final of it.
     pub fn saw(&mut self, mark: ChainMark) {
-        let engine = mark.engine.or(self.chain.and_then(|c| c.engine));
-        self.chain = Some(ChainMark { engine, ..mark });
+        self.kept.named(mark.engine);
+        self.chain = Some(mark);
     }
 
     /// The engine it keeps: that of its finals, where it said that nothing may differ.
     pub fn engine(&self) -> Option<EngineName> {
-        let exact = self.record.options.policy == Policy::ExactModel;
-        self.chain.and_then(|c| c.engine).filter(|_| exact)
+        self.kept.under(self.record.options.policy)
+    }
+
+    /// Its key is to say which engine it keeps. One that waits has that written with its next assignment.
+    pub fn engine_is_due(&self, now: Duration) -> bool {
+        let settled = self.settled() && self.record.state == SessionState::Assigned;
+        settled && self.kept.is_due(self.record.options.policy, self.record.engine.as_deref(), now)
     }
 
     /// The model its worker needs for it; none: the worker's default.
@@ -364,7 +373,28 @@ impl Book {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::id;
+    use crate::testing::{end_final, id, session};
+    use voxfleet_schema::session::Policy;
+
+    #[test]
+    fn a_final_that_names_no_engine_leaves_the_one_that_is_kept() {
+        let mut record = session("s");
+        record.options.policy = Policy::ExactModel;
+        let mut session = Session::new(record, Some(1), Duration::ZERO, Duration::ZERO);
+        for (index, named, kept) in [
+            (0, "none", None),
+            (1, "whisper_cpp", Some(EngineName::WhisperCpp)),
+            (2, "none", Some(EngineName::WhisperCpp)),
+            (3, "ct2", Some(EngineName::Ct2)),
+            (4, "of_tomorrow", Some(EngineName::Ct2)),
+        ] {
+            let last = Final { engine: named.to_owned(), ..end_final("s", index, 1, index + 1) };
+            session.saw(ChainMark::from(&last));
+            assert_eq!((session.engine(), session.chain), (kept, Some(ChainMark::from(&last))), "{named}");
+        }
+        session.record.options.policy = Policy::AllowCpu;
+        assert_eq!(session.engine(), None);
+    }
 
     #[test]
     fn the_cursor_stays_below_what_is_not_in_the_bucket_yet() {

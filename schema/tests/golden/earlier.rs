@@ -7,6 +7,7 @@
 //! | `earlier/jobs` | when file jobs had come: no drains, no memory of models, no speakers |
 //! | `earlier/device` | before voices were told apart |
 //! | `earlier/untraced` | before sessions and jobs were part of a trace |
+//! | `earlier/engineless` | before keys said which engine is kept |
 //!
 //! Only fixtures are here that have changed since. When the contract grows again, the present ones go into a folder of
 //! their own first.
@@ -17,6 +18,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use voxfleet_schema::{
     codec,
+    dead::DeadLetter,
     fleet::{ControlRequest, FleetStatus, Heartbeat},
     job::{JobList, JobRecord, JobResult, JobStatus, WorkItem},
     session::{SessionRecord, SessionStatus},
@@ -50,6 +52,7 @@ fn understood(name: &str, bytes: &[u8]) -> Value {
     match name {
         "checkpoint.msgpack" => again::<Checkpoint>(name, bytes),
         "control_assign.json" | "control_release.json" => again::<ControlRequest>(name, bytes),
+        "dead_job.json" => again::<DeadLetter>(name, bytes),
         "final.json" => again::<Final>(name, bytes),
         "fleet_status.json" => again::<FleetStatus>(name, bytes),
         "heartbeat.json" | "heartbeat_jobs.json" => again::<Heartbeat>(name, bytes),

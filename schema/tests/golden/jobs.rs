@@ -96,6 +96,7 @@ pub(crate) fn job_record() -> JobRecord {
             cpu: false,
             class: FailureClass::ModelMissing,
         }),
+        engine: Some("whisper_cpp".into()),
         part: None,
         traceparent: Some(trace()),
     }
@@ -119,6 +120,7 @@ fn smallest_job_record() -> JobRecord {
         suspect: false,
         deaths: 0,
         instead: None,
+        engine: None,
         traceparent: None,
         ..job_record()
     }

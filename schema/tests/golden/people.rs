@@ -284,6 +284,7 @@ fn record() -> SessionRecord {
             cpu: true,
             class: FailureClass::OutOfMemory,
         }),
+        engine: Some("whisper_cpp".into()),
         traceparent: Some(trace()),
     }
 }

@@ -33,6 +33,7 @@ impl Core {
         };
         if job.saw(mark) {
             job.grown = now.mono;
+            self.jobs.book.whole_keeps(id);
         }
         self.check_job_end(id, now);
     }

@@ -51,16 +51,18 @@ impl Core {
         if job.record.options.policy != Policy::ExactModel {
             return None;
         }
-        let of_finals = |job: &Job| job.chain.as_ref().and_then(|c| c.engine);
         let of_whole = || {
-            let whole = self.jobs.book.job(&job.record.part.as_ref()?.parent)?;
-            of_finals(whole).or_else(|| {
-                let beat = &self.fleet.get(whole.record.worker.as_ref()?)?.heartbeat;
-                let asked = job.record.options.model.as_ref().or(beat.default_model.as_ref())?;
-                beat.engine_of(beat.models.iter().find(|model| model.name == *asked)?)
-            })
+            let whole = self.jobs.book.job(job.record.parent()?)?;
+            whole.engine().or_else(|| self.engine_at(whole.record.worker.as_ref()?, job))
         };
-        of_finals(job).or_else(of_whole)
+        job.engine().or_else(of_whole)
+    }
+
+    /// The engine that runs its model on this worker.
+    fn engine_at(&self, worker: &WorkerName, job: &Job) -> Option<EngineName> {
+        let beat = &self.fleet.get(worker)?.heartbeat;
+        let asked = job.record.options.model.as_ref().or(beat.default_model.as_ref())?;
+        beat.engine_of(beat.models.iter().find(|model| model.name == *asked)?)
     }
 
     /// Routes a job, with every worker's reasons if `rows` asks for them. Workers where it failed come last: while another
@@ -141,11 +143,15 @@ impl Core {
         let (pick, reasons) = self.decide_job(job, |placed| placed.then_some(Rows::Short), now);
         let pick = pick?;
         let worker = self.roster.name(pick.slot).clone();
+        // Two workers have the recording from here on: before either has stored a final, neither may go elsewhere alone.
+        let shared = job.record.part.as_ref().and_then(|_| self.engine_at(&worker, job));
         let next = JobRecord { instead: pick.instead.clone(), ..assigned(job, worker, counted, now) };
         if let Some(job) = self.jobs.book.job_mut(id) {
             job.reasons = reasons;
             (job.instead, job.planned) = (pick.instead, true);
+            job.kept.learn(shared);
         }
+        self.jobs.book.whole_keeps(id);
         self.save_job(id, next, now);
         Ok(())
     }
@@ -162,6 +168,16 @@ impl Core {
         let instead = self.roster.instead(&request, &worker, now.mono);
         let mut next = JobRecord { instead, ..assigned(job, worker, false, now) };
         next.epoch = next.epoch.max(above + 1);
+        self.save_job(id, next, now);
+    }
+
+    /// Writes down which engine it keeps, once that is known.
+    pub(super) fn note_job_engine(&mut self, id: &StreamId, now: Moment) {
+        let Some(job) = self.jobs.book.job_mut(id).filter(|job| job.engine_is_due(now.mono)) else {
+            return;
+        };
+        job.kept.tries(now.mono);
+        let next = job.record.clone();
         self.save_job(id, next, now);
     }
 

@@ -1,6 +1,7 @@
 //! The whole of a job's life without IO: a world that answers effects as the servers would, in any order a test likes.
 
 mod asking;
+mod engines;
 mod interleavings;
 mod running;
 

@@ -80,7 +80,10 @@ impl Core {
                 (Stage::Saving(_) | Stage::Sending, _) if age >= LOST_AFTER => self.begin_job_again(&id, now),
                 (Stage::Putting(_) | Stage::Closing, _) if age >= STORING_LOST_AFTER => self.begin_job_again(&id, now),
                 (Stage::Settled, JobState::Closing) if late => self.write_job_end(&id, now),
-                (Stage::Settled, _) => self.check_job_end(&id, now),
+                (Stage::Settled, _) => {
+                    self.check_job_end(&id, now);
+                    self.note_job_engine(&id, now);
+                }
                 _ => {}
             }
         }

@@ -10,12 +10,13 @@ use voxfleet_schema::{
 use super::{Core, JobEffect, JobLoaded, JobSaveError};
 use crate::{
     jobs::{Job, Known, Stage},
+    kept::KeptEngine,
     moment::Moment,
 };
 
 impl Core {
     /// Begins to write what is to stand there.
-    pub(super) fn save_job(&mut self, id: &StreamId, next: JobRecord, now: Moment) {
+    pub(super) fn save_job(&mut self, id: &StreamId, mut next: JobRecord, now: Moment) {
         let charge = (next.state == JobState::Assigned).then(|| next.worker.clone()).flatten();
         // An ended job's slot is free once its worker has let go, not before.
         if !next.state.has_ended() {
@@ -24,6 +25,7 @@ impl Core {
         let Some(job) = self.jobs.book.job_mut(id) else {
             return;
         };
+        next.engine = job.kept.for_key(next.options.policy, next.engine.as_deref()).map(str::to_owned);
         job.enter(Stage::Saving(Box::new(next.clone())), now.mono);
         let revision = job.revision;
         self.jobs.book.file(id);
@@ -150,6 +152,7 @@ impl Core {
         let was_new = job.revision.is_none();
         let before = std::mem::replace(&mut job.record, next);
         job.revision = Some(revision);
+        job.kept.learn(KeptEngine::of_key(job.record.engine.as_deref()).known());
         job.enter(Stage::Settled, now.mono);
         let submits = std::mem::take(&mut job.submits);
         let record = job.record.clone();

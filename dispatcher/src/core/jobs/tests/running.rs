@@ -30,7 +30,7 @@ fn a_cancel_closes_the_chain_wherever_the_job_is() {
     }
 }
 
-fn part(name: &str, parent: &str) -> Result<Box<Submission>, Failure> {
+pub(super) fn part(name: &str, parent: &str) -> Result<Box<Submission>, Failure> {
     let mut part = Submission { part: Some(testing::part_of(parent)), ..*submission(name) };
     part.options.model = Some("small".to_owned());
     Ok(Box::new(part))
