@@ -412,7 +412,8 @@ impl WorkerConfig {
         );
         for (name, path) in &self.models {
             check(is_model_name(name), format!("worker.models: {name:?} is not a name for a model"));
-            check(path.is_file(), format!("worker.models.{name}: {} is not a file", path.display()));
+            let there = path.is_file() || path.join(ct2::folder::MODEL).is_file();
+            check(there, format!("worker.models.{name}: {} is neither a file nor a model folder", path.display()));
         }
         let files = [
             ("silero_model", &self.silero_model),
@@ -462,7 +463,7 @@ impl WorkerConfig {
                 check(known(name), format!("worker.preload: {}", not_here(name)));
             }
             for name in &self.prefetch {
-                check(known(name), format!("worker.prefetch: {name:?} is no Whisper model of the catalog"));
+                check(known(name), format!("worker.prefetch: {name:?} is no Whisper file of the catalog"));
             }
         }
         found.extend(self.fetch.problems());
@@ -632,9 +633,13 @@ pub const SIMULATED_MODEL: &str = "simulated";
 /// Says which command brings it, where one does.
 fn not_here(name: &str) -> String {
     // Only names of the catalog can be pulled; a binary whose own catalog is broken has nothing to offer.
-    match Catalog::built_in().is_ok_and(|catalog| catalog.get(name).is_some()) {
-        true => format!("model {name:?} is not here; `voxfleet models pull {name}` brings it"),
-        false => format!("{name:?} is not one of the models"),
+    match Catalog::built_in().ok().and_then(|catalog| Some(catalog.get(name)?.kind)) {
+        Some(ModelKind::WhisperCt2) => {
+            let model = name.strip_suffix("-ct2").unwrap_or(name);
+            format!("{name:?} is a folder, and its model is called {model:?}: where worker.engine is ct2 or auto")
+        }
+        Some(_) => format!("model {name:?} is not here; `voxfleet models pull {name}` brings it"),
+        None => format!("{name:?} is not one of the models"),
     }
 }
 

@@ -87,9 +87,9 @@ impl Stock {
         self.set(model, None);
     }
 
-    /// Fetches what is not here, until all of it is or `stop`.
+    /// Fetches what is not here, until all of it is or `stop`. What is here as a model folder is here.
     pub(crate) async fn fetch(&self, store: ModelStore, wanted: Vec<ModelFile>, stop: CancellationToken) {
-        let mut missing: Vec<ModelFile> = wanted.into_iter().filter(|file| !file.path.is_file()).collect();
+        let mut missing: Vec<ModelFile> = wanted.into_iter().filter(|file| !file.path.exists()).collect();
         for file in &missing {
             self.set(&file.name, Some(Absence::Fetching { percent: 0 }));
         }
@@ -206,6 +206,16 @@ mod tests {
         let catalog = Catalog::load(Some(&path)).expect("catalog");
         let fetcher = Fetcher::trusted_with(FetchConfig::default()).expect("fetcher");
         ModelStore::open(dir.to_owned(), 0, catalog, fetcher, false)
+    }
+
+    #[tokio::test]
+    async fn a_model_folder_is_here() {
+        let dir = tempfile::tempdir().expect("dir");
+        let wanted = vec![ModelFile { name: "m".to_owned(), path: dir.path().join("m-ct2") }];
+        std::fs::create_dir(&wanted[0].path).expect("folder");
+        let stock = Stock::new(Arc::default());
+        stock.fetch(store(dir.path(), dir.path()), wanted, CancellationToken::new()).await;
+        assert_eq!(stock.refusal("m"), None);
     }
 
     #[tokio::test(start_paused = true)]

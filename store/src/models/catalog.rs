@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 const BUILT_IN: &str = include_str!("../../models.toml");
 /// Stands for the name of the file in a source or mirror.
 const FILE: &str = "{file}";
+/// The weights in a model folder. A worker takes a folder that has it for a model, so it comes last and goes first.
+pub(super) const WEIGHTS: &str = "model.bin";
 const MAX_NAME: usize = 128;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +21,8 @@ const MAX_NAME: usize = 128;
 pub enum ModelKind {
     /// Speech to text, in whisper.cpp's format.
     Whisper,
+    /// Speech to text, as a folder in CTranslate2's format.
+    WhisperCt2,
     /// Where somebody speaks.
     Vad,
     /// Who of a few local speakers speaks when.
@@ -31,6 +35,7 @@ impl ModelKind {
     pub fn as_str(self) -> &'static str {
         match self {
             ModelKind::Whisper => "whisper",
+            ModelKind::WhisperCt2 => "whisper_ct2",
             ModelKind::Vad => "vad",
             ModelKind::Segmentation => "segmentation",
             ModelKind::Embedding => "embedding",
@@ -47,7 +52,7 @@ impl fmt::Display for ModelKind {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelFile {
-    /// Its name in the folder of models.
+    /// Its name in the folder of models, or in the model's own there.
     pub file: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
@@ -84,11 +89,26 @@ impl Model {
         self.files.iter().map(|f| f.bytes).sum()
     }
 
-    /// Where one of its files may come from, best first: an operator's mirrors, then the catalog's sources.
+    /// Its own folder in the folder of models; none where its files lie there beside those of others.
+    pub fn folder(&self) -> Option<&str> {
+        (self.kind == ModelKind::WhisperCt2).then_some(self.name.as_str())
+    }
+
+    /// Where one of its files lies in the folder of models: `small.bin`, `small-ct2/config.json`.
+    pub fn place(&self, file: &ModelFile) -> String {
+        match self.folder() {
+            Some(folder) => format!("{folder}/{}", file.file),
+            None => file.file.clone(),
+        }
+    }
+
+    /// Where one of its files may come from, best first: an operator's mirrors, which hold files as the folder of models
+    /// does, then the catalog's sources.
     pub fn urls(&self, file: &ModelFile, mirrors: &[String]) -> Vec<String> {
+        let place = self.place(file);
         let mirror = |mirror: &String| match mirror.contains(FILE) {
-            true => mirror.replace(FILE, &file.file),
-            false => format!("{}/{}", mirror.trim_end_matches('/'), file.file),
+            true => mirror.replace(FILE, &place),
+            false => format!("{}/{place}", mirror.trim_end_matches('/')),
         };
         let source = |source: &String| source.replace(FILE, &file.file);
         mirrors.iter().map(mirror).chain(self.sources.iter().map(source)).collect()
@@ -119,6 +139,13 @@ impl Model {
         if let (ModelKind::Whisper, [file]) = (self.kind, &self.files[..]) {
             // Workers know a Whisper model by the stem of its file.
             check(file.file == format!("{}.bin", self.name), format!("its file has to be {}.bin", self.name));
+        }
+        if self.kind == ModelKind::WhisperCt2 {
+            let last = self.files.last().is_some_and(|file| file.file == WEIGHTS);
+            check(
+                last,
+                format!("the last of its files has to be {WEIGHTS}: a folder that has it is taken for a model"),
+            );
         }
         found
     }
@@ -254,9 +281,9 @@ fn file_url(path: &Path) -> String {
 /// Two models with one file would remove and replace each other's.
 fn shared_files(models: &[Model]) -> Vec<String> {
     let mut files = BTreeSet::new();
-    let all = models.iter().flat_map(|m| m.files.iter().map(move |f| (m, &f.file)));
-    all.filter(|(_, file)| !files.insert(*file))
-        .map(|(m, f)| format!("model {:?}: {f} is another's file", m.name))
+    let all = models.iter().flat_map(|m| m.files.iter().map(move |f| (m, m.place(f))));
+    all.filter(|(_, place)| !files.insert(place.clone()))
+        .map(|(m, place)| format!("model {:?}: {place} is another's file", m.name))
         .collect()
 }
 
@@ -290,7 +317,18 @@ mod tests {
                 assert!(catalog.get(&format!("{size}{quant}")).is_some(), "{size}{quant}");
             }
         }
-        let sums: BTreeSet<_> = catalog.models().iter().map(|m| m.files[0].sha256.clone().expect("known")).collect();
+        for size in ["tiny", "base", "small", "medium"].map(|s| [s.to_owned(), format!("{s}.en")]).concat() {
+            let model = catalog.get(&format!("{size}-ct2")).expect(&size);
+            assert_eq!((model.folder(), model.multilingual), (Some(model.name.as_str()), !size.ends_with(".en")));
+        }
+        for model in ["large-v3-ct2", "large-v3-turbo-ct2"].map(|name| catalog.get(name).expect(name)) {
+            assert_eq!(
+                model.files.iter().map(|f| f.file.as_str()).collect::<Vec<_>>(),
+                ["config.json", "vocabulary.json", WEIGHTS]
+            );
+        }
+        let weights = |m: &Model| m.files.last().and_then(|f| f.sha256.clone()).expect("known");
+        let sums: BTreeSet<_> = catalog.models().iter().map(weights).collect();
         assert_eq!(sums.len(), catalog.models().len(), "each file has a sum of its own");
         let tiny = catalog.get("tiny.en-q5_1").expect("there");
         assert_eq!(tiny.bytes(), Some(32_166_155));
@@ -307,6 +345,11 @@ mod tests {
         for model in catalog.models().iter().filter(|m| m.kind == ModelKind::Whisper) {
             let file_mb = model.bytes().expect("known").div_ceil(1 << 20);
             assert_eq!(model.weights_mb(), file_mb, "{}", model.name);
+        }
+        for folder in catalog.models().iter().filter(|m| m.kind == ModelKind::WhisperCt2) {
+            // 1.2 bytes for each number, which takes two in the file.
+            let int8_mb = (folder.bytes().expect("known") >> 20) * 6 / 10;
+            assert!(folder.state_mb == 0 && folder.expected_mb > int8_mb + 32, "{}", folder.name);
         }
         // Published, in MB.
         for (name, total) in [("tiny", 273), ("base", 388), ("small", 852), ("medium", 2_100), ("large-v3", 3_900)] {
@@ -333,6 +376,13 @@ mod tests {
         let urls = tiny.urls(&tiny.files[0], &mirrors);
         assert_eq!(urls[..2], ["s3://bucket/models/tiny.bin", "https://mirror/ggml-tiny.bin?v=1"]);
         assert!(urls[2].starts_with("https://huggingface.co/"));
+        let folder = catalog.get("tiny-ct2").expect("there");
+        let urls = folder.urls(&folder.files[0], &mirrors);
+        assert_eq!(
+            urls[..2],
+            ["s3://bucket/models/tiny-ct2/config.json", "https://mirror/ggml-tiny-ct2/config.json?v=1"]
+        );
+        assert_eq!(urls[2], "https://huggingface.co/Systran/faster-whisper-tiny/resolve/main/config.json");
     }
 
     #[test]
@@ -363,6 +413,21 @@ mod tests {
         ] {
             assert!(told(&entry(name, rest)).contains(wanted), "{wanted}: {}", told(&entry(name, rest)));
         }
+        let folder = |files: &str, source: &str| {
+            let rest = format!("files = [{files}]\nsources = [\"{source}\"]");
+            load(&entry("m-ct2", &rest).replace("\"whisper\"", "\"whisper_ct2\""))
+        };
+        let (config, weights) = ("{ file = \"config.json\" }", "{ file = \"model.bin\" }");
+        for (files, source, wanted) in [
+            (format!("{config}, {weights}"), "https://h/m", "has to say where {file} stands"),
+            (format!("{weights}, {config}"), "https://h/{file}", "the last of its files has to be model.bin"),
+            (config.to_owned(), "https://h/{file}", "the last of its files has to be model.bin"),
+        ] {
+            let told = folder(&files, source).expect_err(&files).to_string();
+            assert!(told.contains(wanted), "{wanted}: {told}");
+        }
+        // Files of one name in folders of their own are no one's but theirs.
+        assert!(folder(&format!("{config}, {weights}"), "https://h/{file}").is_ok());
         assert!(told(&(entry("m", fine) + &entry("m", fine))).contains("twice"));
         let other = entry("n", fine).replace("whisper", "vad");
         assert!(told(&(entry("m", fine) + &other)).contains("another's file"));

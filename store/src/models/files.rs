@@ -4,7 +4,8 @@
 //! - `.locks/<model>`, exclusive: somebody is pulling this model. The file holds how many bytes it will take, so that two
 //!   pulls at once do not both spend the same quota.
 //! - `.locks/.store`, exclusive and short: somebody is making room.
-//! - the model's file itself, shared: somebody uses it ([`InUse`]); whoever wants to remove it needs it alone.
+//! - the model's file itself (of a folder that with the weights), shared: somebody uses it ([`InUse`]); whoever wants to
+//!   remove it needs it alone.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -16,7 +17,7 @@ use std::{
 use rustix::fs::{FlockOperation, flock, statvfs};
 use sha2::{Digest as _, Sha256};
 
-use super::error::ModelError;
+use super::{catalog::WEIGHTS, error::ModelError};
 
 const LOCKS: &str = ".locks";
 const STORE: &str = ".store";
@@ -77,14 +78,15 @@ pub(super) fn reserved(dir: &Path, name: &str) -> Option<u64> {
     }
 }
 
-/// A model file that is being used: nobody removes it to make room.
+/// A model that is being used: nobody removes it to make room.
 #[derive(Debug)]
 pub struct InUse(#[expect(dead_code, reason = "holds the lock")] File);
 
 impl InUse {
-    /// None where the file is not there, or its file system knows no locks: it is used all the same.
+    /// Of a file or a model folder. None where it is not there, or its file system knows no locks: it is used all the same.
     pub fn hold(path: &Path) -> Option<Self> {
-        let file = File::open(path).ok()?;
+        let weights = path.join(WEIGHTS);
+        let file = File::open(if path.is_dir() { weights.as_path() } else { path }).ok()?;
         touch(&file);
         // Waits: whoever asks whether it is used, or removes it, has it for a moment.
         flock(&file, FlockOperation::LockShared).ok().map(|()| Self(file))
@@ -153,6 +155,13 @@ pub(super) fn remove(path: &Path) -> Result<u64, ModelError> {
         Ok(()) => Ok(bytes),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(0),
         Err(e) => Err(io("removing", path)(e)),
+    }
+}
+
+/// Removes a model's own folder once nothing is left in it. That of all models holds the locks, and stays.
+pub(super) fn remove_empty(paths: &[PathBuf]) {
+    if let Some(folder) = paths.first().and_then(|path| path.parent()) {
+        let _not_empty = fs::remove_dir(folder);
     }
 }
 
@@ -229,6 +238,11 @@ mod tests {
         assert!(in_use(&path));
         drop(second);
         assert!(!in_use(&path));
+        assert!(InUse::hold(dir.path()).is_none(), "no model folder");
+        let weights = dir.path().join(WEIGHTS);
+        fs::write(&weights, "x").expect("file");
+        let folder = InUse::hold(dir.path());
+        assert!(folder.is_some() && in_use(&weights));
     }
 
     #[test]

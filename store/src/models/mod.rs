@@ -5,6 +5,11 @@
 //! the engine compares at each load. Where nobody published a checksum the first one seen is kept and holds from then on.
 //! Any number of processes may use one folder at once.
 //!
+//! A model that is a folder ([`ModelKind::WhisperCt2`]) has its files in a sub-folder of its name, the weights last: a folder
+//! without them is no model. One under a catalog's name that did not come through here (`voxfleet models convert` makes
+//! such) is its owner's: listed and removed as it is, compared with nothing, and replaced only by a pull of that name. Checksums
+//! of the other files of a folder are compared by pulls and by [`ModelStore::verify`], not at each load.
+//!
 //! | module | holds |
 //! |---|---|
 //! | [`catalog`] | `models.toml`: names, files, checksums, memory, sources |
@@ -31,6 +36,7 @@ use std::{
     time::SystemTime,
 };
 
+use self::catalog::WEIGHTS;
 pub use self::{
     catalog::{Catalog, CatalogError, Model, ModelFile, ModelKind},
     config::ModelsConfig,
@@ -163,15 +169,18 @@ impl ModelStore {
         known.chain(foreign).collect()
     }
 
-    /// The model's file, if it is here whole; notes that it is used. Blocks.
+    /// The model's file or folder, if it is here whole; notes that it is used. Blocks.
     pub fn locate(&self, name: &str) -> Option<PathBuf> {
-        let path = match self.catalog.get(name) {
-            Some(model) => self.dir.join(&model.files.first()?.file),
-            None => self.foreign().into_iter().find(|(stem, _)| stem == name)?.1,
+        let model = self.catalog.get(name);
+        let folder = model.and_then(Model::folder).map(|folder| self.dir.join(folder));
+        let file = match (&folder, model) {
+            (Some(folder), _) => folder.join(WEIGHTS),
+            (None, Some(model)) => self.dir.join(&model.files.first()?.file),
+            (None, None) => self.foreign().into_iter().find(|(stem, _)| stem == name)?.1,
         };
-        path.is_file().then(|| {
-            files::touch_path(&path);
-            path
+        file.is_file().then(|| {
+            files::touch_path(&file);
+            folder.unwrap_or(file)
         })
     }
 
@@ -180,12 +189,20 @@ impl ModelStore {
         let mut verified = Vec::new();
         let wanted = |other: &str| name.is_none_or(|name| name == other);
         for model in self.catalog.models().iter().filter(|m| wanted(&m.name)) {
+            let at = |file: &ModelFile| self.dir.join(model.place(file));
+            // Without the last of its files it is not here yet.
+            if name.is_none() && !model.files.last().is_some_and(|file| at(file).is_file()) {
+                continue;
+            }
+            let own = self.own_folder(model).is_some();
             for file in &model.files {
-                let path = self.dir.join(&file.file);
-                if name.is_none() && !path.is_file() {
-                    continue;
-                }
-                let verdict = judge(&path, file.sha256.as_deref())?;
+                let path = at(file);
+                let verdict = match judge(&path, file.sha256.as_deref())? {
+                    Verdict::Missing if own => continue,
+                    // It need not be the catalog's.
+                    Verdict::Damaged { .. } if own => Verdict::NoChecksum,
+                    verdict => verdict,
+                };
                 verified.push(Verified { name: model.name.clone(), path, verdict });
             }
         }
@@ -217,15 +234,30 @@ impl ModelStore {
             return Err(in_use());
         }
         let mut bytes = 0;
-        for path in &paths {
+        for path in paths.iter().rev() {
             bytes += files::remove(path)? + files::remove(&files::part_path(path))?;
             files::remove(&files::sum_path(path))?;
         }
+        files::remove_empty(&paths);
         Ok(bytes)
     }
 
+    /// Its files in the order in which they come, whether they are here or not; of somebody's own folder those that are.
     fn paths(&self, model: &Model) -> Vec<PathBuf> {
-        model.files.iter().map(|f| self.dir.join(&f.file)).collect()
+        let Some(folder) = self.own_folder(model) else {
+            return model.files.iter().map(|f| self.dir.join(model.place(f))).collect();
+        };
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| path.is_file()).collect();
+        paths.sort_by_key(|path| path.ends_with(WEIGHTS));
+        paths
+    }
+
+    /// A whole folder under this model's name that did not come through here: what does has a checksum beside it.
+    fn own_folder(&self, model: &Model) -> Option<PathBuf> {
+        let folder = self.dir.join(model.folder()?);
+        let weights = folder.join(WEIGHTS);
+        (weights.is_file() && !files::sum_path(&weights).is_file()).then_some(folder)
     }
 
     fn unknown(&self, name: &str) -> ModelError {
@@ -235,7 +267,7 @@ impl ModelStore {
 
     /// Whisper models in the folder that no catalog knows, by their stems.
     fn foreign(&self) -> Vec<(String, PathBuf)> {
-        let known = |file: &str| self.catalog.models().iter().any(|m| m.files.iter().any(|f| f.file == file));
+        let known = |file: &str| self.catalog.models().iter().any(|m| m.files.iter().any(|f| m.place(f) == file));
         // No folder, no models.
         let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
         let mut found: Vec<(String, PathBuf)> = entries

@@ -138,6 +138,10 @@ impl ModelStore {
         let model = self.catalog.get(name).ok_or_else(|| self.unknown(name))?;
         fs::create_dir_all(&self.dir).map_err(files::io("making", &self.dir))?;
         let mut lock = self.alone(model, watch, cancel).await?;
+        if let Some(folder) = model.folder().map(|folder| self.dir.join(folder)) {
+            fs::create_dir_all(&folder).map_err(files::io("making", &folder))?;
+            sync(&self.dir)?;
+        }
         let mut pulled = Vec::new();
         for file in &model.files {
             pulled.push(self.bring(model, file, &mut lock, watch, cancel).await?);
@@ -172,7 +176,7 @@ impl ModelStore {
         watch: Watch<'_>,
         cancel: &CancellationToken,
     ) -> Result<Pulled, ModelError> {
-        let target = self.dir.join(&file.file);
+        let target = self.dir.join(model.place(file));
         let sha256 = match &file.sha256 {
             Some(sum) => Some(sum.clone()),
             None => files::read_sum(&target)?,
@@ -219,7 +223,7 @@ impl ModelStore {
         }
         let name = model.name.clone();
         if self.offline && failures.iter().all(|f| f.failure.class == FailureClass::NotFound) {
-            let files = model.files.iter().map(|f| f.file.clone()).collect();
+            let files = model.files.iter().map(|f| model.place(f)).collect();
             return Err(ModelError::Offline { name, files, dir: self.dir.to_path_buf() });
         }
         Err(ModelError::Sources { name, failures })
@@ -406,8 +410,7 @@ impl Order<'_> {
         files::write_sum(&self.target, &sha256)?;
         fs::rename(&self.part, &self.target).map_err(files::io("renaming to", &self.target))?;
         if let Some(dir) = self.target.parent() {
-            // The name as well as the bytes outlive a power cut.
-            File::open(dir).and_then(|d| d.sync_all()).map_err(files::io("writing", dir))?;
+            sync(dir)?;
         }
         let (path, first_use) = (self.target.clone(), self.file.sha256.is_none());
         Ok(Pulled { path, bytes, sha256, url: Some(url.to_owned()), first_use })
@@ -417,6 +420,11 @@ impl Order<'_> {
         let kept = if self.sha256.is_some() { files::len(&self.part) } else { 0 };
         ModelError::Cancelled { file: self.file.file.clone(), kept }
     }
+}
+
+/// The names in a folder outlive a power cut, as the bytes of its files do.
+fn sync(dir: &Path) -> Result<(), ModelError> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(files::io("writing", dir))
 }
 
 /// A quarter of a second, doubling to eight.

@@ -89,9 +89,13 @@ impl ModelStore {
         let mut held = Vec::new();
         for model in self.catalog.models().iter().filter(|m| Some(m.name.as_str()) != but) {
             let name = model.name.clone();
-            let paths: Vec<PathBuf> = model.files.iter().map(|f| self.dir.join(&f.file)).collect();
+            let mut paths = self.paths(model);
+            let mut parts: Vec<PathBuf> = paths.iter().map(|p| files::part_path(p)).collect();
+            // What a broken pull left of a folder is half a model, whole files among it.
+            if model.folder().is_some() && !paths.last().is_some_and(|p| p.is_file()) {
+                parts.extend(paths.drain(..).filter(|p| files::sum_path(p).is_file()));
+            }
             let bytes: u64 = paths.iter().map(|p| files::len(p)).sum();
-            let parts: Vec<PathBuf> = paths.iter().map(|p| files::part_path(p)).collect();
             let part_bytes: u64 = parts.iter().map(|p| files::len(p)).sum();
             if let Some(reserved) = files::reserved(&self.dir, &name) {
                 let bytes = reserved.max(part_bytes).max(bytes);
@@ -122,12 +126,12 @@ impl ModelStore {
 
 fn remove(held: &Held) -> Result<Removed, ModelError> {
     let mut bytes = 0;
-    for path in &held.paths {
+    // The weights of a folder first. A part has no checksum beside it.
+    for path in held.paths.iter().rev() {
         bytes += files::remove(path)?;
-        if held.standing == Standing::Unused {
-            files::remove(&files::sum_path(path))?;
-        }
+        files::remove(&files::sum_path(path))?;
     }
+    files::remove_empty(&held.paths);
     Ok(Removed { name: held.name.clone(), bytes })
 }
 

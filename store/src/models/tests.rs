@@ -42,6 +42,20 @@ impl Bench {
         );
     }
 
+    /// A model folder, whose source holds [`FOLDER`].
+    fn folder(&mut self, name: &str) {
+        fs::create_dir(self.at(&format!("from/{name}"))).expect("source");
+        let file = |(file, bytes): (&str, &[u8])| {
+            fs::write(self.at(&format!("from/{name}/{file}")), bytes).expect("source");
+            format!("{{ file = \"{file}\"{} }}", known(bytes))
+        };
+        let files = FOLDER.map(file).join(", ");
+        self.entries += &format!(
+            "[[model]]\nname = \"{name}\"\nkind = \"whisper_ct2\"\nlicence = \"MIT\"\nmultilingual = true\n\
+             expected_mb = 1\nfiles = [{files}]\nsources = [\"from/{name}/{{file}}\"]\n"
+        );
+    }
+
     fn store(&self) -> ModelStore {
         let path = self.at("more.toml");
         fs::write(&path, &self.entries).expect("catalog");
@@ -54,6 +68,9 @@ impl Bench {
         fs::read(self.at(path)).ok()
     }
 }
+
+/// In the order in which they come.
+const FOLDER: [(&str, &[u8]); 3] = [("config.json", b"{}"), ("vocabulary.txt", b"a\nb\n"), ("model.bin", &[7; 50_000])];
 
 fn sum(bytes: &[u8]) -> String {
     use sha2::{Digest as _, Sha256};
@@ -320,4 +337,86 @@ async fn a_pull_that_is_stopped_leaves_no_model() {
     let stopped = store.pull("m", &mut |_| (), &cancel).await;
     assert!(matches!(stopped, Err(ModelError::Cancelled { .. })), "{stopped:?}");
     assert_eq!(bench.read("models/m.bin"), None);
+}
+
+fn listed(store: &ModelStore, name: &str) -> (Presence, u64, bool) {
+    let all = store.list();
+    let listed = all.iter().find(|l| l.name == name).expect(name);
+    (listed.presence, listed.bytes, listed.has_checksum)
+}
+
+#[tokio::test]
+async fn a_folder_comes_whole_and_goes_whole() {
+    let mut bench = Bench::new();
+    bench.folder("m-ct2");
+    bench.model("other", &[1; 20_000], &known(&[1; 20_000]));
+    bench.quota = 60_000;
+    let store = bench.store();
+    let (pulled, steps) = pull(&store, "m-ct2").await;
+    assert_eq!(pulled.expect("pulled")[2].path, bench.at("models/m-ct2/model.bin"));
+    assert_eq!(steps, ["begun 0"; 3]);
+    for (file, bytes) in FOLDER {
+        assert_eq!(bench.read(&format!("models/m-ct2/{file}")).as_deref(), Some(bytes));
+    }
+    assert_eq!(listed(&store, "m-ct2"), (Presence::Present, 50_006, true));
+    assert_eq!(store.locate("m-ct2"), Some(bench.at("models/m-ct2")));
+    let verified = store.verify(None).expect("read");
+    assert!(verified.len() == 3 && verified.iter().all(|v| v.verdict == Verdict::Good), "{verified:?}");
+    let held = InUse::hold(&bench.at("models/m-ct2"));
+    assert!(matches!(store.rm("m-ct2"), Err(ModelError::InUse { .. })));
+    assert!(matches!(pull(&store, "other").await.0, Err(ModelError::Quota { held: 50_006, .. })));
+    drop(held);
+    assert_eq!(pull(&store, "other").await.1, ["evicted m-ct2", "begun 0"]);
+    assert!(!bench.at("models/m-ct2").exists());
+}
+
+#[tokio::test]
+async fn a_folder_without_its_weights_is_no_model() {
+    let mut bench = Bench::new();
+    bench.folder("m-ct2");
+    fs::write(bench.at("from/m-ct2/model.bin"), [8; 50_000]).expect("other weights");
+    let store = bench.store();
+    for steps in [["begun 0", "begun 0"], ["checking", "checking"]] {
+        let (refused, found) = pull(&store, "m-ct2").await;
+        assert!(refused.expect_err("refused").to_string().contains("wrong checksum"));
+        assert_eq!(found, [steps, ["begun 0", "failed model_missing"]].concat());
+        assert!(bench.at("models/m-ct2/config.json").is_file() && !bench.at("models/m-ct2/model.bin").exists());
+        assert_eq!(listed(&store, "m-ct2"), (Presence::Partial, 6, false));
+        assert_eq!((store.locate("m-ct2"), store.verify(None).expect("read")), (None, vec![]));
+    }
+    // A pull that broke off is gone on with, or tidied with all that it brought.
+    fs::write(bench.at("from/m-ct2/model.bin"), [7; 50_000]).expect("the weights");
+    let broken = || fs::write(bench.at("models/m-ct2/model.bin.part"), [7; 20_000]).expect("part");
+    broken();
+    assert_eq!(pull(&store, "m-ct2").await.1, ["checking", "checking", "begun 20000"]);
+    for file in ["model.bin", "model.bin.sha256"] {
+        fs::remove_file(bench.at(&format!("models/m-ct2/{file}"))).expect("removed");
+    }
+    broken();
+    assert_eq!(store.gc().expect("tidied"), [Removed { name: "m-ct2".to_owned(), bytes: 20_006 }]);
+    assert!(!bench.at("models/m-ct2").exists());
+}
+
+#[tokio::test]
+async fn a_folder_of_somebodys_own_is_theirs_until_it_is_pulled() {
+    let mut bench = Bench::new();
+    bench.folder("m-ct2");
+    fs::create_dir_all(bench.at("models/m-ct2")).expect("folder");
+    for (file, bytes) in [("config.json", "{ }"), ("vocabulary.json", "[]"), ("model.bin", "own")] {
+        fs::write(bench.at(&format!("models/m-ct2/{file}")), bytes).expect("own");
+    }
+    bench.quota = 1;
+    assert!(bench.store().gc().expect("nothing to tidy").is_empty());
+    bench.quota = 0;
+    let store = bench.store();
+    assert_eq!(listed(&store, "m-ct2"), (Presence::Present, 8, false));
+    let verified = store.verify(None).expect("read");
+    assert!(verified.len() == 2 && verified.iter().all(|v| v.verdict == Verdict::NoChecksum), "{verified:?}");
+    let (pulled, steps) = pull(&store, "m-ct2").await;
+    assert!(pulled.is_ok());
+    assert_eq!(steps, ["checking", "damaged", "begun 0", "begun 0", "checking", "damaged", "begun 0"]);
+    assert!(store.verify(Some("m-ct2")).expect("read").iter().all(|v| v.verdict == Verdict::Good));
+    // Without the checksum it is theirs again, and all of it goes.
+    fs::remove_file(files::sum_path(&bench.at("models/m-ct2/model.bin"))).expect("removed");
+    assert!(store.rm("m-ct2").is_ok() && !bench.at("models/m-ct2").exists());
 }

@@ -114,6 +114,7 @@ fn a_model_that_is_not_here_is_answered_with_the_command_that_brings_it() {
         wanted.problems().join("; ")
     };
     assert!(told("small.en").contains("`voxfleet models pull small.en` brings it"), "{}", told("small.en"));
+    assert!(told("small.en-ct2").contains("its model is called \"small.en\""), "{}", told("small.en-ct2"));
     assert!(told("mine").contains("\"mine\" is not one of the models"), "{}", told("mine"));
 }
 

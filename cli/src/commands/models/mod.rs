@@ -3,7 +3,10 @@
 mod convert;
 mod progress;
 
-use std::time::{Duration, SystemTime};
+use std::{
+    path::Path,
+    time::{Duration, SystemTime},
+};
 
 use serde_json::{Value, json};
 use voxfleet_schema::{failure::FailureClass, job::AudioUrl};
@@ -222,6 +225,8 @@ fn words(verdict: &Verdict) -> (&'static str, Option<&str>, Option<&str>) {
 
 fn line(verified: &Verified) -> String {
     let Verified { name, path, verdict } = verified;
+    let name = &part(name, path);
+    let model = &verified.name;
     let path = path.display();
     match verdict {
         Verdict::Good => format!("good     {name}"),
@@ -229,16 +234,31 @@ fn line(verified: &Verified) -> String {
         Verdict::NoChecksum => format!("unknown  {name} (there is no checksum to compare {path} with)"),
         Verdict::Damaged { expected, found } => {
             format!(
-                "DAMAGED  {name}: {path} has sha256 {found}, it must be {expected}; `voxfleet models pull {name}` brings it again"
+                "DAMAGED  {name}: {path} has sha256 {found}, it must be {expected}; `voxfleet models pull {model}` brings it again"
             )
         }
-        Verdict::Missing => format!("MISSING  {name}: `voxfleet models pull {name}` brings it"),
+        Verdict::Missing => format!("MISSING  {name}: `voxfleet models pull {model}` brings it"),
+    }
+}
+
+/// The model, and of one that is a folder which file of it.
+fn part(model: &str, path: &Path) -> String {
+    match (path.parent().and_then(Path::file_name), path.file_name()) {
+        (Some(folder), Some(file)) if folder == model => format!("{model}/{}", file.display()),
+        _ => model.to_owned(),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_of_a_folder_is_named_with_its_model() {
+        for (path, wanted) in [("/models/m.bin", "m"), ("/models/m/config.json", "m/config.json"), ("m.bin", "m")] {
+            assert_eq!(part("m", Path::new(path)), wanted);
+        }
+    }
 
     #[test]
     fn ages_are_told_in_their_largest_unit() {

@@ -38,13 +38,14 @@ impl Known {
         };
         for name in names.iter().filter(|name| *name != "all") {
             match self.catalog.get(name) {
-                Some(model) if model.kind == ModelKind::Whisper => {}
+                Some(Model { kind: ModelKind::Whisper | ModelKind::WhisperCt2, .. }) => {}
                 _ => return unknown(name),
             }
         }
         let all = names.iter().any(|name| name == "all");
-        let wanted = |m: &&Model| all || names.contains(&m.name);
-        Ok((!names.is_empty()).then(|| self.whisper().filter(wanted).collect()))
+        // All of them are the files: a folder is the same model for the other engine.
+        let wanted = |m: &&Model| (all && m.kind == ModelKind::Whisper) || names.contains(&m.name);
+        Ok((!names.is_empty()).then(|| self.catalog.models().iter().filter(wanted).collect()))
     }
 
     /// The published sizes, and what is here if `here` matters.
@@ -123,6 +124,7 @@ mod tests {
         let named = |names: &[&str]| known.named(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
         assert!(named(&[]).expect("none").is_none());
         assert_eq!(names(named(&["small", "base"]).expect("both").expect("some")), ["base", "small"]);
+        assert_eq!(names(named(&["small-ct2"]).expect("a folder").expect("some")), ["small-ct2"]);
         assert!(named(&["all"]).expect("all").is_some_and(|all| all.len() > 20));
         // What is no speech model is none to plan.
         for name in ["smal", "silero-vad"] {

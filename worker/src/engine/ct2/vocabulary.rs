@@ -171,6 +171,17 @@ mod tests {
     }
 
     #[test]
+    fn a_vocabulary_of_lines_is_the_same() {
+        let folder = tempfile::tempdir().expect("folder");
+        let dir = folder.path().join("micro");
+        convert(&micro(), &dir, Precision::Int8Float16, &mut |_, _| true).expect("converted");
+        let listed = Vocabulary::read("micro.en", &dir).expect("vocabulary");
+        fs::write(dir.join("vocabulary.txt"), listed.written.join("\n") + "\n").expect("written");
+        fs::remove_file(dir.join("vocabulary.json")).expect("removed");
+        assert_eq!(Vocabulary::read("micro.en", &dir).expect("vocabulary").written, listed.written);
+    }
+
+    #[test]
     fn folders_without_a_vocabulary_are_typed() {
         let folder = tempfile::tempdir().expect("folder");
         let why = |text: &str| {
