@@ -1,5 +1,5 @@
 //! Writes the folder that CTranslate2 takes for a Whisper model: `model.bin`, `config.json`, `vocabulary.json`,
-//! `preprocessor_config.json`.
+//! `preprocessor_config.json`; and what it was made of, `voxfleet-source.json`.
 //!
 //! The weights go through in pieces of a megabyte, so a file of any size needs a few of them. The folder appears whole or
 //! not at all: it is written beside its place and renamed. No `tokenizer.json` is written: a ggml file does not say how
@@ -13,6 +13,7 @@ use std::{
 
 use half::f16;
 use serde_json::json;
+use sha2::{Digest as _, Sha256};
 
 use crate::{
     Error,
@@ -82,6 +83,36 @@ impl Number {
     }
 }
 
+/// In a folder: which file it was made of. Others do not look at it.
+pub const SOURCE: &str = "voxfleet-source.json";
+
+/// Blocks of a file that its mark is made of.
+const MARKED_BLOCKS: u64 = 64;
+const MARKED_BYTES: u64 = 16 << 10;
+
+/// By what a file is known again: its length and a megabyte of it, from all over, in hex. Its times say nothing: whoever uses a
+/// model sets them.
+pub fn mark(file: &Path) -> io::Result<String> {
+    let mut source = File::open(file)?;
+    let bytes = source.metadata()?.len();
+    let mut hash = Sha256::new_with_prefix(bytes.to_le_bytes());
+    let last = bytes.saturating_sub(MARKED_BYTES);
+    for block in 0..MARKED_BLOCKS {
+        source.seek(SeekFrom::Start(last * block / (MARKED_BLOCKS - 1)))?;
+        let mut read = Vec::new();
+        (&mut source).take(MARKED_BYTES).read_to_end(&mut read)?;
+        hash.update(&read);
+    }
+    Ok(hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The mark of the file that a folder was made of; none where somebody else made it.
+pub fn source_of(dir: &Path) -> Option<String> {
+    let text = fs::read(dir.join(SOURCE)).ok()?;
+    let source: serde_json::Value = serde_json::from_slice(&text).ok()?;
+    source["mark"].as_str().map(str::to_owned)
+}
+
 /// What was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Converted {
@@ -112,6 +143,7 @@ pub fn convert(
     if dir.exists() {
         return Err(Error::Exists(dir.to_owned()));
     }
+    let mark = mark(file).map_err(io("reading", file))?;
     let source = File::open(file).map_err(io("reading", file))?;
     let partial = Partial::beside(dir)?;
     let model = partial.path.join("model.bin");
@@ -133,6 +165,7 @@ pub fn convert(
         ("config.json", config(&layout, &specials)),
         ("vocabulary.json", json!(tokens)),
         ("preprocessor_config.json", preprocessor(&layout.header)),
+        (SOURCE, json!({ "mark": mark })),
     ];
     for (name, value) in texts {
         let path = partial.path.join(name);

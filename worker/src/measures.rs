@@ -66,7 +66,8 @@ struct Inner {
 pub(crate) struct Measures(Arc<Inner>);
 
 impl Measures {
-    /// Reads what is known already. Blocks.
+    /// Reads what is known already. Blocks. `models`: those that whisper.cpp runs. What a file's states take and how they keep up
+    /// is its alone; the batched engine measures its own memory at each load, and keeps nothing.
     pub(crate) fn open(cache: Option<&Path>, device: &Device, models: &[ModelFile], states: usize) -> Self {
         let kept = cache.map(Measured::in_cache);
         let key = DeviceKey { name: device.name.clone(), total_mb: device.total_mb };
@@ -122,6 +123,9 @@ impl Measures {
         let (mut known, mut own) = (locked(&self.0.known), locked(&self.0.own));
         let mut changed = Vec::new();
         for (name, new) in news {
+            if !self.0.files.iter().any(|file| file.name == name) {
+                continue;
+            }
             let before = known.get(&name).copied().unwrap_or_default();
             let own = own.entry(name.clone()).or_default();
             *own = joined(*own, new);
@@ -441,5 +445,8 @@ mod tests {
         again.keep(again.learn(news(Some(125), None, None))).await;
         let last = Measures::open(Some(dir.path()), &device, &files, 1);
         assert_eq!(told(&last, Residency::Available), (125 + 200 + 528, true));
+        let of_others = Measures::open(Some(dir.path()), &device, &[], 1);
+        assert_eq!(of_others.learn(news(Some(125), Some(10), Some(50))), [], "it is another engine's");
+        assert_eq!(told(&of_others, Residency::Available), (7, false));
     }
 }

@@ -11,7 +11,12 @@ use voxfleet_schema::{
 };
 use voxfleet_worker::{
     WorkerConfig,
-    engine::{EngineError, direct::transcribe_log, pool::Model, vad::best_available},
+    engine::{
+        EngineError,
+        direct::transcribe_log,
+        pool::{Devices, Model},
+        vad::best_available,
+    },
     ipc::{EngineConfig, StartPoint},
 };
 
@@ -113,7 +118,7 @@ pub(crate) fn offline(call: &Call, worker: &WorkerConfig) -> Result<Offline, Off
         decode_threads: 1,
         ..EngineConfig::default()
     };
-    let mut state = Model::load(&engine, model)?.state()?;
+    let mut state = Model::load(&engine, model, &mut Devices::default())?.state()?;
     let detector = best_available(worker.resolved_silero().as_deref(), worker.resolved_onnxruntime().as_deref()).0;
     let log = call.log();
     let begun = Instant::now();

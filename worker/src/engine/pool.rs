@@ -15,7 +15,7 @@ use std::{
 };
 
 #[cfg(feature = "ct2-engine")]
-use super::ct2::{self, Ct2Model};
+use super::ct2::{self, Ct2Device, Ct2Model};
 use super::{
     Cancel, EngineError, Hypothesis, Recognizer, RecognizerInfo, Window,
     diarize::{DiarizeConfig, Ears, HeardLate, Hearing, Listened, Listening},
@@ -38,15 +38,48 @@ pub enum Model {
     Simulated(SimulatedModel),
 }
 
+/// What decodes that run at once have of the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runs {
+    /// Each its own cores.
+    Apart,
+    /// Each a part of it, at the same time.
+    Together,
+    /// One batch after the other: a window waits for those that go before it.
+    Batched,
+}
+
+/// What models of one process share: it has one device.
+#[derive(Default)]
+pub struct Devices {
+    #[cfg(feature = "ct2-engine")]
+    ct2: Option<Ct2Device>,
+}
+
+#[cfg(feature = "ct2-engine")]
+impl Devices {
+    fn ct2(&mut self, name: &str) -> Result<&Ct2Device, EngineError> {
+        let failed =
+            |e: io::Error| EngineError::Model { name: name.to_owned(), why: format!("no thread for its device: {e}") };
+        match &mut self.ct2 {
+            Some(device) => Ok(device),
+            none => Ok(none.insert(Ct2Device::start().map_err(failed)?)),
+        }
+    }
+}
+
 impl Model {
-    pub fn load(config: &EngineConfig, file: &ModelFile) -> Result<Self, EngineError> {
+    pub fn load(config: &EngineConfig, file: &ModelFile, devices: &mut Devices) -> Result<Self, EngineError> {
+        #[cfg(not(feature = "ct2-engine"))]
+        let Devices {} = devices;
         match config.engine.of_model(file) {
             #[cfg(feature = "ct2-engine")]
             EngineKind::Ct2 => {
                 // One batch is at work at a time. Where whisper.cpp's states may be at work as well, it has the threads of all.
                 let states = if config.engine == EngineKind::Auto { config.decode_states } else { 1 };
                 let threads = config.decode_threads * states;
-                Ct2Model::load(&file.name, &file.path, &config.ct2, threads, config.use_gpu).map(Self::Ct2)
+                let device = devices.ct2(&file.name)?;
+                Ct2Model::load(&file.name, &file.path, &config.ct2, threads, config.use_gpu, device).map(Self::Ct2)
             }
             #[cfg(not(feature = "ct2-engine"))]
             EngineKind::Ct2 => Err(no_ct2(file)),
@@ -70,7 +103,21 @@ impl Model {
 
     /// Its weights are in the memory of a GPU.
     fn is_on_gpu(&self) -> bool {
-        matches!(self, Self::Whisper(model) if model.is_on_gpu())
+        match self {
+            Self::Whisper(model) => model.is_on_gpu(),
+            #[cfg(feature = "ct2-engine")]
+            Self::Ct2(model) => model.info().device != "cpu",
+            Self::Simulated(_) => false,
+        }
+    }
+
+    pub fn runs(&self) -> Runs {
+        match self {
+            #[cfg(feature = "ct2-engine")]
+            Self::Ct2(_) => Runs::Batched,
+            Self::Whisper(_) | Self::Simulated(_) if self.info().device == "cpu" => Runs::Apart,
+            Self::Whisper(_) | Self::Simulated(_) => Runs::Together,
+        }
     }
 
     /// MB that its weights take on a simulated card, and each of its states.
@@ -102,6 +149,8 @@ pub fn expected_mb(config: &EngineConfig, file: &ModelFile) -> Result<u64, Engin
         EngineKind::Ct2 => Err(no_ct2(file)),
         #[cfg(feature = "ct2-engine")]
         EngineKind::Ct2 if file.path.is_dir() => ct2::folder::expected_mb(&file.name, &file.path, &config.ct2),
+        #[cfg(feature = "ct2-engine")]
+        EngineKind::Ct2 => ct2::folder::expected_mb_of(&file.name, &file.path, &config.ct2),
         _ => models::check(&file.name, &file.path)
             .map(|facts| facts.expected_mb - facts.state_mb + states * facts.state_mb),
     }
@@ -161,6 +210,7 @@ pub struct Done {
     pub heard: Result<Judged, EngineError>,
     pub listened: Listened,
     pub info: RecognizerInfo,
+    pub runs: Runs,
     pub queued: Duration,
     pub took: Duration,
     /// Resident memory that a decode state made for this job took, in MB.
@@ -332,6 +382,7 @@ where
         let begin = Instant::now();
         let info = job.model.info().clone();
         let queued = begin.duration_since(job.ready_at);
+        let runs = job.model.runs();
         let before = Taken::from_now(job.model.is_on_gpu());
         let listening = job.window.hearing.take().map(|hearing| {
             let ears = match &mut ears {
@@ -367,7 +418,7 @@ where
             Some(Err(error)) => Listened::Heard(Err(format!("no thread to listen: {error}"))),
         };
         let held = if let Listened::Late(late) = &mut listened { late.hold() } else { None };
-        let done = Done { thread: number, handle, part, window, heard, listened, info, queued, took, state_mb };
+        let done = Done { thread: number, handle, part, window, heard, listened, info, runs, queued, took, state_mb };
         if events.send(done.into()).is_err() {
             // The engine loop has ended, and so does this.
             return;
@@ -378,6 +429,7 @@ where
 }
 
 fn load_loop<E: From<Loaded>>(config: &EngineConfig, loads: &Receiver<Load>, events: &SyncSender<E>) {
+    let mut devices = Devices::default();
     while let Ok((file, before)) = loads.recv() {
         let patience = Instant::now() + GIVEN_BACK;
         for dropped in before {
@@ -386,7 +438,7 @@ fn load_loop<E: From<Loaded>>(config: &EngineConfig, loads: &Receiver<Load>, eve
         }
         let on_gpu = config.engine.is_real() && config.use_gpu;
         let (begin, before) = (Instant::now(), Taken::from_now(on_gpu));
-        let model = Model::load(config, &file);
+        let model = Model::load(config, &file, &mut devices);
         let on_card = model.as_ref().ok().and_then(Model::on_card_mb);
         let resident_mb = on_card.map_or_else(|| before.mb(), |(weights, _)| weights);
         let loaded = Loaded { name: file.name, model, resident_mb, took: begin.elapsed() };

@@ -46,7 +46,7 @@ use crate::{
     device::{DeviceError, Probe},
     heartbeat::{self, Identity, Named, Sources},
     http,
-    ipc::EngineConfig,
+    ipc::{EngineConfig, EngineKind, ModelFile},
     job::{Kept, Means},
     lifecycle::{Engine, EngineTerms, Program, Waits},
     measures::Measures,
@@ -163,7 +163,9 @@ pub async fn run(
     let stock = Stock::new(Arc::clone(&news));
     let wanted = engine_config.models.iter().filter(|m| config.prefetch.contains(&m.name)).cloned().collect();
     let measures = {
-        let (config, device, models) = (config.clone(), first_figures.clone(), engine_config.models.clone());
+        let (config, device, kind) = (config.clone(), first_figures.clone(), engine_config.engine);
+        let batched = |model: &&ModelFile| kind.of_model(model) == EngineKind::Ct2;
+        let models: Vec<_> = engine_config.models.iter().filter(|model| !batched(model)).cloned().collect();
         let open = move || Measures::open(config.cache_dir.as_deref(), &device, &models, config.decode_states);
         tokio::task::spawn_blocking(open).await?
     };

@@ -17,7 +17,10 @@ use symphonia::core::{
 use voxfleet_ggml::folder::{Precision, convert};
 use voxfleet_schema::{audio::RawEntry, session::SessionOptions, transcript::join_text};
 #[cfg(feature = "ct2-engine")]
-use voxfleet_worker::{engine::ct2::Ct2Model, ipc::Ct2Config};
+use voxfleet_worker::{
+    engine::ct2::{Ct2Device, Ct2Model},
+    ipc::Ct2Config,
+};
 use voxfleet_worker::{
     engine::{
         EngineError, Hypothesis, Purpose, Recognizer, RecognizerInfo, Window,
@@ -166,7 +169,9 @@ pub(crate) fn ct2(config: &Ct2Config) -> Model {
         convert(&micro_model(), &dir, Precision::Float32, &mut |_, _| true).expect("converted");
         (folder, dir)
     });
-    Model::Ct2(Ct2Model::load("micro.en", dir, config, 1, false).expect("micro model"))
+    Model::Ct2(
+        Ct2Model::load("micro.en", dir, config, 1, false, &Ct2Device::start().expect("thread")).expect("micro model"),
+    )
 }
 
 /// By energy always, and Silero where it is installed.

@@ -303,14 +303,16 @@ fn decode(way: &Way, file: &ModelFile, windows: &[Window], rounds: u32) -> Resul
         #[cfg(feature = "ct2-engine")]
         Numbers::Ct2(compute_type) => {
             use voxfleet_worker::engine::{
-                ct2::{Ct2Config, Ct2Model},
+                ct2::{Ct2Config, Ct2Device, Ct2Model},
                 guards::judge,
             };
 
             let config = Ct2Config { compute_type, batch: way.batch, ..Ct2Config::default() };
+            let device = Ct2Device::start()?;
             timed(windows, rounds, || {
                 // Loaded anew, which also warms it up: it knows again what it has heard before, and would spare itself the pictures.
-                let mut recognizer = Ct2Model::load(&file.name, &file.path, &config, way.threads, false)?.state();
+                let mut recognizer =
+                    Ct2Model::load(&file.name, &file.path, &config, way.threads, false, &device)?.state();
                 let begin = Instant::now();
                 let heard = recognizer.decode(windows);
                 let took = begin.elapsed();

@@ -71,8 +71,8 @@ mod worker {
         WorkerConfig,
         config::GpuChoice,
         device::{self, Listed, Neighbour, Versions},
-        engine::{models, vad::Silero},
-        ipc::{EngineKind, ModelFile},
+        engine::{pool, vad::Silero},
+        ipc::{EngineConfig, EngineKind, ModelFile},
     };
 
     use super::super::Check;
@@ -230,17 +230,23 @@ mod worker {
                  these settings: ask with --set worker.models_dir=DIR to have that folder looked at",
             )];
         }
-        files.iter().map(|file| model(file, config.prefetch.contains(&file.name))).collect()
+        let engine = EngineConfig {
+            engine: config.engine,
+            ct2: config.ct2.clone(),
+            decode_states: config.decode_states,
+            ..EngineConfig::default()
+        };
+        files.iter().map(|file| model(&engine, file, config.prefetch.contains(&file.name))).collect()
     }
 
     /// `fetched`: a worker here brings what is missing.
-    fn model(file: &ModelFile, fetched: bool) -> Check {
+    fn model(config: &EngineConfig, file: &ModelFile, fetched: bool) -> Check {
         if fetched && !file.path.exists() {
             let mend = "sessions that want it wait until then; `voxfleet models pull` brings it before";
             return Check::warn("models", format!("{} is not here, a worker fetches it at its start", file.name), mend);
         }
-        match models::check(&file.name, &file.path) {
-            Ok(facts) => Check::ok("models", format!("{}, about {} MB loaded", file.name, facts.expected_mb)),
+        match pool::expected_mb(config, file) {
+            Ok(mb) => Check::ok("models", format!("{}, about {mb} MB loaded", file.name)),
             Err(error) => Check::fail("models", error.to_string(), remedy(Side::Model, FailureClass::ModelMissing)),
         }
     }
@@ -254,10 +260,11 @@ mod worker {
         fn only_what_is_fetched_may_be_missing() {
             let dir = tempfile::tempdir().expect("folder");
             let file = ModelFile { name: "m".to_owned(), path: dir.path().join("m.bin") };
-            assert_eq!(model(&file, true).verdict, Verdict::Warn);
-            assert_eq!(model(&file, false).verdict, Verdict::Fail);
+            let whisper = EngineConfig { engine: EngineKind::WhisperCpp, ..EngineConfig::default() };
+            assert_eq!(model(&whisper, &file, true).verdict, Verdict::Warn);
+            assert_eq!(model(&whisper, &file, false).verdict, Verdict::Fail);
             std::fs::write(&file.path, "half").expect("file");
-            let damaged = model(&file, true);
+            let damaged = model(&whisper, &file, true);
             assert_eq!(damaged.verdict, Verdict::Fail, "one that is there is not fetched again");
             assert!(damaged.mend.is_some_and(|mend| mend.contains("models pull")));
         }

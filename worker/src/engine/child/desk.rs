@@ -18,7 +18,7 @@ use voxfleet_schema::{
 use super::{
     again::{Hears, ToHear},
     neighbour::{LockError, Neighbour, Turn},
-    pace::{Pace, Role, Spent, Stretch},
+    pace::{Pace, Role, Spent, Stretch, busy_ms},
     shelf::{Shelved, shelve},
     signs::{Sign, Signs},
     unseen::{Blind, guarded},
@@ -32,7 +32,7 @@ use crate::{
         vad::VadFactory,
     },
     ipc::{
-        EngineConfig, EngineKind, EntryFor, FinalDraft, FromEngine, StartPoint, StreamNote, Suspect, ToEngine,
+        EngineConfig, EntryFor, FinalDraft, FromEngine, StartPoint, StreamNote, Suspect, ToEngine,
         transport::{BlockingWriter, TransportError},
     },
 };
@@ -444,14 +444,10 @@ impl Desk {
         self.alone.take_if(|handle| *handle == done.handle);
         self.totals.decodes += 1;
         let of_final = (done.window.purpose == Purpose::Final).then_some(done.part);
-        let batched = done.info.engine == EngineKind::Ct2.as_str();
-        // Windows that share batches are in each other's way, as decodes on a GPU are.
-        let apart = done.info.device == "cpu" && !batched;
-        let pool_ms = self.pace.over((done.handle, of_final), Instant::now(), done.took, apart);
+        let pool_ms = self.pace.over((done.handle, of_final), Instant::now(), done.took, done.runs);
         // Both or neither: time of a decode that was cancelled or failed would read as a slow device.
         if done.heard.is_ok() {
-            // What a window waits for those that go before it on the device is no work of its own.
-            self.totals.busy_ms += if batched { pool_ms as u64 } else { done.took.as_millis() as u64 };
+            self.totals.busy_ms += busy_ms(done.runs, done.took, pool_ms);
             self.totals.audio_ms += done.window.samples.len() as u64 / 16;
         }
         if done.state_mb > 0

@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::engine::pool::Runs;
+
 /// A stretch that was decoded for partials less often than once in this time was not live, or the pool had no time for them:
 /// it costs less than live audio does.
 const PARTIAL_AT_LEAST_EVERY_MS: u64 = 2_000;
@@ -52,10 +54,18 @@ impl Pace {
     }
 
     /// The part of the pool's time that it had.
-    pub(super) fn over(&mut self, decode: Decode, now: Instant, took: Duration, on_cpu: bool) -> f64 {
+    pub(super) fn over(&mut self, decode: Decode, now: Instant, took: Duration, runs: Runs) -> f64 {
         self.advance(now);
         let begun = self.begun.remove(&decode).unwrap_or(self.shared_ms);
-        if on_cpu { (took / self.threads).as_secs_f64() * 1_000.0 } else { self.shared_ms - begun }
+        if runs == Runs::Apart { (took / self.threads).as_secs_f64() * 1_000.0 } else { self.shared_ms - begun }
+    }
+}
+
+/// For how long a decode kept the device busy, in ms. What a window waits for those that go before it is no work of its own.
+pub(super) fn busy_ms(runs: Runs, took: Duration, pool_ms: f64) -> u64 {
+    match runs {
+        Runs::Batched => pool_ms as u64,
+        Runs::Apart | Runs::Together => took.as_millis() as u64,
     }
 }
 
@@ -104,18 +114,24 @@ mod tests {
         let begin = Instant::now();
         let at = |ms| begin + Duration::from_millis(ms);
         let took = Duration::from_millis(400);
-        for (on_cpu, first, second) in [(true, 200.0, 200.0), (false, 300.0, 300.0)] {
+        for (runs, first, second, busy) in [
+            (Runs::Apart, 200.0, 200.0, 400),
+            (Runs::Together, 300.0, 300.0, 400),
+            // What it waited for the other is not its own.
+            (Runs::Batched, 300.0, 300.0, 300),
+        ] {
             let mut pace = Pace::new(2, begin);
             pace.begins((1, Some(0)), at(1_000));
             pace.begins((1, None), at(1_200));
             // Alone for 200 ms, with the other for 200.
-            let one = pace.over((1, Some(0)), at(1_400), took, on_cpu);
-            let other = pace.over((1, None), at(1_600), took, on_cpu);
-            assert!((one - first).abs() < 1e-6 && (other - second).abs() < 1e-6, "{on_cpu} {one} {other}");
+            let one = pace.over((1, Some(0)), at(1_400), took, runs);
+            let other = pace.over((1, None), at(1_600), took, runs);
+            assert!((one - first).abs() < 1e-6 && (other - second).abs() < 1e-6, "{runs:?} {one} {other}");
+            assert_eq!(busy_ms(runs, took, one), busy, "{runs:?}");
             // Nothing runs, and nothing is paid for.
             pace.begins((3, Some(1)), at(9_000));
-            let alone = pace.over((3, Some(1)), at(9_400), took, on_cpu);
-            assert!((alone - if on_cpu { 200.0 } else { 400.0 }).abs() < 1e-6, "{on_cpu} {alone}");
+            let alone = pace.over((3, Some(1)), at(9_400), took, runs);
+            assert!((alone - if runs == Runs::Apart { 200.0 } else { 400.0 }).abs() < 1e-6, "{runs:?} {alone}");
         }
     }
 

@@ -13,7 +13,7 @@ use crate::{
         Cancel, Purpose, Window,
         pool::{Job, Model},
     },
-    ipc::{EngineKind, FromEngine},
+    ipc::{EngineConfig, EngineKind, FromEngine},
 };
 
 /// How long a recording's window waits behind partials.
@@ -67,6 +67,13 @@ impl Session {
         self.last_partial = now;
         Job { handle, part: 0, model, window, ready_at: now }
     }
+}
+
+/// Decode threads that recordings may have beside live sessions: all but one, where there is more than one. A batch is made of
+/// the windows that threads have brought, so there as many are left as go into one.
+fn recordings_beside_live(config: &EngineConfig) -> usize {
+    let left = if config.engine == EngineKind::Ct2 { config.ct2.batch } else { 1 };
+    config.decode_states.saturating_sub(left).max(1)
 }
 
 impl Desk {
@@ -137,10 +144,7 @@ impl Desk {
     fn next_final(&mut self, turn: Turn) -> Option<Job> {
         let live = self.sessions.values().any(|s| !s.background);
         let recordings: usize = self.sessions.values().filter(|s| s.background).map(|s| s.decoding.len()).sum();
-        // Beside live sessions recordings leave one thread free, where there is more than one.
-        // A batch is made of the windows that threads have brought: as many threads are left to live ones.
-        let left = if self.config.engine == EngineKind::Ct2 { self.config.ct2.batch } else { 1 };
-        let most = if live { self.config.decode_states.saturating_sub(left).max(1) } else { usize::MAX };
+        let most = if live { recordings_beside_live(&self.config) } else { usize::MAX };
         if turn != Turn::Live && recordings >= most {
             return None;
         }
@@ -202,6 +206,33 @@ impl Desk {
                 session.partial = None;
                 session.stream.partial_failed();
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::ct2::Ct2Config;
+
+    #[test]
+    fn recordings_leave_threads_to_live_windows() {
+        use EngineKind::{Auto, Ct2, WhisperCpp};
+        for (engine, states, batch, most) in [
+            (WhisperCpp, 1, 4, 1),
+            (WhisperCpp, 4, 4, 3),
+            (Auto, 2, 4, 1),
+            (Ct2, 8, 4, 4),
+            (Ct2, 8, 16, 1),
+            (Ct2, 16, 4, 12),
+        ] {
+            let config = EngineConfig {
+                engine,
+                decode_states: states,
+                ct2: Ct2Config { batch, ..Ct2Config::default() },
+                ..EngineConfig::default()
+            };
+            assert_eq!(recordings_beside_live(&config), most, "{engine:?}, {states} states, batches of {batch}");
         }
     }
 }

@@ -1,24 +1,26 @@
 //! The model folder that belongs to a model's file: the folder itself, or one made of a ggml file.
 
 use std::{
-    fs,
-    hash::{DefaultHasher, Hash, Hasher as _},
-    io,
+    fs, io,
     path::{Path, PathBuf},
 };
 
+use sha2::{Digest as _, Sha256};
 use voxfleet_ggml::{
     Error,
     blocks::Kind,
-    folder::{Precision, convert},
+    folder::{Precision, convert, mark, source_of},
     layout,
 };
 
 use super::{ComputeType, Ct2Config};
-use crate::engine::EngineError;
+use crate::engine::{EngineError, checksum};
 
 /// The file with the weights.
 pub const MODEL: &str = "model.bin";
+
+/// What the library takes beside weights and windows.
+const FIXED_MB: u64 = 32;
 
 /// Up to this a folder of a quantized file is written in float32: small, not medium.
 const WHOLE_BYTES: u64 = 1 << 30;
@@ -57,26 +59,52 @@ pub fn expected_mb(name: &str, dir: &Path, config: &Ct2Config) -> Result<u64, En
         ComputeType::Float16 => 1.0,
         ComputeType::Auto | ComputeType::Int8Float32 | ComputeType::Int8Float16 => 0.6,
     };
-    Ok(((facts.weight_bytes >> 20) as f64 * per_byte) as u64 + 32 * (1 + config.batch as u64))
+    Ok(((facts.weight_bytes >> 20) as f64 * per_byte) as u64 + FIXED_MB * (1 + config.batch as u64))
+}
+
+/// What loading a ggml file into this engine will take, in MB, by the shape that its header says.
+pub fn expected_mb_of(name: &str, file: &Path, config: &Ct2Config) -> Result<u64, EngineError> {
+    let layout =
+        layout::read(file).map_err(|error| EngineError::Model { name: name.to_owned(), why: error.to_string() })?;
+    let numbers: u64 = layout.tensors.iter().map(|tensor| tensor.shape.iter().product::<u64>()).sum();
+    let each = match config.compute_type {
+        ComputeType::Float32 => 4.0,
+        ComputeType::Float16 => 2.0,
+        // With a scale for each row, and a few tensors that are never rounded.
+        ComputeType::Auto | ComputeType::Int8Float32 | ComputeType::Int8Float16 => 1.2,
+    };
+    let weights_mb = (numbers as f64 * each) as u64 >> 20;
+    Ok(weights_mb + FIXED_MB + window_mb(&layout.header) * config.batch as u64)
+}
+
+/// Working memory of one window of the full context: scores of one layer's attention, activations, keys and values of the
+/// decoder. An upper estimate; how many windows there really may be is measured when the model is loaded.
+fn window_mb(header: &layout::Header) -> u64 {
+    let [positions, width, heads, layers, text] =
+        [header.audio_ctx, header.width, header.audio_heads, header.text_layers, header.text_ctx].map(u64::from);
+    let scores = 2 * heads * positions * positions;
+    let activations = 12 * positions * width;
+    let cached = 2 * layers * width * (positions + text);
+    (4 * (scores + activations + cached) >> 20) + 1
 }
 
 fn converted(name: &str, file: &Path, folders: Option<&Path>) -> Result<PathBuf, EngineError> {
     let failed = |why: String| EngineError::Model { name: name.to_owned(), why };
     let unread = |e: io::Error| failed(format!("{}: {e}", file.display()));
-    let metadata = fs::metadata(file).map_err(unread)?;
+    let known = mark(file).map_err(unread)?;
     let beside = beside(file);
     if beside.join(MODEL).is_file() {
-        let age = |metadata: fs::Metadata| metadata.modified().ok();
-        if fs::metadata(beside.join(MODEL)).map_err(unread).map(age)? < age(metadata) {
-            return Err(failed(format!("{} is older than {}; remove it", beside.display(), file.display())));
+        // One that does not say what it was made of is somebody's own, and he knows.
+        if source_of(&beside).is_some_and(|source| source != known) {
+            return Err(failed(format!("{} was made of another {}; remove it", beside.display(), file.display())));
         }
         return Ok(beside);
     }
     let Some(folders) = folders else { return make(name, file, &beside) };
     let file = fs::canonicalize(file).map_err(unread)?;
     let stem = file.file_stem().and_then(|s| s.to_str()).unwrap_or("model");
-    let of_file = format!("{stem}-{:08x}-", mark(&file));
-    let dir = folders.join(format!("{of_file}{:08x}", mark(&(metadata.len(), metadata.modified().ok()))));
+    let of_file = format!("{stem}-{}-", short(&file.display().to_string()));
+    let dir = folders.join(format!("{of_file}{}", &known[..SHORT]));
     if dir.join(MODEL).is_file() {
         return Ok(dir);
     }
@@ -90,6 +118,7 @@ fn make(name: &str, file: &Path, dir: &Path) -> Result<PathBuf, EngineError> {
     tracing::info!(model = name, dir = %dir.display(), "made into a CTranslate2 folder, once");
     let failed = |error: Error| EngineError::Model { name: name.to_owned(), why: error.to_string() };
     let layout = layout::read(file).map_err(failed)?;
+    checksum::verify(name, file)?;
     let numbers: u64 = layout.tensors.iter().map(|tensor| tensor.shape.iter().product::<u64>()).sum();
     let plain = layout.tensors.iter().all(|tensor| matches!(tensor.kind, Kind::F32 | Kind::F16));
     match convert(file, dir, precision(numbers, plain), &mut |_, _| true) {
@@ -119,15 +148,17 @@ fn forget_earlier(folders: &Path, of_file: &str, made: &Path) {
     }
 }
 
-/// The same in every process of a build.
-fn mark(what: &impl Hash) -> u32 {
-    let mut hasher = DefaultHasher::new();
-    what.hash(&mut hasher);
-    hasher.finish() as u32
+/// In the name of a folder.
+const SHORT: usize = 16;
+
+fn short(text: &str) -> String {
+    Sha256::digest(text).iter().take(SHORT / 2).map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use voxfleet_ggml::folder::SOURCE;
+
     use super::*;
 
     #[test]
@@ -144,16 +175,32 @@ mod tests {
         assert_eq!(of("micro.en", &facts.dir, None).expect("a folder"), facts);
         let same = fs::metadata(facts.dir.join("model.bin")).expect("model").modified().expect("time");
         assert_eq!(made, same, "made once");
-        // A newer file under the same name is not passed over in silence.
-        let later = made + std::time::Duration::from_secs(5);
-        fs::File::options().append(true).open(&file).and_then(|f| f.set_modified(later)).expect("touched");
+        // Whoever uses a model marks it so.
+        touch(&file);
+        assert_eq!(of("micro.en", &file, None).expect("the same file"), facts);
+        // Another file under the same name is not passed over in silence.
+        change(&file);
         match of("micro.en", &file, None) {
-            Err(EngineError::Model { why, .. }) => assert!(why.contains("older"), "{why}"),
+            Err(EngineError::Model { why, .. }) => assert!(why.contains("made of another"), "{why}"),
             other => panic!("{other:?}"),
         }
+        fs::remove_file(facts.dir.join(SOURCE)).expect("removed");
+        assert_eq!(of("micro.en", &file, None).expect("somebody's own"), facts);
         for nothing in [folder.path().join("absent.bin"), folder.path().to_owned()] {
             assert!(matches!(of("m", &nothing, None), Err(EngineError::Model { .. })), "{}", nothing.display());
         }
+    }
+
+    fn touch(file: &Path) {
+        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+        fs::File::options().append(true).open(file).and_then(|f| f.set_modified(later)).expect("touched");
+    }
+
+    /// A bit of its last weights, which changes neither its length nor what it says of itself.
+    fn change(file: &Path) {
+        let mut bytes = fs::read(file).expect("model");
+        *bytes.last_mut().expect("weights") ^= 1;
+        fs::write(file, bytes).expect("written");
     }
 
     #[test]
@@ -179,15 +226,14 @@ mod tests {
         let made = of("micro.en", &file, Some(&folders)).expect("converted");
         assert!(made.dir.starts_with(&folders) && fs::read_dir(models.path()).expect("folder").count() == 1);
         assert_eq!(of("micro.en", &file, Some(&folders)), Ok(made.clone()));
-        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
-        fs::File::options().append(true).open(&file).and_then(|f| f.set_modified(later)).expect("touched");
+        touch(&file);
+        assert_eq!(of("micro.en", &file, Some(&folders)), Ok(made.clone()), "the same file");
+        change(&file);
         let again = of("micro.en", &file, Some(&folders)).expect("converted again");
         assert!(again.dir != made.dir && !made.dir.exists() && again.dir.join(MODEL).is_file());
         // One that somebody made beside the file comes first.
         convert(&file, &beside(&file), Precision::Float32, &mut |_, _| true).expect("converted");
         let beside = beside(&file);
-        let touched = fs::File::options().append(true).open(beside.join(MODEL)).and_then(|f| f.set_modified(later));
-        touched.expect("touched");
         assert_eq!(of("micro.en", &file, Some(&folders)).map(|facts| facts.dir), Ok(beside));
     }
 }

@@ -8,7 +8,7 @@
 //! | [`passes`] | what a decode's tokens say, and where the next pass begins; pure |
 //! | [`schedule`] | which windows are passed over next, together; pure |
 //! | [`folder`] | the model folder that belongs to a model's file |
-//! | `recognizer`, `device`, `pass`, `warmup` | with the cargo feature `ct2`: models, the thread that owns the device, one pass, how many windows fit |
+//! | `recognizer`, `device`, `pulse`, `pass`, `warmup` | with the cargo feature `ct2`: models, the thread that owns the device, signs of life while it works, one pass, how many windows fit |
 //! | `trial` | the same: batches with every setting open, for measurements |
 //!
 //! A decode depends on its window alone, in company too: windows share a batch only where each would get the same encoder
@@ -24,6 +24,8 @@ pub mod mel;
 mod pass;
 pub mod passes;
 #[cfg(feature = "ct2-engine")]
+mod pulse;
+#[cfg(feature = "ct2-engine")]
 mod recognizer;
 pub mod schedule;
 #[cfg(all(test, feature = "ct2-engine"))]
@@ -35,7 +37,10 @@ pub mod vocabulary;
 mod warmup;
 
 #[cfg(feature = "ct2-engine")]
-pub use recognizer::{Ct2Model, Ct2Recognizer};
+pub use self::{
+    device::Ct2Device,
+    recognizer::{Ct2Model, Ct2Recognizer},
+};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -56,6 +61,21 @@ pub enum ComputeType {
     Int8Float32,
     #[serde(rename = "int8_float16")]
     Int8Float16,
+}
+
+#[cfg(feature = "ct2-engine")]
+impl ComputeType {
+    /// As the library names it.
+    fn on(self, gpu: bool) -> ct2rs::sys::ComputeType {
+        use ct2rs::sys::ComputeType as Named;
+        match self {
+            Self::Auto if gpu => Named::FLOAT16,
+            Self::Auto | Self::Int8Float32 => Named::INT8_FLOAT32,
+            Self::Float32 => Named::FLOAT32,
+            Self::Float16 => Named::FLOAT16,
+            Self::Int8Float16 => Named::INT8_FLOAT16,
+        }
+    }
 }
 
 /// How the engine runs.

@@ -4,8 +4,8 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::atomic::{AtomicUsize, Ordering},
-    time::Instant,
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+    time::{Duration, Instant},
 };
 
 use ct2rs::sys::{Device, StorageView, Whisper, WhisperAlignmentResult, WhisperOptions};
@@ -16,7 +16,8 @@ use super::{
     growing::Growing,
     mel::Spectrogram,
     passes::{self, Cut, LEAST_FRAMES, Marks, PASS_FRAMES},
-    schedule::{For, Key, Most, Waiting},
+    pulse::{Pulse, patience},
+    schedule::{self, For, Key, Most, Waiting},
     vocabulary::Vocabulary,
 };
 use crate::engine::{
@@ -41,8 +42,18 @@ pub(super) struct Loaded {
     pub(super) info: RecognizerInfo,
     pub(super) bands: usize,
     pub(super) never_said: Vec<i32>,
+    /// Of the models that this process has loaded so far.
+    pub(super) id: usize,
     /// Windows in a batch; smaller after an allocation failed.
     pub(super) most: AtomicUsize,
+    /// What that was when the model was loaded.
+    pub(super) fitting: AtomicUsize,
+    /// Batches of that many that had their memory, in a row.
+    pub(super) calm: AtomicUsize,
+    /// What one window of silence takes, in ms.
+    pub(super) silence_ms: AtomicU64,
+    /// What the last pass took, in ms.
+    pub(super) passed_ms: AtomicU64,
     pub(super) growing: Growing,
 }
 
@@ -55,6 +66,8 @@ pub(super) struct Run {
     pub(super) words: bool,
     pub(super) task: Task,
     pub(super) prompt: Vec<u32>,
+    /// What was asked for; none: to be detected.
+    pub(super) asked: Option<String>,
     pub(super) language: Option<String>,
     pub(super) cancel: Cancel,
     pub(super) since: Instant,
@@ -70,14 +83,15 @@ impl Run {
         self.at + LEAST_FRAMES >= self.sound.frames()
     }
 
-    pub(super) fn waiting(&self) -> Waiting {
-        let key = Key { positions: self.positions, prompt_tokens: self.context().len(), words: self.words };
-        Waiting { key, what: self.what, since: self.since }
+    pub(super) fn waiting(&self, model: usize, most: Most) -> Waiting {
+        let key = Key { model, positions: self.positions, prompt_tokens: self.context().len(), words: self.words };
+        Waiting { key, what: self.what, since: self.since, most }
     }
 
-    /// From the beginning, with another context.
+    /// From the beginning, with another context, as if it had never been heard.
     pub(super) fn again(&mut self, positions: usize) {
         (self.at, self.positions) = (0, positions);
+        self.language = self.asked.clone();
         self.said.clear();
         self.segments.clear();
     }
@@ -144,26 +158,47 @@ impl Loaded {
 
     /// One pass over a batch of windows that are alike. One that fails is tried in halves: an input that is poison then fails
     /// alone, and what was too large for the memory may fit. Says of each why it failed.
-    pub(super) fn pass_or_fail(&self, batch: &mut [Run]) -> Vec<Result<(), EngineError>> {
+    pub(super) fn pass_or_fail(&self, batch: &mut [Run], pulse: &Pulse) -> Vec<Result<(), EngineError>> {
+        let begin = Instant::now();
+        let silence = Duration::from_millis(self.silence_ms.load(Ordering::Relaxed));
+        let call = pulse.slow(patience(silence, batch.len()));
         // A panic of the library's bindings leaves nothing behind: what they made for this pass is gone.
         let passed = catch_unwind(AssertUnwindSafe(|| self.pass(batch)));
+        drop(call);
+        self.passed_ms.store(begin.elapsed().as_millis() as u64, Ordering::Relaxed);
         let error = match passed.unwrap_or_else(|_| Err(EngineError::Decode("the engine panicked".to_owned()))) {
-            Ok(()) => return vec![Ok(()); batch.len()],
+            Ok(()) => {
+                self.had_room(batch.len());
+                return vec![Ok(()); batch.len()];
+            }
             Err(error) if batch.len() <= 1 => return vec![Err(error)],
             Err(error) => error,
         };
         let half = batch.len() / 2;
         if matches!(error, EngineError::OutOfMemory(_)) {
-            self.most.fetch_min(half, Ordering::Relaxed);
+            let before = self.most.fetch_min(half, Ordering::Relaxed);
+            self.calm.store(0, Ordering::Relaxed);
+            let model = &self.info.model;
+            tracing::warn!(model, batch = before.min(half), before, "no memory for a batch, the next are smaller");
         }
         tracing::warn!(%error, windows = batch.len(), "a batch failed and is tried in halves");
         let (one, other) = batch.split_at_mut(half);
-        [self.pass_or_fail(one), self.pass_or_fail(other)].concat()
+        [self.pass_or_fail(one, pulse), self.pass_or_fail(other, pulse)].concat()
     }
 
-    /// One window, for nobody.
-    pub(super) fn pass_alone(&self, run: Run) -> Result<(), EngineError> {
-        self.pass(&mut [run])
+    /// Only the device's thread comes here, so nothing changes in between.
+    fn had_room(&self, windows: usize) {
+        let (most, fitting) = (self.most.load(Ordering::Relaxed), self.fitting.load(Ordering::Relaxed));
+        if windows < most || most >= fitting {
+            return;
+        }
+        let calm = self.calm.fetch_add(1, Ordering::Relaxed) + 1;
+        let grown = schedule::grown(most, fitting, calm);
+        if grown > most {
+            self.most.store(grown, Ordering::Relaxed);
+            self.calm.store(0, Ordering::Relaxed);
+            tracing::info!(model = self.info.model, batch = grown, before = most, "batches may be larger again");
+        }
     }
 
     fn pass(&self, batch: &mut [Run]) -> Result<(), EngineError> {

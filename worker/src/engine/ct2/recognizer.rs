@@ -5,17 +5,17 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Instant,
 };
 
-use ct2rs::sys::{self, Config, Device, Whisper};
+use ct2rs::sys::{Config, Device, Whisper};
 use voxfleet_schema::transcript::WordTiming;
 
 use super::{
-    ComputeType, Ct2Config,
-    device::{DeviceThread, gone},
+    Ct2Config,
+    device::{Ct2Device, gone},
     folder,
     growing::Growing,
     mel::LogMel,
@@ -25,7 +25,7 @@ use super::{
     warmup,
 };
 use crate::engine::{
-    EngineError, Hypothesis, Purpose, Recognizer, RecognizerInfo, Window, guards,
+    EngineError, Hypothesis, Purpose, Recognizer, RecognizerInfo, Window, checksum, guards,
     whisper::{
         self, MAX_PROMPT_TOKENS,
         context::{Context, MIN_SAMPLES},
@@ -33,15 +33,18 @@ use crate::engine::{
     },
 };
 
+/// What a pass may take before one was made, in ms: a large model on a slow CPU.
+const UNKNOWN_MS: u64 = 8_000;
+
 /// One loaded model.
 #[derive(Clone)]
 pub struct Ct2Model {
-    loaded: Arc<Loaded>,
-    device: Arc<DeviceThread>,
+    pub(super) loaded: Arc<Loaded>,
+    device: Ct2Device,
 }
 
 impl Ct2Model {
-    /// `path` is a model folder, or a ggml file that has one beside it or gets it. Where a GPU is asked for and not to be had
+    /// `path` is a model folder, or a ggml file that has one beside it or gets it. All models of a process are on one device. Where a GPU is asked for and not to be had
     /// the process has ended before.
     pub fn load(
         name: &str,
@@ -49,31 +52,33 @@ impl Ct2Model {
         config: &Ct2Config,
         threads: usize,
         use_gpu: bool,
+        on: &Ct2Device,
     ) -> Result<Self, EngineError> {
+        static LOADED: AtomicUsize = AtomicUsize::new(0);
         let device = whisper::device(use_gpu);
         let on_gpu = device != "cpu";
         let facts = folder::of(name, path, config.folders.as_deref())?;
+        checksum::verify(name, &facts.dir.join(folder::MODEL))?;
         let vocabulary = Vocabulary::read(name, &facts.dir)?;
         // Loading holds the numbers of the file and what they are turned into, of which a card sees the latter.
         let needed_mb = (facts.weight_bytes >> 20) * if on_gpu { 1 } else { 3 };
         enough_memory(on_gpu, needed_mb, || format!("model {name}"))?;
-        let compute_type = match config.compute_type {
-            ComputeType::Auto if on_gpu => sys::ComputeType::FLOAT16,
-            ComputeType::Auto | ComputeType::Int8Float32 => sys::ComputeType::INT8_FLOAT32,
-            ComputeType::Float32 => sys::ComputeType::FLOAT32,
-            ComputeType::Float16 => sys::ComputeType::FLOAT16,
-            ComputeType::Int8Float16 => sys::ComputeType::INT8_FLOAT16,
-        };
         // A worker's engine sees its own GPU alone: the first.
         let loading = Config {
             device: if on_gpu { Device::CUDA } else { Device::CPU },
-            compute_type,
+            compute_type: config.compute_type.on(on_gpu),
             num_threads_per_replica: threads.max(1),
             ..Config::default()
         };
         let failed = |why: String| EngineError::Model { name: name.to_owned(), why };
         let whisper = Whisper::new(&facts.dir, loading)
             .map_err(|error| out_of_memory(&error).unwrap_or_else(|| failed(error.to_string())))?;
+        if whisper.is_multilingual() != vocabulary.is_multilingual() {
+            // The library knows many languages by the empty token that stands last among the text in Whisper's vocabulary.
+            return Err(failed(
+                "its vocabulary has as many tokens as one of many languages, and not their empty one".to_owned(),
+            ));
+        }
         let specials = vocabulary.specials;
         let never_said =
             specials.never_said().into_iter().chain(specials.language_tokens()).map(|t| t as i32).collect();
@@ -84,11 +89,24 @@ impl Ct2Model {
             multilingual: vocabulary.is_multilingual(),
         };
         let bands = whisper.n_mels();
-        let (most, growing) = (AtomicUsize::new(1), Growing::default());
-        let loaded = Arc::new(Loaded { whisper, vocabulary, info, bands, never_said, most, growing });
-        loaded.most.store(warmup::most_at_once(&loaded, config.batch, on_gpu)?, Ordering::Relaxed);
-        let device = DeviceThread::start(&loaded).map_err(|error| failed(error.to_string()))?;
-        Ok(Self { loaded, device: Arc::new(device) })
+        let loaded = Arc::new(Loaded {
+            whisper,
+            vocabulary,
+            info,
+            bands,
+            never_said,
+            id: LOADED.fetch_add(1, Ordering::Relaxed),
+            most: AtomicUsize::new(1),
+            fitting: AtomicUsize::new(1),
+            calm: AtomicUsize::new(0),
+            silence_ms: AtomicU64::new(UNKNOWN_MS),
+            passed_ms: AtomicU64::new(0),
+            growing: Growing::default(),
+        });
+        let most = warmup::most_at_once(on, &loaded, config.batch, on_gpu)?;
+        loaded.fitting.store(most, Ordering::Relaxed);
+        loaded.most.store(most, Ordering::Relaxed);
+        Ok(Self { loaded, device: on.clone() })
     }
 
     pub fn info(&self) -> &RecognizerInfo {
@@ -159,11 +177,12 @@ fn hypothesis(run: Run) -> Hypothesis {
 impl Ct2Recognizer {
     /// Brings all, then waits for all.
     fn hear(&self, runs: Vec<Result<Run, EngineError>>) -> Vec<Result<Run, EngineError>> {
-        let brought: Vec<_> = runs.into_iter().map(|run| run.and_then(|run| self.model.device.bring(run))).collect();
+        let brought: Vec<_> =
+            runs.into_iter().map(|run| run.and_then(|run| self.model.device.bring(&self.model.loaded, run))).collect();
         brought.into_iter().map(|heard| heard.and_then(|heard| heard.recv().unwrap_or_else(|_| Err(gone())))).collect()
     }
 
-    fn run(&mut self, window: &Window) -> Result<Run, EngineError> {
+    pub(super) fn run(&mut self, window: &Window) -> Result<Run, EngineError> {
         let loaded = &self.model.loaded;
         let language = loaded.language(window)?;
         let padded;
@@ -193,6 +212,7 @@ impl Ct2Recognizer {
             words: window.purpose == Purpose::Final,
             task: window.task,
             prompt: tokens[tokens.len().saturating_sub(MAX_PROMPT_TOKENS)..].to_vec(),
+            asked: language.clone(),
             language,
             cancel: window.cancel.clone(),
             since: Instant::now(),

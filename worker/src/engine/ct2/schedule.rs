@@ -18,6 +18,8 @@ const RECORDING_AFTER: Duration = Duration::from_secs(5);
 /// What windows of a batch have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
+    /// Which of the models that are on the device.
+    pub model: usize,
     /// Encoder positions.
     pub positions: usize,
     pub prompt_tokens: usize,
@@ -39,6 +41,8 @@ pub struct Waiting {
     pub key: Key,
     pub what: For,
     pub since: Instant,
+    /// In a batch of its model.
+    pub most: Most,
 }
 
 impl Waiting {
@@ -79,10 +83,19 @@ impl Most {
     }
 }
 
+/// So many full batches in a row make room for twice as many windows again.
+const CALM: usize = 100;
+
+/// After a batch as large as allowed had its memory `calm` times in a row: how many windows the next may have, `fitting` at most.
+/// What was short of memory may have it again: a neighbour left, another model was unloaded.
+pub fn grown(most: usize, fitting: usize, calm: usize) -> usize {
+    if calm >= CALM { (2 * most).min(fitting).max(most) } else { most }
+}
+
 /// A batch that is not full waits for `company` since its leader came.
-pub fn next(waiting: &[Waiting], now: Instant, most: Most, company: Duration) -> Next {
+pub fn next(waiting: &[Waiting], now: Instant, company: Duration) -> Next {
     let Some(leader) = waiting.iter().min_by_key(|w| (w.due(), w.since)) else { return Next::Idle };
-    let most = most.of(leader.key.positions);
+    let most = leader.most.of(leader.key.positions);
     let mut alike: Vec<usize> = (0..waiting.len()).filter(|n| waiting[*n].key == leader.key).collect();
     alike.sort_by_key(|n| (waiting[*n].due(), waiting[*n].since, *n));
     alike.truncate(most);
@@ -117,14 +130,19 @@ mod tests {
         let finals = [waits(For::Final, 1_500, begin), waits(For::Final, 1_500, begin)];
         let most = Most { windows: 4, positions: Some(2_048) };
         assert_eq!(
-            next(&finals, begin, most, COMPANY),
+            next(&having(&finals, most), begin, COMPANY),
             Next::Pass(vec![0]),
             "a batch that can have no more does not wait"
         );
     }
 
     fn waits(what: For, positions: usize, since: Instant) -> Waiting {
-        Waiting { key: Key { positions, prompt_tokens: 0, words: what != For::Partial }, what, since }
+        let key = Key { model: 0, positions, prompt_tokens: 0, words: what != For::Partial };
+        Waiting { key, what, since, most: most(4) }
+    }
+
+    fn having(waiting: &[Waiting], most: Most) -> Vec<Waiting> {
+        waiting.iter().map(|w| Waiting { most, ..*w }).collect()
     }
 
     fn ms(ms: u64) -> Duration {
@@ -142,12 +160,33 @@ mod tests {
         ];
         let now = begin + ms(100);
         // The recording is like the final, and fills its batch.
-        assert_eq!(next(&waiting, now, most(4), COMPANY), Next::Pass(vec![2, 0]));
-        assert_eq!(next(&waiting[..2], now, most(4), COMPANY), Next::Pass(vec![1]));
+        assert_eq!(next(&waiting, now, COMPANY), Next::Pass(vec![2, 0]));
+        assert_eq!(next(&waiting[..2], now, COMPANY), Next::Pass(vec![1]));
         let partials = [waiting[1], waiting[3]];
-        assert_eq!(next(&partials, now, most(4), COMPANY), Next::Pass(vec![1, 0]), "the one that waited longer first");
-        assert_eq!(next(&partials, now, most(1), COMPANY), Next::Pass(vec![1]));
-        assert_eq!(next(&[], now, most(4), COMPANY), Next::Idle);
+        assert_eq!(next(&partials, now, COMPANY), Next::Pass(vec![1, 0]), "the one that waited longer first");
+        assert_eq!(next(&having(&partials, most(1)), now, COMPANY), Next::Pass(vec![1]));
+        assert_eq!(next(&[], now, COMPANY), Next::Idle);
+    }
+
+    #[test]
+    fn models_share_the_device_and_no_batch() {
+        let begin = Instant::now();
+        let other = |w: Waiting| Waiting { key: Key { model: 1, ..w.key }, most: most(1), ..w };
+        let partial = |at| waits(For::Partial, 512, begin + ms(at));
+        let mut waiting = vec![partial(0), other(partial(1)), partial(2), other(partial(3))];
+        let now = begin + ms(100);
+        assert_eq!(next(&waiting, now, COMPANY), Next::Pass(vec![0, 2]));
+        waiting[0] = other(waits(For::Final, 512, begin + ms(50)));
+        assert_eq!(next(&waiting, now, COMPANY), Next::Pass(vec![0]), "each model has its own bound");
+    }
+
+    #[test]
+    fn batches_grow_again_where_memory_has_come_back() {
+        for (most, fitting, calm, expected) in
+            [(2, 16, 99, 2), (2, 16, 100, 4), (12, 16, 100, 16), (16, 16, 500, 16), (1, 1, 100, 1), (4, 2, 100, 4)]
+        {
+            assert_eq!(grown(most, fitting, calm), expected, "{most} of {fitting} after {calm}");
+        }
     }
 
     #[test]
@@ -158,7 +197,7 @@ mod tests {
         let finals = |from: u64, to: u64| (from..to).step_by(10).map(|at| waits(For::Final, 1_500, begin + ms(at)));
         let led = |first: Waiting, from: u64, to: u64| {
             let waiting: Vec<Waiting> = std::iter::once(first).chain(finals(from, to)).collect();
-            next(&waiting, begin + ms(to), most(4), COMPANY) == Next::Pass(vec![0])
+            next(&waiting, begin + ms(to), COMPANY) == Next::Pass(vec![0])
         };
         assert!(!led(partial, 400, 600) && led(partial, 510, 700));
         assert!(!led(recording, 4_900, 5_100) && led(recording, 5_010, 5_200));
@@ -168,11 +207,11 @@ mod tests {
     fn a_batch_waits_for_company_for_a_moment_only() {
         let begin = Instant::now();
         let one = [waits(For::Partial, 512, begin)];
-        assert_eq!(next(&one, begin + ms(1), most(2), COMPANY), Next::Wait(begin + COMPANY));
-        assert_eq!(next(&one, begin + COMPANY, most(2), COMPANY), Next::Pass(vec![0]));
-        assert_eq!(next(&one, begin, most(1), COMPANY), Next::Pass(vec![0]), "a full batch does not wait");
+        assert_eq!(next(&having(&one, most(2)), begin + ms(1), COMPANY), Next::Wait(begin + COMPANY));
+        assert_eq!(next(&having(&one, most(2)), begin + COMPANY, COMPANY), Next::Pass(vec![0]));
+        assert_eq!(next(&having(&one, most(1)), begin, COMPANY), Next::Pass(vec![0]), "a full batch does not wait");
         let two = [one[0], waits(For::Partial, 512, begin + ms(1))];
-        assert_eq!(next(&two, begin + ms(1), most(2), COMPANY), Next::Pass(vec![0, 1]));
+        assert_eq!(next(&having(&two, most(2)), begin + ms(1), COMPANY), Next::Pass(vec![0, 1]));
     }
 
     proptest! {
@@ -181,19 +220,21 @@ mod tests {
             drawn in proptest::collection::vec((0usize..3, 0u64..3_000, 0u8..3), 1..30),
             most in 1usize..6,
         ) {
+            let most = Most { windows: most, positions: None };
             let begin = Instant::now();
             let kinds = [For::Final, For::Partial, For::Recording];
             let mut left: Vec<Waiting> = drawn
                 .into_iter()
                 .map(|(positions, at, kind)| waits(kinds[usize::from(kind)], positions, begin + ms(at)))
+                .map(|w| Waiting { most, ..w })
                 .collect();
             let now = begin + ms(60_000);
             let mut passes = 0;
             while !left.is_empty() {
-                let Next::Pass(batch) = next(&left, now, Most { windows: most, positions: None }, COMPANY) else {
+                let Next::Pass(batch) = next(&left, now, COMPANY) else {
                     return Err(TestCaseError::fail("nothing is done although windows wait"));
                 };
-                prop_assert!((1..=most).contains(&batch.len()));
+                prop_assert!((1..=most.windows).contains(&batch.len()));
                 prop_assert!(batch.iter().all(|n| left[*n].key == left[batch[0]].key));
                 let earliest = left.iter().map(Waiting::due).min();
                 prop_assert_eq!(Some(left[batch[0]].due()), earliest);

@@ -1,6 +1,10 @@
 //! The engine on the micro model.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 use rustix::process::{Resource, Rlimit, setrlimit};
 use symphonia::core::{
@@ -12,10 +16,13 @@ use symphonia::core::{
 use voxfleet_ggml::folder::{Precision, convert};
 use voxfleet_schema::session::Task;
 
-use super::{ComputeType, Ct2Config, Ct2Model};
+use super::{ComputeType, Ct2Config, Ct2Device, Ct2Model, pass::Run, pulse::Pulse};
 use crate::engine::{
     Cancel, EngineError, Hypothesis, Purpose, Recognizer, Window,
-    whisper::{WhisperModel, WhisperRecognizer},
+    whisper::{
+        WhisperModel, WhisperRecognizer,
+        random::{self, Format, Shape},
+    },
 };
 
 fn root() -> PathBuf {
@@ -36,7 +43,11 @@ fn folder() -> (tempfile::TempDir, PathBuf) {
 
 fn model(compute_type: ComputeType, batch: usize) -> Ct2Model {
     let (_folder, dir) = folder();
-    Ct2Model::load("micro.en", &dir, &Ct2Config { compute_type, batch, folders: None }, 1, false).expect("loaded")
+    load(&dir, &Ct2Config { compute_type, batch, folders: None }).expect("loaded")
+}
+
+fn load(dir: &Path, config: &Ct2Config) -> Result<Ct2Model, EngineError> {
+    Ct2Model::load("micro.en", dir, config, 1, false, &Ct2Device::start().expect("thread"))
 }
 
 fn whisper() -> WhisperRecognizer {
@@ -162,6 +173,151 @@ fn company_changes_no_token() {
 }
 
 #[test]
+fn words_come_at_the_same_time_in_company() {
+    // On a CPU finals share a batch only where it may have many windows of the short context.
+    let (alone, company) = (model(ComputeType::Float32, 1), model(ComputeType::Float32, 16));
+    let windows: Vec<Window> = utterances(Purpose::Final).into_iter().step_by(4).collect();
+    let times = |heard: &Result<Hypothesis, EngineError>| -> Vec<(String, u64, u64)> {
+        let segments = heard.as_ref().expect("heard").segments.iter();
+        segments.flat_map(|s| &s.words).map(|w| (w.text.clone(), w.start_ms, w.end_ms)).collect()
+    };
+    let together = company.state().decode(&windows);
+    let mut words = 0;
+    for (window, together) in windows.iter().zip(&together) {
+        let (alone, together) = (times(&alone.state().decode(std::slice::from_ref(window))[0]), times(together));
+        words += alone.len();
+        assert_eq!(alone.len(), together.len());
+        for (alone, together) in alone.iter().zip(&together) {
+            // One position of the encoder is 20 ms; rounding may move a path by one.
+            let near = alone.1.abs_diff(together.1) <= 20 && alone.2.abs_diff(together.2) <= 20;
+            assert!(alone.0 == together.0 && near, "{alone:?} alone, {together:?} in company");
+        }
+    }
+    assert!(words > 50, "{words} words");
+}
+
+/// A model of many languages, with random weights: what it makes of a sound is nonsense, and the same every time.
+fn of_many_languages(batch: usize) -> (tempfile::TempDir, Ct2Model) {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = folder.path().join("tiny.bin");
+    random::write(&path, Shape::Tiny, Format::Q8, 6).expect("written");
+    let config = Ct2Config { compute_type: ComputeType::Float32, batch, folders: None };
+    let model = load(&path, &config).expect("loaded");
+    (folder, model)
+}
+
+#[test]
+fn each_window_has_its_own_language_in_company() {
+    let (_folder, model) = of_many_languages(8);
+    let mut windows: Vec<Window> = utterances(Purpose::Partial).into_iter().step_by(14).collect();
+    let given = ["de", "fr", "ja"];
+    for (n, window) in windows.iter_mut().enumerate() {
+        window.language = (n % 2 == 1).then(|| given[n / 2 % 3].to_owned());
+    }
+    let languages = |heard: Vec<Result<Hypothesis, EngineError>>| -> Vec<Option<String>> {
+        heard.into_iter().map(|heard| heard.expect("heard").language).collect()
+    };
+    let mut recognizer = model.state();
+    let alone: Vec<_> = windows.iter().flat_map(|w| languages(recognizer.decode(std::slice::from_ref(w)))).collect();
+    let together = languages(recognizer.decode(&windows));
+    println!("{together:?}");
+    assert_eq!(alone, together);
+    for (window, language) in windows.iter().zip(&together) {
+        assert!(language.is_some() && (window.language.is_none() || window.language == *language), "{together:?}");
+    }
+}
+
+#[test]
+fn whoever_makes_a_batch_fail_fails_alone() {
+    let model = model(ComputeType::Float32, 4);
+    let mut recognizer = model.state();
+    let windows: Vec<Window> = utterances(Purpose::Partial).into_iter().take(3).collect();
+    let pulse = Pulse::start().expect("thread");
+    let mut runs = || -> Vec<Run> { windows.iter().map(|window| recognizer.run(window).expect("run")).collect() };
+    let mut alone = runs();
+    for run in &mut alone {
+        assert_eq!(model.loaded.pass_or_fail(std::slice::from_mut(run), &pulse), [Ok(())]);
+    }
+    // One that asks for more than the encoder has.
+    let mut batch = runs();
+    batch[0].positions = 3_000;
+    let passed = model.loaded.pass_or_fail(&mut batch, &pulse);
+    assert!(matches!(passed[0], Err(EngineError::Decode(_))), "{passed:?}");
+    assert_eq!(passed[1..], [Ok(()), Ok(())]);
+    // Two that the library does not take together.
+    let mut unlike = runs();
+    unlike[1].prompt = model.loaded.vocabulary.tokens(" this is anna");
+    assert_eq!(model.loaded.pass_or_fail(&mut unlike[..2], &pulse), [Ok(()), Ok(())]);
+    for (place, run) in [(1, &batch[1]), (2, &batch[2]), (0, &unlike[0])] {
+        let said = |run: &Run| run.segments.iter().map(|s| (s.text.clone(), s.start_ms, s.end_ms)).collect::<Vec<_>>();
+        assert_eq!(said(run), said(&alone[place]), "window {place}");
+    }
+    assert_eq!(model.batch(), 4, "memory was not short");
+}
+
+/// Passes of seconds: those that are in one and those that wait for it move all the same.
+#[test]
+fn a_long_pass_gives_signs_of_life() {
+    let (_folder, model) = of_many_languages(48);
+    let windows: Vec<Window> = utterances(Purpose::Final).into_iter().take(8).collect();
+    let longest = |window: &Window, done: &AtomicBool| {
+        let (mut longest, mut looks, mut since) = (Duration::ZERO, 0, Instant::now());
+        while !done.load(Ordering::Relaxed) {
+            // Before its first look its sound is being prepared.
+            if looks == 0 || window.cancel.looks() != looks {
+                (looks, since) = (window.cancel.looks(), Instant::now());
+            }
+            longest = longest.max(since.elapsed());
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+        longest
+    };
+    let silent: Vec<Duration> = std::thread::scope(|scope| {
+        let windows = windows.iter().map(|window| {
+            scope.spawn(|| {
+                let done = AtomicBool::new(false);
+                std::thread::scope(|scope| {
+                    let watching = scope.spawn(|| longest(window, &done));
+                    let heard = model.state().decode(std::slice::from_ref(window));
+                    done.store(true, Ordering::Relaxed);
+                    assert!(heard[0].is_ok(), "{heard:?}");
+                    watching.join().expect("watched")
+                })
+            })
+        });
+        let threads: Vec<_> = windows.collect();
+        threads.into_iter().map(|thread| thread.join().expect("decoded")).collect()
+    });
+    let passed_ms = model.loaded.passed_ms.load(Ordering::Relaxed);
+    println!("the last pass took {passed_ms} ms, nobody was silent for more than {:?}", silent.iter().max());
+    assert!(silent.iter().all(|silent| *silent < Duration::from_secs(1)), "{silent:?}");
+}
+
+#[test]
+fn models_of_one_process_take_turns() {
+    let (_folder, dir) = folder();
+    let device = Ct2Device::start().expect("thread");
+    let load = |compute_type| {
+        let config = Ct2Config { compute_type, batch: 4, folders: None };
+        Ct2Model::load("micro.en", &dir, &config, 1, false, &device).expect("loaded")
+    };
+    let models = [load(ComputeType::Float32), load(ComputeType::Int8Float32)];
+    let windows: Vec<Window> = utterances(Purpose::Partial).into_iter().take(8).collect();
+    let alone: Vec<Vec<String>> =
+        models.iter().map(|model| model.state().decode(&windows).iter().map(text).collect()).collect();
+    let together: Vec<Vec<String>> = std::thread::scope(|scope| {
+        let heard: Vec<_> = models.iter().map(|model| scope.spawn(|| model.state().decode(&windows))).collect();
+        heard.into_iter().map(|heard| heard.join().expect("heard").iter().map(text).collect()).collect()
+    });
+    assert_eq!(alone, together);
+    // One that leaves takes nothing from the other.
+    let [one, other] = models;
+    drop(one);
+    drop(device);
+    assert_eq!(other.state().decode(&windows[..1]).iter().map(text).collect::<Vec<_>>(), alone[1][..1]);
+}
+
+#[test]
 fn words_come_when_they_are_said() {
     let mut recognizer = model(ComputeType::Float32, 4).state();
     let (mut apart, mut words) = (Vec::new(), 0);
@@ -224,7 +380,7 @@ fn what_cannot_be_done_is_typed() {
     assert_eq!((text(&heard[3]).as_str(), text(&heard[4]).is_empty()), ("", false));
     assert_eq!(model.info().engine, "ct2");
 
-    let load = |dir: &Path| Ct2Model::load("m", dir, &Ct2Config::default(), 1, false).map(|_| ());
+    let load = |dir: &Path| load(dir, &Ct2Config::default()).map(|_| ());
     let (_folder, dir) = folder();
     for (file, bytes) in [("model.bin", &b"nonsense"[..]), ("config.json", b"{"), ("vocabulary.json", b"[]")] {
         let whole = std::fs::read(dir.join(file)).expect("file");

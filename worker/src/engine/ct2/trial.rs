@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use ct2rs::sys::{self, Config, Device, StorageView, Whisper, WhisperOptions};
+use ct2rs::sys::{Config, Device, StorageView, Whisper, WhisperOptions};
 
 use super::{
     ComputeType, folder,
@@ -58,13 +58,7 @@ impl TrialModel {
     ) -> Result<Self, EngineError> {
         let facts = folder::of(name, path, None)?;
         let vocabulary = Vocabulary::read(name, &facts.dir)?;
-        let compute_type = match compute_type {
-            ComputeType::Auto if use_gpu => sys::ComputeType::FLOAT16,
-            ComputeType::Auto | ComputeType::Int8Float32 => sys::ComputeType::INT8_FLOAT32,
-            ComputeType::Float32 => sys::ComputeType::FLOAT32,
-            ComputeType::Float16 => sys::ComputeType::FLOAT16,
-            ComputeType::Int8Float16 => sys::ComputeType::INT8_FLOAT16,
-        };
+        let compute_type = compute_type.on(use_gpu);
         let device = if use_gpu { Device::CUDA } else { Device::CPU };
         let loading = Config { device, compute_type, num_threads_per_replica: threads.max(1), ..Config::default() };
         let whisper = Whisper::new(&facts.dir, loading).map_err(|error| {

@@ -23,6 +23,8 @@ const FFT_BINS: u32 = 201;
 /// Of a multilingual vocabulary: text tokens, and the end of the text behind them.
 const END_OF_TEXT: u32 = 50_257;
 const BLANK: u32 = 220;
+/// By it CTranslate2 knows a vocabulary of many languages.
+const EMPTY: u32 = END_OF_TEXT - 1;
 /// Start of transcript, language and task stand before the first word.
 const OPENING: u32 = 3;
 
@@ -162,7 +164,11 @@ impl<W: Write> Model<W> {
         }
         self.u32(END_OF_TEXT)?;
         for token in 0..END_OF_TEXT {
-            let text = if token == BLANK { " ".to_owned() } else { word(token) };
+            let text = match token {
+                BLANK => " ".to_owned(),
+                EMPTY => String::new(),
+                token => word(token),
+            };
             self.u32(text.len() as u32)?;
             self.out.write_all(text.as_bytes())?;
         }
