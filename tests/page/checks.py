@@ -3,7 +3,7 @@
 import json
 import time
 
-FIRST_PICTURE_MS = 4000   # figures on the screen, on a machine that also does other work
+FIRST_PICTURE_MS = 4000   # figures on the screen, where nobody else has the processor
 PAGE_BYTES = 200_000      # everything but the figures
 
 
@@ -27,22 +27,32 @@ def pictures(page):
     return page.eval("[performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? -1, performance.now()]")
 
 
+def held_up():
+    """How many times as long as alone everything takes now, because others have the processor too."""
+    at, worked = time.monotonic(), time.thread_time()
+    while time.thread_time() - worked < 0.1:
+        pass
+    return max(1.0, (time.monotonic() - at) / (time.thread_time() - worked))
+
+
 def loads(run):
     page = run.page
     first_ms, shown_ms = pictures(page)
+    most_ms = FIRST_PICTURE_MS * held_up()
     for _ in range(2):
-        # Somebody else's work may have held it up; a page that is slow is slow again.
-        if max(first_ms, shown_ms) < FIRST_PICTURE_MS:
+        # Somebody else's work may have held it up just then; a page that is slow is slow again.
+        if max(first_ms, shown_ms) < most_ms:
             break
         again = run.fresh()
         first_ms, shown_ms = pictures(again)
+        most_ms = FIRST_PICTURE_MS * held_up()
         again.close()
     time.sleep(1.5)
     files = [r for r in page.requests.values() if not any(p in r["url"] for p in ("/api/", "/asr"))]
     size = sum(r["bytes"] for r in files)
     figures = sum(r["bytes"] for r in page.requests.values()) - size
     run.notes.append(f"first paint {first_ms:.0f} ms, figures {shown_ms:.0f} ms, page {size / 1000:.0f} kB in {len(files)} files, figures {figures / 1000:.0f} kB so far")
-    assert 0 < first_ms < FIRST_PICTURE_MS and shown_ms < FIRST_PICTURE_MS, "too slow"
+    assert 0 < first_ms < most_ms and shown_ms < most_ms, f"too slow: {most_ms:.0f} ms are allowed"
     assert 10_000 < size < PAGE_BYTES, "too many bytes"
     run.screen("light")
     page.media(dark=True)

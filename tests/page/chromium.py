@@ -128,12 +128,15 @@ class Page:
         self.browser = browser
         self.console, self.exceptions, self.requests, self.dialogs = [], [], {}, []
         self.violations, self.closed = [], False
+        self.traced, self.trace_ended = [], threading.Event()
         self.context = browser.call("Target.createBrowserContext")["browserContextId"]
         target = browser.call("Target.createTarget", {"url": "about:blank", "browserContextId": self.context})["targetId"]
         self.session = browser.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
         browser.pages[self.session] = self
-        for domain in ("Page", "Runtime", "Log", "Network", "Performance"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        # Its own work, and not what others do meanwhile.
+        self.call("Performance.enable", {"timeDomain": "threadTicks"})
         self.call("Page.addScriptToEvaluateOnNewDocument", {"source": """
             window.violations = [];
             document.addEventListener("securitypolicyviolation", (e) => violations.push(`${e.violatedDirective} ${e.blockedURI} ${e.sourceFile}:${e.lineNumber}`));
@@ -159,6 +162,10 @@ class Page:
             self.requests[params["requestId"]] = {"url": params["url"], "bytes": 0}
         elif method == "Network.dataReceived" and params["requestId"] in self.requests:
             self.requests[params["requestId"]]["bytes"] += params["dataLength"]
+        elif method == "Tracing.dataCollected":
+            self.traced += params["value"]
+        elif method == "Tracing.tracingComplete":
+            self.trace_ended.set()
         elif method == "Page.javascriptDialogOpening":
             self.dialogs.append(params["message"])
 
@@ -211,6 +218,23 @@ class Page:
     def screenshot(self, path):
         data = self.call("Page.captureScreenshot", {"format": "png"}, timeout=60)["data"]
         pathlib.Path(path).write_bytes(base64.b64decode(data))
+
+    def trace(self):
+        """From now on each task of the browser is written down."""
+        self.traced.clear()
+        self.trace_ended.clear()
+        self.call("Tracing.start", {"transferMode": "ReportEvents", "traceConfig": {"includedCategories": ["disabled-by-default-devtools.timeline"], "excludedCategories": ["*"]}})
+
+    def longest_task_ms(self):
+        """Since `trace`, on a page's main thread: the processor's time, whoever else had the processor meanwhile."""
+        self.call("Tracing.end")
+        if not self.trace_ended.wait(60):
+            raise ProtocolError("the trace has no end")
+        main = {(e["pid"], e["tid"]) for e in self.traced if e["name"] == "thread_name" and e["args"]["name"] == "CrRendererMain"}
+        tasks = [e["tdur"] for e in self.traced if e["name"] == "RunTask" and "tdur" in e and (e["pid"], e["tid"]) in main]
+        if not tasks:
+            raise ProtocolError("the trace has no tasks")
+        return max(tasks) / 1000
 
     def metrics(self):
         return {m["name"]: m["value"] for m in self.call("Performance.getMetrics")["metrics"]}

@@ -50,7 +50,8 @@ async fn look(words: &[&str], mut on_line: impl FnMut(&str) -> Result<Option<Str
         }
         Ok::<_, anyhow::Error>(child.wait().await?)
     };
-    let status = timeout(LOOKED, reading).await.context("the page was not looked at in time")??;
+    let ended = timeout(LOOKED, reading).await;
+    let status = ended.with_context(|| format!("the page was not looked at in time; so far:\n{said}"))??;
     ensure!(status.success(), "{said}");
     Ok(said)
 }
