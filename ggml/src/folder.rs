@@ -9,6 +9,8 @@ use std::{
     fs::{self, File},
     io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use half::f16;
@@ -181,6 +183,11 @@ fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { doing, path: path.to_owned(), source }
 }
 
+/// How the name of a folder ends while it is written.
+pub const PARTIAL: &str = ".partial";
+
+static NTH: AtomicU64 = AtomicU64::new(0);
+
 /// The folder while it is written; gone unless it was renamed.
 struct Partial {
     path: PathBuf,
@@ -189,7 +196,10 @@ struct Partial {
 impl Partial {
     fn beside(dir: &Path) -> Result<Self, Error> {
         let mut name = dir.as_os_str().to_owned();
-        name.push(format!(".{}.partial", std::process::id()));
+        // Containers that share a disk may share numbers of processes, and threads do.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+        let nth = NTH.fetch_add(1, Ordering::Relaxed);
+        name.push(format!(".{}-{nth}-{now}{PARTIAL}", std::process::id()));
         let path = PathBuf::from(name);
         fs::create_dir_all(&path).map_err(io("making", &path))?;
         Ok(Self { path })

@@ -412,8 +412,9 @@ impl WorkerConfig {
         );
         for (name, path) in &self.models {
             check(is_model_name(name), format!("worker.models: {name:?} is not a name for a model"));
-            let there = path.is_file() || path.join(ct2::folder::MODEL).is_file();
-            check(there, format!("worker.models.{name}: {} is neither a file nor a model folder", path.display()));
+            let there = path.is_file() || (self.takes_folders() && path.join(ct2::folder::MODEL).is_file());
+            let what = if self.takes_folders() { "neither a file nor a model folder" } else { "not a file" };
+            check(there, format!("worker.models.{name}: {} is {what}", path.display()));
         }
         let files = [
             ("silero_model", &self.silero_model),
@@ -537,12 +538,17 @@ impl WorkerConfig {
         Ct2Config { folders: self.ct2.folders.clone().or_else(folders), ..self.ct2.clone() }
     }
 
+    fn takes_folders(&self) -> bool {
+        ct2::BUILT_IN && matches!(self.engine, EngineKind::Ct2 | EngineKind::Auto)
+    }
+
     /// The name of a CTranslate2 model folder, where this engine takes such: `base.en-ct2`, as `voxfleet models convert` calls
     /// it, is `base.en`.
     fn folder_model(&self, path: &Path) -> Option<String> {
-        let takes = ct2::BUILT_IN && matches!(self.engine, EngineKind::Ct2 | EngineKind::Auto);
-        let name =
-            path.file_name().and_then(|n| n.to_str()).filter(|_| takes && path.join(ct2::folder::MODEL).is_file())?;
+        let name = path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .filter(|_| self.takes_folders() && path.join(ct2::folder::MODEL).is_file())?;
         let name = name.strip_suffix("-ct2").unwrap_or(name);
         is_model_name(name).then(|| name.to_owned())
     }

@@ -148,9 +148,11 @@ pub fn expected_mb(config: &EngineConfig, file: &ModelFile) -> Result<u64, Engin
         #[cfg(not(feature = "ct2-engine"))]
         EngineKind::Ct2 => Err(no_ct2(file)),
         #[cfg(feature = "ct2-engine")]
-        EngineKind::Ct2 if file.path.is_dir() => ct2::folder::expected_mb(&file.name, &file.path, &config.ct2),
+        EngineKind::Ct2 if file.path.is_dir() => {
+            ct2::folder::expected_mb(&file.name, &file.path, &config.ct2, config.use_gpu)
+        }
         #[cfg(feature = "ct2-engine")]
-        EngineKind::Ct2 => ct2::folder::expected_mb_of(&file.name, &file.path, &config.ct2),
+        EngineKind::Ct2 => ct2::folder::expected_mb_of(&file.name, &file.path, &config.ct2, config.use_gpu),
         _ => models::check(&file.name, &file.path)
             .map(|facts| facts.expected_mb - facts.state_mb + states * facts.state_mb),
     }
@@ -406,6 +408,8 @@ where
                 Ok(heard) => {
                     states.insert(info.model.clone(), state);
                     let took = || before.mb();
+                    // What batches work on belongs to nobody's state.
+                    let new = new && runs != Runs::Batched;
                     (heard, if new { job.model.on_card_mb().map_or_else(took, |(_, state)| state) } else { 0 })
                 }
             },

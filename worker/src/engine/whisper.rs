@@ -29,7 +29,7 @@ use whisper_rs::{
 use self::context::{Context, MIN_SAMPLES};
 use super::{
     Cancel, EngineError, HeardSegment, HeardWord, Hypothesis, Purpose, Recognizer, RecognizerInfo, Window, checksum,
-    guards, last_words, models,
+    diarize, guards, last_words, models,
 };
 
 /// Prompt tokens that Whisper takes: half its text context, less the token in front.
@@ -176,11 +176,9 @@ pub(super) fn free_device_mb() -> Option<u64> {
     None
 }
 
-/// `MemAvailable`, in MB.
+/// What the host and its container leave, in MB.
 fn free_memory_mb() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok().map(|kb| kb / 1024)
+    diarize::free_mb()
 }
 
 /// One decode state on the shared weights.

@@ -10,7 +10,7 @@ use voxfleet_schema::{
 use super::desk::{Desk, Said};
 use crate::{
     engine::{
-        EngineError,
+        EngineError, ct2,
         pool::{Loaded, Model, expected_mb},
     },
     ipc::{EngineConfig, FromEngine, ModelFile},
@@ -50,6 +50,12 @@ fn failure_of(error: &EngineError) -> Failure {
     Failure::new(error.class(), error.to_string())
 }
 
+/// Whether a load since then is a sign of life. One that makes a model folder takes as long as the disk needs, and `grew`.
+fn load_moves(now: Instant, since: Instant, grew: Option<Instant>) -> bool {
+    let moved = grew.map_or(since, |grew| grew.max(since));
+    now.saturating_duration_since(moved) < LONGEST_LOAD
+}
+
 impl Desk {
     /// Whether any model is being loaded.
     pub(super) fn loading(&self) -> bool {
@@ -58,7 +64,7 @@ impl Desk {
 
     /// Whether one is that has not taken too long for a sign of life.
     pub(super) fn loads(&self, now: Instant) -> bool {
-        self.models.values().any(|m| m.loading_since.is_some_and(|t| now - t < LONGEST_LOAD))
+        self.models.values().any(|m| m.loading_since.is_some_and(|since| load_moves(now, since, ct2::folder::grew())))
     }
 
     pub(super) fn say_models(&mut self) -> Said {
@@ -132,5 +138,22 @@ impl Desk {
                 waiting.into_iter().try_for_each(|handle| self.fail(handle, &error))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_load_that_moves_is_given_its_time() {
+        let begin = Instant::now();
+        let at = |s| begin + Duration::from_secs(s);
+        for (now, grew, moves) in
+            [(119, None, true), (120, None, false), (120, Some(1), true), (200, Some(81), true), (200, Some(80), false)]
+        {
+            assert_eq!(load_moves(at(now), begin, grew.map(at)), moves, "after {now} s, grew at {grew:?}");
+        }
+        assert!(!load_moves(at(500), at(300), Some(at(20))), "an earlier load's folder says nothing");
     }
 }

@@ -3,13 +3,15 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use sha2::{Digest as _, Sha256};
 use voxfleet_ggml::{
     Error,
     blocks::Kind,
-    folder::{Precision, convert, mark, source_of},
+    folder::{PARTIAL, Precision, convert, mark, source_of},
     layout,
 };
 
@@ -49,32 +51,50 @@ pub fn of(name: &str, path: &Path, folders: Option<&Path>) -> Result<FolderFacts
     Ok(FolderFacts { dir, weight_bytes: metadata.len() })
 }
 
-/// What loading a folder will take, in MB: its numbers as they are computed with, and what a batch is worked on with. An
-/// estimate until measured.
-pub fn expected_mb(name: &str, dir: &Path, config: &Ct2Config) -> Result<u64, EngineError> {
+/// Bytes of a number as it is computed with; with int8 a scale for each row, and a few tensors that are never rounded.
+fn bytes_each(config: &Ct2Config, on_gpu: bool) -> f64 {
+    match config.compute_type {
+        ComputeType::Float32 => 4.0,
+        ComputeType::Float16 => 2.0,
+        ComputeType::Auto if on_gpu => 2.0,
+        ComputeType::Auto | ComputeType::Int8Float32 | ComputeType::Int8Float16 => 1.2,
+    }
+}
+
+/// What loading a folder will take, in MB: its numbers as they are computed with, and one window to work on. Batches take what
+/// is free when it is loaded. An estimate until then.
+pub fn expected_mb(name: &str, dir: &Path, config: &Ct2Config, on_gpu: bool) -> Result<u64, EngineError> {
     let facts = of(name, dir, None)?;
     // Converters write float16 as a rule; of float32 this is twice too much.
-    let per_byte = match config.compute_type {
-        ComputeType::Float32 => 2.0,
-        ComputeType::Float16 => 1.0,
-        ComputeType::Auto | ComputeType::Int8Float32 | ComputeType::Int8Float16 => 0.6,
-    };
-    Ok(((facts.weight_bytes >> 20) as f64 * per_byte) as u64 + FIXED_MB * (1 + config.batch as u64))
+    let per_byte = bytes_each(config, on_gpu) / 2.0;
+    let weights_mb = ((facts.weight_bytes >> 20) as f64 * per_byte) as u64;
+    // A folder does not say its shape: large models have a window in a third of their weights, small ones take more.
+    Ok(weights_mb + FIXED_MB + (facts.weight_bytes >> 20) / 3)
+}
+
+/// Whether a folder's `config.json` has what finals need; the library asks for it when it is too late.
+pub fn has_what_is_needed(name: &str, dir: &Path, multilingual: bool) -> Result<(), EngineError> {
+    let path = dir.join("config.json");
+    let failed = |why: String| EngineError::Model { name: name.to_owned(), why: format!("{}: {why}", path.display()) };
+    let text = fs::read(&path).map_err(|error| failed(error.to_string()))?;
+    let config: serde_json::Value = serde_json::from_slice(&text).map_err(|error| failed(error.to_string()))?;
+    let has = |field: &str| config[field].as_array().is_some_and(|list| !list.is_empty());
+    if !has("alignment_heads") {
+        return Err(failed("no alignment_heads, by which the times of words are found".to_owned()));
+    }
+    if multilingual && !has("lang_ids") {
+        return Err(failed("no lang_ids, by which languages are detected".to_owned()));
+    }
+    Ok(())
 }
 
 /// What loading a ggml file into this engine will take, in MB, by the shape that its header says.
-pub fn expected_mb_of(name: &str, file: &Path, config: &Ct2Config) -> Result<u64, EngineError> {
+pub fn expected_mb_of(name: &str, file: &Path, config: &Ct2Config, on_gpu: bool) -> Result<u64, EngineError> {
     let layout =
         layout::read(file).map_err(|error| EngineError::Model { name: name.to_owned(), why: error.to_string() })?;
     let numbers: u64 = layout.tensors.iter().map(|tensor| tensor.shape.iter().product::<u64>()).sum();
-    let each = match config.compute_type {
-        ComputeType::Float32 => 4.0,
-        ComputeType::Float16 => 2.0,
-        // With a scale for each row, and a few tensors that are never rounded.
-        ComputeType::Auto | ComputeType::Int8Float32 | ComputeType::Int8Float16 => 1.2,
-    };
-    let weights_mb = (numbers as f64 * each) as u64 >> 20;
-    Ok(weights_mb + FIXED_MB + window_mb(&layout.header) * config.batch as u64)
+    let weights_mb = (numbers as f64 * bytes_each(config, on_gpu)) as u64 >> 20;
+    Ok(weights_mb + FIXED_MB + window_mb(&layout.header))
 }
 
 /// Working memory of one window of the full context: scores of one layer's attention, activations, keys and values of the
@@ -114,6 +134,18 @@ fn converted(name: &str, file: &Path, folders: Option<&Path>) -> Result<PathBuf,
     Ok(made)
 }
 
+/// When a folder that is being made grew last.
+static GREW: Mutex<Option<Instant>> = Mutex::new(None);
+
+fn locked() -> MutexGuard<'static, Option<Instant>> {
+    GREW.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// When a folder of this process grew last: a load that makes one takes as long as the disk needs, and moves.
+pub fn grew() -> Option<Instant> {
+    *locked()
+}
+
 fn make(name: &str, file: &Path, dir: &Path) -> Result<PathBuf, EngineError> {
     tracing::info!(model = name, dir = %dir.display(), "made into a CTranslate2 folder, once");
     let failed = |error: Error| EngineError::Model { name: name.to_owned(), why: error.to_string() };
@@ -121,10 +153,14 @@ fn make(name: &str, file: &Path, dir: &Path) -> Result<PathBuf, EngineError> {
     checksum::verify(name, file)?;
     let numbers: u64 = layout.tensors.iter().map(|tensor| tensor.shape.iter().product::<u64>()).sum();
     let plain = layout.tensors.iter().all(|tensor| matches!(tensor.kind, Kind::F32 | Kind::F16));
-    match convert(file, dir, precision(numbers, plain), &mut |_, _| true) {
+    let mut moves = |_, _| {
+        *locked() = Some(Instant::now());
+        true
+    };
+    match convert(file, dir, precision(numbers, plain), &mut moves) {
         Ok(_) => Ok(dir.to_owned()),
         // Another worker was faster.
-        Err(Error::Exists(_)) if dir.join(MODEL).is_file() => Ok(dir.to_owned()),
+        Err(_) if dir.join(MODEL).is_file() => Ok(dir.to_owned()),
         Err(error) => Err(failed(error)),
     }
 }
@@ -135,11 +171,27 @@ fn precision(numbers: u64, plain: bool) -> Precision {
     if !plain && numbers * 4 <= WHOLE_BYTES { Precision::Float32 } else { Precision::Float16 }
 }
 
-/// Removes what was made of the same file before it changed.
+/// Whether a folder of this name was made of this file. Those that are still being made are not: another worker writes there,
+/// or one was killed over it, and `abandoned` says which.
+fn is_made_of(name: &str, of_file: &str, abandoned: bool) -> bool {
+    let Some((mark, partial)) = name.strip_prefix(of_file).and_then(|rest| rest.split_at_checked(SHORT)) else {
+        return false;
+    };
+    let whole = partial.is_empty() || (abandoned && partial.ends_with(PARTIAL));
+    whole && mark.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// Nobody has written into it for an hour.
+fn is_abandoned(dir: &Path) -> bool {
+    let written = fs::metadata(dir.join(MODEL)).or_else(|_| fs::metadata(dir)).and_then(|m| m.modified());
+    written.is_ok_and(|at| at.elapsed().is_ok_and(|since| since > ABANDONED_AFTER))
+}
+
+/// Removes what was made of the same file before it changed, and what was left half made.
 fn forget_earlier(folders: &Path, of_file: &str, made: &Path) {
     let earlier = fs::read_dir(folders).into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| {
         let name = path.file_name().and_then(|n| n.to_str());
-        path != made && path.join(MODEL).is_file() && name.is_some_and(|name| name.starts_with(of_file))
+        path != made && name.is_some_and(|name| is_made_of(name, of_file, is_abandoned(path)))
     });
     for path in earlier {
         if let Err(error) = fs::remove_dir_all(&path) {
@@ -147,6 +199,8 @@ fn forget_earlier(folders: &Path, of_file: &str, made: &Path) {
         }
     }
 }
+
+const ABANDONED_AFTER: Duration = Duration::from_secs(3_600);
 
 /// In the name of a folder.
 const SHORT: usize = 16;
@@ -201,6 +255,37 @@ mod tests {
         let mut bytes = fs::read(file).expect("model");
         *bytes.last_mut().expect("weights") ^= 1;
         fs::write(file, bytes).expect("written");
+    }
+
+    #[test]
+    fn what_others_write_is_left_alone() {
+        let of_file = "base-0123456789abcdef-";
+        for (rest, abandoned, goes) in [
+            ("00112233445566ff", false, true),
+            ("00112233445566ff.77-1.partial", false, false),
+            ("00112233445566ff.77-1.partial", true, true),
+            ("00112233445566ff.bak", true, false),
+            ("0011", false, false),
+            ("something-of-theirs", true, false),
+        ] {
+            assert_eq!(is_made_of(&format!("{of_file}{rest}"), of_file, abandoned), goes, "{rest}");
+        }
+        assert!(!is_made_of("base-fedcba9876543210-00112233445566ff", of_file, true));
+    }
+
+    #[test]
+    fn workers_that_convert_at_once_all_get_their_folder() {
+        let (models, cache) = (tempfile::tempdir().expect("folder"), tempfile::tempdir().expect("folder"));
+        let micro = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/micro.en-q8_0.bin");
+        let file = models.path().join("micro.en.bin");
+        fs::copy(&micro, &file).expect("copied");
+        let folders = cache.path().join("ct2");
+        let made: Vec<_> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..4).map(|_| scope.spawn(|| of("micro.en", &file, Some(&folders)))).collect();
+            workers.into_iter().map(|worker| worker.join().expect("worker")).collect()
+        });
+        assert!(made.iter().all(|made| made.is_ok()), "{made:?}");
+        assert_eq!(fs::read_dir(&folders).expect("folder").count(), 1, "nothing is left half made");
     }
 
     #[test]

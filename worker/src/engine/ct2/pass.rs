@@ -22,6 +22,7 @@ use super::{
 };
 use crate::engine::{
     Cancel, EngineError, HeardSegment, RecognizerInfo, Window,
+    last_words::{self, LastWords},
     whisper::{MAX_PROMPT_TOKENS, Token, UNSPACED, context::Context, words_of},
 };
 
@@ -110,10 +111,26 @@ impl Run {
 pub(super) fn out_of_memory(error: &dyn std::fmt::Display) -> Option<EngineError> {
     let why = error.to_string();
     let said = why.to_ascii_lowercase();
-    ["bad_alloc", "out of memory", "failed to allocate", "cannot allocate"]
-        .iter()
-        .any(|sign| said.contains(sign))
-        .then_some(EngineError::OutOfMemory(why))
+    let short = ["bad_alloc", "cannot allocate"].iter().any(|sign| said.contains(sign))
+        || LastWords::in_text(&why) == Some(LastWords::OutOfMemory);
+    short.then_some(EngineError::OutOfMemory(why))
+}
+
+/// A card that has failed answers nothing in this process any more: without an end, each later final would be without words.
+fn leave_if_device_failed(error: &EngineError) {
+    if let EngineError::Decode(why) = error
+        && let Some(words) = device_failed(why)
+    {
+        last_words::leave(words, why);
+    }
+}
+
+fn device_failed(why: &str) -> Option<LastWords> {
+    let said = why.to_ascii_lowercase();
+    if !said.contains("cuda") && !said.contains("cublas") {
+        return None;
+    }
+    Some(LastWords::in_text(why).unwrap_or(LastWords::DeviceLost))
 }
 
 pub(super) fn decode_error(error: impl std::fmt::Display) -> EngineError {
@@ -161,7 +178,7 @@ impl Loaded {
     pub(super) fn pass_or_fail(&self, batch: &mut [Run], pulse: &Pulse) -> Vec<Result<(), EngineError>> {
         let begin = Instant::now();
         let silence = Duration::from_millis(self.silence_ms.load(Ordering::Relaxed));
-        let call = pulse.slow(patience(silence, batch.len()));
+        let call = pulse.slow(patience(silence, batch.iter().map(|run| run.positions).sum()));
         // A panic of the library's bindings leaves nothing behind: what they made for this pass is gone.
         let passed = catch_unwind(AssertUnwindSafe(|| self.pass(batch)));
         drop(call);
@@ -171,9 +188,12 @@ impl Loaded {
                 self.had_room(batch.len());
                 return vec![Ok(()); batch.len()];
             }
-            Err(error) if batch.len() <= 1 => return vec![Err(error)],
             Err(error) => error,
         };
+        leave_if_device_failed(&error);
+        if batch.len() <= 1 {
+            return vec![Err(error)];
+        }
         let half = batch.len() / 2;
         if matches!(error, EngineError::OutOfMemory(_)) {
             let before = self.most.fetch_min(half, Ordering::Relaxed);
@@ -428,4 +448,31 @@ fn timed(result: &WhisperAlignmentResult, tokens: usize, offset_frames: i64) -> 
             probability: result.text_token_probs.get(token).copied().unwrap_or(0.0),
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_library_says_is_told_apart() {
+        for said in [
+            "std::bad_alloc",
+            "CUDA failed with error out of memory",
+            "cuBLAS failed with status CUBLAS_STATUS_ALLOC_FAILED",
+            "mkl_malloc: failed to allocate memory",
+        ] {
+            assert!(matches!(decode_error(said), EngineError::OutOfMemory(_)), "{said}");
+        }
+        for (said, words) in [
+            ("CUDA failed with error an illegal memory access was encountered", Some(LastWords::DeviceLost)),
+            ("CUDA failed with error uncorrectable ECC error encountered", Some(LastWords::DeviceLost)),
+            ("CUDA failed with error no kernel image is available", Some(LastWords::DriverMismatch)),
+            ("cuBLAS failed with status CUBLAS_STATUS_EXECUTION_FAILED", Some(LastWords::DeviceLost)),
+            ("prompts of different lengths", None),
+        ] {
+            assert!(matches!(decode_error(said), EngineError::Decode(_)), "{said}");
+            assert_eq!(device_failed(said), words, "{said}");
+        }
+    }
 }

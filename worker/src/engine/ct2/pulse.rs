@@ -12,16 +12,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::engine::Cancel;
+use crate::engine::{Cancel, whisper::context::Context};
 
 /// Far less than a decode may be silent before it counts as standing still.
 const EVERY: Duration = Duration::from_millis(250);
 /// A text as long as a window can have, on a machine that others use, takes so many times what silence took.
 const SLOWER: u32 = 8;
 
-/// How long a pass over so many windows may take, where one of silence took `silence` when the model was loaded.
-pub(super) fn patience(silence: Duration, windows: usize) -> Duration {
-    silence.saturating_mul(SLOWER).saturating_mul(u32::try_from(windows).unwrap_or(u32::MAX))
+/// However slow the machine was when the model was loaded: a hang is found some time.
+const LONGEST: Duration = Duration::from_secs(120);
+
+/// How long a pass over so many positions of the encoder may take, where one of silence in the full context took `silence` when
+/// the model was loaded.
+pub(super) fn patience(silence: Duration, positions: usize) -> Duration {
+    let all = silence.saturating_mul(SLOWER).saturating_mul(u32::try_from(positions).unwrap_or(u32::MAX));
+    (all / Context::Full.positions(0).max(1) as u32).min(LONGEST)
 }
 
 #[derive(Default)]
@@ -136,9 +141,11 @@ mod tests {
     #[test]
     fn a_call_has_as_long_as_its_model_needs() {
         let ms = Duration::from_millis;
-        assert_eq!(patience(ms(300), 1), ms(2_400));
-        assert_eq!(patience(ms(300), 4), ms(9_600));
-        assert_eq!(patience(Duration::MAX, usize::MAX), Duration::MAX);
+        assert_eq!(patience(ms(300), 1_500), ms(2_400));
+        assert_eq!(patience(ms(300), 4 * 1_500), ms(9_600));
+        assert_eq!(patience(ms(300), 2 * 750), ms(2_400));
+        assert_eq!(patience(ms(20_000), 1_500), ms(120_000));
+        assert_eq!(patience(Duration::MAX, usize::MAX), LONGEST);
     }
 
     #[test]

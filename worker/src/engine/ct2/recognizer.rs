@@ -60,6 +60,7 @@ impl Ct2Model {
         let facts = folder::of(name, path, config.folders.as_deref())?;
         checksum::verify(name, &facts.dir.join(folder::MODEL))?;
         let vocabulary = Vocabulary::read(name, &facts.dir)?;
+        folder::has_what_is_needed(name, &facts.dir, vocabulary.is_multilingual())?;
         // Loading holds the numbers of the file and what they are turned into, of which a card sees the latter.
         let needed_mb = (facts.weight_bytes >> 20) * if on_gpu { 1 } else { 3 };
         enough_memory(on_gpu, needed_mb, || format!("model {name}"))?;
@@ -103,7 +104,11 @@ impl Ct2Model {
             passed_ms: AtomicU64::new(0),
             growing: Growing::default(),
         });
-        let most = warmup::most_at_once(on, &loaded, config.batch, on_gpu)?;
+        // Silence is nobody's input: what fails on it is the model's.
+        let most = warmup::most_at_once(on, &loaded, config.batch, on_gpu).map_err(|error| match error {
+            EngineError::Decode(why) => failed(why),
+            other => other,
+        })?;
         loaded.fitting.store(most, Ordering::Relaxed);
         loaded.most.store(most, Ordering::Relaxed);
         Ok(Self { loaded, device: on.clone() })

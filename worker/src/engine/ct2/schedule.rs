@@ -15,6 +15,9 @@ const PARTIAL_AFTER: Duration = Duration::from_millis(500);
 /// How long a window of a recording lets live ones go first.
 const RECORDING_AFTER: Duration = Duration::from_secs(5);
 
+/// Most windows with word times in a batch: the library aligns the whole batch for each length of text that is in it.
+const WITH_WORDS: usize = 8;
+
 /// What windows of a batch have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
@@ -76,10 +79,11 @@ pub struct Most {
 }
 
 impl Most {
-    /// Windows of this many positions each, one at least.
-    pub fn of(self, positions: usize) -> usize {
-        let by_positions = self.positions.map_or(usize::MAX, |most| most / positions.max(1));
-        self.windows.min(by_positions).max(1)
+    /// Windows that are like this, one at least.
+    pub fn of(self, key: Key) -> usize {
+        let by_positions = self.positions.map_or(usize::MAX, |most| most / key.positions.max(1));
+        let by_words = if key.words { WITH_WORDS } else { usize::MAX };
+        self.windows.min(by_positions).min(by_words).max(1)
     }
 }
 
@@ -95,7 +99,7 @@ pub fn grown(most: usize, fitting: usize, calm: usize) -> usize {
 /// A batch that is not full waits for `company` since its leader came.
 pub fn next(waiting: &[Waiting], now: Instant, company: Duration) -> Next {
     let Some(leader) = waiting.iter().min_by_key(|w| (w.due(), w.since)) else { return Next::Idle };
-    let most = leader.most.of(leader.key.positions);
+    let most = leader.most.of(leader.key);
     let mut alike: Vec<usize> = (0..waiting.len()).filter(|n| waiting[*n].key == leader.key).collect();
     alike.sort_by_key(|n| (waiting[*n].due(), waiting[*n].since, *n));
     alike.truncate(most);
@@ -124,7 +128,9 @@ mod tests {
             (4, Some(2_048), 1_500, 1),
             (0, None, 512, 1),
         ] {
-            assert_eq!(Most { windows, positions }.of(each), expected, "{windows} windows, {positions:?} positions");
+            let key = Key { model: 0, positions: each, prompt_tokens: 0, words: false };
+            assert_eq!(Most { windows, positions }.of(key), expected, "{windows} windows, {positions:?} positions");
+            assert_eq!(Most { windows: 64, positions: None }.of(Key { words: true, ..key }), 8);
         }
         let begin = Instant::now();
         let finals = [waits(For::Final, 1_500, begin), waits(For::Final, 1_500, begin)];

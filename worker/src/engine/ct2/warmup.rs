@@ -27,6 +27,9 @@ const SHARE_PERCENT: u64 = 50;
 /// What a window may take beyond silence, in hundredths: keys and values of a long text.
 const LONG_TEXT_PERCENT: u64 = 125;
 
+/// Of one window on a GPU.
+const LEAST_ON_GPU_MB: u64 = 128;
+
 /// A second pass is made where the first took less.
 const SECOND_MS: u64 = 2_000;
 
@@ -49,12 +52,15 @@ pub(super) fn most_at_once(
     let pass = || device.bring(loaded, silence(loaded))?.recv().unwrap_or_else(|_| Err(gone()));
     let passed_ms = || loaded.passed_ms.load(Ordering::Relaxed);
     let free_mb = free_mb(on_gpu);
+    let free_before = if on_gpu { free_device_mb() } else { None };
     let resident_mb = resident_mb();
     let peak_from_here = !on_gpu && std::fs::write("/proc/self/clear_refs", "5").is_ok();
     pass()?;
     let window_mb = match (on_gpu, peak_from_here) {
-        // The library keeps what it has once taken of a GPU.
-        (true, _) => free_mb.zip(free_device_mb()).map(|(before, now)| before.saturating_sub(now)),
+        // Some of its allocators give back what a pass has taken: less than this is not believed.
+        (true, _) => {
+            free_before.zip(free_device_mb()).map(|(before, now)| before.saturating_sub(now).max(LEAST_ON_GPU_MB))
+        }
         (false, true) => peak_resident_mb().map(|peak| peak.saturating_sub(resident_mb)),
         (false, false) => None,
     };

@@ -5,11 +5,15 @@ use std::{fs, path::Path};
 
 /// Why there is not; none where there is.
 pub(crate) fn lacking(needs_mb: u64) -> Option<String> {
-    let free_mb = available_mb(Path::new("/proc/meminfo"), Path::new("/sys/fs/cgroup"))?;
+    let free_mb = free_mb()?;
     (free_mb < needs_mb).then(|| format!("{free_mb} MB of memory are left, listening to voices takes {needs_mb} MB"))
 }
 
 /// What this process may still take, in MB; none where nobody says.
+pub(crate) fn free_mb() -> Option<u64> {
+    available_mb(Path::new("/proc/meminfo"), Path::new("/sys/fs/cgroup"))
+}
+
 fn available_mb(meminfo: &Path, cgroup: &Path) -> Option<u64> {
     let host = fs::read_to_string(meminfo).ok().and_then(|text| {
         let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

@@ -34,7 +34,7 @@ use voxfleet_schema::transcript::SpeakersBy;
 pub(crate) use self::again::{Ending, hear_all};
 pub(crate) use self::attribute::{attribute, relabel, turns_of};
 pub(super) use self::ears::{Ears, Listening};
-pub(crate) use self::memory::lacking;
+pub(crate) use self::memory::{free_mb, lacking};
 use self::networks::{Encoder, EncoderFile, Segmentation};
 pub use self::{
     again::reconsidered,
