@@ -290,9 +290,6 @@ fn a_long_pass_gives_signs_of_life() {
     });
     let passed_ms = model.loaded.passed_ms.load(Ordering::Relaxed);
     println!("the last pass took {passed_ms} ms, nobody was silent for more than {:?}", silent.iter().max());
-    if passed_ms < 1_000 {
-        println!("skipped: this machine is too quick for a long pass");
-    }
     assert!(silent.iter().all(|silent| *silent < Duration::from_secs(1)), "{silent:?}");
 }
 
