@@ -278,7 +278,7 @@ async fn the_demo_shows_the_same_through_the_nats_command() -> Result<()> {
     Ok(())
 }
 
-async fn demo(dir: &Path, arguments: &[&str]) -> Result<Output> {
+pub(crate) async fn demo(dir: &Path, arguments: &[&str]) -> Result<Output> {
     let mut command = voxfleet(&Settings::new(), dir)?;
     command.arg("demo").args(arguments);
     Ok(tokio::task::spawn_blocking(move || command.output()).await??)

@@ -17,6 +17,8 @@ use voxfleet_harness::{
     wait,
 };
 
+use crate::cli::demo;
+
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Call and the highest word error rate it may have: those of the other engine.
 const SESSIONS: [(u32, f64); 6] = [(1, 0.02), (2, 0.02), (3, 0.10), (4, 0.02), (5, 0.02), (1, 0.02)];
@@ -44,6 +46,25 @@ async fn speak(fleet: &Fleet, session: &str, call: u32, speed: f64) -> Result<Re
     producer.end().await?;
     fleet::wait_end(&js, session, PATIENCE).await?;
     Ok(checker::check(&js, session).await?.clean()?)
+}
+
+/// Live, after a kill, as a recording and offline.
+#[tokio::test(flavor = "multi_thread")]
+async fn ct2_runs_the_demo() -> Result<()> {
+    if !here()? {
+        return Ok(());
+    }
+    let _turn = fleet::turn().await;
+    let dir = tempfile::tempdir()?;
+    let output = demo(dir.path(), &["--engine", "ct2", "--speed", "2", "--json"]).await?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {said}", output.status);
+    let report: Value = serde_json::from_slice(&output.stdout).with_context(|| said.to_string())?;
+    for rate in [&report["wer"], &report["live"]["wer"], &report["job"]["wer"], &report["offline"]["wer"]] {
+        ensure!(rate.as_f64().is_some_and(|r| r <= 0.02), "{report:#}");
+    }
+    ensure!(report["failover"]["same_text"] == true && report["offline"]["same_text"] == true, "{report:#}");
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

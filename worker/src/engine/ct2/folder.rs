@@ -105,7 +105,7 @@ fn window_mb(header: &layout::Header) -> u64 {
     let scores = 2 * heads * positions * positions;
     let activations = 12 * positions * width;
     let cached = 2 * layers * width * (positions + text);
-    (4 * (scores + activations + cached) >> 20) + 1
+    ((4 * (scores + activations + cached)) >> 20) + 1
 }
 
 fn converted(name: &str, file: &Path, folders: Option<&Path>) -> Result<PathBuf, EngineError> {
