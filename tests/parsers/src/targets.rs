@@ -47,5 +47,5 @@ pub const TARGETS: &[Target] = &[
     Target { name: "lists", max_len: 1_024, seeds: &[], run: browser::lists },
     Target { name: "pcm", max_len: 4_096, seeds: &["audio/tests/fixtures"], run: browser::pcm },
     Target { name: "door", max_len: 4_096, seeds: &[], run: browser::door },
-    Target { name: "catalog", max_len: 16_384, seeds: &["store/models.toml"], run: documents::catalog },
+    Target { name: "catalog", max_len: 32_768, seeds: &["store/models.toml"], run: documents::catalog },
 ];
