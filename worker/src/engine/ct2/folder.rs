@@ -258,6 +258,26 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_without_what_finals_need_is_refused_at_once() {
+        let dir = tempfile::tempdir().expect("folder");
+        for (config, multilingual, lacks) in [
+            (r#"{"alignment_heads": [[0, 1]], "lang_ids": [50259]}"#, true, None),
+            (r#"{"alignment_heads": [[0, 1]]}"#, false, None),
+            (r#"{"alignment_heads": [[0, 1]], "lang_ids": []}"#, true, Some("lang_ids")),
+            (r#"{"alignment_heads": []}"#, false, Some("alignment_heads")),
+            ("[]", false, Some("alignment_heads")),
+            ("{", false, Some("config.json")),
+        ] {
+            fs::write(dir.path().join("config.json"), config).expect("written");
+            match (has_what_is_needed("m", dir.path(), multilingual), lacks) {
+                (Ok(()), None) => {}
+                (Err(EngineError::Model { why, .. }), Some(lacks)) => assert!(why.contains(lacks), "{config}: {why}"),
+                (found, _) => panic!("{config}: {found:?}"),
+            }
+        }
+    }
+
+    #[test]
     fn what_others_write_is_left_alone() {
         let of_file = "base-0123456789abcdef-";
         for (rest, abandoned, goes) in [
