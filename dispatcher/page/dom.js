@@ -93,15 +93,13 @@ export function onPress(button, work) {
   });
 }
 
-// What a screen reader is told at once; used for losses and for answers to what somebody did, not for figures.
-let spoken = 0;
+// What a screen reader is told at once; used for losses and for answers to what somebody did, not for figures. Each has
+// a line of its own: two that come together are both read, and the same one twice is read twice.
+const SPOKEN_MS = 5000;
 export function announce(text) {
-  const line = $("announce");
-  const mine = ++spoken;
-  line.textContent = "";
-  requestAnimationFrame(() => {
-    if (mine === spoken) line.textContent = text;
-  });
+  const line = el("p", {}, text);
+  $("announce").append(line);
+  setTimeout(() => line.remove(), SPOKEN_MS);
 }
 
 export function debounce(delay_ms, work) {

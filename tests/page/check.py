@@ -25,7 +25,7 @@ import trials
 from mock import Server
 
 SCENARIOS = {
-    "calm": ["loads", "agrees", "grows", "keeps_focus", "reads_along", "keyboard", "narrow", "accessible", "record", "stale", "clean"],
+    "calm": ["loads", "agrees", "grows", "keeps_focus", "speaks", "reads_along", "keyboard", "narrow", "accessible", "record", "stale", "clean"],
     "load": ["loads", "agrees", "smooth", "searches", "keyboard_map", "narrow", "accessible_main", "clean"],
     "dead": ["loads", "death", "accessible_main", "clean"],
     "hostile": ["loads", "inert", "narrow", "accessible", "clean"],

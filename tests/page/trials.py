@@ -242,7 +242,7 @@ def drains(run):
     page.wait("document.querySelector('#drain-told').textContent.startsWith('Draining')", 10)
     # A worker that holds nothing is gone before it is seen draining.
     page.wait(f"['draining', 'gone'].includes({state})", 10)
-    assert "Draining" in text(page, "#announce"), "nobody is told"
+    page.wait("document.querySelector('#announce').textContent.includes('Draining')", 3)
     run.notes.append(f"{name} is {page.eval(state)}")
     page.key("Escape")
     page.wait("!document.querySelector('#gpu').open", 3)
@@ -255,6 +255,15 @@ def retries(run):
     page.key("Enter")
     page.wait(f"Number(document.querySelector('#dead-count').textContent) === {before - 1}", 5)
     assert "sent again" in text(page, "#dead-told")
+
+
+def speaks(run):
+    """What is announced at once is all there for a screen reader, and gone again later."""
+    page = run.page
+    lines = "[...document.querySelectorAll('#announce > *')].filter((e) => e.textContent.startsWith('said ')).length"
+    page.eval("import('/dom.js').then(({ announce }) => ['said one', 'said two', 'said two'].forEach(announce))")
+    assert page.eval(lines) == 3, f"{page.eval(lines)} of three are there"
+    page.wait(f"{lines} === 0", 15)
 
 
 # ---- many

@@ -10,7 +10,7 @@ use voxfleet_schema::{
 };
 
 use super::{Answer, AppendError, Core, Effect, Mark, WalkEnd};
-use crate::{moment::Moment, sessions::ChainMark, sessions::Stage};
+use crate::{moment::Moment, reconcile::FINISH_WITHIN, sessions::ChainMark, sessions::Stage};
 
 /// How long a write into the log that was lost, or is under way, keeps the next one back.
 const WRITE_PAUSE: std::time::Duration = std::time::Duration::from_secs(5);
@@ -196,7 +196,9 @@ impl Core {
             });
         }
         if let Some(worker) = worker {
-            self.effect(Effect::Release { worker, id: id.clone(), epoch: record.epoch, finish_ms: 0 });
+            // Its end final is read here before its author hears that it is stored, which counts and tells it then.
+            let finish_ms = FINISH_WITHIN.as_millis() as u32;
+            self.effect(Effect::Release { worker, id: id.clone(), epoch: record.epoch, finish_ms });
         }
         let walked = self.book.session(id).and_then(|s| s.walker.as_ref().map(|w| w.next_seq()));
         let last_audio = self.book.session(id).and_then(|s| s.last_audio);

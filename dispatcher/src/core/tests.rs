@@ -343,7 +343,7 @@ fn an_end_final_ends_it_and_frees_the_slot() {
     world.core.finished(&end_final("s", 0, 1, 2), world.now);
     world.run();
     assert_eq!((world.state("s"), world.record("s").ended_seq), (SessionState::Ended, Some(2)));
-    assert_eq!(world.releases, [("s".to_owned(), 1)]);
+    assert_eq!((world.releases.as_slice(), world.finish_ms), (&[("s".to_owned(), 1)][..], 2_000), "it may hear of it");
     assert_eq!(world.core.fleet.get(&worker("g0", "i")).map(|w| w.load.used()), Some(0));
     assert_eq!(world.told(What::Ended), 1);
 }

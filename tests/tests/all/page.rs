@@ -99,7 +99,7 @@ async fn what_no_small_fleet_shows_is_shown_right() -> Result<()> {
     let _turn = fleet::turn().await;
     // Two browsers at once, which mostly wait. What a real fleet is asked too is left to that.
     let halves: [&[&str]; 2] = [&["--scenario", "load,drops,login"], &["--scenario", "hostile,empty,full"]];
-    let only = ["--scenario", "calm", "--only", "grows,keeps_focus,stale"];
+    let only = ["--scenario", "calm", "--only", "grows,keeps_focus,speaks,stale"];
     let (first, second) = tokio::join!(look(halves[0], |_| Ok(None)), async {
         let said = look(halves[1], |_| Ok(None)).await?;
         Ok::<_, anyhow::Error>(said + &look(&only, |_| Ok(None)).await?)
@@ -114,6 +114,7 @@ async fn what_no_small_fleet_shows_is_shown_right() -> Result<()> {
         "full refuses_recording",
         "login drains",
         "login retries",
+        "calm speaks",
         "calm stale",
     ] {
         ensure!(said.contains(&format!("ok {check} ")) || said.starts_with("skipped"), "{check}: {said}");

@@ -117,6 +117,10 @@ impl Copy {
     async fn all(&mut self, job: &Job, work: &Work, options: &SessionOptions) -> Option<Over> {
         let shared = &job.means.shared;
         for wanted in std::mem::take(&mut self.wanted) {
+            if job.handle.desired.borrow().finish {
+                // What has begun is stored, nothing else.
+                return None;
+            }
             let value = loop {
                 // A look that failed is made again, with the next part of the loop that this belongs to.
                 let found = shared.chain.next_final(Kind::Job, &self.part, self.from_seq).await;

@@ -139,10 +139,10 @@ impl Job {
                 return JobEnd::GivenUp(failure);
             }
             if decoding.is_none() {
-                if stopping {
+                if stopping && copying.is_none() {
                     return JobEnd::GivenUp(worker_stops());
                 }
-                if let Some((handle, running)) = whole.decode_next(copying.is_some()) {
+                if !stopping && let Some((handle, running)) = whole.decode_next(copying.is_some()) {
                     (decoded_by, decoding) = (Some(handle), Some(running));
                 }
             }

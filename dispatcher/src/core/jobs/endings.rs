@@ -1,5 +1,7 @@
 //! How a job comes to its end: tries that failed, cancels, and the end that stands in its chain.
 
+use std::time::Duration;
+
 use voxfleet_schema::{
     event::What,
     failure::{Failure, FailureClass},
@@ -15,6 +17,7 @@ use crate::{
         decide::{self, Expiry, Verdict},
     },
     moment::Moment,
+    reconcile::FINISH_WITHIN,
     sessions::CallId,
 };
 
@@ -172,7 +175,9 @@ impl Core {
                 let mut held = w.heartbeat.held.iter();
                 held.find(|h| h.kind == voxfleet_schema::id::Kind::Job && h.id == id).map(|h| h.epoch)
             });
-            self.release_job(worker, &id, held.unwrap_or(record.epoch), 0, now);
+            // Its author may not have heard yet that its end final is stored; what was cancelled has nothing to hear.
+            let within = if record.state == JobState::Done { FINISH_WITHIN } else { Duration::ZERO };
+            self.release_job(worker, &id, held.unwrap_or(record.epoch), within.as_millis() as u32, now);
         }
         let took_ms = record.ended_ms.zip(record.started_ms).map(|(end, start)| end.saturating_sub(start));
         // Seconds of recording for each second since it was first given to a worker.
