@@ -145,7 +145,11 @@ fn who_finishes_before_the_cancel_has_finished() {
     world.core.ask_cancel(CallId(2), JobQuery { job: id("a") }, world.now);
     world.run();
     assert_eq!((world.state("a"), world.told(What::Cancelled)), (JobState::Done, 0));
-    assert_eq!((world.key("a").error.as_ref(), world.finish_ms), (None, 2_000), "its worker hears of its end final first");
+    assert_eq!(
+        (world.key("a").error.as_ref(), world.finish_ms),
+        (None, 2_000),
+        "its worker hears of its end final first"
+    );
 }
 
 #[test]
