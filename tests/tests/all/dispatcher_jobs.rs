@@ -170,6 +170,17 @@ impl Setup {
         .map_err(Into::into)
     }
 
+    /// Nobody waits for what is published at the door.
+    async fn nobody_pulls(&self) -> Result<()> {
+        eventually("a door that nobody pulls from", SOON, || async {
+            let door = self.js.get_stream("ASR_JOBS").await.ok()?;
+            let mut intake: jetstream::consumer::PullConsumer = door.get_consumer("dispatcher").await.ok()?;
+            (intake.info().await.ok()?.num_waiting == 0).then_some(())
+        })
+        .await
+        .map_err(Into::into)
+    }
+
     async fn finish(mut self) -> Result<()> {
         self.stop.cancel();
         while let Some(done) = self.tasks.join_next().await {

@@ -52,7 +52,7 @@ fn model(beat: &Heartbeat) -> Option<&ModelState> {
 async fn each_heartbeat_says_how_much_of_the_file_was_read() -> Result<()> {
     let _place = fleet::place().await;
     let models = tempfile::tempdir()?;
-    write_model(&models.path().join("vast.bin"), 2 << 30)?;
+    write_model(&models.path().join("vast.bin"), 1 << 30)?;
     // It is read to its end to be compared, and is another.
     std::fs::write(models.path().join("vast.bin.sha256"), "0".repeat(64))?;
     let settings = Settings::new()

@@ -143,6 +143,13 @@ async fn a_line_that_comes_too_often_is_counted_instead() -> Result<()> {
     let builder = Fleet::builder().workers(1).slots(32).set("log.max_lines", 5);
     let mut fleet = builder.start().await?;
     futures_util::future::try_join_all((0..30).map(|n| say_in(&fleet, n))).await?;
+    let js = fleet.js();
+    // Told where it is logged; a dispatcher that ends earlier has not logged each release.
+    eventually("thirty releases", SOON, || async {
+        let told = checker::read(&js, "ASR_EVENT", "asr.v1.event.session.*.released").await.ok()?;
+        (told.len() == 30).then_some(())
+    })
+    .await?;
     let dispatcher = &mut fleet.dispatchers[0];
     // At its end at the latest it says what is left out.
     dispatcher.terminate(SOON).await?;

@@ -28,6 +28,7 @@ use voxfleet_harness::{
     verdict::{self, JobEnd, Verdict},
     wait::eventually,
 };
+use voxfleet_schema::session::SessionRecord;
 
 /// What the fleet stands on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -209,13 +210,6 @@ struct Played {
     hands: Hands,
 }
 
-impl Played {
-    fn somebody_moved(&self) -> Result<()> {
-        ensure!(self.verdicts.iter().any(|v| v.epoch > 1), "nobody moved: {:?}", self.verdicts);
-        Ok(())
-    }
-}
-
 /// The script: what breaks how many seconds after speech began.
 async fn play(ground: Ground, seed: u64, builder: FleetBuilder, script: &[(f64, Fault)]) -> Result<Played> {
     let _place = fleet::place().await;
@@ -247,12 +241,38 @@ const OTHER: Process = Process::Worker(1);
 const ACTIVE: Process = Process::Dispatcher { active: true };
 const STANDBY: Process = Process::Dispatcher { active: false };
 
+/// Breaks the first worker once it has a session, which has to move then.
+async fn with_a_session(ground: Ground, seed: u64, fault: Fault) -> Result<()> {
+    let _place = fleet::place().await;
+    let mut hands = Hands::new(ground.start(Ground::builder()).await?);
+    let load = Load::begin(&hands.fleet, seed, 13.0);
+    let begun = Instant::now();
+    let sessions = hands.fleet.js().get_key_value("asr_sessions").await?;
+    let gpu = hands.fleet.workers[0].gpu_id().to_owned();
+    let there = eventually("a session on the first worker", Duration::from_secs(20), || async {
+        for n in 0..4 {
+            let key = sessions.get(session(seed, n)).await.ok().flatten();
+            let record = key.and_then(|key| serde_json::from_slice::<SessionRecord>(&key).ok());
+            if record.and_then(|record| record.worker).is_some_and(|worker| worker.gpu_id.as_str() == gpu) {
+                return Some(());
+            }
+        }
+        None
+    });
+    there.await.with_context(|| hands.fleet.logs())?;
+    until(&mut hands, begun + s(1_500)).await?;
+    break_it(&mut hands, fault).await?;
+    let verdicts = load.clean(&mut hands).await?;
+    ensure!(verdicts.iter().any(|v| v.epoch > 1), "nobody moved: {verdicts:?}\n{}", hands.fleet.logs());
+    Ok(())
+}
+
 pub(crate) async fn a_worker_is_killed(ground: Ground) -> Result<()> {
-    play(ground, 1, Ground::builder(), &[(1.5, Fault::Kill(WORKER, s(1_000)))]).await?.somebody_moved()
+    with_a_session(ground, 1, Fault::Kill(WORKER, s(1_000))).await
 }
 
 pub(crate) async fn a_worker_stands_still_and_goes_on(ground: Ground) -> Result<()> {
-    play(ground, 2, Ground::builder(), &[(1.5, Fault::Stop(WORKER, s(6_000)))]).await?.somebody_moved()
+    with_a_session(ground, 2, Fault::Stop(WORKER, s(6_000))).await
 }
 
 pub(crate) async fn an_engine_is_killed_and_another_stands_still(ground: Ground) -> Result<()> {
