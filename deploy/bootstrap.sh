@@ -34,6 +34,7 @@ AXE_WHEEL_SHA256=fdd263c998388f1a8e67cad02677e612d946248bd44d163be5e8650ea31f95f
 # The batched engine, for `cargo --workspace`, and its library: the version whose headers come with the crate ct2rs 0.10.3.
 CT2_FEATURES=voxfleet-worker/ct2,voxfleet/ct2
 CT2_VERSION=4.8.4
+NUMPY_VERSION=2.2.6         # what it needs in Python
 
 ROOT=$(cd -- "$(dirname -- "$0")/.." && pwd -P)
 
@@ -47,8 +48,8 @@ usage: sh deploy/bootstrap.sh <verb> [arguments]
                  tests
   bench [args]   release build, then `voxfleet bench [args]`
   lint           cargo fmt --check and cargo clippy with warnings as errors, without the feature ct2 and with it
-  deps           only fetch what cargo cannot: nats-server, nats, cmake, ONNX Runtime, Silero VAD, CTranslate2,
-                 nats-py, an S3 server, libfaketime, Chromium and axe-core for tests
+  deps           only fetch what cargo cannot: nats-server, nats, cmake, ONNX Runtime, Silero VAD, CTranslate2
+                 (its library, and for Python), nats-py, an S3 server, libfaketime, Chromium and axe-core for tests
   env            print `export` lines for a shell: eval "$(sh deploy/bootstrap.sh env)"
   help           this text
 
@@ -309,16 +310,21 @@ wheel() {
     PINNED=${PINNED:-"checksum not pinned"}
 }
 
-# wheels REQUIREMENTS FOLDER: the same for a list. find_pip comes first.
-wheels() {
+# Makes pip ready. Sets pip_; empty: the one in the stage.
+pip_asks_nothing() {
     pip_=$PIP
     if [ "$PIP" = venv ]; then
         pip_=
         [ -x "$STAGE/venv/bin/pip" ] || logged python3 -m venv "$STAGE/venv" || return 1
     fi
-    mkdir -p "$2"
     PIP_REQUIRE_VIRTUALENV=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
     export PIP_REQUIRE_VIRTUALENV PIP_NO_INPUT PIP_DISABLE_PIP_VERSION_CHECK
+}
+
+# wheels REQUIREMENTS FOLDER: the same for a list. find_pip comes first.
+wheels() {
+    pip_asks_nothing || return 1
+    mkdir -p "$2"
     # shellcheck disable=SC2086 # PIP is a command with its arguments
     logged ${pip_:-"$STAGE/venv/bin/pip"} download --no-deps --only-binary=:all: --retries 2 \
         --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none \
@@ -711,6 +717,72 @@ install_ctranslate2() {
     SOURCE="from the PyPI wheel ctranslate2 ($PINNED)"
 }
 
+# CTranslate2 as a Python module, for the Python that runs here: a test asks it whether it takes what `models convert` writes.
+ct2_python() {
+    step_begin
+    CT2_PYTHON=$CACHE/python-ct2-$CT2_VERSION
+    if ! have python3; then
+        step "CTranslate2 for Python: no Python here, so its own loader is not asked"
+    elif ct2_python_ok "$CT2_PYTHON"; then
+        step "CTranslate2 $CT2_VERSION for Python: in the cache"
+    else
+        lock
+        new_stage
+        if install_ct2_python; then
+            step "CTranslate2 $CT2_VERSION for Python: from PyPI (checksum verified)"
+        else
+            step "CTranslate2 for Python: not to be had here, so its own loader is not asked"
+        fi
+    fi
+}
+
+ct2_python_ok() { PYTHONPATH=$1 python3 -c 'import ctranslate2, numpy' 2>/dev/null; }
+
+# For CPython 3.10 to 3.13, x86_64 and aarch64.
+install_ct2_python() {
+    if ct2_python_ok "$CT2_PYTHON"; then return 0; fi # another bootstrap was here
+    if offline; then
+        note "CTranslate2 for Python: VOXFLEET_OFFLINE=1, so no download"
+        return 1
+    fi
+    if ! find_pip; then
+        note "CTranslate2 for Python: no Python 3 with pip here ($install_ $py_)"
+        return 1
+    fi
+    {
+        printf 'ctranslate2==%s' "$CT2_VERSION"
+        for sum_ in c120b2207d97cb6bfedd694bc7e278c2f25f2fed83c9fa32071cf2e770a59902 \
+            193edb3516df7fcd580ccd45e5f12d13fb7eb07f8ae2d27568461c2fedd14d95 \
+            bd6ed9d10b46b9bc2ee801ea9624acf28bd53ffddfd5e92d23b2340dbc4d6474 \
+            1037b3f51d18f1546120686670d71fcdaf85a0500fffccc56d8439ded5d284e5 \
+            a102683e7dc5d0cd0c31de5771ce4c27fffa837721470e7aae64ebffa64f3206 \
+            0d1830d12c84b2240bf51893ee6bfe24a671dccfd232b05a74ef197d27fb164a \
+            f4ed771f82c4078113d811c5f9ad0a4597bb79f54784adb58fd50d69b04cb7a5 \
+            271e77faf49ff9fa117b490b9008ac0b294744c19dabc93087e202299c1a8e27; do printf ' --hash=sha256:%s' "$sum_"; done
+        printf '\nnumpy==%s' "$NUMPY_VERSION"
+        for sum_ in efd28d4e9cd7d7a8d39074a4d44c63eda73401580c5c76acda2ce969e0a38e83 \
+            fc7b73d02efb0e18c000e9ad8b83480dfcd5dfd11065997ed4c6747470ae8915 \
+            b64d8d4d17135e00c8e346e0a738deb17e754230d7e0810ac5012750bbd85a5a \
+            ba10f8411898fc418a521833e014a77d3ca01c15b0c6cdcce6a0d2897e6dbbdf \
+            f2618db89be1b4e05f7a1a847a9c1c0abd63e63a1607d892dd54668dd92faf87 \
+            fd83c01228a688733f1ded5201c678f0c53ecc1006ffbc404db9f7a899ac6249 \
+            f92729c95468a2f4f15e9bb94c432a9229d0d50de67304399627a943201baa2f \
+            1bc23a79bfabc5d056d106f9befb8d50c31ced2fbc70eedb8155aec74a45798f; do printf ' --hash=sha256:%s' "$sum_"; done
+        printf '\n'
+    } >"$STAGE/ct2-python.txt"
+    pip_asks_nothing || return 1
+    # shellcheck disable=SC2086 # PIP is a command with its arguments
+    if ! logged ${pip_:-"$STAGE/venv/bin/pip"} install --no-deps --only-binary=:all: \
+        --require-hashes --retries 2 --target "$STAGE/python-ct2" -r "$STAGE/ct2-python.txt" ||
+        ! ct2_python_ok "$STAGE/python-ct2"; then
+        note "CTranslate2 for Python: pip could not get it:"
+        show_log 4
+        return 1
+    fi
+    rm -rf "$CT2_PYTHON"
+    mv "$STAGE/python-ct2" "$CT2_PYTHON"
+}
+
 silero() {
     step_begin
     model_=$CACHE/models/silero_vad.onnx
@@ -1079,6 +1151,7 @@ prepare() {
         # It is not fetched for these, and used where it is.
         *) CT2_LIB=$CACHE/lib/ctranslate2-$CT2_VERSION; [ ! -f "$CT2_LIB/libctranslate2.so" ] || use_ctranslate2 ;;
     esac
+    case $VERB in test-ct2 | deps) ct2_python ;; esac
     case $VERB in test | test-ct2 | deps) nats_py; s3_server; faketime; browser; axe_core ;; esac
     clean_up
     if [ -n "$ABSENT" ]; then
@@ -1193,6 +1266,9 @@ case $VERB in
         failed_=
         cargo test --workspace --features "$CT2_FEATURES" --no-fail-fast --lib --bins ct2 || failed_=" unit"
         cargo test --workspace --features "$CT2_FEATURES" --no-fail-fast --test engine --test usage || failed_="$failed_ engine"
+        PYTHONPATH=$CT2_PYTHON${PYTHONPATH:+:$PYTHONPATH} \
+            cargo test --workspace --features "$CT2_FEATURES" --no-fail-fast --test convert ctranslate2 -- --nocapture ||
+            failed_="$failed_ loader"
         # The same program of tests as `test` has; only what it starts is another.
         VOXFLEET_BIN=$program-ct2 cargo test --workspace --no-fail-fast --test all ct2 || failed_="$failed_ end-to-end"
         if [ -n "$failed_" ]; then
