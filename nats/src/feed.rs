@@ -43,6 +43,8 @@ const BATCH_BYTES: usize = 16 * 1024 * 1024;
 const EXPIRES: Duration = Duration::from_secs(30);
 /// [`Feed::forgotten_after`], unless told otherwise.
 const INACTIVE: Duration = Duration::from_secs(30);
+/// How long a server may lag behind the leader until what it has is no answer.
+const CAUGHT_UP_WITHIN: Duration = Duration::from_secs(10);
 /// Losses in a row, without a message in between, after which the next message itself is suspected.
 const SUSPECT_AFTER: u32 = 2;
 
@@ -174,8 +176,50 @@ impl Feed {
         }
     }
 
-    /// Everything up to what the stream holds now, for a feed that has just begun.
-    pub(crate) async fn read_all(mut self) -> Result<Vec<Message>, ServerError> {
+    /// Everything up to what the stream holds now, for a feed that has just begun. Its consumer may stand on a server that
+    /// lags behind the stream's leader, and ends where that one ends: then another one is asked, until what the leader had as
+    /// its last was read.
+    pub(crate) async fn read_all(self) -> Result<Vec<Message>, ServerError> {
+        let until = Instant::now() + CAUGHT_UP_WITHIN;
+        let mut backoff = Backoff::default();
+        loop {
+            let last = self.last_seq().await?;
+            let messages = self.anew().read_to_its_end().await?;
+            let read = messages.last().map_or(0, |message| message.seq);
+            if read >= last {
+                return Ok(messages);
+            }
+            if Instant::now() >= until {
+                tracing::warn!(
+                    stream = self.stream,
+                    read,
+                    last,
+                    "the server that was read from stays behind the leader"
+                );
+                return Err(ServerError::Timeout);
+            }
+            tracing::debug!(stream = self.stream, read, last, "read from a server that lags, again");
+            backoff.wait().await;
+        }
+    }
+
+    /// Sequence of the leader's last message under the filter; 0: there is none, or this login may not ask.
+    async fn last_seq(&self) -> Result<u64, ServerError> {
+        let which = Get { last_by_subj: Some(&self.filter), ..Get::default() };
+        match raw::leader_get(&self.nats, self.stream, &which).await {
+            Ok(stored) => Ok(stored.map_or(0, |stored| stored.seq)),
+            Err(ServerError::Denied { .. }) => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The same from its beginning.
+    fn anew(&self) -> Self {
+        let feed = Self::new(&self.nats, self.stream, self.filter.clone(), self.start);
+        Self { headers_only: self.headers_only, inactive: self.inactive, ..feed }
+    }
+
+    async fn read_to_its_end(mut self) -> Result<Vec<Message>, ServerError> {
         let mut messages = Vec::new();
         messages.extend(self.establish().await?);
         if self.active.as_ref().is_some_and(|active| active.pending_at_start == 0) {

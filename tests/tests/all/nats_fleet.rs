@@ -203,6 +203,20 @@ async fn records_compare_and_set_on_three_servers() -> Result<()> {
     records(&ready(cluster.urls(), 3).await?).await
 }
 
+/// A reader's consumer may stand on a server that has not stored what the leader has confirmed.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_confirmed_is_read_wherever_the_reader_stands() -> Result<()> {
+    let cluster = Cluster::start(3).await?;
+    let nats = ready(cluster.urls(), 3).await?;
+    let records = Records::<Record>::new(&nats, Bucket::Sessions);
+    for n in 0..300 {
+        records.put("a", &Record { n }).await?;
+        let all = records.all().await?;
+        ensure!(all.len() == 1 && all[0].1.value.n == n, "{n} was confirmed, and read was {all:?}");
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_watch_misses_nothing_across_a_killed_server() -> Result<()> {
     let mut server = NatsServer::start().await?;
