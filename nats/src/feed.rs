@@ -4,7 +4,12 @@
 //! restarted server, a leader that was killed, a gap in the consumer's numbering) it makes a new consumer that begins
 //! after the last message it gave out. What it gives out is each stored message once, in stream order.
 
-use std::time::Duration;
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use async_nats::{
     HeaderMap, Subject, Subscriber,
@@ -81,12 +86,29 @@ pub(crate) struct Feed {
     /// After the first message, or once it is known where "new" begins.
     next_seq: Option<u64>,
     active: Option<Active>,
+    /// A consumer on its way. Kept here: whoever stops waiting for the next message must not begin it anew each time.
+    making: Option<Making>,
     state: watch::Receiver<ConnectionState>,
     backoff: Backoff,
     /// Not before then, after a failure.
     not_before: Option<Instant>,
     /// Times the connection was lost since the last message.
     losses: u32,
+}
+
+struct Making {
+    policy: DeliverPolicy,
+    connects: u64,
+    /// Never locked: a feed is looked at by several threads, this by its owner alone.
+    made: Mutex<Pin<Box<dyn Future<Output = Result<Made, ServerError>> + Send>>>,
+}
+
+struct Made {
+    inbox: String,
+    subscriber: Subscriber,
+    info: consumer::Info,
+    /// The place to go on from is beyond the stream.
+    beyond: bool,
 }
 
 struct Active {
@@ -117,6 +139,7 @@ impl Feed {
             inactive: INACTIVE,
             next_seq: None,
             active: None,
+            making: None,
             state: nats.connection_events(),
             backoff: Backoff::default(),
             not_before: None,
@@ -255,29 +278,24 @@ impl Feed {
     }
 
     async fn try_establish(&mut self) -> Result<Option<Message>, ServerError> {
-        if self.state.borrow_and_update().closed {
-            return Err(ServerError::Closed);
-        }
-        if self.losses >= SUSPECT_AFTER
-            && let Some(message) = self.poisonous().await?
-        {
-            return Ok(Some(message));
-        }
-        let connects = self.state.borrow().connects;
-        let policy = match (self.next_seq, self.start) {
-            (Some(seq), _) | (None, Start::Seq(seq)) => DeliverPolicy::ByStartSequence { start_sequence: seq.max(1) },
-            (None, Start::First) => DeliverPolicy::All,
-            (None, Start::New) => DeliverPolicy::New,
-            (None, Start::LastPerSubject) => DeliverPolicy::LastPerSubject,
+        let making = match self.making.take() {
+            Some(making) => making,
+            None => {
+                if self.state.borrow_and_update().closed {
+                    return Err(ServerError::Closed);
+                }
+                if self.losses >= SUSPECT_AFTER
+                    && let Some(message) = self.poisonous().await?
+                {
+                    return Ok(Some(message));
+                }
+                self.make()
+            }
         };
-        // Before the consumer exists, so that nothing can be sent to nobody.
-        let inbox = self.nats.client().new_inbox();
-        let subscriber = self.nats.client().subscribe(inbox.clone()).await?;
-        let info = create(self, policy).await?;
-        if let DeliverPolicy::ByStartSequence { start_sequence } = policy
-            && info.num_pending == 0
-            && self.is_beyond_the_stream(start_sequence).await
-        {
+        let made = self.making.insert(making).made.get_mut().unwrap_or_else(PoisonError::into_inner).await;
+        let Some(Making { policy, connects, .. }) = self.making.take() else { return Ok(None) };
+        let Made { inbox, subscriber, info, beyond } = made?;
+        if beyond {
             (self.start, self.next_seq) = (Start::First, None);
             return Ok(None);
         }
@@ -295,6 +313,31 @@ impl Feed {
             pending_at_start: info.num_pending,
         });
         Ok(None)
+    }
+
+    fn make(&self) -> Making {
+        let connects = self.state.borrow().connects;
+        let policy = match (self.next_seq, self.start) {
+            (Some(seq), _) | (None, Start::Seq(seq)) => DeliverPolicy::ByStartSequence { start_sequence: seq.max(1) },
+            (None, Start::First) => DeliverPolicy::All,
+            (None, Start::New) => DeliverPolicy::New,
+            (None, Start::LastPerSubject) => DeliverPolicy::LastPerSubject,
+        };
+        let feed = self.anew();
+        let made: Pin<Box<dyn Future<Output = _> + Send>> = Box::pin(async move {
+            // Before the consumer exists, so that nothing can be sent to nobody.
+            let inbox = feed.nats.client().new_inbox();
+            let subscriber = feed.nats.client().subscribe(inbox.clone()).await?;
+            let info = create(&feed, policy).await?;
+            let beyond = match policy {
+                DeliverPolicy::ByStartSequence { start_sequence } if info.num_pending == 0 => {
+                    feed.is_beyond_the_stream(start_sequence).await
+                }
+                _ => false,
+            };
+            Ok(Made { inbox, subscriber, info, beyond })
+        });
+        Making { policy, connects, made: Mutex::new(made) }
     }
 
     /// Whether the stream ends before the entry in front of `seq`: it was lost and made again, and a consumer that waits for

@@ -143,7 +143,8 @@ async fn late(
     let (begun, mut backoff, mut quiet) = (Instant::now(), Backoff::default(), 0);
     // The marker of a key stays where it tells a dispatcher.
     let only_marker = |kept: &Kept| cut_off && kept.amounts.values().all(|amount| amount.bytes == 0);
-    while quiet < 3 && begun.elapsed() < LATE_WITHIN {
+    // Where nothing was found it is looked at to the end, however slow the store is.
+    while quiet < 3 && (quiet > 0 || begun.elapsed() < LATE_WITHIN) {
         backoff.wait().await;
         let kept = purge.find(kind, id, &purge.shelf().await?).await?;
         if kept.is_empty() || only_marker(&kept) {

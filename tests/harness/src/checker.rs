@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_nats::{HeaderMap, jetstream};
+use async_nats::{
+    HeaderMap,
+    jetstream::{self, stream::LastRawMessageErrorKind},
+};
 use futures_util::{StreamExt, TryStreamExt};
 use serde_json::Value;
 
@@ -173,6 +176,12 @@ async fn read_once(js: &jetstream::Context, stream: &str, filter: &str) -> Resul
     let failed = |what: &str| format!("{what} {stream} {filter}");
     let stream = js.get_stream(stream).await.map_err(Error::nats(failed("opening")))?;
     let last = stream.cached_info().state.last_sequence;
+    // From the leader: a consumer may stand on a server that lags, and ends where that one ends.
+    let newest = match stream.get_last_raw_message_by_subject(filter).await {
+        Ok(message) => message.sequence,
+        Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => 0,
+        Err(error) => return Err(Error::nats(failed("asking the leader of"))(error)),
+    };
     let config = jetstream::consumer::pull::OrderedConfig {
         filter_subject: filter.to_owned(),
         ..jetstream::consumer::pull::OrderedConfig::default()
@@ -195,6 +204,9 @@ async fn read_once(js: &jetstream::Context, stream: &str, filter: &str) -> Resul
             headers: message.headers.as_ref().map(plain).unwrap_or_default(),
             payload: message.payload.clone(),
         });
+    }
+    if found.last().map_or(0, |message| message.seq) < newest {
+        return Err(Error::Wrong(format!("{}: a server that lags", failed("reading"))));
     }
     Ok(found)
 }

@@ -19,7 +19,7 @@ async fn ask(client: &Client, endpoint: &str, body: &Value, patience: Duration) 
 /// What the active dispatcher believes of the fleet.
 pub async fn fleet_status(client: &Client) -> Option<Value> {
     // Short, since a dispatcher that is not active yet says nothing: callers ask again.
-    ask(client, "fleet.status", &json!({}), Duration::from_millis(100)).await
+    ask(client, "fleet.status", &json!({}), Duration::from_secs(1)).await
 }
 
 /// Opens a session; asks again as clients do.

@@ -32,8 +32,13 @@ use crate::direct;
 const SOON: Duration = Duration::from_secs(20);
 const LONG: Duration = Duration::from_secs(60);
 
-/// A fleet whose dispatcher is asked over HTTP.
+/// A fleet whose dispatcher is asked over HTTP. Nobody dies in it: a heartbeat that is a little late refuses no client.
 fn fleet() -> FleetBuilder {
+    mortal().set("dispatcher.suspect_after_ms", 10_000).set("dispatcher.dead_after_ms", 20_000)
+}
+
+/// The same where a worker's death has to be noticed soon.
+fn mortal() -> FleetBuilder {
     Fleet::builder().set("dispatcher.http.listen", "127.0.0.1:0")
 }
 
@@ -256,11 +261,16 @@ async fn who_leaves_without_a_word_frees_his_slot_and_is_still_transcribed() -> 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_worker_costs_a_page_no_word() -> Result<()> {
     let _turn = fleet::turn().await;
-    let mut fleet = fleet().workers(2).start().await?;
-    let url = socket_url(&fleet).await?;
+    let mut fleet = mortal().workers(2).start().await?;
+    let url = format!("{}?session=killed", socket_url(&fleet).await?);
     let pcm = audio::bursts(940, 16.0);
     let bytes = pcm.bytes();
-    let mut client = Client::connect(&format!("{url}?session=killed")).await?;
+    // Who comes while heartbeats are late is sent away, and comes again.
+    let mut client = eventually("a slot", SOON, || async {
+        Client::connect(&url).await.ok().filter(|client| !client.config.is_null())
+    })
+    .await
+    .with_context(|| fleet.logs())?;
     let first = client.gpu().to_owned();
     let half = bytes.len() / 2 + 1;
     client.stream(&bytes[..half], &[6_401]).await?;

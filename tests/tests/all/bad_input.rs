@@ -322,7 +322,9 @@ async fn bad_requests_are_answered_with_their_class() -> Result<()> {
     const JSON: &str = "application/json";
     const MSGPACK: &str = "application/msgpack";
     let _turn = fleet::turn().await;
-    let mut fleet = Fleet::builder().workers(1).start().await?;
+    // Nobody dies here: a heartbeat that is a little late refuses no open.
+    let fleet = Fleet::builder().workers(1).set("dispatcher.suspect_after_ms", 10_000);
+    let mut fleet = fleet.set("dispatcher.dead_after_ms", 20_000).start().await?;
     let client = fleet.client();
     let deep = [b"{\"session\":\"a\",\"options\":".to_vec(), b"[".repeat(20_000)].concat();
     let long = format!(r#"{{"session":"{}"}}"#, "x".repeat(10_000));
@@ -394,7 +396,10 @@ async fn bad_requests_are_answered_with_their_class() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_model_lacks_is_said_by_the_finals() -> Result<()> {
     let _turn = fleet::turn().await;
-    let mut fleet = Fleet::builder().workers(1).slots(8).engine(Engine::Micro).start().await?;
+    // Nobody dies here: a heartbeat that is a little late refuses no open.
+    let fleet = Fleet::builder().workers(1).slots(8).engine(Engine::Micro);
+    let fleet = fleet.set("dispatcher.suspect_after_ms", 10_000).set("dispatcher.dead_after_ms", 20_000);
+    let mut fleet = fleet.start().await?;
     let (js, client) = (fleet.js(), fleet.client());
     let call = audio::call(1)?;
     let seconds = |n: usize| {

@@ -85,7 +85,8 @@ async fn ct2_hears_six_sessions_in_batches_and_says_so() -> Result<()> {
             ensure!(segment["words"].as_array().is_some_and(|w| !w.is_empty()), "no words: {segment}");
         }
     }
-    let status = probe_api::fleet_status(&fleet.client()).await.context("status")?;
+    let asked = || async { probe_api::fleet_status(&fleet.client()).await };
+    let status = wait::eventually("the fleet's state", PATIENCE, asked).await.with_context(|| fleet.logs())?;
     for worker in status["workers"].as_array().context("workers")? {
         ensure!(worker["heartbeat"]["engine"]["kind"] == "ct2", "{worker}");
     }
@@ -163,8 +164,12 @@ async fn ct2_sessions_move_to_the_other_engine_where_they_may() -> Result<()> {
     let mut producing = JoinSet::new();
     for (session, policy) in [("free", "allow_cpu"), ("exact", "exact_model")] {
         let open = json!({"session": session, "options": {"policy": policy}});
-        let reply = ask(&fleet, "session.open", &open).await.with_context(|| fleet.logs())?;
-        ensure!(reply.get("ok").is_some(), "{reply}");
+        // A worker whose heartbeat is late gets nothing new until it is heard.
+        let opened = wait::eventually(format!("{session} being opened"), PATIENCE, || async {
+            let reply = ask(&fleet, "session.open", &open).await.ok()?;
+            reply.get("ok").is_some().then_some(())
+        });
+        opened.await.with_context(|| fleet.logs())?;
         producing.spawn(in_time(js.clone(), session, 2, 2.0));
     }
     for session in ["free", "exact"] {

@@ -160,7 +160,9 @@ async fn row(row: &Row) -> Result<()> {
         let spoken = || async { (!site.finals(policy).await.ok()?.is_empty()).then_some(()) };
         eventually(format!("a final of {policy}"), SOON, spoken).await.with_context(|| site.fleet.logs())?;
     }
-    let well = doctor(&site.fleet).await?;
+    // One look may miss a late heartbeat, and then says nothing of any worker.
+    let looked = || async { doctor(&site.fleet).await.ok().filter(|checks| !checks.is_empty()) };
+    let well = eventually("a worker that doctor hears", SOON, looked).await.with_context(|| site.fleet.logs())?;
     ensure!(well.len() == 1 && well[0]["verdict"] == "ok", "{well:#?}");
     site.card.fault(row.fault, 0)?;
     let cause = || async { site.engine().await.filter(|engine| engine["last_end"]["class"] == row.class) };
@@ -170,14 +172,18 @@ async fn row(row: &Row) -> Result<()> {
     let mend = remedy(Side::Engine, class);
     let message = engine["last_end"]["message"].as_str().unwrap_or_default();
     ensure!(message.ends_with(mend), "no remedy in {message:?}");
-    let told = doctor(&site.fleet).await?;
     let names_it = |check: &Value| {
         let found = check["found"].as_str().unwrap_or_default();
         found.starts_with("gpu-1, an engine ended ")
             && found.contains(&format!(" ago: {class}: "))
             && check["mend"] == mend
     };
-    ensure!(told.iter().any(names_it) && told.iter().all(|check| check["verdict"] != "ok"), "{told:#?}");
+    let looked = || async {
+        let told = doctor(&site.fleet).await.ok()?;
+        told.iter().any(names_it).then_some(told)
+    };
+    let told = eventually(format!("doctor naming {class}"), SOON, looked).await.with_context(|| site.fleet.logs())?;
+    ensure!(told.iter().all(|check| check["verdict"] != "ok"), "{told:#?}");
     for (n, policy) in POLICIES.iter().enumerate() {
         settled(&site, row, policy, n)
             .await

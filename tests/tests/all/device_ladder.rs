@@ -18,6 +18,7 @@ use voxfleet_harness::{
 use voxfleet_schema::{
     failure::FailureClass,
     fleet::{ControlReply, Heartbeat, Residency},
+    id::WorkerName,
     session::{Policy, SessionOptions},
 };
 
@@ -62,8 +63,13 @@ impl OnCard {
 
     async fn take(&mut self, session: &str, policy: Policy) -> Result<ControlReply> {
         let name = self.alone.name().await?;
+        self.take_as(&name, session, policy).await
+    }
+
+    /// The same of a worker whose name is known: no wait for a heartbeat.
+    async fn take_as(&self, name: &WorkerName, session: &str, policy: Policy) -> Result<ControlReply> {
         let options = SessionOptions { policy, ..SessionOptions::default() };
-        self.alone.assign_with(&name, session, 1, options).await
+        self.alone.assign_with(name, session, 1, options).await
     }
 
     /// Waits for a final of this model and device.
@@ -182,7 +188,8 @@ async fn weights_that_do_not_fit_cost_no_process() -> Result<()> {
 async fn to_the_cpu_and_back(faults: &[&str], class: FailureClass, settings: Settings) -> Result<()> {
     let _place = fleet::place().await;
     let mut on = OnCard::start(1_000, settings).await?;
-    ensure!(on.take("soft", Policy::AllowCpu).await? == ControlReply::Done);
+    let name = on.alone.name().await?;
+    ensure!(on.take_as(&name, "soft", Policy::AllowCpu).await? == ControlReply::Done);
     let pcm = audio::bursts(23, 36.0);
     let [first, second, third] = thirds(&pcm);
     let mut producer = Producer::bare(on.alone.js.clone(), "soft");
@@ -199,7 +206,7 @@ async fn to_the_cpu_and_back(faults: &[&str], class: FailureClass, settings: Set
     assert_eq!(beat.engine.standbys.iter().map(|standby| standby.class).collect::<Vec<_>>(), [class]);
     assert_eq!(on.card.used_by_processes_mb()?, 0, "nothing is left on it");
     for policy in [Policy::ExactModel, Policy::AllowSmaller] {
-        assert_eq!(refused(&on.take("strict", policy).await?), Some(class));
+        assert_eq!(refused(&on.take_as(&name, "strict", policy).await?), Some(class));
     }
     on.alone.beat("the GPU", |b| b.engine.effective_device == "cuda:simulated").await?;
     producer.stream(&third, 100, Pace::AsFastAsPossible).await?;
@@ -213,7 +220,8 @@ async fn to_the_cpu_and_back(faults: &[&str], class: FailureClass, settings: Set
     let finals = checker::finals(&on.alone.js, "soft").await?;
     let last = finals.iter().rfind(|f| !f.text().is_empty()).context("a final")?;
     assert_eq!(last.json["device"], "cuda:simulated");
-    ensure!(on.take("strict", Policy::ExactModel).await? == ControlReply::Done, "the GPU serves again");
+    let taken = on.take_as(&name, "strict", Policy::ExactModel).await?;
+    ensure!(taken == ControlReply::Done, "the GPU serves again");
     Ok(())
 }
 
@@ -256,10 +264,10 @@ async fn an_engine_leaves_a_card_of_which_the_driver_reports_that_it_fell_off() 
     Ok(())
 }
 
-/// Its own time, where others wait for longer than the test.
+/// Its own time, long enough to be looked at meanwhile, where others wait for longer than the test.
 fn soon_after(which: &str) -> Settings {
     let long = Settings::new().with("worker.restore_after_ms", 600_000).with("worker.restore_driver_after_ms", 600_000);
-    long.with(which, 4_000)
+    long.with(which, 8_000)
 }
 
 #[tokio::test(flavor = "multi_thread")]

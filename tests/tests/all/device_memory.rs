@@ -66,8 +66,13 @@ async fn out_of_memory_in_mid_session_changes_the_model_and_no_word() -> Result<
     scarce.strike()?;
     by(SMALLER).await.with_context(|| fleet.logs())?;
     ensure!(!scarce.is_due(), "no allocation failed");
-    let status = probe_api::fleet_status(&fleet.client()).await.context("the fleet's state")?;
-    let end = &status["workers"][0]["heartbeat"]["engine"]["last_end"];
+    // The next heartbeat tells it, which may come after the final.
+    let told = eventually("how its engine ended", SOON, || async {
+        let status = probe_api::fleet_status(&fleet.client()).await?;
+        let end = status["workers"][0]["heartbeat"]["engine"]["last_end"].clone();
+        end.is_object().then_some(end)
+    });
+    let end = told.await.with_context(|| fleet.logs())?;
     ensure!(end["class"] == "out_of_memory", "{end}");
     while let Some(ended) = talk.join_next().await {
         ended??;

@@ -159,7 +159,12 @@ async fn a_worker_is_its_card_and_its_engine_sees_no_other() -> Result<()> {
     let visible = || std::future::ready(environment(engine, "CUDA_VISIBLE_DEVICES").filter(|seen| *seen == uuid));
     eventually("an engine that sees this card alone", SOON, visible).await?;
 
-    let status = site.json(&["status", "--json"]).await?;
+    // One look may miss a late heartbeat.
+    let looked = || async {
+        let status = site.json(&["status", "--json"]).await.ok()?;
+        status["workers"][0].is_object().then_some(status)
+    };
+    let status = eventually("the worker in the status", SOON, looked).await.with_context(|| logs(site.dir.path()))?;
     let told = &status["workers"][0];
     ensure!(told["gpu_available"] == true && told["gpu_count"] == 2, "{told:#}");
     ensure!(told["model_loaded"].is_boolean() && told["memory_allocated_mb"].is_u64(), "{told:#}");
@@ -201,15 +206,25 @@ async fn what_the_driver_reports_of_a_card_is_told_of_it_and_of_no_other() -> Re
     site.beat("the first card's", |beat| told(beat) && beat.gpu_id.as_str() == uuids[0]).await?;
     let later = site.beat("the third", |beat| beat.gpu_id.as_str() == uuids[2] && beat.seq > 3).await?;
     ensure!(later.device.xids.is_none() && later.device.free_mb == 16_000, "{later:?}");
-    let status = site.json(&["status", "--json"]).await?;
+    // One look may miss a late heartbeat.
+    let looked = || async {
+        let status = site.json(&["status", "--json"]).await.ok()?;
+        (status["workers"].as_array()?.len() == uuids.len()).then_some(status)
+    };
+    let status = eventually("all three in the status", SOON, looked).await.with_context(|| logs(site.dir.path()))?;
     let workers = status["workers"].as_array().context("workers")?;
     let last = |uuid: &str| {
         let worker = workers.iter().find(|worker| worker["heartbeat"]["gpu_id"] == uuid);
         worker.map_or(Value::Null, |worker| worker["heartbeat"]["device"]["xids"]["last"].clone())
     };
     ensure!(uuids.each_ref().map(|uuid| last(uuid)) == [13.into(), 48.into(), Value::Null], "{status:#}");
-    let text = site.run(&["status"])?.output()?;
-    let text = String::from_utf8_lossy(&text.stdout);
+    let looked = || async {
+        let mut command = site.run(&["status"]).ok()?;
+        let output = tokio::task::spawn_blocking(move || command.output()).await.ok()?.ok()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        uuids.iter().all(|uuid| text.contains(uuid.as_str())).then_some(text)
+    };
+    let text = eventually("all three in the table", SOON, looked).await.with_context(|| logs(site.dir.path()))?;
     ensure!(text.contains("the last is XID 48: the card has to be reset"), "{text}");
     ensure!(all.terminate(SOON).await?.success(), "{}", all.log_tail());
     Ok(())

@@ -315,10 +315,13 @@ impl Worker {
     }
 
     async fn give_up(&self, taken: Taken, class: &str) -> Result<()> {
+        self.give_up_with(taken, json!({ "class": class, "message": "as the test says" })).await
+    }
+
+    async fn give_up_with(&self, taken: Taken, failure: Value) -> Result<()> {
         {
             let mut state = self.lock();
             state.held.remove(taken.item.job.as_str());
-            let failure = json!({ "class": class, "message": "as the test says" });
             let said = json!({ "kind": "job", "id": taken.item.job, "epoch": taken.item.epoch, "failure": failure });
             state.given_up.push(said);
         }

@@ -91,7 +91,8 @@ async fn a_released_session_may_store_the_final_it_has_begun() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_release_without_time_gives_up_what_has_begun() -> Result<()> {
-    let mut begun = Deciding::start(Settings::new(), 3.0).await?;
+    // Surely under way still when it is released; nobody waits for its end.
+    let mut begun = Deciding::start(Settings::new(), 20.0).await?;
     begun.release(0).await?;
     let drain = ControlRequest::Drain { deadline_ms: 20_000 };
     assert_eq!(begun.alone.ask(&begun.name, &drain).await?, ControlReply::Done);
@@ -127,18 +128,17 @@ async fn sigterm_waits_for_a_final_within_its_budget_and_for_none_beyond_it() ->
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_drain_ends_at_its_deadline_whoever_is_left() -> Result<()> {
-    // A beat of its own says so, long before the next one is due.
+    // A beat of its own says so, before anything is let go: the last beat of all would say it too.
     let mut alone = Alone::start(Settings::new().with("worker.heartbeat_ms", 5_000)).await?;
     let name = alone.name().await?;
     alone.take(&name, "left", 1).await?;
-    let asked = Instant::now();
     assert_eq!(alone.ask(&name, &ControlRequest::Drain { deadline_ms: 2_500 }).await?, ControlReply::Done);
     let beat = alone.beat("draining", |b| b.draining).await?;
-    ensure!(asked.elapsed() < Duration::from_secs(2), "said after {:?}", asked.elapsed());
+    ensure!(beat.held.len() == 1, "said when nothing was held any more: {beat:?}");
     let drain = beat.drain.context("a notice")?;
     assert_eq!(drain.why, "asked");
     let in_ms = drain.until_ms.context("until when")?.saturating_sub(beat.sent_ms);
-    ensure!((1_500..=2_500).contains(&in_ms), "gone in {in_ms} ms");
+    ensure!(in_ms <= 2_500, "gone in {in_ms} ms");
     let status = alone.worker.wait(Duration::from_millis(2_500) + SLACK).await?;
     assert!(status.success(), "{status}\n{}", alone.worker.log_tail());
     Ok(())
@@ -172,13 +172,15 @@ async fn a_hangup_is_a_stop_unless_it_is_ignored() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_preemption_is_a_drain_by_file_and_by_hook() -> Result<()> {
+    // What is held is handed over within 40 % of it, and must still be there to be released.
+    const NOTICE: Duration = Duration::from_secs(10);
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("preempted");
     let port = voxfleet_harness::ports::free_port()?;
     let settings = Settings::new()
         .with("worker.preemption.file", file.display())
         .with("worker.preemption.http_listen", format!("127.0.0.1:{port}"))
-        .with("worker.preemption.notice_ms", 3_000);
+        .with("worker.preemption.notice_ms", NOTICE.as_millis());
     for how in ["file", "http"] {
         let mut alone = Alone::start(settings.clone()).await?;
         let name = alone.name().await?;
@@ -194,7 +196,7 @@ async fn a_preemption_is_a_drain_by_file_and_by_hook() -> Result<()> {
         ensure!(noticed.elapsed() < Duration::from_millis(500) + SLACK, "heard after {:?}", noticed.elapsed());
         // What it holds goes on until somebody else has it; then it waits no longer.
         alone.release(&name, "preempted", 1).await?;
-        let status = alone.worker.wait(Duration::from_millis(3_000) + SLACK).await?;
+        let status = alone.worker.wait(NOTICE + SLACK).await?;
         assert!(status.success(), "{status}\n{}", alone.worker.log_tail());
     }
     Ok(())
@@ -224,24 +226,38 @@ async fn renewed_while_it_drains_a_worker_still_ends() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_name_is_told_with_its_age_and_changes_are_told_at_once() -> Result<()> {
-    // So seldom that three changes are not seen within this test unless they are news.
-    let mut alone = Alone::start(Settings::new().with("worker.heartbeat_ms", 5_000)).await?;
+    // So seldom that a change which is not news is told seconds later. All times are of the worker's clock: how fast this test
+    // asks is another question.
+    const BEAT_MS: u64 = 5_000;
+    const AT_ONCE_MS: u64 = BEAT_MS / 2;
+    /// By which a beat may come before its time.
+    const SLIPS_MS: u64 = 100;
+    let mut alone = Alone::start(Settings::new().with("worker.heartbeat_ms", BEAT_MS)).await?;
     let first = alone.beat("a name", |_| true).await?;
-    assert_eq!(first.beat_ms, 5_000);
+    assert_eq!(u64::from(first.beat_ms), BEAT_MS);
     ensure!(first.started_ms > 0 && first.started_ms <= first.sent_ms);
     let name = first.worker();
     Producer::bare(alone.js.clone(), "brief").send(Bytes::from_static(&[0; 640]), &[]).await?;
     alone.take(&name, "brief", 1).await?;
-    let asked = Instant::now();
     alone.release(&name, "brief", 1).await?;
-    alone.beat("nothing held", |b| b.held.is_empty() && b.seq > first.seq).await?;
+    // More beats than were due: one of them is news.
+    alone
+        .beat("nothing held and news of it", |b| {
+            let due = (b.sent_ms + SLIPS_MS).saturating_sub(first.sent_ms) / BEAT_MS;
+            b.held.is_empty() && b.seq > first.seq + due
+        })
+        .await?;
     assert_eq!(alone.ask(&name, &ControlRequest::Renew).await?, ControlReply::Done);
     let renewed = alone.beat("another name", |b| b.worker() != name).await?;
     ensure!(renewed.started_ms > first.started_ms);
+    let ms = renewed.sent_ms.saturating_sub(renewed.started_ms);
+    ensure!(ms < AT_ONCE_MS, "its name was told after {ms} ms");
     let news = ControlRequest::Drain { deadline_ms: 60_000 };
     assert_eq!(alone.ask(&renewed.worker(), &news).await?, ControlReply::Done);
-    alone.beat("draining", |b| b.draining).await?;
-    ensure!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+    let told = alone.beat("draining", |b| b.draining).await?;
+    let until_ms = told.drain.and_then(|drain| drain.until_ms).context("until when")?;
+    let ms = (told.sent_ms + 60_000).saturating_sub(until_ms);
+    ensure!(ms < AT_ONCE_MS, "its drain was told after {ms} ms");
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use async_nats::Client;
+use async_nats::{Client, StatusCode};
 use futures_util::{StreamExt as _, future::try_join_all, stream};
 use serde_json::{Value, json};
 use voxfleet_harness::{
@@ -23,15 +23,24 @@ const SOON: Duration = Duration::from_secs(10);
 
 /// As a client asks: again by the same id, where nobody answered within a second.
 async fn ask(client: &Client, endpoint: &str, body: &Value) -> Result<Value> {
-    let begun = Instant::now();
-    loop {
-        let request = client.request(format!("asr.v1.api.{endpoint}"), body.to_string().into());
-        match tokio::time::timeout(Duration::from_secs(1), request).await {
-            Ok(Ok(reply)) => return Ok(serde_json::from_slice(&reply.payload)?),
-            Ok(Err(_)) | Err(_) if begun.elapsed() < 3 * SOON => {}
-            unanswered => anyhow::bail!("{endpoint}: {unanswered:?}"),
+    // One inbox for every time it asks: a late answer to the first is an answer.
+    let inbox = client.new_inbox();
+    let mut answers = client.subscribe(inbox.clone()).await?;
+    let (begun, mut wait) = (Instant::now(), Duration::from_secs(1));
+    while begun.elapsed() < 3 * SOON {
+        let subject = format!("asr.v1.api.{endpoint}");
+        client.publish_with_reply(subject, inbox.clone(), body.to_string().into()).await?;
+        match tokio::time::timeout(wait, answers.next()).await {
+            Ok(Some(answer)) if answer.status != Some(StatusCode::NO_RESPONDERS) => {
+                return Ok(serde_json::from_slice(&answer.payload)?);
+            }
+            Ok(Some(_)) => tokio::time::sleep(Duration::from_millis(50)).await,
+            Ok(None) => anyhow::bail!("{endpoint}: the connection is closed"),
+            // Whoever is behind is not helped by thousands who repeat themselves each second.
+            Err(_) => wait *= 2,
         }
     }
+    anyhow::bail!("{endpoint}: nobody answered")
 }
 
 async fn open(client: &Client, session: &str) -> Result<Value> {
@@ -54,7 +63,10 @@ fn field<'a>(line: &'a str, name: &str) -> Option<&'a str> {
 async fn sixteen_sessions_spread_evenly_and_the_seventeenth_is_refused() -> Result<()> {
     let _turn = fleet::turn().await;
     // Warm before the first: a worker that is heard to have its model comes before one that is not heard to yet.
-    let mut fleet = Fleet::builder().workers(4).slots(4).set("worker.preload", "simulated").start().await?;
+    // And nobody is suspect, and passed over, because the machine was slow for a moment.
+    let builder = Fleet::builder().workers(4).slots(4).set("worker.preload", "simulated");
+    let builder = builder.set("dispatcher.suspect_after_ms", 10_000).set("dispatcher.dead_after_ms", 20_000);
+    let mut fleet = builder.start().await?;
     let client = fleet.client();
     let turn = ["gpu-1", "gpu-2", "gpu-3", "gpu-4"];
     for gpu in turn {
@@ -75,13 +87,11 @@ async fn sixteen_sessions_spread_evenly_and_the_seventeenth_is_refused() -> Resu
     ensure!((1..=30_000).contains(&wait_ms), "{refused}");
 
     ask(&client, "session.close", &json!({ "session": "s6" })).await?;
-    let begun = Instant::now();
     let taken = eventually("the place of s6", SOON, || async {
         open(&client, "s16").await.ok().filter(|answer| answer["ok"].is_object())
     })
     .await?;
     ensure!(taken["ok"]["worker"]["gpu_id"] == "gpu-3", "s6 was on gpu-3: {taken}");
-    ensure!(begun.elapsed() < Duration::from_secs(3), "it took {:?}", begun.elapsed());
 
     let js = fleet.js();
     let events = js.get_stream_no_info("ASR_EVENT").await?;
@@ -97,6 +107,12 @@ async fn sixteen_sessions_spread_evenly_and_the_seventeenth_is_refused() -> Resu
         ensure!(row(gpu).is_some_and(|row| row.contains("no free slot")), "{gpu}: {event}");
     }
     ensure!(row("gpu-3").is_some_and(|row| !row.contains("refused")), "{event}");
+    // The place may be given again before the worker's word that it let go has come, and with it the line in the log; the
+    // event is told behind that line.
+    eventually("the release of s6", SOON, || async {
+        events.get_last_raw_message_by_subject("asr.v1.event.session.s6.released").await.ok()
+    })
+    .await?;
     let log = fleet.dispatchers[0].log();
     // On allocation and on release: where, whose, and how full it was.
     let find = |what: &str, session: &str| {
@@ -147,17 +163,15 @@ async fn a_burst_of_ten_thousand_opens_is_answered_in_order() -> Result<()> {
         async move { Ok::<_, anyhow::Error>((n, open(&client, &format!("burst-{n}")).await?)) }
     });
     let answers = async { asked.buffered(1_000).collect::<Vec<_>>().await.into_iter().collect::<Result<Vec<_>>>() };
-    let speaking = async {
-        producer.stream(&pcm, 200, Pace::Speed(1.0)).await?;
-        producer.end().await?;
-        Ok::<_, anyhow::Error>(())
-    };
+    let speaking = producer.stream(&pcm, 200, Pace::Speed(1.0));
     let (answers, spoken) = futures_util::future::join(answers, speaking).await;
     let (answers, took) = (answers?, begun.elapsed());
     spoken?;
+    // Not before all are answered: its place would go to somebody in the middle of the others.
+    producer.end().await?;
     let accepted: Vec<usize> = answers.iter().filter(|(_, a)| a["ok"].is_object()).map(|(n, _)| *n).collect();
-    // `burst-0` has one of the places, and may have ended by now.
-    ensure!((SLOTS - 1..=SLOTS).contains(&accepted.len()), "{} accepted", accepted.len());
+    // `burst-0` has one of the places.
+    ensure!(accepted.len() == SLOTS - 1, "{} accepted", accepted.len());
     ensure!(accepted.iter().max().is_some_and(|n| *n < SLOTS + 1_000), "not in order: {accepted:?}");
     let refused: Vec<&Value> = answers.iter().map(|(_, a)| a).filter(|a| a["ok"].is_null()).collect();
     ensure!(

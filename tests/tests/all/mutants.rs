@@ -11,22 +11,24 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use tokio::time::Instant;
 use voxfleet_harness::{
     chaos::{
         hands::Hands,
         schedule::{Fault, Process},
     },
-    fleet::{self, FleetBuilder},
+    fleet::{self, Fleet, FleetBuilder},
     verdict::Verdict,
+    wait::eventually,
     wire::{Fate, Publish},
 };
 use voxfleet_worker::engine::simulated::text_of;
 
-use crate::faults::{Ground, Load, break_it, until};
+use crate::faults::{Ground, Load, break_it, owner, session, until};
 
 const FENCE: &str = "Nats-Expected-Last-Subject-Sequence";
+const SESSIONS: u64 = 6;
 
 fn is_final(publish: &Publish) -> bool {
     publish.subject.starts_with("asr.v1.transcript.session.") && publish.subject.ends_with(".final")
@@ -34,12 +36,29 @@ fn is_final(publish: &Publish) -> bool {
 
 async fn start(builder: FleetBuilder, seed: u64) -> Result<(Hands, Load)> {
     let hands = Hands::new(Ground::OneServer.start(builder.dispatchers(1)).await?);
-    let load = Load::crowd(&hands.fleet, seed, 24.0, 1.5, 6);
+    let load = Load::crowd(&hands.fleet, seed, 24.0, 1.5, SESSIONS);
     Ok((hands, load))
 }
 
-/// After four seconds nobody hears the heartbeats of one worker any more, for eight: its sessions go to the other one while
-/// it goes on with them.
+/// When the first worker has a session whose chain has begun: before that nobody would miss it.
+async fn writes(fleet: &Fleet, seed: u64) -> Result<Instant> {
+    let transcript = fleet.js().get_stream_no_info("ASR_TRANSCRIPT").await?;
+    let begun = eventually("a final of a session on the first worker", Duration::from_secs(20), || async {
+        for n in 0..SESSIONS {
+            let id = session(seed, n);
+            let subject = format!("asr.v1.transcript.session.{id}.final");
+            if owner(fleet, &id).await == Some(0) && transcript.get_last_raw_message_by_subject(&subject).await.is_ok()
+            {
+                return Some(Instant::now());
+            }
+        }
+        None
+    });
+    begun.await.with_context(|| fleet.logs())
+}
+
+/// Once one worker has written, nobody hears its heartbeats any more, for eight seconds: its sessions go to the other one
+/// while it goes on with them.
 async fn two_owners(without_fence: bool) -> Result<Vec<Verdict>> {
     let _place = fleet::place().await;
     let silent = Arc::<AtomicBool>::default();
@@ -54,10 +73,9 @@ async fn two_owners(without_fence: bool) -> Result<Vec<Verdict>> {
         Fate::Pass
     };
     let (mut hands, load) = start(Ground::builder().tamper_workers(tamper), 41).await?;
-    let begun = Instant::now();
-    until(&mut hands, begun + Duration::from_secs(4)).await?;
+    let begun = writes(&hands.fleet, 41).await?;
     silent.store(true, Ordering::Relaxed);
-    until(&mut hands, begun + Duration::from_secs(12)).await?;
+    until(&mut hands, begun + Duration::from_secs(8)).await?;
     silent.store(false, Ordering::Relaxed);
     load.judged(&mut hands).await
 }
@@ -81,7 +99,9 @@ async fn moved(off: u64) -> Result<Vec<Verdict>> {
         Fate::Pass
     };
     let (mut hands, load) = start(Ground::builder().tamper_workers(tamper), 42).await?;
-    until(&mut hands, Instant::now() + Duration::from_secs(6)).await?;
+    // A little later most of its sessions have written.
+    let begun = writes(&hands.fleet, 42).await?;
+    until(&mut hands, begun + Duration::from_secs(3)).await?;
     break_it(&mut hands, Fault::Kill(Process::Worker(0), Duration::from_millis(500))).await?;
     load.judged(&mut hands).await
 }

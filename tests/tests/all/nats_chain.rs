@@ -3,9 +3,16 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use async_nats::jetstream;
+use async_nats::jetstream::{
+    self,
+    consumer::{self, DeliverPolicy},
+};
+use futures_util::TryStreamExt as _;
 use tokio::time::timeout;
-use voxfleet_harness::server::{Cluster, NatsServer};
+use voxfleet_harness::{
+    server::{Cluster, NatsServer},
+    wait::eventually,
+};
 use voxfleet_nats::{
     Nats, ServerError,
     topology::names,
@@ -304,10 +311,23 @@ async fn readers_begin_where_they_are_told_and_pass_over_rubbish() -> Result<()>
     ensure!(from[0].index == 2);
 
     let mut new = transcript::finals(&nats, &Filter::All, Start::New);
-    ensure!(timeout(Duration::from_millis(300), new.next()).await.is_err(), "nothing is new");
-    server.jetstream().await?.publish("asr.v1.transcript.session.b.final", "rubbish".into()).await?.await?;
-    stored(&chain, &a_final("a", 3, 1)?, predecessor).await?;
-    ensure!(matches!(timeout(SOON, new.next()).await?, Err(ReadError::Malformed { .. })));
+    let js = server.jetstream().await?;
+    let stream = js.get_stream(names::TRANSCRIPT).await?;
+    {
+        // New is what comes after its consumer was made.
+        let mut first = std::pin::pin!(new.next());
+        let made = eventually("its consumer", SOON, || async {
+            let all: Vec<consumer::Info> = stream.consumers().try_collect().await.ok()?;
+            all.iter().any(|found| found.config.deliver_policy == DeliverPolicy::New).then_some(())
+        });
+        tokio::select! {
+            made = made => made?,
+            read = &mut first => bail!("nothing is new: {read:?}"),
+        }
+        js.publish("asr.v1.transcript.session.b.final", "rubbish".into()).await?.await?;
+        stored(&chain, &a_final("a", 3, 1)?, predecessor).await?;
+        ensure!(matches!(timeout(SOON, first).await?, Err(ReadError::Malformed { .. })));
+    }
     ensure!(timeout(SOON, new.next()).await??.value.index == 3);
     let foreign = chain.store(&a_final("b", 0, 1)?, None).await;
     ensure!(matches!(foreign, Err(ChainError::Foreign { .. })), "{foreign:?}");

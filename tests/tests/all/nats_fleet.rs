@@ -178,7 +178,14 @@ async fn records(nats: &Nats) -> Result<()> {
 
     let mut watch = records.watch();
     ensure!(change(&mut watch).await? == ("b.c".into(), Some(7)));
-    ensure!(change(&mut watch).await? == ("a".into(), Some(4)));
+    // It may stand on a server that has not stored the last change yet: there `a` is deleted first.
+    let last = loop {
+        match change(&mut watch).await? {
+            (key, None) if key == "a" => {}
+            last => break last,
+        }
+    };
+    ensure!(last == ("a".into(), Some(4)), "{last:?}");
     records.delete("b.c", None).await?;
     ensure!(change(&mut watch).await? == ("b.c".into(), None));
     Ok(())
@@ -217,6 +224,29 @@ async fn what_was_confirmed_is_read_wherever_the_reader_stands() -> Result<()> {
     Ok(())
 }
 
+/// Where two are read at once, each message of one ends the wait for the other's: its consumer must not be made anew each time.
+#[tokio::test]
+async fn who_waits_in_many_short_moments_has_one_consumer() -> Result<()> {
+    let server = NatsServer::start().await?;
+    let nats = ready(vec![server.url()], 1).await?;
+    let records = Records::<Record>::new(&nats, Bucket::Sessions);
+    records.put("a", &Record { n: 1 }).await?;
+    let mut watch = records.watch();
+    let until = Instant::now() + Duration::from_secs(10);
+    let found = loop {
+        ensure!(Instant::now() < until, "nothing comes");
+        tokio::select! {
+            biased;
+            change = watch.next() => break change?,
+            () = tokio::task::yield_now() => {}
+        }
+    };
+    ensure!(found.key == "a" && found.value.is_some_and(|record| record.n == 1));
+    let consumers = server.jetstream().await?.get_stream("KV_asr_sessions").await?.cached_info().state.consumer_count;
+    ensure!(consumers == 1, "{consumers} consumers");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_watch_misses_nothing_across_a_killed_server() -> Result<()> {
     let mut server = NatsServer::start().await?;
@@ -241,16 +271,17 @@ async fn the_lease_has_one_holder_and_moves_on() -> Result<()> {
     ensure!(one.renew().await? == Standing::Leader && one.is_leader(Instant::now()));
     let follower = Standing::Follower { holder: Some("d1".into()) };
     ensure!(two.renew().await? == follower && !two.is_leader(Instant::now()));
+    // Before it looks for the last time: its clock runs from that look on.
+    let begun = Instant::now();
     ensure!(one.renew().await? == Standing::Leader && two.renew().await? == follower);
     ensure!(!one.is_leader(Instant::now() + ttl), "a holder that does not renew is none");
 
     // The holder stops; the other takes over when its own clock says so, not before.
-    let begun = Instant::now();
     while two.renew().await? != Standing::Leader {
         ensure!(begun.elapsed() < SOON, "the lease is never free");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    ensure!(begun.elapsed() >= Duration::from_millis(2_000), "{:?}", begun.elapsed());
+    ensure!(begun.elapsed() >= ttl, "{:?}", begun.elapsed());
     ensure!(one.renew().await? == Standing::Follower { holder: Some("d2".into()) } && !one.is_leader(Instant::now()));
     two.release().await?;
     ensure!(!two.is_leader(Instant::now()) && one.renew().await? == Standing::Leader);
@@ -262,14 +293,16 @@ async fn a_lease_that_cannot_be_read_is_taken_over_like_one_that_stands_still() 
     let server = NatsServer::start().await?;
     let nats = ready(vec![server.url()], 1).await?;
     server.jetstream().await?.publish("$KV.asr_control.lease", "junk".into()).await?.await?;
-    let mut one = Lease::new(&nats, "d1", Duration::from_secs(1));
-    ensure!(one.renew().await? == Standing::Follower { holder: Some("unreadable".into()) }, "not before its time");
+    let ttl = Duration::from_secs(1);
+    let mut one = Lease::new(&nats, "d1", ttl);
+    // Before its first look: its clock runs from that one on.
     let begun = Instant::now();
+    ensure!(one.renew().await? == Standing::Follower { holder: Some("unreadable".into()) }, "not before its time");
     while one.renew().await? != Standing::Leader {
         ensure!(begun.elapsed() < SOON, "the lease is never free");
         tokio::task::yield_now().await;
     }
-    ensure!(begun.elapsed() >= Duration::from_millis(900), "{:?}", begun.elapsed());
+    ensure!(begun.elapsed() >= ttl, "{:?}", begun.elapsed());
     Ok(())
 }
 
@@ -282,7 +315,12 @@ async fn ask(nats: &Nats, deadline: Duration) -> Result<SessionRequest, ApiError
 async fn the_api_is_answered_by_whoever_is_active() -> Result<()> {
     let server = NatsServer::start().await?;
     let nats = connected(vec![server.url()]).await?;
-    let nobody = ask(&nats, Duration::from_millis(300)).await;
+    // A server that is slow to say that nobody listens has said nothing yet.
+    let nobody = eventually("the server says that nobody listens", SOON, || async {
+        let nobody = ask(&nats, Duration::from_millis(300)).await;
+        (!matches!(nobody, Err(ApiError::Timeout))).then_some(nobody)
+    })
+    .await?;
     ensure!(matches!(nobody, Err(ApiError::NoDispatcher)), "{nobody:?}");
 
     let (far, other) = (connected(vec![server.url()]).await?, connected(vec![server.url()]).await?);

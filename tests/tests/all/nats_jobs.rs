@@ -176,11 +176,18 @@ async fn the_intake_survives_everything() -> Result<()> {
     let (near, far) = (ready(vec![server.url()], 1).await?, connected(vec![relay.url()]).await?);
     let js = server.jetstream().await?;
     let mut intake = JobIntake::new(&far);
-    nothing(&mut intake).await?;
-    // What was sent to a connection that was cut comes again after this, not after half a minute.
-    ack_wait(&js, names::JOBS, "dispatcher", Duration::from_secs(1)).await?;
-    submit(&near, Priority::Normal, "before", b"{}").await?;
-    next(&mut intake).await?.ack.done().await?;
+    // What was sent to a connection that was cut comes again after this, not after half a minute. The intake makes its
+    // consumer while somebody waits for a job.
+    let shortened = async {
+        eventually("the intake has its consumer", SOON, || async {
+            ack_wait(&js, names::JOBS, "dispatcher", Duration::from_secs(1)).await.ok()
+        })
+        .await?;
+        submit(&near, Priority::Normal, "before", b"{}").await
+    };
+    let (shortened, before) = tokio::join!(shortened, next(&mut intake));
+    shortened?;
+    before?.ack.done().await?;
 
     relay.reset();
     submit(&near, Priority::Normal, "reset", b"{}").await?;
@@ -230,9 +237,15 @@ async fn a_dispatcher_that_went_takes_nothing_with_it() -> Result<()> {
     let (first, second) = (ready(vec![server.url()], 1).await?, connected(vec![server.url()]).await?);
     let js = server.jetstream().await?;
     let mut intake = JobIntake::new(&first);
-    nothing(&mut intake).await?;
-    drop(intake);
     let stream = js.get_stream(names::JOBS).await?;
+    let pulling = eventually("it pulls", SOON, || async {
+        (stream.consumer_info("dispatcher").await.ok()?.num_waiting > 0).then_some(())
+    });
+    tokio::select! {
+        pulling = pulling => pulling?,
+        job = intake.next() => bail!("{:?}", job?),
+    }
+    drop(intake);
     eventually("its pull has ended", SOON, || async {
         (stream.consumer_info("dispatcher").await.ok()?.num_waiting == 0).then_some(())
     })

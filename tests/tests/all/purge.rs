@@ -257,9 +257,11 @@ async fn a_fleet_forgets_what_it_has_transcribed() -> Result<()> {
     for id in ["call", "call-2"] {
         let status = ended(&nats, &fleet, id).await?;
         ensure!(status.record.state == JobState::Done, "{:?}\n{}", status.record, fleet.logs());
-        let ended = format!("asr.v1.event.session.{id}.ended");
-        let stored = || async { voxfleet_harness::checker::stored_ms(&js, "ASR_EVENT", &ended).await };
-        eventually(format!("the end of session {id} is told"), SOON, stored).await?;
+        for what in [format!("session.{id}.ended"), format!("session.{id}.released"), format!("job.{id}.done")] {
+            let told = format!("asr.v1.event.{what}");
+            let stored = || async { voxfleet_harness::checker::stored_ms(&js, "ASR_EVENT", &told).await };
+            eventually(format!("{what} is told"), SOON, stored).await?;
+        }
     }
     let before = everything(&js).await?;
     ensure!(contain(&before, &texts["call"]) > 0, "its words are nowhere");

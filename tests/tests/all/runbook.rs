@@ -115,7 +115,8 @@ async fn a_dispatcher_that_is_alone_is_upgraded_too() -> Result<()> {
     let upgraded = units::run(&shell, &mut fleet, &block("Upgrade the dispatchers")?).await;
     upgraded.with_context(|| fleet.logs())?;
     ensure!(fleet.dispatchers[0].pid() != before, "it was not started again");
-    ensure!(fleet.leader().await == Some(0), "it is not active when the block ends");
+    let leads = eventually("who leads", SOON, || fleet.leader()).await?;
+    ensure!(leads == 0, "it is not active when the block ends");
     Ok(())
 }
 

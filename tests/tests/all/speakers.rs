@@ -325,7 +325,9 @@ async fn what_was_told_and_not_published_is_published_by_the_next() -> Result<()
 async fn what_cannot_be_heard_again_says_why() -> Result<()> {
     let Some(library) = can_listen() else { return Ok(()) };
     let _turn = fleet::turn().await;
-    let mut fleet = builder().workers(1).slots(1).set("worker.simulated.listen_ms", 1_500).start().await?;
+    // A flush would let a second final stand before the first is seen.
+    let builder = builder().workers(1).slots(1).set("dispatcher.flush_after_ms", 60_000);
+    let mut fleet = builder.set("worker.simulated.listen_ms", 1_500).start().await?;
     let js = fleet.js();
     let session = "expired";
     let mut producer = Producer::named(js.clone(), session, "s1");

@@ -194,7 +194,7 @@ async fn a_server_that_stands_still_while_a_standby_takes_over_ends_nobody() -> 
 async fn without_any_dispatcher_a_running_session_goes_on_from_the_log() -> Result<()> {
     let _place = fleet::place().await;
     let mut fleet = Fleet::builder().workers(1).start().await?;
-    let pcm = audio::bursts(33, 32.0);
+    let pcm = audio::bursts(33, 40.0);
     let mut running = JoinSet::new();
     running.spawn(call(fleet.js(), "alone", pcm, 1.0));
     eventually("its owner", TAKEOVER, || async {

@@ -130,8 +130,12 @@ async fn look(fleet: &Fleet, home: tempfile::TempDir) -> Result<()> {
     let letter = ["stream", "get", "ASR_DEAD", "--last-for", "asr.v1.dead.job.lost"];
     let wanted = ["\"class\":\"not_found\"", "\"origin\"", "\"gpu_id\"", "object://asr_media/nothing"];
     stranger.sees("the dead letter", &letter, &wanted).await?;
-    let record = stranger.record("asr_jobs", "lost").await?;
-    ensure!(record["state"] == "failed" && record["error"]["class"] == "not_found", "{record:#}");
+    // Its key says so after its letter was written.
+    eventually("the key of a failed job", SOON, || async {
+        let record = stranger.record("asr_jobs", "lost").await.ok()?;
+        (record["state"] == "failed" && record["error"]["class"] == "not_found").then_some(())
+    })
+    .await?;
 
     // What waits for each GPU: one that stands still takes nothing, and its queue grows.
     let pid = stranger.fleet.workers.iter().find(|w| w.gpu_id() == gpus[0].0).context("its worker")?.pid();

@@ -22,7 +22,7 @@ use crate::{
 
 const SOON: Duration = Duration::from_secs(30);
 /// Longer than every step takes.
-const SPOKEN_S: f64 = 45.0;
+const SPOKEN_S: f64 = 60.0;
 
 fn old() -> Result<PathBuf> {
     match std::env::var_os("VOXFLEET_OLD_BIN") {

@@ -32,8 +32,10 @@ use crate::{
 };
 
 const ASK: Duration = Duration::from_secs(2);
-/// Workers beat each second; one beat of each is heard in this time.
+/// Workers beat each second unless told otherwise; one beat of each is heard in this time.
 const LISTEN: Duration = Duration::from_millis(1_300);
+/// For those that a dispatcher knows and that were not heard yet: the slowest beat each five seconds.
+const LISTEN_LONGEST: Duration = Duration::from_millis(5_300);
 
 /// Where the table comes from.
 enum Fleet {
@@ -164,9 +166,13 @@ async fn fleet(nats: &Nats) -> anyhow::Result<Fleet> {
 /// Every worker that beats now.
 pub(super) async fn heard(nats: &Nats) -> anyhow::Result<Vec<WorkerStatus>> {
     let mut beats = fleet::heartbeats(nats).await.or_exit(Exit::Unavailable)?;
-    let until = Instant::now() + LISTEN;
+    let begun = Instant::now();
+    let known = known(nats).await;
     let mut last: BTreeMap<WorkerName, (Instant, Heartbeat)> = BTreeMap::new();
-    while let Ok(beat) = timeout_at(until, beats.next()).await {
+    loop {
+        let all = known.iter().all(|name| last.keys().any(|heard| heard.to_string() == *name));
+        let until = begun + if all { LISTEN } else { LISTEN_LONGEST };
+        let Ok(beat) = timeout_at(until, beats.next()).await else { break };
         match beat {
             Ok(beat) => {
                 last.insert(beat.worker(), (Instant::now(), beat));
@@ -181,6 +187,19 @@ pub(super) async fn heard(nats: &Nats) -> anyhow::Result<Vec<WorkerStatus>> {
         heartbeat,
     };
     Ok(last.into_values().map(status).collect())
+}
+
+/// Workers that are not known to be dead, by their keys; none where this login may not read them.
+async fn known(nats: &Nats) -> Vec<String> {
+    match Records::<Value>::new(nats, Bucket::Fleet).all().await {
+        Ok(records) => {
+            records.into_iter().filter(|(_, found)| found.value["verdict"].is_null()).map(|(name, _)| name).collect()
+        }
+        Err(error) => {
+            tracing::debug!(%error, "keys of workers not read");
+            Vec::new()
+        }
+    }
 }
 
 async fn sessions(nats: &Nats, all: bool) -> Result<Vec<SessionRecord>, KvError> {

@@ -90,7 +90,11 @@ impl Hands {
     }
 
     async fn dispatcher(&self, active: bool) -> Option<usize> {
-        let leader = self.fleet.leader().await;
+        self.dispatcher_under(self.fleet.leader().await, active)
+    }
+
+    /// The same where this one leads.
+    fn dispatcher_under(&self, leader: Option<usize>, active: bool) -> Option<usize> {
         let well = |i: &usize| self.dispatchers[*i] == Condition::Well;
         let others = || (0..self.dispatchers.len()).filter(|i| Some(*i) != leader).find(well);
         if active { leader.filter(well).or_else(others) } else { others() }
@@ -201,7 +205,15 @@ impl Hands {
                 format!("stop the engine of {} for {lasting:?}", self.name(i))
             }
             Fault::Terminate(process) => {
-                let Some(at) = index(self.process(process).await) else { return Ok(None) };
+                let at = match process {
+                    // While nobody is known to lead it would meet a standby, and nothing would change hands.
+                    Process::Dispatcher { active: true } => {
+                        let Some(leader) = self.fleet.leader().await else { return Ok(None) };
+                        self.dispatcher_under(Some(leader), true).map(|i| dispatcher_at + i)
+                    }
+                    _ => index(self.process(process).await),
+                };
+                let Some(at) = at else { return Ok(None) };
                 let until = Instant::now() + END_WAIT;
                 match at.checked_sub(dispatcher_at) {
                     None => {

@@ -9,7 +9,9 @@ async fn a_passing_trouble_is_tried_again_and_not_for_ever() -> Result<()> {
     setup.start_dispatcher("d1").await?;
     let worker = setup.worker("g0").await?;
     setup.submit("flaky").await?;
-    worker.give_up(worker.take().await?, "unavailable").await?;
+    // Time enough to see it wait.
+    let failure = json!({ "class": "unavailable", "message": "as the test says", "retry_after_ms": 5_000 });
+    worker.give_up_with(worker.take().await?, failure).await?;
     let record = setup.record("flaky", |v| v["state"] == "queued" && v["attempts"] == 1).await?;
     ensure!(record["not_before_ms"].is_u64() && record["error"]["class"] == "unavailable", "{record}");
     ensure!(setup.status("flaky").await?["ok"]["why"].as_str().is_some_and(|why| why.contains("unavailable")));

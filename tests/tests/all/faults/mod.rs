@@ -241,6 +241,9 @@ const OTHER: Process = Process::Worker(1);
 const ACTIVE: Process = Process::Dispatcher { active: true };
 const STANDBY: Process = Process::Dispatcher { active: false };
 
+/// No time of its own: who goes on before the verdict has lost nothing, however long that takes.
+const UNTIL_IT_MOVED: Duration = s(3_600_000);
+
 /// Breaks the first worker once it has a session, which has to move then.
 async fn with_a_session(ground: Ground, seed: u64, fault: Fault) -> Result<()> {
     let _place = fleet::place().await;
@@ -254,14 +257,21 @@ async fn with_a_session(ground: Ground, seed: u64, fault: Fault) -> Result<()> {
             let key = sessions.get(session(seed, n)).await.ok().flatten();
             let record = key.and_then(|key| serde_json::from_slice::<SessionRecord>(&key).ok());
             if record.and_then(|record| record.worker).is_some_and(|worker| worker.gpu_id.as_str() == gpu) {
-                return Some(());
+                return Some(session(seed, n));
             }
         }
         None
     });
-    there.await.with_context(|| hands.fleet.logs())?;
+    let id = there.await.with_context(|| hands.fleet.logs())?;
     until(&mut hands, begun + s(1_500)).await?;
     break_it(&mut hands, fault).await?;
+    if fault == Fault::Stop(WORKER, UNTIL_IT_MOVED) {
+        let moved = eventually("another worker has its session", PATIENCE, || async {
+            owner(&hands.fleet, &id).await.filter(|at| *at != 0)
+        });
+        moved.await.with_context(|| hands.fleet.logs())?;
+        hands.mend_all().await?;
+    }
     let verdicts = load.clean(&mut hands).await?;
     ensure!(verdicts.iter().any(|v| v.epoch > 1), "nobody moved: {verdicts:?}\n{}", hands.fleet.logs());
     Ok(())
@@ -272,7 +282,7 @@ pub(crate) async fn a_worker_is_killed(ground: Ground) -> Result<()> {
 }
 
 pub(crate) async fn a_worker_stands_still_and_goes_on(ground: Ground) -> Result<()> {
-    with_a_session(ground, 2, Fault::Stop(WORKER, s(6_000))).await
+    with_a_session(ground, 2, Fault::Stop(WORKER, UNTIL_IT_MOVED)).await
 }
 
 pub(crate) async fn an_engine_is_killed_and_another_stands_still(ground: Ground) -> Result<()> {
@@ -410,7 +420,7 @@ pub(crate) async fn the_server_dies_while_a_worker_drains(ground: Ground) -> Res
 }
 
 /// Which worker the record of this session names.
-async fn owner(fleet: &Fleet, session: &str) -> Option<usize> {
+pub(crate) async fn owner(fleet: &Fleet, session: &str) -> Option<usize> {
     let stream = fleet.js().get_stream_no_info("KV_asr_sessions").await.ok()?;
     let record = stream.get_last_raw_message_by_subject(&format!("$KV.asr_sessions.{session}")).await.ok()?;
     let record: Value = serde_json::from_slice(&record.payload).ok()?;
