@@ -96,11 +96,13 @@ pub(crate) struct Feed {
     losses: u32,
 }
 
+type MadeLater = Pin<Box<dyn Future<Output = Result<Made, ServerError>> + Send>>;
+
 struct Making {
     policy: DeliverPolicy,
     connects: u64,
     /// Never locked: a feed is looked at by several threads, this by its owner alone.
-    made: Mutex<Pin<Box<dyn Future<Output = Result<Made, ServerError>> + Send>>>,
+    made: Mutex<MadeLater>,
 }
 
 struct Made {
@@ -324,7 +326,7 @@ impl Feed {
             (None, Start::LastPerSubject) => DeliverPolicy::LastPerSubject,
         };
         let feed = self.anew();
-        let made: Pin<Box<dyn Future<Output = _> + Send>> = Box::pin(async move {
+        let made: MadeLater = Box::pin(async move {
             // Before the consumer exists, so that nothing can be sent to nobody.
             let inbox = feed.nats.client().new_inbox();
             let subscriber = feed.nats.client().subscribe(inbox.clone()).await?;
