@@ -185,15 +185,9 @@ async fn status_works_without_a_dispatcher() -> Result<()> {
     let mut fleet = Fleet::builder().workers(1).start().await?;
     let dir = tempfile::tempdir()?;
     fleet.dispatchers[0].terminate(Duration::from_secs(10)).await?;
-    let url = fleet.url();
-    // One look may miss a late heartbeat.
-    let shown = || async {
-        let output = run(&url, dir.path(), &["status"]).await.ok()?;
-        out(&output).contains("gpu-1").then_some(output)
-    };
-    let output = eventually("the worker in the status", Duration::from_secs(30), shown).await?;
+    let output = run(&fleet.url(), dir.path(), &["status"]).await?;
     ensure!(output.status.code() == Some(0), "{}", said(&output));
-    ensure!(out(&output).starts_with("no dispatcher"), "{}", said(&output));
+    ensure!(out(&output).starts_with("no dispatcher") && out(&output).contains("gpu-1"), "{}", said(&output));
     Ok(())
 }
 
@@ -255,11 +249,8 @@ async fn the_demo_prints_one_object_with_its_word_error_rate() -> Result<()> {
     ensure!(report["live"]["final_lag_p50_ms"].is_u64(), "{report:#}");
     let failover = &report["failover"];
     ensure!(failover["same_text"] == true && failover["killed"] != failover["moved_to"], "{report:#}");
-    // A verdict takes seconds of silence, and nobody goes on before it. The two are read by ways of their own, so that either
-    // may be seen first.
-    for moment in ["detection_ms", "gap_ms"] {
-        ensure!(failover[moment].as_u64().is_some_and(|ms| ms >= 1_000), "{moment}: {report:#}");
-    }
+    ensure!(failover["detection_ms"].as_u64() <= failover["gap_ms"].as_u64(), "{report:#}");
+    ensure!(failover["gap_ms"].as_u64().is_some_and(|ms| ms >= 1_000), "{report:#}");
     Ok(())
 }
 

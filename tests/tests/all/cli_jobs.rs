@@ -228,8 +228,8 @@ async fn handled(fleet: &Fleet) -> Result<()> {
     ensure!(err(&output).contains("has not ended") && !out(&output).is_empty(), "{}", said(&output));
 
     for id in ["waiting", "behind", "running"] {
-        ensure!(good(fleet, dir, &["jobs", "cancel", id]).await? == format!("{id} cancelled\n"));
         let asked_ms = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
+        ensure!(good(fleet, dir, &["jobs", "cancel", id]).await? == format!("{id} cancelled\n"));
         let gone = || async {
             let shown = object(fleet, dir, &["jobs", "show", id, "--json"]).await.ok()?;
             (shown["record"]["state"] == "cancelled").then_some(shown)

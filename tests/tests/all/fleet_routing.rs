@@ -87,11 +87,13 @@ async fn sixteen_sessions_spread_evenly_and_the_seventeenth_is_refused() -> Resu
     ensure!((1..=30_000).contains(&wait_ms), "{refused}");
 
     ask(&client, "session.close", &json!({ "session": "s6" })).await?;
+    let begun = Instant::now();
     let taken = eventually("the place of s6", SOON, || async {
         open(&client, "s16").await.ok().filter(|answer| answer["ok"].is_object())
     })
     .await?;
     ensure!(taken["ok"]["worker"]["gpu_id"] == "gpu-3", "s6 was on gpu-3: {taken}");
+    ensure!(begun.elapsed() < Duration::from_secs(3), "it took {:?}", begun.elapsed());
 
     let js = fleet.js();
     let events = js.get_stream_no_info("ASR_EVENT").await?;

@@ -168,8 +168,6 @@ impl Flow {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_hot_path_carries_its_load() -> Result<()> {
     const CHUNKS: u64 = 20_000;
-    // A fifth of the bar, so that a machine that is busy with other tests does not fail it.
-    const AT_MOST: Duration = Duration::from_secs(20);
     let server = NatsServer::start().await?;
     let nats = ready(vec![server.url()], 1).await?;
     let far = connected(vec![server.url()]).await?;
@@ -200,22 +198,18 @@ async fn the_hot_path_carries_its_load() -> Result<()> {
     let mut dropped = 0;
     for _ in 0..CHUNKS {
         let item = timeout(SOON, tail.next()).await??;
-        let id = item.id?;
-        // A server that is slow to answer is no loss here: the worker waits for every one.
-        while publisher.hint(&w, &id, &item.entry, None).await == HintSent::Dropped {
-            dropped += 1;
-            ensure!(begun.elapsed() < AT_MOST, "hints are dropped, {dropped} so far");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        dropped += u64::from(publisher.hint(&w, &item.id?, &item.entry, None).await == HintSent::Dropped);
     }
     let read = begun.elapsed();
+    ensure!(dropped == 0, "{dropped} hints dropped");
     tasks.join_next().await.context("no task")???;
     let taken = begun.elapsed();
     println!(
-        "{:.0} chunks/s from log to hint, {:.0}/s to the worker, {dropped} hints sent again",
+        "{:.0} chunks/s from log to hint, {:.0}/s to the worker",
         CHUNKS as f64 / read.as_secs_f64(),
         CHUNKS as f64 / taken.as_secs_f64()
     );
-    ensure!(taken < AT_MOST, "{taken:?}");
+    // A fifth of the bar, so that a machine that is busy with other tests does not fail it.
+    ensure!(taken < Duration::from_secs(20), "{taken:?}");
     Ok(())
 }
